@@ -1,0 +1,198 @@
+"""Configuration in the book's names, and its translation from and to `GPT2Config`."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict, validated_field
+from transformers import GPT2Config, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+# GPT2Config's name -> ours, where they differ. Everything else in a GPT2Config keeps its name.
+FROM_GPT2 = {
+    "n_positions": "context_length",
+    "n_embd": "emb_dim",
+    "n_layer": "n_layers",
+    "n_head": "n_heads",
+    "embd_pdrop": "drop_rate_emb",
+    "attn_pdrop": "drop_rate_attn",
+    "resid_pdrop": "drop_rate_shortcut",
+}
+TO_GPT2 = {ours: theirs for theirs, ours in FROM_GPT2.items()}
+
+# What names the class and not the model, and is therefore never carried from one config to the other.
+IDENTITY = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "name_or_path", "n_ctx")
+
+# The four official sizes, by millions of parameters (tied): (emb_dim, n_layers, n_heads).
+PRESETS = {"124M": (768, 12, 12), "355M": (1024, 24, 16), "774M": (1280, 36, 20), "1558M": (1600, 48, 25)}
+
+
+def size(value):
+    if value is not None and value < 1:
+        raise ValueError(f"got {value}, but a size is at least 1; pass a positive integer")
+
+
+def rate(value):
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"got {value}, but a dropout rate is a probability in [0, 1]; 0 switches dropout off")
+
+
+def positive(value):
+    if not value > 0:
+        raise ValueError(f"got {value}, but it must be above 0; GPT-2 uses 1e-5")
+
+
+def spread(value):
+    if not value >= 0:
+        raise ValueError(f"got {value}, but a standard deviation is at least 0; GPT-2 uses 0.02")
+
+
+def activation(value):
+    if value not in ACT2FN:
+        raise ValueError(f"got {value!r}, but it must name one of transformers' activations: {', '.join(sorted(ACT2FN))}")
+
+
+@strict
+class GPTScratchConfig(PreTrainedConfig):
+    """What the model is, in the book's names; the defaults are the book's `GPT_CONFIG_124M`.
+
+    transformers' names (`hidden_size`, `num_hidden_layers`, …) read and write the same fields.
+
+    Args:
+        vocab_size: number of token ids.
+        context_length: longest sequence, in tokens.
+        emb_dim: width of the model; a multiple of `n_heads`.
+        n_heads: attention heads per layer.
+        n_layers: transformer blocks.
+        drop_rate: dropout probability wherever the three below do not say otherwise.
+        drop_rate_emb: after the embeddings (the book's exercise 4.3). None: `drop_rate`.
+        drop_rate_attn: on the attention weights. None: `drop_rate`.
+        drop_rate_shortcut: before each shortcut addition. None: `drop_rate`.
+        qkv_bias: biases on W_query, W_key and W_value. Official checkpoints have them.
+        n_inner: width of the feed-forward network. None: 4 · emb_dim.
+        activation_function: a name that transformers' `ACT2FN` knows; `gelu_new` is the book's GELU.
+        layer_norm_epsilon: added to the variance.
+        initializer_range: standard deviation of new weights.
+        scale_attn_weights: multiply attention scores by 1/√(head size).
+        scale_attn_by_inverse_layer_idx: and by 1/(layer index + 1).
+        reorder_and_upcast_attn: compute the scores of `eager` attention in float32.
+        tie_word_embeddings: one matrix for `tok_emb` and `out_head`. The book has two; official checkpoints one.
+        use_cache: return the key-value cache.
+        bos_token_id, eos_token_id, pad_token_id: special tokens; 50256 is `<|endoftext|>`.
+
+    Raises:
+        StrictDataclassError: a value breaks its rule; the message names value, rule and remedy.
+    """
+
+    model_type = "gpt_scratch"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "emb_dim",
+        "max_position_embeddings": "context_length",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+        "hidden_act": "activation_function",
+    }
+
+    vocab_size: int = validated_field(size, default=50257)
+    context_length: int = validated_field(size, default=1024)
+    emb_dim: int = validated_field(size, default=768)
+    n_heads: int = validated_field(size, default=12)
+    n_layers: int = validated_field(size, default=12)
+    drop_rate: float | int = validated_field(rate, default=0.1)
+    qkv_bias: bool = False
+
+    drop_rate_emb: float | int | None = validated_field(rate, default=None)
+    drop_rate_attn: float | int | None = validated_field(rate, default=None)
+    drop_rate_shortcut: float | int | None = validated_field(rate, default=None)
+    n_inner: int | None = validated_field(size, default=None)
+    activation_function: str = validated_field(activation, default="gelu_new")
+    layer_norm_epsilon: float = validated_field(positive, default=1e-5)
+    initializer_range: float = validated_field(spread, default=0.02)
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+
+    def __setattr__(self, name, value):
+        # The alias is resolved before @strict looks at it; else `hidden_size="768"` would pass unchecked.
+        if name in type(self).attribute_map:
+            setattr(self, type(self).attribute_map[name], value)
+        else:
+            super().__setattr__(name, value)
+
+    def validate_architecture(self):
+        if getattr(self, "is_heterogeneous", False):
+            raise ValueError("got a per_layer_config, but all GPTScratch layers are built alike; remove it")
+        if self.emb_dim % self.n_heads != 0:
+            fitting = max(self.emb_dim // self.n_heads, 1) * self.n_heads
+            raise ValueError(
+                f"got emb_dim={self.emb_dim} and n_heads={self.n_heads}, but every head needs emb_dim / n_heads whole "
+                f"dimensions; take emb_dim={fitting} or another number of heads"
+            )
+        if getattr(self, "add_cross_attention", False):
+            raise ValueError(
+                "got add_cross_attention=True, but GPTScratch has no cross-attention layers; use GPT2LMHeadModel for it"
+            )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "GPTScratchConfig":
+        """The architecture of an official checkpoint: "124M", "355M", "774M" or "1558M".
+
+        Unlike the book's `GPT_CONFIG_124M`, official checkpoints have `qkv_bias` and `tie_word_embeddings`.
+
+        Raises:
+            ValueError: there is no such size.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"got preset {name!r}, but the official sizes are {', '.join(PRESETS)}")
+        emb_dim, n_layers, n_heads = PRESETS[name]
+        values = dict(emb_dim=emb_dim, n_layers=n_layers, n_heads=n_heads, qkv_bias=True, tie_word_embeddings=True)
+        return cls(**{**values, **changes})
+
+    @classmethod
+    def from_gpt2(cls, config: GPT2Config) -> "GPTScratchConfig":
+        """The same model in the book's names. Options that are no part of the architecture are carried along.
+
+        Raises:
+            ValueError: `config` is not a `GPT2Config`.
+            StrictDataclassError: an option that GPTScratch refuses.
+        """
+        if config.model_type != "gpt2":
+            raise ValueError(f"got a config of model type {config.model_type!r}, but only 'gpt2' can be translated")
+        values = {FROM_GPT2.get(k, k): v for k, v in config.to_dict().items() if k not in IDENTITY}
+        rates = [values["drop_rate_emb"], values["drop_rate_attn"], values["drop_rate_shortcut"]]
+        values["drop_rate"] = rates[-1]
+        if len(set(rates)) == 1:  # as in the book: one rate for all places
+            values.update(drop_rate_emb=None, drop_rate_attn=None, drop_rate_shortcut=None)
+        return cls(qkv_bias=True, **values)
+
+    def to_gpt2(self) -> GPT2Config:
+        """The `GPT2Config` of the same model; the inverse of `from_gpt2`."""
+        values = {TO_GPT2.get(k, k): v for k, v in self.to_dict().items() if k not in IDENTITY}
+        for place in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            if values[place] is None:
+                values[place] = self.drop_rate
+        for ours_alone in ("drop_rate", "qkv_bias"):
+            del values[ours_alone]
+        return GPT2Config(**values)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, but an official GPT-2 config is translated on the way.
+
+        Raises:
+            ValueError: the config is of another model type.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type")
+        if model_type == "gpt2":
+            config_dict = cls.from_gpt2(GPT2Config.from_dict(config_dict)).to_dict()
+        elif config_dict and model_type != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {model_type!r}, but GPTScratch reads only "
+                f"'gpt2' and {cls.model_type!r} checkpoints; AutoModelForCausalLM loads other models"
+            )
+        return config_dict, kwargs

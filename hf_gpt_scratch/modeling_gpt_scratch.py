@@ -1,0 +1,264 @@
+"""The book's layers as a Transformers model: masks, caches, losses and loading are transformers', the maths is ours.
+
+Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V vocabulary.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin, GPT2LMHeadModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_gpt_scratch import GPTScratchConfig
+from .layers import GELU, LayerNorm, MultiHeadAttention, TransformerBlock, causal_attention, check_length
+from .weight_map import DROPPED_PATTERNS, conversions, to_gpt2_state_dict
+
+# transformers' own loader reads official GPT-2 checkpoints by this. A second copy of this module, as remote code makes
+# one, registers the same again.
+register_checkpoint_conversion_mapping(GPTScratchConfig.model_type, conversions(), overwrite=True)
+
+
+def upcast_attention(module, queries, keys, values, attention_mask=None, **kwargs):
+    """`causal_attention` with scores and softmax in float32, for `reorder_and_upcast_attn`."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return causal_attention(module, queries.float(), keys.float(), values, attention_mask, **kwargs)
+
+
+class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
+    """The book's block, with whatever activation the config names."""
+
+    def __init__(self, config: GPTScratchConfig, layer_idx: int):
+        book_gelu = config.activation_function == "gelu_new"
+        super().__init__(config, layer_idx, GELU() if book_gelu else ACT2FN[config.activation_function])
+        self.att.config = config  # attention functions may look into it
+        for projection in (self.att.out_proj, self.ff.layers[2]):
+            projection.adds_to_residual = True
+
+
+class GPTScratchPreTrainedModel(PreTrainedModel):
+    config_class = GPTScratchConfig
+    config: GPTScratchConfig
+    base_model_prefix = "model"
+    _input_embed_layer = "tok_emb"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPTScratchBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = DROPPED_PATTERNS
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": GPTScratchBlock,
+        "attentions": OutputRecorder(MultiHeadAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """GPT-2's scheme: normal(0, initializer_range), and 1/√(2 · n_layers) of it where a block adds to the residual."""
+        super()._init_weights(module)
+        if isinstance(module, LayerNorm):
+            init.ones_(module.scale)
+            init.zeros_(module.shift)
+        elif getattr(module, "adds_to_residual", False):
+            init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.n_layers) ** 0.5)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
+        """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
+
+class GPTScratchModel(GPTScratchPreTrainedModel):
+    """Embeddings, blocks and final norm."""
+
+    def __init__(self, config: GPTScratchConfig):
+        super().__init__(config)
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.drop_emb = nn.Dropout(config.drop_rate if config.drop_rate_emb is None else config.drop_rate_emb)
+        self.trf_blocks = nn.ModuleList(GPTScratchBlock(config, i) for i in range(config.n_layers))
+        self.final_norm = LayerNorm(config.emb_dim, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T), or give `inputs_embeds` (B, T, E).
+            attention_mask: (B, S), 1 for tokens and 0 for padding, also over what is cached; or a ready 4-D mask.
+            position_ids: (B, T); default: on from the end of the cache.
+            token_type_ids: (B, T), embedded by `tok_emb` as in GPT-2.
+
+        Returns:
+            `last_hidden_state` (B, T, E).
+
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, or more tokens than `context_length`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.tok_emb(input_ids)  # (B, T, E)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        position_ids = self._positions(num_past, inputs_embeds, position_ids)  # (B, T) or (1, T)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+        x = inputs_embeds + self.pos_emb(position_ids)
+        if token_type_ids is not None:
+            x = x + self.tok_emb(token_type_ids)
+        x = self.drop_emb(x)
+        attention_function = self._attention_function()
+        for block in self.trf_blocks:
+            x = block(
+                x,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                attention_function=attention_function,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        x = self.final_norm(x)
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
+
+    def _positions(self, num_past, inputs_embeds, position_ids):
+        num_tokens = num_past + inputs_embeds.shape[1]
+        if position_ids is None:
+            if isinstance(num_tokens, int):
+                check_length(num_tokens, self.config.context_length)
+            return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_past).unsqueeze(0)
+        # Padding takes no position, so that more than context_length tokens may still fit. Only then look at the
+        # values: on a GPU that waits for them.
+        if isinstance(num_tokens, int) and num_tokens > self.config.context_length:
+            check_length(int(position_ids.max()) + 1, self.config.context_length)
+        return position_ids
+
+    def _attention_function(self) -> Callable:
+        name = self.config._attn_implementation
+        if name == "eager" and self.config.reorder_and_upcast_attn:
+            return upcast_attention
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, causal_attention)
+
+
+class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
+    """`GPTScratchModel` and the output head: the book's `GPTModel`, with everything transformers does with one."""
+
+    _tied_weights_keys = {"out_head.weight": "model.tok_emb.weight"}
+
+    def __init__(self, config: GPTScratchConfig):
+        super().__init__(config)
+        self.model = GPTScratchModel(config)
+        self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.out_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.out_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: (B, T), usually `input_ids`: the shift by one happens inside; -100 is ignored.
+            logits_to_keep: compute the logits of the last so many tokens, or of these indices; 0 is all.
+
+        Returns:
+            `logits` (B, T, V), and `loss`, the mean over the labels, if there are any.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.out_head(outputs.last_hidden_state[:, kept, :])  # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @classmethod
+    def from_gpt2(cls, gpt2: GPT2LMHeadModel) -> "GPTScratchForCausalLM":
+        """A copy of an official model that is in memory, in evaluation mode."""
+        weights = {name: tensor.clone() for name, tensor in gpt2.state_dict().items()}
+        return _build(cls, GPTScratchConfig.from_gpt2(gpt2.config), weights, gpt2)
+
+    def to_gpt2(self) -> GPT2LMHeadModel:
+        """The official model with these weights, a copy, in evaluation mode."""
+        weights = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        return _build(GPT2LMHeadModel, self.config.to_gpt2(), to_gpt2_state_dict(weights, self.config.n_layers), self)
+
+    def save_as_gpt2(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Writes an official checkpoint, which `GPT2LMHeadModel.from_pretrained` loads.
+
+        Without `qkv_bias` the official biases are zeros. `kwargs` go to `save_pretrained`.
+        """
+        self.to_gpt2().save_pretrained(save_directory, **kwargs)
+
+
+def _build(model_class, config, state_dict, like):
+    """A `model_class` with these weights; dtype, attention and generation settings as in the model `like`."""
+    model = model_class.from_pretrained(
+        None, config=config, state_dict=state_dict, dtype=like.dtype, attn_implementation=like.config._attn_implementation
+    )
+    model.generation_config = like.generation_config
+    return model.to(like.device)

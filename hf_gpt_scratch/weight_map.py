@@ -1,0 +1,181 @@
+"""The one table of GPT-2's parameter names and ours, in both directions.
+
+GPT-2 keeps query, key and value in one matrix and stores its matrices as Conv1D does, `[in, out]`; the book has three
+`nn.Linear`s, and `nn.Linear` stores `[out, in]`. Everything that moves a weight or pairs a name reads `TABLE`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
+
+# Where a base model sits inside its head model: transformers' `GPT2LMHeadModel.transformer` and ours.
+GPT2_PREFIX, SCRATCH_PREFIX = "transformer.", "model."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One GPT-2 tensor and the tensors of ours that hold it.
+
+    `{n}` in a name is the layer. With several names of ours, GPT-2's tensor is theirs one after the other along our
+    dimension 0, the output.
+    """
+
+    gpt2: str
+    scratch: tuple[str, ...]
+    transposed: bool
+    meaning: str
+
+    def to_scratch(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """GPT-2's tensor as ours, one per name; views."""
+        return (tensor.T if self.transposed else tensor).chunk(len(self.scratch), dim=0)
+
+    def to_gpt2(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Our tensors as GPT-2's; the inverse of `to_scratch`."""
+        tensors = list(tensors)
+        tensor = torch.cat(tensors, dim=0) if len(tensors) > 1 else tensors[0]
+        return tensor.T.contiguous() if self.transposed else tensor
+
+    def at(self, layer: int) -> "Row":
+        """The row with the layer's number in its names."""
+        names = tuple(name.replace("{n}", str(layer)) for name in self.scratch)
+        return replace(self, gpt2=self.gpt2.replace("{n}", str(layer)), scratch=names)
+
+    @property
+    def layout(self) -> str:
+        """What becomes of GPT-2's tensor, in words."""
+        words = ["transposed"] if self.transposed else []
+        words += [f"split in {len(self.scratch)}"] if len(self.scratch) > 1 else []
+        return ", ".join(words) or "same"
+
+
+def _qkv(kind: str) -> tuple[str, ...]:
+    return tuple(f"trf_blocks.{{n}}.att.{name}.{kind}" for name in ("W_query", "W_key", "W_value"))
+
+
+TABLE = (
+    Row("wte.weight", ("tok_emb.weight",), False, "token embedding"),
+    Row("wpe.weight", ("pos_emb.weight",), False, "position embedding"),
+    Row("h.{n}.ln_1.weight", ("trf_blocks.{n}.norm1.scale",), False, "norm before attention"),
+    Row("h.{n}.ln_1.bias", ("trf_blocks.{n}.norm1.shift",), False, "norm before attention"),
+    Row("h.{n}.attn.c_attn.weight", _qkv("weight"), True, "query, key and value projections"),
+    Row("h.{n}.attn.c_attn.bias", _qkv("bias"), False, "query, key and value biases; zeros without `qkv_bias`"),
+    Row("h.{n}.attn.c_proj.weight", ("trf_blocks.{n}.att.out_proj.weight",), True, "attention output"),
+    Row("h.{n}.attn.c_proj.bias", ("trf_blocks.{n}.att.out_proj.bias",), False, "attention output"),
+    Row("h.{n}.ln_2.weight", ("trf_blocks.{n}.norm2.scale",), False, "norm before feed-forward"),
+    Row("h.{n}.ln_2.bias", ("trf_blocks.{n}.norm2.shift",), False, "norm before feed-forward"),
+    Row("h.{n}.mlp.c_fc.weight", ("trf_blocks.{n}.ff.layers.0.weight",), True, "feed-forward, E to 4E"),
+    Row("h.{n}.mlp.c_fc.bias", ("trf_blocks.{n}.ff.layers.0.bias",), False, "feed-forward, E to 4E"),
+    *(
+        Row(f"h.{{n}}.mlp.act.{name}", (f"trf_blocks.{{n}}.ff.layers.1.{name}",), False, f"activation `{which}`")
+        for name, which in (
+            ("weight", "prelu"),
+            ("alpha_p", "xielu"),
+            ("alpha_n", "xielu"),
+            ("beta", "xielu"),
+            ("eps", "xielu"),
+        )
+    ),
+    Row("h.{n}.mlp.c_proj.weight", ("trf_blocks.{n}.ff.layers.2.weight",), True, "feed-forward, 4E to E"),
+    Row("h.{n}.mlp.c_proj.bias", ("trf_blocks.{n}.ff.layers.2.bias",), False, "feed-forward, 4E to E"),
+    Row("ln_f.weight", ("final_norm.scale",), False, "norm after the last block"),
+    Row("ln_f.bias", ("final_norm.shift",), False, "norm after the last block"),
+    Row("lm_head.weight", ("out_head.weight",), False, "logits; tied checkpoints store `wte.weight` alone"),
+)
+
+# In official files, but no weights: the causal mask and the number it once filled in.
+DROPPED = ("h.{n}.attn.bias", "h.{n}.attn.masked_bias")
+DROPPED_PATTERNS = [re.escape(name.removeprefix("h.{n}")) + "$" for name in DROPPED]
+
+HEAD = "lm_head.weight"  # outside the base model, so without its prefix
+
+
+def rows(n_layers: int) -> Iterator[Row]:
+    """The table's rows for a model of `n_layers`, layer by layer where a row has one."""
+    for row in TABLE:
+        yield from (row.at(n) for n in range(n_layers)) if "{n}" in row.gpt2 else (row,)
+
+
+def without_prefix(state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The same tensors under the names that the table uses, whether or not they had the base model's prefix."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+
+
+def to_gpt2_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, torch.Tensor]:
+    """Our state dict, with or without the prefix, as that of `GPT2LMHeadModel`.
+
+    Raises:
+        ValueError: a tensor that no row knows, or a row whose tensors are not all there.
+    """
+    ours = without_prefix(state_dict, SCRATCH_PREFIX)
+    theirs = {}
+    for row in rows(n_layers):
+        found = [ours.pop(name) for name in row.scratch if name in ours]
+        if len(found) not in (0, len(row.scratch)):
+            raise ValueError(f"{row.gpt2} needs all of {', '.join(row.scratch)}, but only {len(found)} are there")
+        if found:
+            theirs[row.gpt2 if row.gpt2 == HEAD else GPT2_PREFIX + row.gpt2] = row.to_gpt2(found)
+    if ours:
+        raise ValueError(f"no GPT-2 name for {', '.join(sorted(ours))}; the model has {n_layers} layers")
+    for n in range(n_layers):
+        weight = theirs.get(f"{GPT2_PREFIX}h.{n}.attn.c_attn.weight")
+        if weight is not None:
+            theirs.setdefault(f"{GPT2_PREFIX}h.{n}.attn.c_attn.bias", weight.new_zeros(weight.shape[1]))
+    return theirs
+
+
+def to_scratch_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, torch.Tensor]:
+    """GPT-2's state dict, with or without the prefix, as that of the book's `GPTModel`; mask buffers are dropped.
+
+    Raises:
+        ValueError: a tensor that no row knows.
+    """
+    theirs = without_prefix(state_dict, GPT2_PREFIX)
+    for n in range(n_layers):
+        for name in DROPPED:
+            theirs.pop(name.replace("{n}", str(n)), None)
+    ours = {}
+    for row in rows(n_layers):
+        if row.gpt2 in theirs:
+            ours.update(zip(row.scratch, row.to_scratch(theirs.pop(row.gpt2)), strict=True))
+    if theirs:
+        raise ValueError(f"no name of ours for {', '.join(sorted(theirs))}; the model has {n_layers} layers")
+    return ours
+
+
+def conversions() -> list[WeightRenaming | WeightConverter]:
+    """The table as transformers' loader wants it.
+
+    The loader searches each pattern in a name, renames by every renaming that fits, then converts by at most one
+    converter; to save, it swaps the patterns. So they are escaped on both sides and match whole dotted parts only.
+    """
+    renamings = [
+        WeightRenaming(rf"^{re.escape(GPT2_PREFIX)}", rf"^{re.escape(SCRATCH_PREFIX)}"),
+        WeightRenaming(r"(?<!\w)h\.", r"trf_blocks\."),
+    ]
+    converters = []
+    for row in TABLE:
+        # Behind the layer's number; a name without one stands alone or behind the prefix.
+        source = re.escape(row.gpt2.removeprefix("h.{n}"))
+        targets = [re.escape(name.removeprefix("trf_blocks.{n}")) for name in row.scratch]
+        operations = [Transpose(0, 1)] if row.transposed else []
+        operations += [Chunk(dim=0)] if len(targets) > 1 else []
+        if "{n}" not in row.gpt2:
+            source, targets = rf"(?<!\w){source}", [rf"(?<!\w){target}" for target in targets]
+        if operations:
+            converters.append(WeightConverter(source, targets, operations=operations))
+        else:
+            renamings.append(WeightRenaming(source, targets))
+    return renamings + converters
+
+
+def markdown() -> str:
+    """The table for the documentation."""
+    lines = ["| GPT-2 | here | layout | what |", "| --- | --- | --- | --- |"]
+    for row in TABLE:
+        names = "<br>".join(f"`{name}`" for name in row.scratch)
+        lines.append(f"| `{row.gpt2}` | {names} | {row.layout} | {row.meaning} |")
+    lines += [f"| `{name}` | | dropped | the causal mask, computed here |" for name in DROPPED]
+    return "\n".join(lines)
