@@ -17,6 +17,23 @@ from .layers import (
 )
 from .modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
 
+__all__ = [
+    "GELU",
+    "GPT_CONFIG_124M",
+    "FeedForward",
+    "GPTModel",
+    "GPTScratchConfig",
+    "GPTScratchForCausalLM",
+    "GPTScratchModel",
+    "GPTScratchPreTrainedModel",
+    "LayerNorm",
+    "MultiHeadAttention",
+    "TransformerBlock",
+    "generate_text_simple",
+    "text_to_token_ids",
+    "token_ids_to_text",
+]
+
 AutoConfig.register(GPTScratchConfig.model_type, GPTScratchConfig, exist_ok=True)
 AutoModel.register(GPTScratchConfig, GPTScratchModel, exist_ok=True)
 AutoModelForCausalLM.register(GPTScratchConfig, GPTScratchForCausalLM, exist_ok=True)

@@ -47,7 +47,7 @@ def spread(value):
 
 def activation(value):
     if value not in ACT2FN:
-        raise ValueError(f"got {value!r}, but it must name one of transformers' activations: {', '.join(sorted(ACT2FN))}")
+        raise ValueError(f"got {value!r}, but transformers' activations are {', '.join(sorted(ACT2FN))}; name one")
 
 
 @strict

@@ -154,9 +154,7 @@ class MultiHeadAttention(nn.Module):
         ValueError: `d_out` is not a multiple of `num_heads`.
     """
 
-    def __init__(
-        self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False, *, scaling=None, layer_idx=0
-    ):
+    def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False, *, scaling=None, layer_idx=0):
         super().__init__()
         if d_out % num_heads != 0:
             raise ValueError(f"d_out={d_out} must be a multiple of num_heads={num_heads}, so that all heads are equal")

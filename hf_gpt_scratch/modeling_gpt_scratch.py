@@ -3,6 +3,7 @@
 Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V vocabulary.
 """
 
+import copy
 import os
 from collections.abc import Callable
 
@@ -43,7 +44,7 @@ class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
         super().__init__(config, layer_idx, GELU() if book_gelu else ACT2FN[config.activation_function])
         self.att.config = config  # attention functions may look into it
         for projection in (self.att.out_proj, self.ff.layers[2]):
-            projection.adds_to_residual = True
+            projection.adds_to_shortcut = True
 
 
 class GPTScratchPreTrainedModel(PreTrainedModel):
@@ -67,12 +68,12 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """GPT-2's scheme: normal(0, initializer_range), and 1/√(2 · n_layers) of it where a block adds to the residual."""
+        """GPT-2's scheme: normal(0, initializer_range); ÷ √(2 · n_layers) where a block adds to the shortcut."""
         super()._init_weights(module)
         if isinstance(module, LayerNorm):
             init.ones_(module.scale)
             init.zeros_(module.shift)
-        elif getattr(module, "adds_to_residual", False):
+        elif getattr(module, "adds_to_shortcut", False):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.n_layers) ** 0.5)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
@@ -239,13 +240,12 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
     @classmethod
     def from_gpt2(cls, gpt2: GPT2LMHeadModel) -> "GPTScratchForCausalLM":
         """A copy of an official model that is in memory, in evaluation mode."""
-        weights = {name: tensor.clone() for name, tensor in gpt2.state_dict().items()}
-        return _build(cls, GPTScratchConfig.from_gpt2(gpt2.config), weights, gpt2)
+        return _build(cls, GPTScratchConfig.from_gpt2(gpt2.config), gpt2.state_dict(), gpt2)
 
     def to_gpt2(self) -> GPT2LMHeadModel:
-        """The official model with these weights, a copy, in evaluation mode."""
-        weights = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        return _build(GPT2LMHeadModel, self.config.to_gpt2(), to_gpt2_state_dict(weights, self.config.n_layers), self)
+        """The official model with a copy of these weights, in evaluation mode."""
+        state_dict = to_gpt2_state_dict(self.state_dict(), self.config.n_layers)
+        return _build(GPT2LMHeadModel, self.config.to_gpt2(), state_dict, self)
 
     def save_as_gpt2(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Writes an official checkpoint, which `GPT2LMHeadModel.from_pretrained` loads.
@@ -256,9 +256,14 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 
 
 def _build(model_class, config, state_dict, like):
-    """A `model_class` with these weights; dtype, attention and generation settings as in the model `like`."""
+    """A `model_class` with these weights; dtype, device, attention and generation settings are those of `like`."""
+    attention = like.config._attn_implementation
     model = model_class.from_pretrained(
-        None, config=config, state_dict=state_dict, dtype=like.dtype, attn_implementation=like.config._attn_implementation
+        None, config=config, state_dict=state_dict, dtype=like.dtype, attn_implementation=attention
     )
-    model.generation_config = like.generation_config
+    model.generation_config = copy.deepcopy(like.generation_config)
+    shared = {p.untyped_storage().data_ptr() for p in like.parameters()}
+    for p in model.parameters():
+        if p.untyped_storage().data_ptr() in shared:
+            p.data = p.data.clone()
     return model.to(like.device)

@@ -1,0 +1,73 @@
+"""Runs a conversion for a person at a terminal: progress, figures, and an exit status that scripts can read."""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from .conversion import ConversionError, Progress
+from .parity import ParityError
+
+# Exit statuses; 2 is a wrong command line, as typer has it.
+FAILED, DIFFERENT, INTERRUPTED = 1, 3, 130
+
+
+class TerminalProgress(Progress):
+    """One line a step, with a bar where the bytes are known."""
+
+    def __init__(self, bars: Bars):
+        self.bars = bars
+        self.task: TaskID | None = None
+
+    def step(self, what: str, total: int | None = None) -> None:
+        self.finish()
+        self.task = self.bars.add_task(what, total=total)
+
+    def advance(self, done: int) -> None:
+        if self.task is not None:
+            self.bars.advance(self.task, done)
+
+    def finish(self) -> None:
+        if self.task is not None:
+            total = self.bars.tasks[self.task].total or 1
+            self.bars.update(self.task, total=total, completed=total)
+
+
+def run(convert: Callable[..., dict[str, Any]], source: str, target: str, **options: Any) -> NoReturn:
+    """Converts, says what came of it, and exits: 0 done, 1 failed, 3 the result differs, 130 interrupted."""
+    console, errors = Console(), Console(stderr=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    bars = Bars(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
+    try:
+        with bars:
+            progress = TerminalProgress(bars)
+            receipt = convert(source, target, progress=progress, **options)
+            progress.finish()
+    except ConversionError as error:
+        errors.print(f"[bold red]Not converted:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(FAILED)
+    except ParityError as error:
+        errors.print(f"[bold red]Not published:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(DIFFERENT)
+    except KeyboardInterrupt:
+        errors.print(f"[bold red]Interrupted:[/] {escape(target)} is as it was before", soft_wrap=True)
+        sys.exit(INTERRUPTED)
+    console.print(f"[bold green]Converted:[/] {escape(source)} to {escape(target)}", soft_wrap=True)
+    if (parity := receipt["parity"]) is None:
+        console.print("Not verified, as asked.")
+    else:
+        logits = parity["logits"]
+        console.print(
+            f"Verified in float32 against GPT2LMHeadModel: max |logit error| {logits['max_abs_error']:.1e} of "
+            f"max |logit| {logits['max_abs_logit']:.4g} (relative {logits['relative_error']:.1e}, bound "
+            f"{parity['logit_bound']:.0e}), top-1 agreement {logits['top1_agreement']:.2%}, "
+            f"{parity['greedy_tokens']} greedy ids equal, {parity['tensors']} tensors equal bit for bit.",
+            soft_wrap=True,
+        )
+    console.print("Tokenizer: " + (receipt["tokenizer"] or "none in the source, so none in the target"))
+    sys.exit(0)

@@ -1,0 +1,407 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import CONTEXT, LAYERS, VOCAB, random_gpt2, random_ids, random_pair, randomize
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+
+from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
+from hf_gpt_scratch.weight_map import SCRATCH_PREFIX
+
+CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+
+
+def tiny_config(**changes):
+    sizes = dict(vocab_size=VOCAB, context_length=CONTEXT, emb_dim=48, n_heads=4, n_layers=LAYERS)
+    return GPTScratchConfig(**{**sizes, "bos_token_id": VOCAB - 1, "eos_token_id": VOCAB - 1, **changes})
+
+
+def tiny_model(**changes):
+    return randomize(GPTScratchForCausalLM(tiny_config(**changes))).eval()
+
+
+def load(directory, model_class=GPTScratchForCausalLM, **kwargs):
+    model, info = model_class.from_pretrained(directory, output_loading_info=True, **kwargs)
+    assert {name: set(info[name]) for name in CLEAN} == CLEAN
+    return model
+
+
+def rewrite(directory, change):
+    """Applies `change` to the dict of a checkpoint's tensors."""
+    file = Path(directory) / "model.safetensors"
+    save_file({k: v.contiguous() for k, v in change(load_file(file)).items()}, file, metadata={"format": "pt"})
+
+
+def as_on_the_hub(tensors):
+    """The layout of the official files: no prefix, and mask buffers between the weights."""
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    for n in range(LAYERS):
+        tensors[f"h.{n}.attn.bias"] = torch.ones(1, 1, CONTEXT, CONTEXT).tril()
+        tensors[f"h.{n}.attn.masked_bias"] = torch.tensor(-1e4)
+    return tensors
+
+
+@pytest.fixture
+def official(tmp_path):
+    gpt2 = random_gpt2()
+    gpt2.save_pretrained(tmp_path / "official")
+    return gpt2, tmp_path / "official"
+
+
+def same_logits(model, gpt2, bound=5e-6):
+    ids = random_ids()
+    ours, theirs = model(ids).logits, gpt2(ids).logits
+    return (ours.float() - theirs.float()).abs().max() <= bound * theirs.abs().max()
+
+
+def test_loads_what_save_pretrained_of_gpt2_wrote(official):
+    gpt2, directory = official
+    assert same_logits(load(directory), gpt2)
+
+
+def test_loads_the_layout_of_the_hub(official):
+    gpt2, directory = official
+    rewrite(directory, as_on_the_hub)
+    assert same_logits(load(directory), gpt2)
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_base_model_loads_both_layouts(official, hub):
+    gpt2, directory = official
+    if hub:
+        rewrite(directory, as_on_the_hub)
+    ids = random_ids()
+    expected = gpt2.transformer(ids).last_hidden_state
+    torch.testing.assert_close(load(directory, GPTScratchModel)(ids).last_hidden_state, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_loads_shards(tmp_path):
+    gpt2 = random_gpt2()
+    gpt2.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert same_logits(load(tmp_path), gpt2)
+
+
+def test_loads_a_pickled_state_dict(official):
+    gpt2, directory = official
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    assert same_logits(load(directory), gpt2)
+
+
+def test_loads_a_separate_head(tmp_path):
+    gpt2 = random_gpt2(tie_word_embeddings=False)
+    gpt2.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert same_logits(model, gpt2)
+    assert model.out_head.weight is not model.model.tok_emb.weight
+
+
+def test_tied_checkpoint_stays_tied(official):
+    model = load(official[1])
+    assert model.out_head.weight is model.model.tok_emb.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_loads_in_any_dtype(official, dtype):
+    _, directory = official
+    model = load(directory, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert same_logits(model, GPT2LMHeadModel.from_pretrained(directory, dtype=dtype), bound=5e-2)
+
+
+def test_loads_in_the_dtype_of_the_checkpoint(tmp_path):
+    random_gpt2().bfloat16().save_pretrained(tmp_path)
+    assert load(tmp_path).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_loads_with_a_device_map(official, device_map):
+    gpt2, directory = official
+    assert same_logits(load(directory, device_map=device_map), gpt2)
+
+
+def test_loads_with_layers_offloaded_to_disk(official, tmp_path):
+    gpt2, directory = official
+    places = {"model.tok_emb": "cpu", "model.pos_emb": "cpu", "model.final_norm": "cpu", "out_head": "cpu"}
+    places |= {f"model.trf_blocks.{n}": "disk" if n else "cpu" for n in range(LAYERS)}
+    model = load(directory, device_map=places, offload_folder=tmp_path / "offload")
+    assert same_logits(model, gpt2)
+
+
+def test_auto_class_still_gives_the_official_model(official):
+    assert type(AutoModelForCausalLM.from_pretrained(official[1])) is GPT2LMHeadModel
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    config = LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'llama'"):
+        GPTScratchForCausalLM.from_pretrained(tmp_path)
+
+
+def test_config_is_translated_and_the_official_files_are_left_alone(official):
+    before = {path.name: path.read_bytes() for path in official[1].iterdir()}
+    model = load(official[1])
+    assert model.config.model_type == "gpt_scratch"
+    assert model.generation_config.eos_token_id == VOCAB - 1
+    assert {path.name: path.read_bytes() for path in official[1].iterdir()} == before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saves_the_books_names_which_gpt_model_loads_strictly(official, tmp_path, tied):
+    model = load(official[1]) if tied else tiny_model(qkv_bias=True)
+    model.save_pretrained(tmp_path / "ours")
+    tensors = load_file(tmp_path / "ours" / "model.safetensors")
+    book = GPTModel(model.config).eval()
+    expected = {SCRATCH_PREFIX + name for name in book.state_dict() if name != "out_head.weight"}
+    assert tensors.keys() == expected | (set() if tied else {"out_head.weight"})
+
+    book.load_state_dict({name.removeprefix(SCRATCH_PREFIX): t for name, t in tensors.items()}, strict=True)
+    ids = random_ids()
+    torch.testing.assert_close(book(ids), model(ids).logits, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "tie_word_embeddings": True}, {"n_inner": 100}])
+def test_saving_and_loading_is_bit_exact(tmp_path, changes):
+    model = tiny_model(**changes)
+    model.save_pretrained(tmp_path)
+    for loaded in (load(tmp_path), load(tmp_path, AutoModelForCausalLM)):
+        assert type(loaded) is GPTScratchForCausalLM
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert type(AutoModel.from_pretrained(tmp_path)) is GPTScratchModel
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"qkv_bias": True, "tie_word_embeddings": True}, {"activation_function": "prelu", "n_inner": 100}],
+)
+def test_save_as_gpt2_writes_an_official_checkpoint(tmp_path, changes):
+    model = tiny_model(**changes)
+    model.save_as_gpt2(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt2"
+    gpt2 = load(tmp_path, GPT2LMHeadModel)
+    assert same_logits(model, gpt2)
+    with torch.device("meta"):
+        names = set(GPT2LMHeadModel(gpt2.config).state_dict())
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    assert load_file(tmp_path / "model.safetensors").keys() == names - tied
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is GPT2LMHeadModel
+
+
+def test_original_format_is_gpt2s_names(official, tmp_path):
+    load(official[1]).save_pretrained(tmp_path / "again", save_original_format=True)
+    theirs, again = (load_file(d / "model.safetensors") for d in (official[1], tmp_path / "again"))
+    assert theirs.keys() == again.keys()
+    assert same_logits(load(tmp_path / "again"), official[0])
+
+
+def test_models_in_memory_do_not_share_weights():
+    gpt2, model = random_pair()
+    back = model.to_gpt2()
+    ids = random_ids()
+    before = gpt2(ids).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(gpt2(ids).logits, before)
+    assert torch.equal(back(ids).logits, before)
+
+
+REMOTE = """
+import json, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_gpt_scratch":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+saved, ids, logits, again = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules")
+with torch.no_grad():
+    torch.save(model(torch.tensor(json.loads(ids))).logits, logits)
+model.save_pretrained(again)
+assert not any(name.startswith("hf_gpt_scratch") for name in sys.modules)
+"""
+
+
+def test_saved_code_runs_where_the_package_is_missing(tmp_path):
+    model = tiny_model(qkv_bias=True)
+    model.save_pretrained(tmp_path / "saved")
+    ids = random_ids()
+    arguments = [tmp_path / "saved", json.dumps(ids.tolist()), tmp_path / "logits.pt", tmp_path / "again"]
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, *map(str, arguments)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids).logits)
+    # What remote code saves is as good as what it loaded.
+    assert same_logits(load(tmp_path / "again"), model, bound=0)
+    assert (tmp_path / "again" / "layers.py").read_text() == (tmp_path / "saved" / "layers.py").read_text()
+
+
+def test_remote_copy_and_package_live_in_one_process(tmp_path, monkeypatch):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    remote = get_class_from_dynamic_module("modeling_gpt_scratch.GPTScratchForCausalLM", str(tmp_path))
+    assert remote is not GPTScratchForCausalLM
+    assert same_logits(remote.from_pretrained(tmp_path), model, bound=0)
+    assert same_logits(load(tmp_path), model, bound=0)
+
+
+def test_new_weights_follow_gpt2s_scheme():
+    torch.manual_seed(0)
+    config = tiny_config(emb_dim=256, n_layers=12, qkv_bias=True)
+    model = GPTScratchForCausalLM(config)
+    block = model.model.trf_blocks[5]
+    shortcut = 0.02 / (2 * 12) ** 0.5
+    for layer, std in [
+        (block.att.W_query, 0.02),
+        (block.ff.layers[0], 0.02),
+        (model.model.tok_emb, 0.02),
+        (model.model.pos_emb, 0.02),
+        (model.out_head, 0.02),
+        (block.att.out_proj, shortcut),
+        (block.ff.layers[2], shortcut),
+    ]:
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.03)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "shift")):
+            assert not parameter.any(), name
+        elif name.endswith("scale"):
+            assert (parameter == 1).all(), name
+
+
+def test_missing_norms_are_initialised_as_norms(official, caplog):
+    _, directory = official
+    rewrite(directory, lambda tensors: {k: v for k, v in tensors.items() if not k.endswith("h.1.ln_2.weight")})
+    model, info = GPTScratchForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"model.trf_blocks.1.norm2.scale"}
+    assert (model.model.trf_blocks[1].norm2.scale == 1).all()
+
+
+def test_positions_go_on_from_the_cache():
+    model = tiny_model()
+    ids = random_ids(1, 12)
+    cache = DynamicCache()
+    with torch.no_grad():
+        parts = [model(chunk, past_key_values=cache).logits for chunk in ids.split([5, 1, 6], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, atol=1e-4, rtol=1e-4)
+        start_again = model(ids[:, 5:6], past_key_values=DynamicCache()).logits
+    assert (start_again - parts[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_static_cache_equals_dynamic(attention):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    ids = random_ids(2, 10)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        parts = [model(chunk, past_key_values=cache).logits for chunk in ids.split([6, 1, 3], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("past", [0, CONTEXT - 2])
+def test_too_long_sequences_are_refused(past):
+    model = tiny_model()
+    cache = DynamicCache()
+    if past:
+        model(random_ids(1, past), past_key_values=cache)
+    with pytest.raises(ValueError, match=rf"{CONTEXT + 1} tokens.*context_length={CONTEXT}"):
+        model(random_ids(1, CONTEXT + 1 - past), past_key_values=cache)
+
+
+def test_generation_past_the_context_is_refused_but_padding_takes_no_position():
+    model = tiny_model()
+    ids = random_ids(1, CONTEXT)
+    with pytest.raises(ValueError, match=f"context_length={CONTEXT}"):
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:, :-4]], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 5).long().unsqueeze(0)
+    settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    expected = model.generate(ids[:, :-4], **settings)
+    assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[:, 5:], expected)
+
+
+def test_either_ids_or_embeddings():
+    model = tiny_model()
+    ids = random_ids()
+    embeddings = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(ids).logits)
+    for wrong in ({}, {"input_ids": ids, "inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(**wrong)
+
+
+def test_logits_to_keep():
+    model = tiny_model()
+    ids = random_ids()
+    logits = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_does_not_change_gradients(reentrant):
+    model = tiny_model(drop_rate=0.0).train()
+    ids = random_ids()
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_resized_and_replaced_embeddings_stay_tied():
+    model = tiny_model(tie_word_embeddings=True)
+    model.resize_token_embeddings(VOCAB + 5)
+    assert model(random_ids()).logits.shape[-1] == VOCAB + 5
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_wrong_table_would_be_noticed(official):
+    gpt2, directory = official
+
+    def swap_query_and_key(tensors):
+        name = "transformer.h.1.attn.c_attn.weight"
+        query, key, value = tensors[name].chunk(3, dim=1)
+        return {**tensors, name: torch.cat([key, query, value], dim=1)}
+
+    rewrite(directory, swap_query_and_key)
+    assert not same_logits(load(directory), gpt2, bound=1e-3)
+
+
+def test_unknown_attention_is_refused():
+    with pytest.raises((ValueError, ImportError), match="no_such_attention"):
+        tiny_model().set_attn_implementation("no_such_attention")
+        GPTScratchForCausalLM._from_config(tiny_config(), attn_implementation="no_such_attention")
