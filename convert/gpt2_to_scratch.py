@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from hf_gpt_scratch.conversion import gpt2_to_scratch
-from hf_gpt_scratch.terminal import run
+from hf_gpt_scratch.terminal import convert_and_report
 
 
 def main(
@@ -16,7 +16,7 @@ def main(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
 ) -> None:
     """Converts an official GPT-2 checkpoint into the book's layers, weights unchanged."""
-    run(gpt2_to_scratch, source, target, revision=revision, check=verify, overwrite=overwrite)
+    convert_and_report(gpt2_to_scratch, source, target, revision=revision, check=verify, overwrite=overwrite)
 
 
 if __name__ == "__main__":

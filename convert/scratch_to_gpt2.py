@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from hf_gpt_scratch.conversion import scratch_to_gpt2
-from hf_gpt_scratch.terminal import run
+from hf_gpt_scratch.terminal import convert_and_report
 
 
 def main(
@@ -16,7 +16,7 @@ def main(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
 ) -> None:
     """Converts a GPTScratch checkpoint into an official GPT-2 one, weights unchanged."""
-    run(scratch_to_gpt2, source, target, revision=revision, check=verify, overwrite=overwrite)
+    convert_and_report(scratch_to_gpt2, source, target, revision=revision, check=verify, overwrite=overwrite)
 
 
 if __name__ == "__main__":

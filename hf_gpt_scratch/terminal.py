@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -38,8 +38,14 @@ class TerminalProgress(Progress):
             self.bars.update(self.task, total=total, completed=total)
 
 
-def run(convert: Callable[..., dict[str, Any]], source: str, target: str, **options: Any) -> NoReturn:
-    """Converts, says what came of it, and exits: 0 done, 1 failed, 3 the result differs, 130 interrupted."""
+def convert_and_report(
+    convert: Callable[..., dict[str, Any]], source: Any, target: Any, **options: Any
+) -> dict[str, Any]:
+    """Converts, says what came of it, and returns the receipt.
+
+    Raises:
+        SystemExit: 1 not converted, 3 the result differs, 130 interrupted.
+    """
     console, errors = Console(), Console(stderr=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     bars = Bars(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
@@ -55,9 +61,9 @@ def run(convert: Callable[..., dict[str, Any]], source: str, target: str, **opti
         errors.print(f"[bold red]Not published:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(DIFFERENT)
     except KeyboardInterrupt:
-        errors.print(f"[bold red]Interrupted:[/] {escape(target)} is as it was before", soft_wrap=True)
+        errors.print(f"[bold red]Interrupted:[/] {escape(str(target))} is as it was before", soft_wrap=True)
         sys.exit(INTERRUPTED)
-    console.print(f"[bold green]Converted:[/] {escape(source)} to {escape(target)}", soft_wrap=True)
+    console.print(f"[bold green]Converted:[/] {escape(str(source))} to {escape(str(target))}", soft_wrap=True)
     if (parity := receipt["parity"]) is None:
         console.print("Not verified, as asked.")
     else:
@@ -70,4 +76,4 @@ def run(convert: Callable[..., dict[str, Any]], source: str, target: str, **opti
             soft_wrap=True,
         )
     console.print("Tokenizer: " + (receipt["tokenizer"] or "none in the source, so none in the target"))
-    sys.exit(0)
+    return receipt

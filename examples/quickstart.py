@@ -1,0 +1,83 @@
+"""From an official GPT-2 checkpoint to text, through layers written from scratch: python examples/quickstart.py
+
+Takes openai-community/gpt2 if the hub can be reached, else builds the same architecture here with seeded weights.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from hf_gpt_scratch.tokenizer import gpt2_tokenizer
+from rich import print
+from rich.panel import Panel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, set_seed
+from transformers import logging as transformers_logging
+
+from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from hf_gpt_scratch.conversion import ConversionError, find_source, gpt2_to_scratch
+from hf_gpt_scratch.terminal import convert_and_report
+
+HUB_ID = "openai-community/gpt2"
+
+
+def official_checkpoint(preset: str, offline: bool, directory: Path) -> str | Path:
+    """The hub's GPT-2, or one of its architecture that the official class writes here."""
+    if preset == "124M" and not offline:
+        try:
+            find_source(HUB_ID)
+            return HUB_ID
+        except ConversionError as error:
+            print(f"[dim]{error}[/]")
+    print(f"Building an official GPT2LMHeadModel of the {preset} size with seeded weights (it will write nonsense)")
+    set_seed(0)
+    GPT2LMHeadModel(GPTScratchConfig.preset(preset).to_gpt2()).save_pretrained(directory)
+    try:
+        gpt2_tokenizer().save_pretrained(directory)
+    except OSError as error:
+        print(f"[dim]{error}[/]")
+    return directory
+
+
+@torch.no_grad()
+def main(
+    prompt: Annotated[str, typer.Option(help="What to continue.")] = "Every effort moves you",
+    preset: Annotated[str, typer.Option(help="124M, 355M, 774M or 1558M.")] = "124M",
+    new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.")] = 24,
+    offline: Annotated[bool, typer.Option(help="Do not try the hub.")] = False,
+    output: Annotated[Path, typer.Option(help="Where the checkpoints go.")] = Path("outputs/quickstart"),
+) -> None:
+    """Builds or fetches GPT-2, converts it, verifies it and generates with both models."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    shutil.rmtree(output / "official", ignore_errors=True)
+    source = official_checkpoint(preset, offline, output / "official")
+    receipt = convert_and_report(gpt2_to_scratch, source, output / "scratch", overwrite=True)
+
+    official = GPT2LMHeadModel.from_pretrained(source)
+    ours = AutoModelForCausalLM.from_pretrained(output / "scratch")
+    assert isinstance(ours, GPTScratchForCausalLM)
+    tokenizer = AutoTokenizer.from_pretrained(output / "scratch") if receipt["tokenizer"] else None
+    ids = tokenizer(prompt, return_tensors="pt").input_ids if tokenizer else torch.tensor([[6109, 3626, 6100, 345]])
+
+    agree = True
+    for name, settings in {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "top_k": 50}}.items():
+        generated = []
+        for model in (official, ours):
+            set_seed(123)
+            mask = torch.ones_like(ids)
+            generated.append(
+                model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=50256, **settings)
+            )
+        agree &= torch.equal(*generated)
+        for model, out in zip((official, ours), generated, strict=True):
+            text = tokenizer.decode(out[0]) if tokenizer else f"{out[0].tolist()} (token ids: no vocabulary here)"
+            print(Panel(text, title=f"{type(model).__name__}, {name}"))
+        print(f"{name} ids agree: {torch.equal(*generated)}")
+    sys.exit(0 if agree else 3)
+
+
+if __name__ == "__main__":
+    typer.run(main)
