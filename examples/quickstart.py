@@ -10,15 +10,16 @@ from typing import Annotated
 
 import torch
 import typer
-from hf_gpt_scratch.tokenizer import gpt2_tokenizer
 from rich import print
 from rich.panel import Panel
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, set_seed
 from transformers import logging as transformers_logging
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from hf_gpt_scratch.conversion import ConversionError, find_source, gpt2_to_scratch
 from hf_gpt_scratch.terminal import convert_and_report
+from hf_gpt_scratch.tokenizer import gpt2_tokenizer
 
 HUB_ID = "openai-community/gpt2"
 
@@ -62,21 +63,18 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(output / "scratch") if receipt["tokenizer"] else None
     ids = tokenizer(prompt, return_tensors="pt").input_ids if tokenizer else torch.tensor([[6109, 3626, 6100, 345]])
 
-    agree = True
-    for name, settings in {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "top_k": 50}}.items():
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, pad_token_id=50256)
+    agree = {}
+    for how, do_sample in (("greedy", False), ("sampled", True)):
         generated = []
         for model in (official, ours):
             set_seed(123)
-            mask = torch.ones_like(ids)
-            generated.append(
-                model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=50256, **settings)
-            )
-        agree &= torch.equal(*generated)
-        for model, out in zip((official, ours), generated, strict=True):
-            text = tokenizer.decode(out[0]) if tokenizer else f"{out[0].tolist()} (token ids: no vocabulary here)"
-            print(Panel(text, title=f"{type(model).__name__}, {name}"))
-        print(f"{name} ids agree: {torch.equal(*generated)}")
-    sys.exit(0 if agree else 3)
+            generated.append(model.generate(ids, do_sample=do_sample, **options)[0])
+            text = tokenizer.decode(generated[-1]) if tokenizer else f"token ids {generated[-1].tolist()}"
+            print(Panel(Text(text), title=f"{type(model).__name__}, {how}"))
+        agree[how] = torch.equal(*generated)
+    print("Generated ids agree:", agree)
+    sys.exit(0 if all(agree.values()) else 3)
 
 
 if __name__ == "__main__":

@@ -287,7 +287,7 @@ def _read_config(directory: Path, model_type: str) -> GPT2Config | GPTScratchCon
         raise ConversionError(f"{directory} has no config.json; give the directory of a whole checkpoint") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise ConversionError(f"{path} is no valid JSON ({error}); download it again") from error
-    found = values.get("model_type") if isinstance(values, dict) else None
+    found = str(values.get("model_type")) if isinstance(values, dict) else "none"
     if found != model_type:
         other = {"gpt2": "convert/gpt2_to_scratch.py", "gpt_scratch": "convert/scratch_to_gpt2.py"}.get(found)
         remedy = f"{other} converts those" if other else "this converter reads no other models"

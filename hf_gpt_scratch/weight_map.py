@@ -136,7 +136,7 @@ def to_scratch_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int)
     for n in range(n_layers):
         for name in DROPPED:
             theirs.pop(name.replace("{n}", str(n)), None)
-    ours = {}
+    ours: dict[str, torch.Tensor] = {}
     for row in rows(n_layers):
         if row.gpt2 in theirs:
             ours.update(zip(row.scratch, row.to_scratch(theirs.pop(row.gpt2)), strict=True))
