@@ -19,7 +19,7 @@ FROM_GPT2 = {
 TO_GPT2 = {ours: theirs for theirs, ours in FROM_GPT2.items()}
 
 # What names the class and not the model, and is therefore never carried from one config to the other.
-IDENTITY = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "name_or_path", "n_ctx")
+IDENTITY = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "name_or_path")
 
 # The four official sizes, by millions of parameters (tied): (emb_dim, n_layers, n_heads).
 PRESETS = {"124M": (768, 12, 12), "355M": (1024, 24, 16), "774M": (1280, 36, 20), "1558M": (1600, 48, 25)}

@@ -240,25 +240,21 @@ def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
         raise ConversionError(f"{target} exists already; choose another target, or pass --overwrite to replace it")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.incomplete")
-    staging.mkdir()
+    replaced = staging.with_suffix(".replaced")
     try:
+        staging.mkdir()
         yield staging
         for path in (*staging.rglob("*"), staging):
             _fsync(path)
-        if target.exists() and any(target.iterdir()):
-            replaced = staging.with_suffix(".replaced")
+        if target.exists():
             target.rename(replaced)
-            try:
-                staging.rename(target)
-            except BaseException:
-                replaced.rename(target)
-                raise
-            shutil.rmtree(replaced)
-        else:
-            staging.rename(target)
+        staging.rename(target)
         _fsync(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    finally:  # an interruption may come between any two of the lines above
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        for rest in (replaced, staging):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

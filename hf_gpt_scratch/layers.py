@@ -159,6 +159,8 @@ class MultiHeadAttention(nn.Module):
         if d_out % num_heads != 0:
             raise ValueError(f"d_out={d_out} must be a multiple of num_heads={num_heads}, so that all heads are equal")
         self.context_length = context_length
+        self.d_out = d_out
+        self.num_heads = num_heads
         self.head_dim = d_out // num_heads
         self.scaling = self.head_dim**-0.5 if scaling is None else scaling
         self.layer_idx = layer_idx

@@ -61,7 +61,7 @@ def convert_and_report(
         errors.print(f"[bold red]Not published:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(DIFFERENT)
     except KeyboardInterrupt:
-        errors.print(f"[bold red]Interrupted:[/] {escape(str(target))} is as it was before", soft_wrap=True)
+        errors.print(f"[bold red]Interrupted:[/] {escape(str(target))} is complete or as it was before", soft_wrap=True)
         sys.exit(INTERRUPTED)
     console.print(f"[bold green]Converted:[/] {escape(str(source))} to {escape(str(target))}", soft_wrap=True)
     if (parity := receipt["parity"]) is None:

@@ -453,12 +453,23 @@ def test_script_on_a_disk_that_fills_up(source, target):
     assert leftovers(target) == []
 
 
+def heed_interrupts():
+    # A shell starts its background jobs with SIGINT ignored, and tests may run in one.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_script_interrupted_half_way(tmp_path, number):
     source, target = tmp_path / "source", tmp_path / "target"
     GPT2LMHeadModel(gpt2_config(n_layer=60, n_embd=128)).save_pretrained(source)
     command = [sys.executable, CONVERT / "gpt2_to_scratch.py", source, target]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
     deadline = time.monotonic() + 60
     while not any(path.name.endswith(".incomplete") for path in tmp_path.iterdir()):
         assert process.poll() is None, process.stderr.read()
@@ -471,4 +482,34 @@ def test_script_interrupted_half_way(tmp_path, number):
     assert "as it was before" in errors
     assert "Traceback" not in errors
     assert not target.exists()
+    assert leftovers(target) == []
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_interruption_between_any_two_steps_of_publishing(tmp_path, monkeypatch, step):
+    """The old target or the new one is there, whole, and nothing else is."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").touch()
+    calls = iter(range(100))
+
+    def interrupted(function):
+        def wrapper(*args, **kwargs):
+            if next(calls) == step:
+                function(*args, **kwargs)
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("mkdir", "rename"):
+        monkeypatch.setattr(Path, name, interrupted(getattr(Path, name)))
+    try:
+        with atomic_directory(target, overwrite=True) as staging:
+            (staging / "new").touch()
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.undo()
+    assert [path.name for path in target.iterdir()] in (["old"], ["new"])
+    assert [path.name for path in target.iterdir()] == (["new"] if step >= 3 else ["old"])
     assert leftovers(target) == []

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +10,22 @@ import torch
 from pairs import CONTEXT, LAYERS, VOCAB, random_gpt2, random_ids, random_pair, randomize
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModel,
     AutoModelForCausalLM,
+    AutoTokenizer,
     DynamicCache,
     GPT2LMHeadModel,
+    GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     StaticCache,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
+from hf_gpt_scratch.layers import causal_attention
 from hf_gpt_scratch.weight_map import SCRATCH_PREFIX
 
 CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
@@ -140,6 +147,49 @@ def test_loads_with_layers_offloaded_to_disk(official, tmp_path):
     places |= {f"model.trf_blocks.{n}": "disk" if n else "cpu" for n in range(LAYERS)}
     model = load(directory, device_map=places, offload_folder=tmp_path / "offload")
     assert same_logits(model, gpt2)
+
+
+# config.json of openai-community/gpt2 but for the sizes: no tie_word_embeddings, and keys that nothing reads any more.
+HUB_CONFIG = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": VOCAB - 1,
+    "embd_pdrop": 0.1,
+    "eos_token_id": VOCAB - 1,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": CONTEXT,
+    "n_embd": 48,
+    "n_head": 4,
+    "n_layer": LAYERS,
+    "n_positions": CONTEXT,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": VOCAB,
+}
+
+
+def test_loads_by_hub_id_from_the_hubs_cache(official, tmp_path, monkeypatch):
+    gpt2, directory = official
+    rewrite(directory, as_on_the_hub)
+    repository, commit = tmp_path / "cache" / "models--openai-community--gpt2", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    directory.rename(repository / "snapshots" / commit)
+    (repository / "snapshots" / commit / "config.json").write_text(json.dumps(HUB_CONFIG))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = load("openai-community/gpt2", cache_dir=tmp_path / "cache")
+    assert same_logits(model, gpt2)
+    assert model.config.tie_word_embeddings
+    assert model.config.to_gpt2().task_specific_params == HUB_CONFIG["task_specific_params"]
 
 
 def test_auto_class_still_gives_the_official_model(official):
@@ -401,7 +451,48 @@ def test_a_wrong_table_would_be_noticed(official):
     assert not same_logits(load(directory), gpt2, bound=1e-3)
 
 
+def test_any_registered_attention_function_is_used():
+    calls = []
+
+    def counting(module, *args, **kwargs):
+        calls.append((module.layer_idx, kwargs["position_ids"].shape, kwargs["scaling"]))
+        return causal_attention(module, *args, **kwargs)
+
+    AttentionInterface.register("counting", counting)
+    AttentionMaskInterface.register("counting", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    model = tiny_model()
+    ids = random_ids()
+    expected = model(ids).logits
+    model.set_attn_implementation("counting")
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-5)
+    assert calls == [(n, (1, 20), 12**-0.5) for n in range(LAYERS)]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="flex attention is compiled: it needs a C++ compiler")
+@torch.no_grad()
+def test_flex_attention_equals_eager():
+    model = tiny_model()
+    ids = random_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    model.set_attn_implementation("eager")
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    model.set_attn_implementation("flex_attention")
+    got = model(ids, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_auto_tokenizer_knows_the_model(tmp_path):
+    """From a directory without tokenizer_config.json, as older official checkpoints are."""
+    tiny_model().save_pretrained(tmp_path)
+    trained = Path(__file__).parent / "fixtures" / "tiny-gpt2"
+    shutil.copy(trained / "tokenizer.json", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer) is GPT2Tokenizer
+    assert tokenizer("I had always").input_ids == AutoTokenizer.from_pretrained(trained)("I had always").input_ids
+
+
 def test_unknown_attention_is_refused():
+    model = tiny_model()
     with pytest.raises((ValueError, ImportError), match="no_such_attention"):
-        tiny_model().set_attn_implementation("no_such_attention")
-        GPTScratchForCausalLM._from_config(tiny_config(), attn_implementation="no_such_attention")
+        model.set_attn_implementation("no_such_attention")
