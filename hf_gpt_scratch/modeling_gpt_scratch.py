@@ -111,7 +111,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         Args:
             input_ids: (B, T), or give `inputs_embeds` (B, T, E).
             attention_mask: (B, S), 1 for tokens and 0 for padding, also over what is cached; or a ready 4-D mask.
-            position_ids: (B, T); default: on from the end of the cache.
+            position_ids: (B, T) or (1, T); default: on from the end of the cache.
             token_type_ids: (B, T), embedded by `tok_emb` as in GPT-2.
 
         Returns:
@@ -129,7 +129,9 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        position_ids = self._positions(num_past, inputs_embeds, position_ids)  # (B, T) or (1, T)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + num_past
+        self._check_positions(position_ids, num_past + inputs_embeds.shape[1])
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -156,17 +158,14 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         x = self.final_norm(x)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
 
-    def _positions(self, num_past, inputs_embeds, position_ids):
-        num_tokens = num_past + inputs_embeds.shape[1]
-        if position_ids is None:
-            if isinstance(num_tokens, int):
-                check_length(num_tokens, self.config.context_length)
-            return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + num_past).unsqueeze(0)
-        # Padding takes no position, so that more than context_length tokens may still fit. Only then look at the
-        # values: on a GPU that waits for them.
-        if isinstance(num_tokens, int) and num_tokens > self.config.context_length:
+    def _check_positions(self, position_ids, num_tokens):
+        # Padding takes no position, so that more than context_length tokens may still fit: the positions themselves
+        # count. A GPU would have to be waited for, so there they are looked at only when there are too many tokens.
+        if torch.compiler.is_compiling() or position_ids.device.type == "meta":
+            return
+        too_many = isinstance(num_tokens, int) and num_tokens > self.config.context_length
+        if too_many or position_ids.device.type == "cpu":
             check_length(int(position_ids.max()) + 1, self.config.context_length)
-        return position_ids
 
     def _attention_function(self) -> Callable:
         name = self.config._attn_implementation

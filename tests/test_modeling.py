@@ -401,6 +401,17 @@ def test_generation_past_the_context_is_refused_but_padding_takes_no_position():
     assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[:, 5:], expected)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_static_cache_and_wrong_positions_get_the_same_clear_error(attention):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    settings = dict(max_new_tokens=4, do_sample=False, cache_implementation="static", eos_token_id=None, pad_token_id=0)
+    with pytest.raises(ValueError, match=rf"{CONTEXT + 1} tokens.*context_length={CONTEXT}"):
+        model.generate(random_ids(1, CONTEXT - 2), **settings)
+    with pytest.raises(ValueError, match=rf"{CONTEXT + 1} tokens.*context_length={CONTEXT}"):
+        model(random_ids(1, 2), position_ids=torch.tensor([[3, CONTEXT]]))
+
+
 def test_either_ids_or_embeddings():
     model = tiny_model()
     ids = random_ids()

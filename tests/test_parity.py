@@ -116,6 +116,13 @@ def test_cache_equals_no_cache_and_the_officials_cache(pair, attention):
     assert relative_error(pair[1](ids).logits, ours) <= FP32_LOGITS
 
 
+def test_token_types_are_embedded_as_tokens(pair, attention):
+    types = ids_for(pair[0]) % 2
+    assert logit_error(*pair, token_type_ids=types) <= FP32_LOGITS
+    ids = ids_for(pair[0])
+    assert relative_error(pair[0](ids).logits, pair[1](ids, token_type_ids=types).logits) > 100 * FP32_LOGITS
+
+
 def left_padded(model):
     ids = ids_for(model, batch=3)
     mask = torch.ones_like(ids)
