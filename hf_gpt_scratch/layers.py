@@ -86,6 +86,12 @@ class GELU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Linear from E to `n_inner` (4E), activation, Linear back to E; each token by itself (section 4.3).
+
+    Args:
+        activation: a module instead of the book's GELU.
+    """
+
     def __init__(self, cfg, activation=None):
         super().__init__()
         cfg = settings(cfg)
@@ -145,7 +151,8 @@ def drop_mask_buffer(module, state_dict, prefix, *_):
 
 
 class MultiHeadAttention(nn.Module):
-    """
+    """Causal self-attention in `num_heads` heads side by side (section 3.6).
+
     Args:
         scaling: factor on the attention scores; 1/√D if None.
         layer_idx: this layer's place in the cache.
@@ -182,7 +189,8 @@ class MultiHeadAttention(nn.Module):
         return_weights=False,
         **kwargs,
     ):
-        """
+        """Context vectors: for each token, the values of the tokens it may see, weighted.
+
         Args:
             x: (B, T, d_in).
             attention_mask: as `attention_function` wants it; None is plain causal for `causal_attention`.
@@ -218,6 +226,13 @@ class MultiHeadAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """Norm, attention, dropout, shortcut; norm, feed-forward, dropout, shortcut (section 4.5).
+
+    Args:
+        layer_idx: number of the block, from 0.
+        activation: a module for `FeedForward`.
+    """
+
     def __init__(self, cfg, layer_idx=0, activation=None):
         super().__init__()
         cfg = settings(cfg)
@@ -261,6 +276,12 @@ def tie_missing_head(module, state_dict, prefix, *_):
 
 
 class GPTModel(nn.Module):
+    """Token and position embeddings, `n_layers` blocks, final norm, output head (section 4.6).
+
+    Its state dict has parameters only. It also loads one of the book's code, mask buffers and all, and, if tied, one
+    that stores the shared matrix once.
+    """
+
     def __init__(self, cfg):
         super().__init__()
         cfg = settings(cfg)

@@ -107,7 +107,8 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """
+        """The hidden states after the final norm.
+
         Args:
             input_ids: (B, T), or give `inputs_embeds` (B, T, E).
             attention_mask: (B, S), 1 for tokens and 0 for padding, also over what is cached; or a ready 4-D mask.
@@ -205,7 +206,8 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """
+        """The logits of the token after each token, and the loss if there are labels.
+
         Args:
             labels: (B, T), usually `input_ids`: the shift by one happens inside; -100 is ignored.
             logits_to_keep: compute the logits of the last so many tokens, or of these indices; 0 is all.

@@ -28,6 +28,7 @@ from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, GP
 from hf_gpt_scratch.layers import causal_attention
 from hf_gpt_scratch.weight_map import SCRATCH_PREFIX
 
+TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
 
 
@@ -282,7 +283,7 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 saved, ids, logits, again = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
@@ -290,6 +291,7 @@ assert type(model).__module__.startswith("transformers_modules")
 with torch.no_grad():
     torch.save(model(torch.tensor(json.loads(ids))).logits, logits)
 model.save_pretrained(again)
+assert type(AutoTokenizer.from_pretrained(saved)).__name__ == "GPT2Tokenizer"
 assert not any(name.startswith("hf_gpt_scratch") for name in sys.modules)
 """
 
@@ -297,6 +299,7 @@ assert not any(name.startswith("hf_gpt_scratch") for name in sys.modules)
 def test_saved_code_runs_where_the_package_is_missing(tmp_path):
     model = tiny_model(qkv_bias=True)
     model.save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(TRAINED).save_pretrained(tmp_path / "saved")
     ids = random_ids()
     arguments = [tmp_path / "saved", json.dumps(ids.tolist()), tmp_path / "logits.pt", tmp_path / "again"]
     done = subprocess.run(
@@ -496,11 +499,10 @@ def test_flex_attention_equals_eager():
 def test_auto_tokenizer_knows_the_model(tmp_path):
     """From a directory without tokenizer_config.json, as older official checkpoints are."""
     tiny_model().save_pretrained(tmp_path)
-    trained = Path(__file__).parent / "fixtures" / "tiny-gpt2"
-    shutil.copy(trained / "tokenizer.json", tmp_path)
+    shutil.copy(TRAINED / "tokenizer.json", tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert type(tokenizer) is GPT2Tokenizer
-    assert tokenizer("I had always").input_ids == AutoTokenizer.from_pretrained(trained)("I had always").input_ids
+    assert tokenizer("I had always").input_ids == AutoTokenizer.from_pretrained(TRAINED)("I had always").input_ids
 
 
 def test_unknown_attention_is_refused():
