@@ -1,6 +1,16 @@
 """GPT-2 in the layers of *Build a Large Language Model (From Scratch)*, as a first-class Transformers model."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GPT2Tokenizer,
+)
 
 from .configuration_gpt_scratch import GPTScratchConfig
 from .layers import (
@@ -15,7 +25,15 @@ from .layers import (
     text_to_token_ids,
     token_ids_to_text,
 )
-from .modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
+from .modeling_gpt_scratch import (
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForCausalLM,
+    GPTScratchForQuestionAnswering,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchModel,
+    GPTScratchPreTrainedModel,
+)
 
 __all__ = [
     "GELU",
@@ -23,7 +41,11 @@ __all__ = [
     "FeedForward",
     "GPTModel",
     "GPTScratchConfig",
+    "GPTScratchDoubleHeadsModel",
     "GPTScratchForCausalLM",
+    "GPTScratchForQuestionAnswering",
+    "GPTScratchForSequenceClassification",
+    "GPTScratchForTokenClassification",
     "GPTScratchModel",
     "GPTScratchPreTrainedModel",
     "LayerNorm",
@@ -35,11 +57,15 @@ __all__ = [
 ]
 
 AutoConfig.register(GPTScratchConfig.model_type, GPTScratchConfig, exist_ok=True)
-AutoModel.register(GPTScratchConfig, GPTScratchModel, exist_ok=True)
-AutoModelForCausalLM.register(GPTScratchConfig, GPTScratchForCausalLM, exist_ok=True)
 AutoTokenizer.register(GPTScratchConfig, fast_tokenizer_class=GPT2Tokenizer, exist_ok=True)
-
-# save_pretrained then ships the code, for machines without this package.
 GPTScratchConfig.register_for_auto_class()
-GPTScratchModel.register_for_auto_class("AutoModel")
-GPTScratchForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for auto_class, model_class in (
+    (AutoModel, GPTScratchModel),
+    (AutoModelForCausalLM, GPTScratchForCausalLM),
+    (AutoModelForPreTraining, GPTScratchDoubleHeadsModel),
+    (AutoModelForQuestionAnswering, GPTScratchForQuestionAnswering),
+    (AutoModelForSequenceClassification, GPTScratchForSequenceClassification),
+    (AutoModelForTokenClassification, GPTScratchForTokenClassification),
+):
+    auto_class.register(GPTScratchConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class.__name__)  # save_pretrained then ships the code

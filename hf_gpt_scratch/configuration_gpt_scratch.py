@@ -75,6 +75,8 @@ class GPTScratchConfig(PreTrainedConfig):
         scale_attn_by_inverse_layer_idx: and by 1/(layer index + 1).
         reorder_and_upcast_attn: compute the scores of `eager` attention in float32.
         tie_word_embeddings: one matrix for `tok_emb` and `out_head`. The book has two; official checkpoints one.
+        summary_type, summary_use_proj, summary_activation, summary_proj_to_labels, summary_first_dropout: the second
+            head of `GPTScratchDoubleHeadsModel`, as in `GPT2Config`.
         use_cache: return the key-value cache.
         bos_token_id, eos_token_id, pad_token_id: special tokens; 50256 is `<|endoftext|>`.
 
@@ -111,6 +113,11 @@ class GPTScratchConfig(PreTrainedConfig):
     scale_attn_by_inverse_layer_idx: bool = False
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = False
+    summary_type: str = "cls_index"
+    summary_use_proj: bool = True
+    summary_activation: str | None = None
+    summary_proj_to_labels: bool = True
+    summary_first_dropout: float | int = validated_field(rate, default=0.1)
     use_cache: bool = True
     bos_token_id: int | None = 50256
     eos_token_id: int | list[int] | None = 50256

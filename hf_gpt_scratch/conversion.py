@@ -33,7 +33,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from .configuration_gpt_scratch import GPTScratchConfig
 from .modeling_gpt_scratch import GPTScratchForCausalLM
 from .parity import verify
-from .weight_map import DROPPED_PATTERNS, GPT2_PREFIX, HEAD, SCRATCH_PREFIX, TABLE
+from .weight_map import DROPPED_PATTERNS, GPT2_PREFIX, LM_HEAD, SCRATCH_PREFIX
 
 RECEIPT = "conversion_receipt.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -343,10 +343,9 @@ def _expected_shapes(config: GPT2Config | GPTScratchConfig) -> tuple[Mapping[str
     """Names without prefix and shapes that the weights must have, and the names that may be missing."""
     with torch.device("meta"):
         if isinstance(config, GPT2Config):
-            model, prefix, head = GPT2LMHeadModel(config), GPT2_PREFIX, HEAD
+            model, prefix, head = GPT2LMHeadModel(config), GPT2_PREFIX, LM_HEAD.gpt2
         else:
-            model, prefix = GPTScratchForCausalLM(config), SCRATCH_PREFIX
-            head = next(row.scratch[0] for row in TABLE if row.gpt2 == HEAD)
+            model, prefix, head = GPTScratchForCausalLM(config), SCRATCH_PREFIX, LM_HEAD.scratch[0]
     shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in model.state_dict().items()}
     return shapes, {head} if config.tie_word_embeddings else set()
 

@@ -6,17 +6,36 @@ Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V 
 import copy
 import os
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    GPT2DoubleHeadsModel,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+    GPT2PreTrainedModel,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import GPT2DoubleHeadsModelOutput, GPT2SequenceSummary
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -50,6 +69,7 @@ class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
 class GPTScratchPreTrainedModel(PreTrainedModel):
     config_class = GPTScratchConfig
     config: GPTScratchConfig
+    gpt2_class: type[GPT2PreTrainedModel]  # the official model of the same kind
     base_model_prefix = "model"
     _input_embed_layer = "tok_emb"
     supports_gradient_checkpointing = True
@@ -80,9 +100,28 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
         """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
+    @classmethod
+    def from_gpt2(cls, gpt2: GPT2PreTrainedModel) -> Self:
+        """A copy of an official model of this kind that is in memory, in evaluation mode."""
+        return _build(cls, GPTScratchConfig.from_gpt2(gpt2.config), gpt2.state_dict(), gpt2)
+
+    def to_gpt2(self) -> GPT2PreTrainedModel:
+        """The official model with a copy of these weights, in evaluation mode."""
+        state_dict = to_gpt2_state_dict(self.state_dict(), self.config.n_layers)
+        return _build(self.gpt2_class, self.config.to_gpt2(), state_dict, self)
+
+    def save_as_gpt2(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Writes an official checkpoint, which `from_pretrained` of the official class loads.
+
+        Without `qkv_bias` the official biases are zeros. `kwargs` go to `save_pretrained`.
+        """
+        self.to_gpt2().save_pretrained(save_directory, **kwargs)
+
 
 class GPTScratchModel(GPTScratchPreTrainedModel):
     """Embeddings, blocks and final norm."""
+
+    gpt2_class = GPT2Model
 
     def __init__(self, config: GPTScratchConfig):
         super().__init__(config)
@@ -178,6 +217,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
 class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
     """`GPTScratchModel` and the output head: the book's `GPTModel`, with everything transformers does with one."""
 
+    gpt2_class = GPT2LMHeadModel
     _tied_weights_keys = {"out_head.weight": "model.tok_emb.weight"}
 
     def __init__(self, config: GPTScratchConfig):
@@ -238,22 +278,129 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    @classmethod
-    def from_gpt2(cls, gpt2: GPT2LMHeadModel) -> "GPTScratchForCausalLM":
-        """A copy of an official model that is in memory, in evaluation mode."""
-        return _build(cls, GPTScratchConfig.from_gpt2(gpt2.config), gpt2.state_dict(), gpt2)
 
-    def to_gpt2(self) -> GPT2LMHeadModel:
-        """The official model with a copy of these weights, in evaluation mode."""
-        state_dict = to_gpt2_state_dict(self.state_dict(), self.config.n_layers)
-        return _build(GPT2LMHeadModel, self.config.to_gpt2(), state_dict, self)
+class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM):
+    """`GPTScratchForCausalLM` with a second head that scores each of several continuations; one of them is right."""
 
-    def save_as_gpt2(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Writes an official checkpoint, which `GPT2LMHeadModel.from_pretrained` loads.
+    gpt2_class = GPT2DoubleHeadsModel
 
-        Without `qkv_bias` the official biases are zeros. `kwargs` go to `save_pretrained`.
+    def __init__(self, config: GPTScratchConfig):
+        config.num_labels = 1
+        super().__init__(config)
+        self.multiple_choice_head = GPT2SequenceSummary(config)
+        self.loss_type = "ForCausalLM"
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        mc_token_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        mc_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> GPT2DoubleHeadsModelOutput:
+        """The logits of the next tokens, and a score of each choice; C is the number of choices.
+
+        Args:
+            input_ids: (B, C, T) or (B, T), and so the masks, positions, types and labels.
+            mc_token_ids: (B, C), the token of each choice that stands for all of it; default: the last.
+            mc_labels: (B,), the right choice.
+
+        Returns:
+            `logits` (B, C, T, V), `mc_logits` (B, C), and `loss` and `mc_loss` for the labels there are.
         """
-        self.to_gpt2().save_pretrained(save_directory, **kwargs)
+
+        def flat(tensor, last_dims=1):
+            return None if tensor is None else tensor.reshape(-1, *tensor.shape[-last_dims:])
+
+        outputs = self.model(
+            input_ids=flat(input_ids),
+            attention_mask=flat(attention_mask),
+            position_ids=flat(position_ids),
+            past_key_values=past_key_values,
+            inputs_embeds=flat(inputs_embeds, last_dims=2),
+            token_type_ids=flat(token_type_ids),
+            use_cache=use_cache,
+            **kwargs,
+        )
+        given = (
+            input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        )  # (B, C, T), or the base model had refused
+        x = outputs.last_hidden_state.view(*given.shape, -1)  # type: ignore[union-attr]  # (B, C, T, E)
+        logits = self.out_head(x)  # (B, C, T, V)
+        mc_logits = self.multiple_choice_head(x, mc_token_ids).squeeze(-1)  # (B, C)
+        loss, mc_loss = None, None
+        if labels is not None:
+            loss = self.loss_function(flat(logits, last_dims=2), flat(labels), self.config.vocab_size)
+        if mc_labels is not None:
+            mc_loss = nn.functional.cross_entropy(mc_logits.view(-1, mc_logits.shape[-1]), mc_labels.view(-1))
+        return GPT2DoubleHeadsModelOutput(
+            loss=loss,
+            mc_loss=mc_loss,
+            logits=logits,
+            mc_logits=mc_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# The forward passes of the three below are transformers' own. Their constructors are not: those find the base model
+# through AutoModel, which does not know a copy of this module that came along with saved weights.
+
+
+class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTScratchPreTrainedModel):
+    """One label for each sequence, from its last token that is not padding."""
+
+    gpt2_class = GPT2ForSequenceClassification
+
+    def __init__(self, config: GPTScratchConfig):
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GPTScratchModel(config)
+        self.score = nn.Linear(config.emb_dim, config.num_labels, bias=False)
+        self.post_init()
+
+
+class GPTScratchForTokenClassification(GenericForTokenClassification, GPTScratchPreTrainedModel):
+    """One label for each token."""
+
+    gpt2_class = GPT2ForTokenClassification
+
+    def __init__(self, config: GPTScratchConfig):
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GPTScratchModel(config)
+        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.classifier = nn.Linear(config.emb_dim, config.num_labels)
+        self.post_init()
+
+    @property
+    def score(self) -> nn.Module:
+        """What the generic forward pass calls the head; in files `score` heads a sequence classifier."""
+        return self.classifier
+
+
+class GPTScratchForQuestionAnswering(GenericForQuestionAnswering, GPTScratchPreTrainedModel):
+    """Scores of each token as the start and as the end of the answer."""
+
+    gpt2_class = GPT2ForQuestionAnswering
+    get_input_embeddings = GPTScratchPreTrainedModel.get_input_embeddings
+    set_input_embeddings = GPTScratchPreTrainedModel.set_input_embeddings
+
+    def __init__(self, config: GPTScratchConfig):
+        PreTrainedModel.__init__(self, config)
+        self.model = GPTScratchModel(config)
+        self.qa_outputs = nn.Linear(config.emb_dim, 2)
+        self.post_init()
 
 
 def _build(model_class, config, state_dict, like):
@@ -262,7 +409,8 @@ def _build(model_class, config, state_dict, like):
     model = model_class.from_pretrained(
         None, config=config, state_dict=state_dict, dtype=like.dtype, attn_implementation=attention
     )
-    model.generation_config = copy.deepcopy(like.generation_config)
+    if like.can_generate():
+        model.generation_config = copy.deepcopy(like.generation_config)
     shared = {p.untyped_storage().data_ptr() for p in like.parameters()}
     for p in model.parameters():
         if p.untyped_storage().data_ptr() in shared:

@@ -55,7 +55,7 @@ def _qkv(kind: str) -> tuple[str, ...]:
     return tuple(f"trf_blocks.{{n}}.att.{name}.{kind}" for name in ("W_query", "W_key", "W_value"))
 
 
-TABLE = (
+BASE = (
     Row("wte.weight", ("tok_emb.weight",), False, "token embedding"),
     Row("wpe.weight", ("pos_emb.weight",), False, "position embedding"),
     Row("h.{n}.ln_1.weight", ("trf_blocks.{n}.norm1.scale",), False, "norm before attention"),
@@ -82,14 +82,25 @@ TABLE = (
     Row("h.{n}.mlp.c_proj.bias", ("trf_blocks.{n}.ff.layers.2.bias",), False, "feed-forward, 4E to E"),
     Row("ln_f.weight", ("final_norm.scale",), False, "norm after the last block"),
     Row("ln_f.bias", ("final_norm.shift",), False, "norm after the last block"),
-    Row("lm_head.weight", ("out_head.weight",), False, "logits; tied checkpoints store `wte.weight` alone"),
 )
+
+# Outside the base model, so without its prefix.
+HEADS = (
+    Row("lm_head.weight", ("out_head.weight",), False, "logits; tied checkpoints store `wte.weight` alone"),
+    Row("score.weight", ("score.weight",), False, "sequence classification"),
+    Row("classifier.weight", ("classifier.weight",), False, "token classification"),
+    Row("classifier.bias", ("classifier.bias",), False, "token classification"),
+    Row("qa_outputs.weight", ("qa_outputs.weight",), False, "question answering"),
+    Row("qa_outputs.bias", ("qa_outputs.bias",), False, "question answering"),
+    Row("multiple_choice_head.summary.weight", ("multiple_choice_head.summary.weight",), False, "double heads"),
+    Row("multiple_choice_head.summary.bias", ("multiple_choice_head.summary.bias",), False, "double heads"),
+)
+LM_HEAD = HEADS[0]
+TABLE = BASE + HEADS
 
 # In official files, but no weights: the causal mask and the number it once filled in.
 DROPPED = ("h.{n}.attn.bias", "h.{n}.attn.masked_bias")
 DROPPED_PATTERNS = [re.escape(name.removeprefix("h.{n}")) + "$" for name in DROPPED]
-
-HEAD = "lm_head.weight"  # outside the base model, so without its prefix
 
 
 def rows(n_layers: int) -> Iterator[Row]:
@@ -104,7 +115,7 @@ def without_prefix(state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict[
 
 
 def to_gpt2_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, torch.Tensor]:
-    """Our state dict, with or without the prefix, as that of `GPT2LMHeadModel`.
+    """Our state dict, with or without the prefix, as that of the official model with the same head.
 
     Raises:
         ValueError: a tensor that no row knows, or a row whose tensors are not all there.
@@ -116,7 +127,7 @@ def to_gpt2_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) ->
         if len(found) not in (0, len(row.scratch)):
             raise ValueError(f"{row.gpt2} needs all of {', '.join(row.scratch)}, but only {len(found)} are there")
         if found:
-            theirs[row.gpt2 if row.gpt2 == HEAD else GPT2_PREFIX + row.gpt2] = row.to_gpt2(found)
+            theirs[row.gpt2 if row in HEADS else GPT2_PREFIX + row.gpt2] = row.to_gpt2(found)
     if ours:
         raise ValueError(f"no GPT-2 name for {', '.join(sorted(ours))}; the model has {n_layers} layers")
     for n in range(n_layers):
@@ -127,7 +138,7 @@ def to_gpt2_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) ->
 
 
 def to_scratch_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, torch.Tensor]:
-    """GPT-2's state dict, with or without the prefix, as that of the book's `GPTModel`; mask buffers are dropped.
+    """GPT-2's state dict, with or without the prefix, in the book's names; mask buffers are dropped.
 
     Raises:
         ValueError: a tensor that no row knows.
@@ -164,6 +175,8 @@ def conversions() -> list[WeightRenaming | WeightConverter]:
         operations += [Chunk(dim=0)] if len(targets) > 1 else []
         if "{n}" not in row.gpt2:
             source, targets = rf"(?<!\w){source}", [rf"(?<!\w){target}" for target in targets]
+        if [source] == targets:
+            continue
         if operations:
             converters.append(WeightConverter(source, targets, operations=operations))
         else:

@@ -26,7 +26,7 @@ from hf_gpt_scratch.parity import (
     verify,
     weights_equal,
 )
-from hf_gpt_scratch.weight_map import TABLE
+from hf_gpt_scratch.weight_map import BASE, LM_HEAD, TABLE
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -255,7 +255,10 @@ def not_transposed(tensor):
     return tensor.reshape(tensor.shape[::-1]).T
 
 
-@pytest.mark.parametrize("row", [row for row in TABLE if ".act." not in row.gpt2], ids=lambda row: row.gpt2)
+LM_ROWS = [row for row in (*BASE, LM_HEAD) if ".act." not in row.gpt2]
+
+
+@pytest.mark.parametrize("row", LM_ROWS, ids=lambda row: row.gpt2)
 def test_any_row_read_wrongly_is_noticed(row):
     gpt2, scratch = random_pair(tie_word_embeddings=False)
     set_row(scratch, row.at(1), lambda tensor: tensor)

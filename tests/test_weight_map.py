@@ -3,11 +3,18 @@ from pathlib import Path
 import pytest
 import torch
 from pairs import LAYERS, gpt2_config, random_gpt2, random_pair
-from transformers import GPT2LMHeadModel
 from transformers.activations import ACT2FN
 from transformers.core_model_loading import revert_weight_conversion
 
-from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM
+from hf_gpt_scratch import (
+    GPTModel,
+    GPTScratchConfig,
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForCausalLM,
+    GPTScratchForQuestionAnswering,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+)
 from hf_gpt_scratch.weight_map import (
     GPT2_PREFIX,
     SCRATCH_PREFIX,
@@ -20,12 +27,20 @@ from hf_gpt_scratch.weight_map import (
     without_prefix,
 )
 
+MODELS = (
+    GPTScratchForCausalLM,
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchForQuestionAnswering,
+)
 
-def names_on_meta(activation="gelu_new", **changes):
+
+def names_on_meta(activation="gelu_new", model_class=GPTScratchForCausalLM, **changes):
     """The names without prefix that both models really have."""
     config = gpt2_config(activation_function=activation, **changes)
     with torch.device("meta"):
-        gpt2, scratch = GPT2LMHeadModel(config), GPTScratchForCausalLM(GPTScratchConfig.from_gpt2(config))
+        gpt2, scratch = model_class.gpt2_class(config), model_class(GPTScratchConfig.from_gpt2(config))
     return (
         without_prefix(gpt2.state_dict(), GPT2_PREFIX).keys(),
         without_prefix(scratch.state_dict(), SCRATCH_PREFIX).keys(),
@@ -42,8 +57,9 @@ def test_table_is_injective(n_layer):
 
 @pytest.mark.parametrize("activation", ["gelu_new", "prelu", "xielu"])
 @pytest.mark.parametrize("n_layer", [1, 12, 48])
-def test_table_is_complete_against_both_models(n_layer, activation):
-    gpt2, scratch = names_on_meta(activation, n_layer=n_layer)
+@pytest.mark.parametrize("model_class", MODELS)
+def test_table_is_complete_against_both_models(n_layer, activation, model_class):
+    gpt2, scratch = names_on_meta(activation, model_class, n_layer=n_layer)
     there = [row for row in rows(n_layer) if row.gpt2 in gpt2]
     assert {row.gpt2 for row in there} == gpt2
     assert {name for row in there for name in row.scratch} == scratch
@@ -52,7 +68,8 @@ def test_table_is_complete_against_both_models(n_layer, activation):
 def test_every_row_is_used_by_some_model():
     used = set()
     for activation in ACT2FN:
-        used |= names_on_meta(activation, n_layer=1)[0]
+        for model_class in MODELS:
+            used |= names_on_meta(activation, model_class, n_layer=1)[0]
     assert {row.gpt2 for row in rows(1)} == used
 
 
@@ -95,8 +112,8 @@ def test_missing_qkv_biases_become_zeros():
 
 def test_unknown_and_partial_tensors_are_refused_by_name():
     theirs = random_gpt2().state_dict()
-    with pytest.raises(ValueError, match=r"score\.weight"):
-        to_scratch_state_dict({**theirs, "score.weight": torch.ones(2, 48)}, LAYERS)
+    with pytest.raises(ValueError, match=r"adapter\.weight"):
+        to_scratch_state_dict({**theirs, "adapter.weight": torch.ones(2, 48)}, LAYERS)
     with pytest.raises(ValueError, match=r"h\.2\."):
         to_scratch_state_dict(theirs, LAYERS - 1)
     ours = to_scratch_state_dict(theirs, LAYERS)

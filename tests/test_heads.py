@@ -1,0 +1,235 @@
+"""The task heads against the official ones; loading, saving, losses and gradients."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pairs import VOCAB, gpt2_config, random_ids, randomize
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GPT2DoubleHeadsModel,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
+
+from hf_gpt_scratch import (
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForCausalLM,
+    GPTScratchForQuestionAnswering,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchModel,
+)
+from hf_gpt_scratch.parity import FP32_GRADIENTS, FP32_LOGITS, FP32_LOSS, gradients_as_gpt2, relative_error
+
+LABELS = 5
+IDS = random_ids(4, 12)
+PADDED = IDS.masked_fill(torch.arange(12) >= torch.tensor([[12], [9], [5], [10]]), VOCAB - 2)
+CHOICES = random_ids(6, 12, seed=1).view(2, 3, 12)
+
+# kind: (official class, ours, Auto class, inputs, names of the outputs that are compared)
+KINDS = {
+    "sequence": (
+        GPT2ForSequenceClassification,
+        GPTScratchForSequenceClassification,
+        AutoModelForSequenceClassification,
+        {"input_ids": PADDED, "labels": torch.tensor([0, 3, 4, 1])},
+        ["logits"],
+    ),
+    "sequence, several labels": (
+        GPT2ForSequenceClassification,
+        GPTScratchForSequenceClassification,
+        AutoModelForSequenceClassification,
+        {"input_ids": PADDED, "labels": torch.rand(4, LABELS).round()},
+        ["logits"],
+    ),
+    "token": (
+        GPT2ForTokenClassification,
+        GPTScratchForTokenClassification,
+        AutoModelForTokenClassification,
+        {"input_ids": IDS, "labels": (IDS % LABELS).masked_fill(IDS % 4 == 0, -100)},
+        ["logits"],
+    ),
+    "question": (
+        GPT2ForQuestionAnswering,
+        GPTScratchForQuestionAnswering,
+        AutoModelForQuestionAnswering,
+        {
+            "input_ids": IDS,
+            "start_positions": torch.tensor([0, 3, 5, 99]),
+            "end_positions": torch.tensor([1, 3, 11, 99]),
+        },
+        ["start_logits", "end_logits"],
+    ),
+    "double": (
+        GPT2DoubleHeadsModel,
+        GPTScratchDoubleHeadsModel,
+        AutoModelForPreTraining,
+        {
+            "input_ids": CHOICES,
+            "mc_token_ids": torch.tensor([[11, 5, 7], [0, 3, 11]]),
+            "labels": CHOICES,
+            "mc_labels": torch.tensor([2, 0]),
+        },
+        ["logits", "mc_logits"],
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def pair(kind):
+    config = gpt2_config(pad_token_id=VOCAB - 2, summary_first_dropout=0.0)
+    if kind[0] is not GPT2DoubleHeadsModel:
+        config.num_labels = LABELS
+    gpt2 = randomize(kind[0](config)).eval()
+    return gpt2, kind[1].from_gpt2(gpt2)
+
+
+def losses(output):
+    return [output[name] for name in ("loss", "mc_loss") if output.get(name) is not None]
+
+
+def test_outputs_and_losses(kind, pair):
+    theirs, ours = (model(**kind[3]) for model in pair)
+    for name in kind[4]:
+        assert theirs[name].shape == ours[name].shape
+        assert relative_error(theirs[name], ours[name]) <= FP32_LOGITS
+    assert len(losses(theirs)) == len(losses(ours)) > 0
+    for a, b in zip(losses(theirs), losses(ours), strict=True):
+        assert abs(a.item() - b.item()) <= FP32_LOSS * a.item()
+    assert type(ours).__name__ == type(theirs).__name__
+
+
+def test_gradient_of_every_parameter(kind, pair):
+    gpt2, scratch = pair
+    for model in pair:
+        sum(losses(model(**kind[3]))).backward()
+    ours = gradients_as_gpt2(scratch)
+    theirs = {name: parameter.grad for name, parameter in gpt2.named_parameters() if parameter.grad is not None}
+    assert ours.keys() == theirs.keys()
+    largest = max(gradient.abs().max() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        error = (gradient - ours[name]).abs().max() / max(gradient.abs().max(), 1e-2 * largest)
+        assert error <= FP32_GRADIENTS, name
+
+
+def test_official_checkpoints_load_and_are_written(kind, pair, tmp_path):
+    gpt2, scratch = pair
+    gpt2.save_pretrained(tmp_path / "official")
+    loaded, info = kind[1].from_pretrained(tmp_path / "official", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert loaded.state_dict().keys() == scratch.state_dict().keys()
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in scratch.state_dict().items())
+
+    loaded.save_as_gpt2(tmp_path / "again")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("official", "again"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_own_checkpoints_load_through_the_auto_class(kind, pair, tmp_path):
+    _, scratch = pair
+    scratch.save_pretrained(tmp_path)
+    loaded = kind[2].from_pretrained(tmp_path)
+    assert type(loaded) is kind[1]
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in scratch.state_dict().items())
+
+
+def test_a_head_read_wrongly_is_noticed(kind, pair):
+    scratch = pair[1]
+    heads = ("score.", "classifier.", "qa_outputs.", "multiple_choice_head.")
+    changed = [p for name, p in scratch.named_parameters() if name.startswith(heads)]
+    assert changed
+    for parameter in changed:
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.copy_(parameter.roll(1, dims=-1) if parameter.numel() > 1 else parameter + 1)
+        theirs, ours = (model(**kind[3]) for model in pair)
+        assert max(relative_error(theirs[name], ours[name]) for name in kind[4]) > 100 * FP32_LOGITS
+        with torch.no_grad():
+            parameter.copy_(before)
+
+
+REMOTE = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_gpt_scratch":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import torch, transformers
+auto, saved, inputs, output = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(saved, trust_remote_code=True)
+with torch.no_grad():
+    torch.save(dict(model(**torch.load(inputs))), output)
+"""
+
+
+def test_saved_code_runs_where_the_package_is_missing(kind, pair, tmp_path):
+    _, scratch = pair
+    scratch.save_pretrained(tmp_path / "saved")
+    inputs = {name: tensor for name, tensor in kind[3].items() if name == "input_ids"}
+    torch.save(inputs, tmp_path / "inputs.pt")
+    arguments = [kind[2].__name__, tmp_path / "saved", tmp_path / "inputs.pt", tmp_path / "output.pt"]
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, *map(str, arguments)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = scratch(**inputs)
+    got = torch.load(tmp_path / "output.pt", weights_only=False)
+    assert all(torch.equal(got[name], expected[name]) for name in kind[4])
+    assert json.loads((tmp_path / "saved/config.json").read_text())["auto_map"].keys() == {
+        "AutoConfig",
+        kind[2].__name__,
+    }
+
+
+def test_a_language_model_becomes_a_classifier_with_a_new_head(tmp_path):
+    """Fine-tuning starts like this: the base is loaded, the head is new."""
+    gpt2 = randomize(GPT2LMHeadModel(gpt2_config(pad_token_id=0)))
+    gpt2.save_pretrained(tmp_path)
+    model, info = GPTScratchForSequenceClassification.from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"score.weight"}
+    assert model.score.weight.shape == (3, 48)
+    assert torch.equal(model.model.tok_emb.weight, gpt2.transformer.wte.weight)
+
+
+def test_base_models_convert_in_memory():
+    gpt2 = randomize(GPT2Model(gpt2_config())).eval()
+    scratch = GPTScratchModel.from_gpt2(gpt2)
+    back = scratch.to_gpt2()
+    assert type(back) is GPT2Model
+    a, b, c = (model(IDS).last_hidden_state for model in (gpt2, scratch, back))
+    assert torch.equal(a, c)
+    assert relative_error(a, b) <= FP32_LOGITS
+
+
+def test_inputs_of_two_and_of_three_dimensions_agree():
+    gpt2 = randomize(GPT2DoubleHeadsModel(gpt2_config(tie_word_embeddings=False))).eval()
+    model = GPTScratchDoubleHeadsModel.from_gpt2(gpt2)
+    flat = CHOICES.view(6, 12)
+    assert torch.allclose(model(flat).logits.view(2, 3, 12, -1), model(CHOICES).logits, atol=1e-5)
+    embeddings = model.get_input_embeddings()(CHOICES)
+    assert torch.allclose(model(inputs_embeds=embeddings).mc_logits, model(CHOICES).mc_logits, atol=1e-5)
+    assert isinstance(model, GPTScratchForCausalLM)
