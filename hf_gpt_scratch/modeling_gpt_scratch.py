@@ -330,10 +330,9 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM):
             use_cache=use_cache,
             **kwargs,
         )
-        given = (
-            input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-        )  # (B, C, T), or the base model had refused
-        x = outputs.last_hidden_state.view(*given.shape, -1)  # type: ignore[union-attr]  # (B, C, T, E)
+        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        shape = given.shape  # type: ignore[union-attr]  # the base model has refused neither of the two
+        x = outputs.last_hidden_state.view(*shape, -1)  # (B, C, T, E)
         logits = self.out_head(x)  # (B, C, T, V)
         mc_logits = self.multiple_choice_head(x, mc_token_ids).squeeze(-1)  # (B, C)
         loss, mc_loss = None, None
