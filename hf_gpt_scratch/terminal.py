@@ -47,8 +47,9 @@ def convert_and_report(
         SystemExit: 1 not converted, 3 the result differs, 130 interrupted.
     """
     console, errors = Console(), Console(stderr=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    bars = Bars(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
+    text = TextColumn("{task.description}", markup=False)
+    bars = Bars(SpinnerColumn(), text, BarColumn(), TimeElapsedColumn(), console=console)
+    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with bars:
             progress = TerminalProgress(bars)
@@ -63,6 +64,8 @@ def convert_and_report(
     except KeyboardInterrupt:
         errors.print(f"[bold red]Interrupted:[/] {escape(str(target))} is complete or as it was before", soft_wrap=True)
         sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, usual)
     console.print(f"[bold green]Converted:[/] {escape(str(source))} to {escape(str(target))}", soft_wrap=True)
     if (parity := receipt["parity"]) is None:
         console.print("Not verified, as asked.")
