@@ -329,6 +329,15 @@ def test_remote_copy_and_package_live_in_one_process(tmp_path, monkeypatch):
     assert same_logits(load(tmp_path), model, bound=0)
 
 
+def test_models_saved_by_older_versions_keep_loading():
+    directory = Path(__file__).parent / "fixtures" / "saved-by-0.1.0"
+    expected = load_file(directory / "expected.safetensors")
+    for model_class in (GPTScratchForCausalLM, AutoModelForCausalLM):
+        model = load(directory, model_class)
+        assert (model.config.n_inner, model.config.drop_rate_attn) == (40, 0.2)
+        torch.testing.assert_close(model(expected["input_ids"]).logits, expected["logits"], atol=1e-4, rtol=1e-5)
+
+
 def test_new_weights_follow_gpt2s_scheme():
     torch.manual_seed(0)
     config = tiny_config(emb_dim=256, n_layers=12, qkv_bias=True)
