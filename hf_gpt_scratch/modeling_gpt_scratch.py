@@ -5,7 +5,7 @@ Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V 
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import torch
@@ -75,7 +75,8 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPTScratchBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keys_to_ignore_on_load_unexpected = DROPPED_PATTERNS
+    # The last are the mask buffers in the book's state dicts.
+    _keys_to_ignore_on_load_unexpected = [*DROPPED_PATTERNS, r"\.att\.mask$"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -99,6 +100,34 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
         """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
+    @classmethod
+    def from_book(cls, state_dict: Mapping[str, torch.Tensor], cfg: dict | GPTScratchConfig) -> Self:
+        """A copy of the book's `GPTModel` as a Transformers model, in evaluation mode.
+
+        Args:
+            state_dict: of a `GPTModel`, by this package or by the book's code, mask buffers and all.
+            cfg: the dict or config that it was built with. `n_heads` must be right: no tensor tells it.
+
+        Raises:
+            ValueError: the state dict is not that of a model with this config; the message names the tensors.
+        """
+        if isinstance(cfg, GPTScratchConfig):
+            config = cfg
+        else:
+            end = 50256 if cfg["vocab_size"] > 50256 else None  # a smaller vocabulary is not GPT-2's
+            config = GPTScratchConfig(**{"bos_token_id": end, "eos_token_id": end, **cfg})
+        weights = {name: tensor.clone() for name, tensor in state_dict.items()}
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        wrong = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
+        if any(wrong.values()):
+            told = "; ".join(f"{name}: {', '.join(names)}" for name, names in wrong.items() if names)
+            raise ValueError(
+                f"the state dict does not fit the config ({told}); give the cfg that the model was built with"
+            )
+        return model
 
     @classmethod
     def from_gpt2(cls, gpt2: GPT2PreTrainedModel) -> Self:

@@ -518,3 +518,34 @@ def test_unknown_attention_is_refused():
     model = tiny_model()
     with pytest.raises((ValueError, ImportError), match="no_such_attention"):
         model.set_attn_implementation("no_such_attention")
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_the_books_model_becomes_a_transformers_model(tmp_path, masks):
+    cfg = {"vocab_size": 97, "context_length": 16, "emb_dim": 24, "n_heads": 3, "n_layers": 2, "qkv_bias": False}
+    book = randomize(GPTModel({**cfg, "drop_rate": 0.1})).eval()
+    theirs = dict(book.state_dict())
+    if masks:
+        theirs |= {f"trf_blocks.{n}.att.mask": torch.ones(16, 16).triu(1) for n in range(2)}
+    torch.save(theirs, tmp_path / "model.pth")
+    model = GPTScratchForCausalLM.from_book(torch.load(tmp_path / "model.pth", weights_only=True), cfg)
+    ids = random_ids(2, 12, vocab_size=97)
+    torch.testing.assert_close(model(ids).logits, book(ids), atol=1e-4, rtol=1e-5)
+    model.model.tok_emb.weight.data.zero_()
+    assert theirs["tok_emb.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_layers": 3}, r"missing: .*trf_blocks\.2\.att\.W_key\.weight"),
+        ({"n_layers": 1}, r"unexpected: .*trf_blocks\.1\.att\.W_key\.weight"),
+        ({"vocab_size": 98}, r"mismatched: .*out_head\.weight.*97"),
+        ({"qkv_bias": True}, r"missing: .*W_query\.bias"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_refused_by_name(change, told):
+    cfg = {"vocab_size": 97, "context_length": 16, "emb_dim": 24, "n_heads": 3, "n_layers": 2, "qkv_bias": False}
+    state_dict = GPTModel(cfg).state_dict()
+    with pytest.raises(ValueError, match=told):
+        GPTScratchForCausalLM.from_book(state_dict, {**cfg, **change})

@@ -1,0 +1,53 @@
+"""The Hugging Face world for a model trained with the book: python examples/bring_your_own.py model.pth
+
+`model.pth` is what the book saves: torch.save(model.state_dict(), "model.pth"). Without it, a small model is made here.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich import print
+from transformers import AutoModelForCausalLM, set_seed
+
+from hf_gpt_scratch import GPT_CONFIG_124M, GPTModel, GPTScratchForCausalLM, generate_text_simple
+
+SMALL = {**GPT_CONFIG_124M, "vocab_size": 1000, "context_length": 64, "emb_dim": 64, "n_heads": 4, "n_layers": 2}
+
+
+def main(
+    weights: Annotated[Path | None, typer.Argument(help="The saved state dict.")] = None,
+    cfg: Annotated[str | None, typer.Option(help="The model's config as JSON; default GPT_CONFIG_124M.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the Transformers model goes.")] = Path("outputs/mine"),
+) -> None:
+    """Turns a GPTModel into a Transformers model, saves it, loads it and generates."""
+    if weights is None:
+        settings = SMALL
+        set_seed(123)
+        state_dict = GPTModel(settings).state_dict()
+    else:
+        settings = {**GPT_CONFIG_124M, **json.loads(cfg or "{}")}
+        state_dict = torch.load(weights, map_location="cpu", weights_only=True)
+        state_dict = state_dict.get("model_state_dict", state_dict)  # the book's model_and_optimizer.pth
+
+    GPTScratchForCausalLM.from_book(state_dict, settings).save_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(output)
+
+    book = GPTModel(settings).eval()
+    book.load_state_dict(state_dict)
+    idx = torch.arange(4).unsqueeze(0)
+    slow = generate_text_simple(book, idx, max_new_tokens=12, context_size=settings["context_length"])
+    mask = torch.ones_like(idx)  # all of it is text: without a mask, token 0 would be taken for padding
+    fast = model.generate(
+        idx, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    print("generate_text_simple:", slow[0].tolist())
+    print("model.generate:      ", fast[0].tolist())
+    print("equal:", torch.equal(slow, fast), "- saved to", output)
+    raise typer.Exit(0 if torch.equal(slow, fast) else 3)
+
+
+if __name__ == "__main__":
+    typer.run(main)
