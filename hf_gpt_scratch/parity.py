@@ -116,10 +116,26 @@ def greedy_ids(model, input_ids: torch.Tensor, max_new_tokens: int) -> torch.Ten
         model.generation_config = kept
 
 
-def gradients_as_gpt2(model: GPTScratchForCausalLM) -> dict[str, torch.Tensor]:
-    """The gradients of our parameters under GPT-2's names and in its layout."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return to_gpt2_state_dict(gradients, model.config.n_layers)
+def gradient_errors(gpt2, scratch) -> dict[str, float]:
+    """The relative error of the gradient of each parameter that has one, by GPT-2's names.
+
+    Gradients below a hundredth of the model's largest count as that large: a key bias, for one, moves all scores of a
+    query alike, which softmax ignores, so that its gradient is rounding noise.
+
+    Raises:
+        ValueError: other parameters have gradients here than there.
+    """
+    theirs = {name: p.grad for name, p in gpt2.named_parameters() if p.grad is not None}
+    ours = to_gpt2_state_dict(
+        {name: p.grad for name, p in scratch.named_parameters() if p.grad is not None}, scratch.config.n_layers
+    )
+    if theirs.keys() != ours.keys():
+        raise ValueError(f"only one of the models has gradients of {sorted(theirs.keys() ^ ours.keys())}")
+    largest = max(gradient.abs().max() for gradient in theirs.values())
+    return {
+        name: ((gradient - ours[name]).abs().max() / max(gradient.abs().max(), 1e-2 * largest)).item()
+        for name, gradient in theirs.items()
+    }
 
 
 def weights_equal(gpt2: GPT2LMHeadModel, scratch: GPTScratchForCausalLM) -> bool:

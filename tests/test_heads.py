@@ -1,13 +1,11 @@
 """The task heads against the official ones; loading, saving, losses and gradients."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from pairs import VOCAB, gpt2_config, random_ids, randomize
+from remote import run_without_the_package
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForPreTraining,
@@ -30,7 +28,7 @@ from hf_gpt_scratch import (
     GPTScratchForTokenClassification,
     GPTScratchModel,
 )
-from hf_gpt_scratch.parity import FP32_GRADIENTS, FP32_LOGITS, FP32_LOSS, gradients_as_gpt2, relative_error
+from hf_gpt_scratch.parity import FP32_GRADIENTS, FP32_LOGITS, FP32_LOSS, gradient_errors, relative_error
 
 LABELS = 5
 IDS = random_ids(4, 12)
@@ -116,16 +114,11 @@ def test_outputs_and_losses(kind, pair):
 
 
 def test_gradient_of_every_parameter(kind, pair):
-    gpt2, scratch = pair
     for model in pair:
         sum(losses(model(**kind[3]))).backward()
-    ours = gradients_as_gpt2(scratch)
-    theirs = {name: parameter.grad for name, parameter in gpt2.named_parameters() if parameter.grad is not None}
-    assert ours.keys() == theirs.keys()
-    largest = max(gradient.abs().max() for gradient in theirs.values())
-    for name, gradient in theirs.items():
-        error = (gradient - ours[name]).abs().max() / max(gradient.abs().max(), 1e-2 * largest)
-        assert error <= FP32_GRADIENTS, name
+    errors = gradient_errors(*pair)
+    assert errors
+    assert max(errors.values()) <= FP32_GRADIENTS, errors
 
 
 def test_official_checkpoints_load_and_are_written(kind, pair, tmp_path):
@@ -166,13 +159,7 @@ def test_a_head_read_wrongly_is_noticed(kind, pair):
             parameter.copy_(before)
 
 
-REMOTE = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_gpt_scratch":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
+FORWARD = """
 import torch, transformers
 auto, saved, inputs, output = sys.argv[1:]
 model = getattr(transformers, auto).from_pretrained(saved, trust_remote_code=True)
@@ -186,15 +173,9 @@ def test_saved_code_runs_where_the_package_is_missing(kind, pair, tmp_path):
     scratch.save_pretrained(tmp_path / "saved")
     inputs = {name: tensor for name, tensor in kind[3].items() if name == "input_ids"}
     torch.save(inputs, tmp_path / "inputs.pt")
-    arguments = [kind[2].__name__, tmp_path / "saved", tmp_path / "inputs.pt", tmp_path / "output.pt"]
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, *map(str, arguments)],
-        cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
+    run_without_the_package(
+        FORWARD, kind[2].__name__, tmp_path / "saved", tmp_path / "inputs.pt", tmp_path / "output.pt", cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
     with torch.no_grad():
         expected = scratch(**inputs)
     got = torch.load(tmp_path / "output.pt", weights_only=False)

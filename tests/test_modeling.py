@@ -1,13 +1,11 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from pairs import CONTEXT, LAYERS, VOCAB, random_gpt2, random_ids, random_pair, randomize
+from remote import run_without_the_package
 from safetensors.torch import load_file, save_file
 from transformers import (
     AttentionInterface,
@@ -273,15 +271,8 @@ def test_models_in_memory_do_not_share_weights():
     assert torch.equal(back(ids).logits, before)
 
 
-REMOTE = """
-import json, sys
-
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_gpt_scratch":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Missing())
+RELOAD = """
+import json
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -302,14 +293,7 @@ def test_saved_code_runs_where_the_package_is_missing(tmp_path):
     AutoTokenizer.from_pretrained(TRAINED).save_pretrained(tmp_path / "saved")
     ids = random_ids()
     arguments = [tmp_path / "saved", json.dumps(ids.tolist()), tmp_path / "logits.pt", tmp_path / "again"]
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, *map(str, arguments)],
-        cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_without_the_package(RELOAD, *arguments, cwd=tmp_path)
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids).logits)
     # What remote code saves is as good as what it loaded.

@@ -17,7 +17,7 @@ from hf_gpt_scratch.parity import (
     FP32_GRADIENTS,
     FP32_LOGITS,
     FP32_LOSS,
-    gradients_as_gpt2,
+    gradient_errors,
     probe_ids,
     relative_error,
     rms_error,
@@ -62,14 +62,7 @@ def test_loss_and_gradients_at_real_size(size):
         loss = model(ids, labels=ids).loss
         loss.backward()
         losses.append(loss.item())
-    theirs = {name: parameter.grad for name, parameter in gpt2.named_parameters()}
-    ours = gradients_as_gpt2(scratch)
-    assert theirs.keys() == ours.keys()
-    largest = max(gradient.abs().max() for gradient in theirs.values())
-    errors = {
-        name: ((gradient - ours[name]).abs().max() / max(gradient.abs().max(), 1e-2 * largest)).item()
-        for name, gradient in theirs.items()
-    }
+    errors = gradient_errors(gpt2, scratch)
     worst = max(errors, key=errors.__getitem__)
     print(f"\n{size}: loss {losses[0]:.6f} and {losses[1]:.6f}; worst gradient {worst}, relative {errors[worst]:.1e}")
     assert abs(losses[0] - losses[1]) <= FP32_LOSS * losses[0]
