@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from hf_gpt_scratch import GPTModel
+from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -18,6 +19,7 @@ def run(name, *arguments, cwd):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr.lower(), done.stderr
     return done.stdout
 
 
@@ -32,3 +34,22 @@ def test_bring_your_own(tmp_path, saved):
     out = run("bring_your_own.py", *arguments, cwd=tmp_path)
     assert "equal: True" in out
     assert (tmp_path / "outputs/mine/model.safetensors").is_file()
+
+
+def test_streaming(tmp_path):
+    out = run("streaming.py", "--new-tokens", 20, cwd=tmp_path)
+    assert out.count("I had always thought") == 1
+    assert "equal to the text generated at once: True" in out
+
+
+@pytest.mark.parametrize("own_text", [False, True])
+def test_pretrain(tmp_path, own_text):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 300)
+    arguments = ["--text", "text.txt", "--epochs", 2] if own_text else ["--epochs", 1]
+    out = run("pretrain.py", *arguments, cwd=tmp_path)
+    assert "epoch 1: The" in out
+    assert "validation loss 6." in out or own_text
+    output = tmp_path / "outputs" / "pretrain"
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    AutoTokenizer.from_pretrained(output)
+    assert GPTScratchForCausalLM.from_pretrained(output).config.context_length == 64
