@@ -51,9 +51,8 @@ def plot(history: list[dict], tokens_per_epoch: int, target: Path) -> None:
         logs = [log for log in history if key in log]
         axis.plot([log["epoch"] for log in logs], [log[key] for log in logs], style, label=label)
     axis.set(xlabel="epochs", ylabel="loss, nats a token", xlim=(0, None))
-    thousands = tokens_per_epoch / 1000
-    tokens = axis.secondary_xaxis("top", functions=(lambda x: x * thousands, lambda x: x / thousands))
-    tokens.set_xlabel("tokens seen, thousands")
+    tokens = axis.twiny()
+    tokens.set(xlabel="tokens seen, thousands", xlim=(0, axis.get_xlim()[1] * tokens_per_epoch / 1000))
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(target, dpi=150)

@@ -1,6 +1,8 @@
 """The examples run offline, at small sizes."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM
+from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM, GPTScratchForSequenceClassification
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -53,3 +55,39 @@ def test_pretrain(tmp_path, own_text):
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     AutoTokenizer.from_pretrained(output)
     assert GPTScratchForCausalLM.from_pretrained(output).config.context_length == 64
+
+
+@pytest.mark.parametrize("arguments", [[], ["--train-all", "--csv", "spam.tsv"]], ids=str)
+def test_classify(tmp_path, arguments):
+    lines = [f"{label}\t{word} {n}" for label, word in (("ham", "hello"), ("spam", "win")) for n in range(100)]
+    (tmp_path / "spam.tsv").write_text("\n".join(lines))
+    out = run("classify.py", *arguments, cwd=tmp_path)
+    [accuracy] = re.findall(r"test accuracy: .* -> (.*)%", out)
+    assert float(accuracy) > 90
+    assert "'label': 'spam'" in out
+    model = GPTScratchForSequenceClassification.from_pretrained(tmp_path / "outputs" / "classify")
+    assert model.config.id2label == {0: "ham", 1: "spam"}
+
+
+@pytest.mark.parametrize("own_data", [False, True])
+def test_instruct(tmp_path, own_data):
+    entries = [{"instruction": f"Count to {n}.", "input": "", "output": "1 2"} for n in range(20)]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    out = run("instruct.py", "--epochs", 3, *(["--json", "data.json"] if own_data else []), cwd=tmp_path)
+    assert out.count("before:") == out.count("after:") == (3 if own_data else 5)
+    first, last = map(float, re.findall(r"test loss (.*) -> (.*),", out)[0])
+    assert last < first / 2
+    assert (tmp_path / "outputs" / "instruct" / "tokenizer.json").is_file()
+
+
+def test_lora(tmp_path):
+    out = run("lora.py", "--steps", 20, cwd=tmp_path)
+    assert "55,296 of 611,136 parameters are trained, 9.0%" in out
+    assert out.count("equal logits: True") == 2
+    GPTScratchForCausalLM.from_pretrained(tmp_path / "outputs" / "lora" / "merged")
+
+
+def test_custom_head(tmp_path):
+    out = run("custom_head.py", cwd=tmp_path)
+    assert "equal rewards: True" in out
+    assert (tmp_path / "outputs" / "custom_head" / "model.safetensors").is_file()
