@@ -76,7 +76,10 @@ def main(
     """Finetunes on 70 % of a balanced set of messages; prints the accuracies before and after."""
     transformers_logging.set_verbosity_error()  # it would tell that the head is new
     set_seed(123)
-    splits = dict(zip(("training", "validation", "test"), balanced_split(messages(csv_file)), strict=True))
+    texts = messages(csv_file)
+    splits = dict(zip(("training", "validation", "test"), balanced_split(texts), strict=True))
+    if not all(splits.values()):
+        raise typer.BadParameter(f"{len(texts)} messages are too few; it takes 5 different ones of both {LABELS}")
     print({name: len(split) for name, split in splits.items()}, "messages, half of them spam")
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -83,6 +83,8 @@ def main(
     random.Random(123).shuffle(entries)
     cut = int(0.85 * len(entries))
     train, test = entries[:cut], entries[cut:]
+    if not train:
+        raise typer.BadParameter(f"{json_file} has {len(entries)} entries that fit the model, but it takes at least 2")
     print(f"{len(train)} instructions to learn, {len(test)} to test")
     arguments = TrainingArguments(
         output_dir=str(output),

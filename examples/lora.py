@@ -39,6 +39,8 @@ def main(
     ids = torch.tensor(tokenizer(content, verbose=False).input_ids)
     data = [{"input_ids": row, "labels": row} for row in ids.split(128) if len(row) == 128]
     cut = int(0.9 * len(data))
+    if not cut:
+        raise typer.BadParameter(f"{text} has {len(ids)} tokens, but training and test need at least 256; add text")
 
     base = GPTScratchForCausalLM.from_pretrained(model)
     adapted = get_peft_model(base, LoraConfig(r=rank, target_modules=TARGETS, task_type="CAUSAL_LM"))
