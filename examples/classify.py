@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 from rich import print
-from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, pipeline, set_seed
+from transformers import AutoTokenizer, Trainer, TrainingArguments, pipeline, set_seed
 from transformers import logging as transformers_logging
 
 from hf_gpt_scratch import GPTScratchForSequenceClassification
@@ -113,7 +113,7 @@ def main(
     trainer = Trainer(
         gpt,
         arguments,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,  # pads the batches and is saved with the model
         train_dataset=data["training"],
         eval_dataset=data["validation"],
         compute_metrics=lambda result: {"accuracy": (result.predictions.argmax(-1) == result.label_ids).mean()},
@@ -129,7 +129,6 @@ def main(
         print(f"{name} accuracy: {before[name]:.1%} -> {after[name]:.1%}")
 
     trainer.save_model()
-    tokenizer.save_pretrained(output)
     classifier = pipeline("text-classification", model=str(output))
     for text in ("Urgent! Claim your free camera today.", "Can you bring the camera today? Thanks!"):
         print(text, classifier(text))

@@ -33,10 +33,11 @@ class GPTScratchRewardModel(GPTScratchPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SequenceClassifierOutput:
-        """`logits` (B,), the rewards of texts that are padded on the right."""
+        """`logits` (B,): the rewards of texts that are padded on the right."""
         x = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         last = attention_mask.sum(dim=1) - 1  # (B,)
-        return SequenceClassifierOutput(logits=self.reward(x[torch.arange(len(x)), last]).squeeze(-1))
+        x = x[torch.arange(len(x), device=x.device), last]  # (B, E)
+        return SequenceClassifierOutput(logits=self.reward(x).squeeze(-1))
 
 
 def margins(outputs: SequenceClassifierOutput) -> torch.Tensor:
