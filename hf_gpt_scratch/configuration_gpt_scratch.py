@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict, validated_field
 from transformers import GPT2Config, PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .parallel import FSDP_PLAN, PP_PLAN, TP_PLAN
+
 # GPT2Config's name -> ours, where they differ. Everything else in a GPT2Config keeps its name.
 FROM_GPT2 = {
     "n_positions": "context_length",
@@ -93,6 +95,9 @@ class GPTScratchConfig(PreTrainedConfig):
         "num_hidden_layers": "n_layers",
         "hidden_act": "activation_function",
     }
+    base_model_tp_plan = TP_PLAN
+    base_model_fsdp_plan = FSDP_PLAN
+    base_model_pp_plan = PP_PLAN
 
     vocab_size: int = validated_field(size, default=50257)
     context_length: int = validated_field(size, default=1024)

@@ -35,6 +35,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 from transformers.models.gpt2.modeling_gpt2 import GPT2DoubleHeadsModelOutput, GPT2SequenceSummary
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -42,6 +43,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_gpt_scratch import GPTScratchConfig
 from .layers import GELU, LayerNorm, MultiHeadAttention, TransformerBlock, causal_attention, check_length
+from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
 from .weight_map import DROPPED_PATTERNS, conversions, to_gpt2_state_dict
 
 # transformers' own loader reads official GPT-2 checkpoints by this. A second copy of this module, as remote code makes
@@ -209,7 +211,11 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             position_ids=position_ids,
         )
 
-        x = inputs_embeds + self.pos_emb(position_ids)
+        x = inputs_embeds
+        if not isinstance(
+            self.pos_emb, nn.Identity
+        ):  # it is one in a later stage of a pipeline, which continues from x
+            x = x + self.pos_emb(position_ids)
         if token_type_ids is not None:
             x = x + self.tok_emb(token_type_ids)
         x = self.drop_emb(x)
@@ -248,12 +254,20 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 
     gpt2_class = GPT2LMHeadModel
     _tied_weights_keys = {"out_head.weight": "model.tok_emb.weight"}
+    _tp_plan, _pp_plan = HEAD_TP_PLAN, HEAD_PP_PLAN
 
     def __init__(self, config: GPTScratchConfig):
         super().__init__(config)
         self.model = GPTScratchModel(config)
         self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        # transformers ties after it has distributed; FSDP would by then hold two matrices, of which one is not trained.
+        if mesh_manager is not None and distributed_config.tp_size == 1 and model.config.tie_word_embeddings:
+            model.out_head.weight = model.model.tok_emb.weight
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.out_head
@@ -429,6 +443,18 @@ class GPTScratchForQuestionAnswering(GenericForQuestionAnswering, GPTScratchPreT
         self.model = GPTScratchModel(config)
         self.qa_outputs = nn.Linear(config.emb_dim, 2)
         self.post_init()
+
+
+# Trainer and the pipelines look class names up here; Trainer's label smoothing shifts the labels of those it finds.
+for _names, _model_class in (
+    (modeling_auto.MODEL_MAPPING_NAMES, GPTScratchModel),
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GPTScratchForCausalLM),
+    (modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES, GPTScratchDoubleHeadsModel),
+    (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, GPTScratchForQuestionAnswering),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, GPTScratchForSequenceClassification),
+    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, GPTScratchForTokenClassification),
+):
+    _names[GPTScratchConfig.model_type] = _model_class.__name__
 
 
 def _build(model_class, config, state_dict, like):

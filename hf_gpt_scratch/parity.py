@@ -3,6 +3,8 @@
 Errors of logits and gradients are relative to the largest value of the reference: max|a − b| / max|a|.
 """
 
+import functools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,9 +95,20 @@ def probe_ids(vocab_size: int, context_length: int, batch: int = 2, length: int 
     return torch.randint(vocab_size, (batch, min(length, context_length)), generator=generator)
 
 
+@functools.cache
+def warm_up() -> None:
+    """Runs the elementwise functions once on several threads.
+
+    The very first such call of a process has been seen, about once in a few hundred processes, to compute tanh with
+    errors of up to 1e-4 in the part of the second thread; it is in torch, and touches the official model's GELU only.
+    """
+    torch.tanh(torch.zeros(1 << 20))
+
+
 @torch.no_grad()
 def compare_logits(reference, candidate, input_ids: torch.Tensor, **inputs) -> LogitParity:
     """The logits of two models on `input_ids` (B, T); `inputs` go to both."""
+    warm_up()
     ours = candidate(input_ids, **inputs).logits.double()
     theirs = reference(input_ids, **inputs).logits.double()
     return LogitParity(
@@ -119,22 +132,29 @@ def greedy_ids(model, input_ids: torch.Tensor, max_new_tokens: int) -> torch.Ten
 def gradient_errors(gpt2, scratch) -> dict[str, float]:
     """The relative error of the gradient of each parameter that has one, by GPT-2's names.
 
-    Gradients below a hundredth of the model's largest count as that large: a key bias, for one, moves all scores of a
-    query alike, which softmax ignores, so that its gradient is rounding noise.
-
     Raises:
         ValueError: other parameters have gradients here than there.
     """
     theirs = {name: p.grad for name, p in gpt2.named_parameters() if p.grad is not None}
-    ours = to_gpt2_state_dict(
-        {name: p.grad for name, p in scratch.named_parameters() if p.grad is not None}, scratch.config.n_layers
-    )
-    if theirs.keys() != ours.keys():
-        raise ValueError(f"only one of the models has gradients of {sorted(theirs.keys() ^ ours.keys())}")
-    largest = max(gradient.abs().max() for gradient in theirs.values())
+    ours = {name: p.grad for name, p in scratch.named_parameters() if p.grad is not None}
+    return relative_errors(theirs, to_gpt2_state_dict(ours, scratch.config.n_layers))
+
+
+def relative_errors(reference: Mapping[str, torch.Tensor], candidate: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The relative error of each of a model's gradients.
+
+    Gradients below a hundredth of the model's largest count as that large: a key bias, for one, moves all scores of a
+    query alike, which softmax ignores, so that its gradient is rounding noise.
+
+    Raises:
+        ValueError: other names here than there.
+    """
+    if reference.keys() != candidate.keys():
+        raise ValueError(f"only one of the models has gradients of {sorted(reference.keys() ^ candidate.keys())}")
+    largest = max(gradient.abs().max() for gradient in reference.values())
     return {
-        name: ((gradient - ours[name]).abs().max() / max(gradient.abs().max(), 1e-2 * largest)).item()
-        for name, gradient in theirs.items()
+        name: ((gradient - candidate[name]).abs().max() / max(gradient.abs().max(), 1e-2 * largest)).item()
+        for name, gradient in reference.items()
     }
 
 

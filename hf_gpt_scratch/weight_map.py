@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
+from .parallel import SHARDED_LOADING, Gather, Scatter
+
 # Where a base model sits inside its head model: transformers' `GPT2LMHeadModel.transformer` and ours.
 GPT2_PREFIX, SCRATCH_PREFIX = "transformer.", "model."
 
@@ -173,6 +175,8 @@ def conversions() -> list[WeightRenaming | WeightConverter]:
         targets = [re.escape(name.removeprefix("trf_blocks.{n}")) for name in row.scratch]
         operations = [Transpose(0, 1)] if row.transposed else []
         operations += [Chunk(dim=0)] if len(targets) > 1 else []
+        if operations and SHARDED_LOADING:
+            operations = [Gather(row.transposed, len(targets)), *operations, Scatter()]
         if "{n}" not in row.gpt2:
             source, targets = rf"(?<!\w){source}", [rf"(?<!\w){target}" for target in targets]
         if [source] == targets:

@@ -34,7 +34,9 @@ def train(model, directory, steps=8, resume=None, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=str
+    "settings",
+    [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"label_smoothing_factor": 0.1}],
+    ids=str,
 )
 def test_trainer_has_the_officials_loss_curve(tmp_path, settings):
     gpt2, scratch = random_pair(**NO_DROPOUT)

@@ -1,0 +1,132 @@
+"""How the model is spread over processes: plans for tensor, data and pipeline parallelism, and loading into them.
+
+transformers and vLLM carry the plans out. Tensor parallelism needs transformers 5.22; before, the plan is None.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+
+SHARDED_LOADING = find_spec("transformers.distributed.parallel_utils") is not None
+
+# Of the base model, by the names of its modules; "*" is any number. The language model's head follows.
+TP_PLAN = {
+    "tok_emb": "embedding_rowwise",
+    "trf_blocks.*.att.W_query": "colwise",
+    "trf_blocks.*.att.W_key": "colwise",
+    "trf_blocks.*.att.W_value": "colwise",
+    "trf_blocks.*.att.out_proj": "rowwise",
+    "trf_blocks.*.ff.layers.*": "gpt_scratch_feed_forward",
+}
+# What has no rule is one group with the whole model, the head among it: tied to tok_emb, it would not follow the other's
+# training from a group of its own.
+FSDP_PLAN = {"tok_emb": "free_full_weight", "trf_blocks.*": "free_full_weight"}
+# Each module's inputs and outputs, in the order of execution.
+PP_PLAN = {
+    "tok_emb": (["input_ids"], ["inputs_embeds"]),
+    "pos_emb": (["position_ids"], ["position_embeds"]),
+    "drop_emb": (["inputs_embeds"], ["hidden_states"]),
+    "trf_blocks": (["hidden_states", "attention_mask"], ["hidden_states"]),
+    "final_norm": (["hidden_states"], ["hidden_states"]),
+}
+HEAD_TP_PLAN = {"out_head": "colwise_gather_output"}
+HEAD_PP_PLAN = {"out_head": (["hidden_states"], ["logits"])}
+
+if SHARDED_LOADING:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+    from transformers.distributed.tensor_parallel import TensorParallelLayer
+
+    class FeedForwardParallel(TensorParallelLayer):
+        """The first layer by columns, the last by rows, the activation on what each process has.
+
+        One style for all of `ff.layers`, since a plan cannot tell one number in a name from another.
+        """
+
+        def style(self, module: nn.Module) -> TensorParallelLayer:
+            if not isinstance(module, nn.Linear):
+                return ALL_PARALLEL_STYLES["replicated_with_grad_allreduce"]
+            return ALL_PARALLEL_STYLES["rowwise" if hasattr(module, "adds_to_shortcut") else "colwise"]
+
+        def shard_param(self, module, param, mesh):
+            self.style(module).shard_param(module, param, mesh)
+
+        def install_forward(self, module, mesh):
+            return self.style(module).install_forward(module, mesh)
+
+    ALL_PARALLEL_STYLES.register("gpt_scratch_feed_forward", FeedForwardParallel())
+else:
+    TP_PLAN = HEAD_TP_PLAN = None  # type: ignore[assignment]  # 5.4 would follow it to wrong logits
+
+
+class Gather(ConversionOps):
+    """The whole of GPT-2's tensor, of which the loader of a distributed model reads a part on each process.
+
+    The loader cuts a source as its target is sharded, before any operation; but the rows of the one are not the rows
+    of the other. So the parts are put together here, and `Scatter` cuts the results. Both leave tensors as they are
+    where nothing is sharded, and on the way back to GPT-2's layout.
+
+    Args:
+        transposed, parts: of the row in the weight map.
+    """
+
+    def __init__(self, transposed: bool, parts: int):
+        self.transposed, self.parts = transposed, parts
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        target = sharded_target(**kwargs)
+        if target is None:
+            return input_dict
+        [(name, tensor)] = input_dict.items()
+        shape = (target.shape[0] * self.parts, *target.shape[1:])
+        shape = torch.Size(reversed(shape) if self.transposed else shape)
+        strides = torch.empty(shape, device="meta").stride()
+        part = (tensor[0] if isinstance(tensor, list) else tensor).contiguous()
+        mesh, placements = target.device_mesh, target.placements
+        whole = DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=strides)
+        return {name: whole.full_tensor()}
+
+    @property
+    def reverse_op(self):
+        return Unchanged()
+
+
+class Scatter(ConversionOps):
+    """Of each of our tensors the part that belongs to this process; see `Gather`."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        target = sharded_target(**kwargs)
+        if target is None:
+            return input_dict
+        mesh, placements = target.device_mesh, target.placements
+        return {
+            name: distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
+            for name, tensor in input_dict.items()
+        }
+
+    @property
+    def reverse_op(self):
+        return Unchanged()
+
+
+class Unchanged(ConversionOps):
+    """Tensors as they are."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        return input_dict
+
+    @property
+    def reverse_op(self):
+        return Unchanged()
+
+
+def sharded_target(full_layer_name=None, model=None, **_):
+    """The parameter that a conversion is for, if it is spread over processes, else None."""
+    if not SHARDED_LOADING or model is None:
+        return None
+    target = model.get_parameter(full_layer_name)
+    return target if isinstance(target, DTensor) else None
