@@ -322,7 +322,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         )
 
 
-class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM):
+class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
     """`GPTScratchForCausalLM` with a second head that scores each of several continuations; one of them is right."""
 
     gpt2_class = GPT2DoubleHeadsModel

@@ -20,8 +20,8 @@ TP_PLAN = {
     "trf_blocks.*.att.out_proj": "rowwise",
     "trf_blocks.*.ff.layers.*": "gpt_scratch_feed_forward",
 }
-# What has no rule is one group with the whole model, the head among it: tied to tok_emb, it would not follow the other's
-# training from a group of its own.
+# What has no rule is one group with the whole model, the head among it: in a group of its own, a tied head would not
+# follow the training of tok_emb.
 FSDP_PLAN = {"tok_emb": "free_full_weight", "trf_blocks.*": "free_full_weight"}
 # Each module's inputs and outputs, in the order of execution.
 PP_PLAN = {
