@@ -77,6 +77,7 @@ class GPTScratchConfig(PreTrainedConfig):
         scale_attn_by_inverse_layer_idx: and by 1/(layer index + 1).
         reorder_and_upcast_attn: compute the scores of `eager` attention in float32.
         tie_word_embeddings: one matrix for `tok_emb` and `out_head`. The book has two; official checkpoints one.
+        add_cross_attention: layers that look at an encoder's states, as `EncoderDecoderModel` wants of a decoder.
         summary_type, summary_use_proj, summary_activation, summary_proj_to_labels, summary_first_dropout: the second
             head of `GPTScratchDoubleHeadsModel`, as in `GPT2Config`.
         use_cache: return the key-value cache.
@@ -118,6 +119,7 @@ class GPTScratchConfig(PreTrainedConfig):
     scale_attn_by_inverse_layer_idx: bool = False
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = False
+    add_cross_attention: bool = False
     summary_type: str = "cls_index"
     summary_use_proj: bool = True
     summary_activation: str | None = None
@@ -143,10 +145,6 @@ class GPTScratchConfig(PreTrainedConfig):
             raise ValueError(
                 f"got emb_dim={self.emb_dim} and n_heads={self.n_heads}, but every head needs emb_dim / n_heads whole "
                 f"dimensions; take emb_dim={fitting} or another number of heads"
-            )
-        if getattr(self, "add_cross_attention", False):
-            raise ValueError(
-                "got add_cross_attention=True, but GPTScratch has no cross-attention layers; use GPT2LMHeadModel for it"
             )
 
     @classmethod

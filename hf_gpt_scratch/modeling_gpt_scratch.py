@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     Cache,
     DynamicCache,
+    EncoderDecoderCache,
     GenerationMixin,
     GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,
@@ -26,14 +27,14 @@ from transformers import (
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.gpt2.modeling_gpt2 import GPT2DoubleHeadsModelOutput, GPT2SequenceSummary
@@ -57,15 +58,100 @@ def upcast_attention(module, queries, keys, values, attention_mask=None, **kwarg
         return causal_attention(module, queries.float(), keys.float(), values, attention_mask, **kwargs)
 
 
+class CrossAttention(MultiHeadAttention):
+    """Attention from the tokens to an encoder's states: queries from the ones, keys and values from the others."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.is_causal = False
+
+    def forward(  # type: ignore[override]  # of an encoder, it needs the states
+        self, x, encoder_hidden_states, attention_mask=None, past_key_values=None, *, attention_function
+    ):
+        """Context vectors (B, T, E) and attention weights (B, H, T, S), where S counts the encoder's states.
+
+        Args:
+            x: (B, T, E).
+            encoder_hidden_states: (B, S, E).
+            attention_mask: over the encoder's states; None where all count.
+            past_key_values: an `EncoderDecoderCache`, which keeps the keys and values of the first call.
+        """
+        queries = self.W_query(x).view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
+            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            keys, values = layer.keys, layer.values  # (B, H, S, D)
+        else:
+            heads = (*encoder_hidden_states.shape[:-1], -1, self.head_dim)
+            keys = self.W_key(encoder_hidden_states).view(heads).transpose(1, 2)  # (B, H, S, D)
+            values = self.W_value(encoder_hidden_states).view(heads).transpose(1, 2)  # (B, H, S, D)
+            if past_key_values is not None:
+                keys, values = past_key_values.cross_attention_cache.update(keys, values, self.layer_idx)
+                past_key_values.is_updated[self.layer_idx] = True
+        if attention_mask is None:  # to our own attention functions that would mean causal
+            attention_mask = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=x.device)
+        dropout = self.dropout.p if self.training else 0.0
+        context_vec, attn_weights = attention_function(
+            self, queries, keys, values, attention_mask, scaling=self.scaling, dropout=dropout
+        )  # (B, T, H, D)
+        return self.out_proj(context_vec.reshape(*x.shape[:-1], -1)), attn_weights
+
+
 class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
-    """The book's block, with whatever activation the config names."""
+    """The book's block, with whatever activation the config names, and with cross-attention if it says so."""
 
     def __init__(self, config: GPTScratchConfig, layer_idx: int):
         book_gelu = config.activation_function == "gelu_new"
         super().__init__(config, layer_idx, GELU() if book_gelu else ACT2FN[config.activation_function])
-        self.att.config = config  # attention functions may look into it
-        for projection in (self.att.out_proj, self.ff.layers[2]):
+        attentions = [self.att]
+        if config.add_cross_attention:
+            self.cross_att = CrossAttention(
+                d_in=config.emb_dim,
+                d_out=config.emb_dim,
+                context_length=config.context_length,
+                dropout=self.att.dropout.p,
+                num_heads=config.n_heads,
+                qkv_bias=config.qkv_bias,
+                scaling=self.att.scaling,
+                layer_idx=layer_idx,
+            )
+            self.norm_cross = LayerNorm(config.emb_dim, config.layer_norm_epsilon)
+            attentions.append(self.cross_att)
+        for attention in attentions:
+            attention.config = config  # attention functions may look into it
+        for projection in (*(attention.out_proj for attention in attentions), self.ff.layers[2]):
             projection.adds_to_shortcut = True
+
+    def forward(
+        self,
+        x,
+        attention_mask=None,
+        past_key_values=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        **kwargs,
+    ):
+        """As in the book, and between its two parts norm, cross-attention, dropout, shortcut if there are states."""
+        both = isinstance(past_key_values, EncoderDecoderCache)
+        cache = past_key_values.self_attention_cache if both else past_key_values
+        if encoder_hidden_states is None:
+            return super().forward(x, attention_mask, cache, **kwargs)
+        shortcut = x
+        x, _ = self.att(self.norm1(x), attention_mask, cache, return_weights=True, **kwargs)
+        x = self.drop_shortcut(x) + shortcut
+
+        shortcut = x
+        x, _ = self.cross_att(
+            self.norm_cross(x),
+            encoder_hidden_states,
+            encoder_attention_mask,
+            past_key_values,
+            attention_function=kwargs["attention_function"],
+        )
+        x = self.drop_shortcut(x) + shortcut
+
+        shortcut = x
+        x = self.drop_shortcut(self.ff(self.norm2(x)))
+        return x + shortcut
 
 
 class GPTScratchPreTrainedModel(PreTrainedModel):
@@ -86,7 +172,8 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": GPTScratchBlock,
-        "attentions": OutputRecorder(MultiHeadAttention, index=1),
+        "attentions": OutputRecorder(MultiHeadAttention, layer_name=".att", index=1),
+        "cross_attentions": OutputRecorder(CrossAttention, layer_name=".cross_att", index=1),
     }
 
     @torch.no_grad()
@@ -174,9 +261,11 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
         """The hidden states after the final norm.
 
         Args:
@@ -184,20 +273,30 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             attention_mask: (B, S), 1 for tokens and 0 for padding, also over what is cached; or a ready 4-D mask.
             position_ids: (B, T) or (1, T); default: on from the end of the cache.
             token_type_ids: (B, T), embedded by `tok_emb` as in GPT-2.
+            encoder_hidden_states: (B, S, E), for a model with `add_cross_attention`.
+            encoder_attention_mask: (B, S), 1 for states that count.
 
         Returns:
             `last_hidden_state` (B, T, E).
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`, or more tokens than `context_length`.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, more tokens than `context_length`, or an
+                encoder's states for a model without cross-attention.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if encoder_hidden_states is not None and not self.config.add_cross_attention:
+            raise ValueError(
+                "got encoder_hidden_states, but the model has no cross-attention layers; build it with "
+                "add_cross_attention=True"
+            )
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.tok_emb(input_ids)  # (B, T, E)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if use_cache and self.config.add_cross_attention and not isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
 
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
@@ -210,6 +309,14 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if encoder_hidden_states is not None:
+            kwargs["encoder_hidden_states"] = encoder_hidden_states
+            kwargs["encoder_attention_mask"] = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+            )
 
         x = inputs_embeds
         if not isinstance(
@@ -231,7 +338,9 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
                 **kwargs,
             )
         x = self.final_norm(x)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=x, past_key_values=past_key_values if use_cache else None
+        )
 
     def _check_positions(self, position_ids, num_tokens):
         # Padding takes no position, so that more than context_length tokens may still fit: the positions themselves
@@ -284,11 +393,13 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithCrossAttentions:
         """The logits of the token after each token, and the loss if there are labels.
 
         Args:
@@ -305,6 +416,8 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             token_type_ids=token_type_ids,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
             use_cache=use_cache,
             **kwargs,
         )
@@ -313,12 +426,13 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
         )
 
 

@@ -53,8 +53,11 @@ class Row:
         return ", ".join(words) or "same"
 
 
-def _qkv(kind: str) -> tuple[str, ...]:
-    return tuple(f"trf_blocks.{{n}}.att.{name}.{kind}" for name in ("W_query", "W_key", "W_value"))
+def _names(module: str, layers: tuple[str, ...], kind: str) -> tuple[str, ...]:
+    return tuple(f"trf_blocks.{{n}}.{module}.{layer}.{kind}" for layer in layers)
+
+
+_QKV = ("W_query", "W_key", "W_value")
 
 
 BASE = (
@@ -62,8 +65,13 @@ BASE = (
     Row("wpe.weight", ("pos_emb.weight",), False, "position embedding"),
     Row("h.{n}.ln_1.weight", ("trf_blocks.{n}.norm1.scale",), False, "norm before attention"),
     Row("h.{n}.ln_1.bias", ("trf_blocks.{n}.norm1.shift",), False, "norm before attention"),
-    Row("h.{n}.attn.c_attn.weight", _qkv("weight"), True, "query, key and value projections"),
-    Row("h.{n}.attn.c_attn.bias", _qkv("bias"), False, "query, key and value biases; zeros without `qkv_bias`"),
+    Row("h.{n}.attn.c_attn.weight", _names("att", _QKV, "weight"), True, "query, key and value projections"),
+    Row(
+        "h.{n}.attn.c_attn.bias",
+        _names("att", _QKV, "bias"),
+        False,
+        "query, key and value biases; zeros without `qkv_bias`",
+    ),
     Row("h.{n}.attn.c_proj.weight", ("trf_blocks.{n}.att.out_proj.weight",), True, "attention output"),
     Row("h.{n}.attn.c_proj.bias", ("trf_blocks.{n}.att.out_proj.bias",), False, "attention output"),
     Row("h.{n}.ln_2.weight", ("trf_blocks.{n}.norm2.scale",), False, "norm before feed-forward"),
@@ -82,6 +90,17 @@ BASE = (
     ),
     Row("h.{n}.mlp.c_proj.weight", ("trf_blocks.{n}.ff.layers.2.weight",), True, "feed-forward, 4E to E"),
     Row("h.{n}.mlp.c_proj.bias", ("trf_blocks.{n}.ff.layers.2.bias",), False, "feed-forward, 4E to E"),
+    Row("h.{n}.ln_cross_attn.weight", ("trf_blocks.{n}.norm_cross.scale",), False, "norm before cross-attention"),
+    Row("h.{n}.ln_cross_attn.bias", ("trf_blocks.{n}.norm_cross.shift",), False, "norm before cross-attention"),
+    *(
+        Row(f"h.{{n}}.crossattention.{theirs}.{kind}", _names("cross_att", ours, kind), kind == "weight", meaning)
+        for theirs, ours, meaning in (
+            ("q_attn", ("W_query",), "cross-attention, query projection"),
+            ("c_attn", ("W_key", "W_value"), "cross-attention, key and value projections"),
+            ("c_proj", ("out_proj",), "cross-attention output"),
+        )
+        for kind in ("weight", "bias")
+    ),
     Row("ln_f.weight", ("final_norm.scale",), False, "norm after the last block"),
     Row("ln_f.bias", ("final_norm.shift",), False, "norm after the last block"),
 )
@@ -101,7 +120,12 @@ LM_HEAD = HEADS[0]
 TABLE = BASE + HEADS
 
 # In official files, but no weights: the causal mask and the number it once filled in.
-DROPPED = ("h.{n}.attn.bias", "h.{n}.attn.masked_bias")
+DROPPED = (
+    "h.{n}.attn.bias",
+    "h.{n}.attn.masked_bias",
+    "h.{n}.crossattention.bias",
+    "h.{n}.crossattention.masked_bias",
+)
 DROPPED_PATTERNS = [re.escape(name.removeprefix("h.{n}")) + "$" for name in DROPPED]
 
 
@@ -132,10 +156,9 @@ def to_gpt2_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) ->
             theirs[row.gpt2 if row in HEADS else GPT2_PREFIX + row.gpt2] = row.to_gpt2(found)
     if ours:
         raise ValueError(f"no GPT-2 name for {', '.join(sorted(ours))}; the model has {n_layers} layers")
-    for n in range(n_layers):
-        weight = theirs.get(f"{GPT2_PREFIX}h.{n}.attn.c_attn.weight")
-        if weight is not None:
-            theirs.setdefault(f"{GPT2_PREFIX}h.{n}.attn.c_attn.bias", weight.new_zeros(weight.shape[1]))
+    for name, weight in list(theirs.items()):
+        if name.endswith(("c_attn.weight", "q_attn.weight")):  # without qkv_bias they come alone
+            theirs.setdefault(name.removesuffix("weight") + "bias", weight.new_zeros(weight.shape[1]))
     return theirs
 
 

@@ -274,7 +274,7 @@ BAD = {
     "another model": (another_model, r"type 'llama', but 'gpt2' is wanted"),
     "already converted": (edit_config(model_type="gpt_scratch"), r"'gpt_scratch'.*scratch_to_gpt2\.py"),
     "wrong option": (edit_config(n_embd="48"), r"config\.json is not usable.*expected int, got str"),
-    "cross-attention": (edit_config(add_cross_attention=True), r"add_cross_attention=True"),
+    "cross-attention promised": (edit_config(add_cross_attention=True), r"lacks 'h\.0\.(crossattention|ln_cross_attn)"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"has no model\.safetensors.*whole checkpoint"),
     "truncated": (truncate, r"model\.safetensors is truncated or corrupt.*download it again"),
     "corrupt header": (corrupt_header, r"model\.safetensors is truncated or corrupt"),

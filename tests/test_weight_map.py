@@ -58,8 +58,9 @@ def test_table_is_injective(n_layer):
 @pytest.mark.parametrize("activation", ["gelu_new", "prelu", "xielu"])
 @pytest.mark.parametrize("n_layer", [1, 12, 48])
 @pytest.mark.parametrize("model_class", MODELS)
-def test_table_is_complete_against_both_models(n_layer, activation, model_class):
-    gpt2, scratch = names_on_meta(activation, model_class, n_layer=n_layer)
+@pytest.mark.parametrize("cross", [False, True])
+def test_table_is_complete_against_both_models(n_layer, activation, model_class, cross):
+    gpt2, scratch = names_on_meta(activation, model_class, n_layer=n_layer, add_cross_attention=cross)
     there = [row for row in rows(n_layer) if row.gpt2 in gpt2]
     assert {row.gpt2 for row in there} == gpt2
     assert {name for row in there for name in row.scratch} == scratch
@@ -69,7 +70,7 @@ def test_every_row_is_used_by_some_model():
     used = set()
     for activation in ACT2FN:
         for model_class in MODELS:
-            used |= names_on_meta(activation, model_class, n_layer=1)[0]
+            used |= names_on_meta(activation, model_class, n_layer=1, add_cross_attention=True)[0]
     assert {row.gpt2 for row in rows(1)} == used
 
 
@@ -136,11 +137,13 @@ def test_the_loaders_patterns_give_the_tables_names_in_both_directions(activatio
 
 
 def test_layouts_in_words():
-    assert [row.layout for row in TABLE if "attn" in row.gpt2] == [
+    assert [row.layout for row in TABLE if "attn.c" in row.gpt2 or "crossattention.c_attn" in row.gpt2] == [
         "transposed, split in 3",
         "split in 3",
         "transposed",
         "same",
+        "transposed, split in 2",
+        "split in 2",
     ]
     assert Row("a", ("b",), False, "").layout == "same"
 
