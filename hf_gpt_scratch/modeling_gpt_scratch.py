@@ -188,6 +188,8 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
         """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
+        if save_original_format:
+            _refuse_quantized(self)
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     @classmethod
@@ -220,11 +222,21 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_gpt2(cls, gpt2: GPT2PreTrainedModel) -> Self:
-        """A copy of an official model of this kind that is in memory, in evaluation mode."""
+        """A copy of an official model of this kind that is in memory, in evaluation mode.
+
+        Raises:
+            ValueError: it is quantized.
+        """
+        _refuse_quantized(gpt2)
         return _build(cls, GPTScratchConfig.from_gpt2(gpt2.config), gpt2.state_dict(), gpt2)
 
     def to_gpt2(self) -> GPT2PreTrainedModel:
-        """The official model with a copy of these weights, in evaluation mode."""
+        """The official model with a copy of these weights, in evaluation mode.
+
+        Raises:
+            ValueError: the weights are quantized.
+        """
+        _refuse_quantized(self)
         state_dict = to_gpt2_state_dict(self.state_dict(), self.config.n_layers)
         return _build(self.gpt2_class, self.config.to_gpt2(), state_dict, self)
 
@@ -569,6 +581,16 @@ for _names, _model_class in (
     (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, GPTScratchForTokenClassification),
 ):
     _names[GPTScratchConfig.model_type] = _model_class.__name__
+
+
+def _refuse_quantized(model):
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"got a model quantized by {getattr(method, 'value', method)}, but only float weights can be translated; "
+            "load the checkpoint without quantization_config"
+        )
 
 
 def _build(model_class, config, state_dict, like):

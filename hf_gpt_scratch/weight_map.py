@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, WeightRenaming
 
 from .parallel import SHARDED_LOADING, Gather, Scatter
 
@@ -181,6 +181,37 @@ def to_scratch_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int)
     return ours
 
 
+class QuantizableConverter(WeightConverter):
+    """A converter whose targets are each quantized on load.
+
+    transformers hands all targets of a converter to one quantizer operation, and most of those take the first only:
+    W_key and W_value would be left without their weights.
+    """
+
+    quantization_operation: ConversionOps | None
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+        operation, self.quantization_operation = self.quantization_operation, None
+        tensors = super().convert(layer_name, model=model, config=config, loading_info=loading_info)
+        if operation is None:
+            return tensors
+        quantized = {}
+        for name, tensor in tensors.items():
+            if not hf_quantizer.param_needs_quantization(model, name):
+                quantized[name] = tensor
+                continue
+            quantized |= operation.convert(
+                {name: [tensor.contiguous()]},
+                source_patterns=self.source_patterns,
+                target_patterns=self.target_patterns,
+                full_layer_name=name,
+                model=model,
+                config=config,
+                missing_keys=loading_info.missing_keys if loading_info else None,
+            )
+        return quantized
+
+
 def conversions() -> list[WeightRenaming | WeightConverter]:
     """The table as transformers' loader wants it.
 
@@ -205,7 +236,7 @@ def conversions() -> list[WeightRenaming | WeightConverter]:
         if [source] == targets:
             continue
         if operations:
-            converters.append(WeightConverter(source, targets, operations=operations))
+            converters.append(QuantizableConverter(source, targets, operations=operations))
         else:
             renamings.append(WeightRenaming(source, targets))
     return renamings + converters
