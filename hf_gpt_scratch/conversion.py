@@ -31,11 +31,13 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from .configuration_gpt_scratch import GPTScratchConfig
+from .model_card import model_card
 from .modeling_gpt_scratch import GPTScratchForCausalLM
 from .parity import verify
 from .weight_map import DROPPED_PATTERNS, GPT2_PREFIX, LM_HEAD, SCRATCH_PREFIX
 
 RECEIPT = "conversion_receipt.json"
+CARD = "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _DROPPED = [re.compile(pattern) for pattern in DROPPED_PATTERNS]
 
@@ -121,6 +123,11 @@ def _convert(source_type, target_type, source, target, revision, check, overwrit
                 "versions": {m.__name__: m.__version__ for m in (torch, transformers)}
                 | {"python": platform.python_version()},
             }
+            if target_type == "gpt_scratch":
+                with torch.device("meta"):
+                    model = GPTScratchForCausalLM(GPTScratchConfig.from_pretrained(staging))
+                hub_id = None if directory == Path(source).expanduser() else str(source)
+                model_card(model, receipt, hub_id).save(staging / CARD)
             progress.step("Hashing the result", sum(path.stat().st_size for path in staging.iterdir()))
             receipt["target"] = {
                 "files": {p.name: _digest(p, progress) for p in sorted(staging.iterdir()) if p.is_file()}

@@ -1,0 +1,138 @@
+"""The README.md of a saved model: what it is, how near the official one it was measured, how to load it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .modeling_gpt_scratch import GPTScratchPreTrainedModel
+
+# What OpenAI published on the hub, all under one licence.
+OPENAI_GPT2 = {f"openai-community/gpt2{size}": "mit" for size in ("", "-medium", "-large", "-xl")}
+
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForPreTraining": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModel": "feature-extraction",
+}
+
+ARCHITECTURE = {
+    "vocab_size": "token ids",
+    "context_length": "longest sequence, in tokens",
+    "emb_dim": "width",
+    "n_layers": "transformer blocks",
+    "n_heads": "attention heads per block",
+    "qkv_bias": "biases on W_query, W_key and W_value",
+    "activation_function": "activation",
+    "tie_word_embeddings": "one matrix for tok_emb and out_head",
+}
+
+TEXT = """\
+# {title}
+
+GPT-2 in the layers of the book *Build a Large Language Model (From Scratch)*, as a Transformers model,
+{made_of}.
+
+{parameters:,} parameters ({dtype}).
+
+## How to load it
+
+`here` is this repository's id, or the directory that you downloaded it to. Without any package but Transformers, by the
+code that lies beside the weights:
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained(here, trust_remote_code=True)
+```
+
+With the package `hf_gpt_scratch`, whose code it is:
+
+```python
+from hf_gpt_scratch import {model_class}
+
+model = {model_class}.from_pretrained(here)
+model.save_as_gpt2("official")  # an official checkpoint again
+```
+
+## Architecture
+
+| | | |
+| --- | --- | --- |
+{architecture}
+{parity}
+## Licence
+
+{licence}
+"""
+
+PARITY = """
+## Parity with `GPT2LMHeadModel`
+
+Measured in float32 when the checkpoint was converted{versions}:
+
+| | |
+| --- | --- |
+| logits, max \\|error\\| of max \\|logit\\| | {logits[max_abs_error]:.1e} of {logits[max_abs_logit]:.4g} |
+| relative error, and its bound | {logits[relative_error]:.1e}, {logit_bound:.0e} |
+| top-1 agreement on {logits[tokens]} random tokens | {logits[top1_agreement]:.2%} |
+| greedy continuation | {greedy_tokens} of {greedy_tokens} token ids equal |
+| weights | {tensors} of {tensors} tensors equal bit for bit |
+"""
+
+
+def model_card(
+    model: GPTScratchPreTrainedModel,
+    receipt: Mapping[str, Any] | None = None,
+    source: str | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """The card of a model; `save(path)` writes it, `push_to_hub(repo_id)` uploads it.
+
+    Args:
+        model: with or without its weights: one on the meta device will do.
+        receipt: of the conversion it came from; its parity figures are shown, if they were measured and are good.
+        source: hub id of the checkpoint that the weights come from.
+        license: of the weights, by the hub's names; default: "mit" for OpenAI's own, else the card leaves it open.
+    """
+    license = license or OPENAI_GPT2.get(source or "")
+    auto_class = type(model)._auto_class or "AutoModel"
+    data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag=PIPELINES.get(auto_class),
+        base_model=source,
+        tags=["gpt2", model.config.model_type, "custom_code", "pytorch"],
+    )
+    if source:
+        link = f"[{source}](https://huggingface.co/{source})"
+        made_of = f"with the weights of {link}"
+        weights = f"those of {link}, `{license}`" if license else f"see {link}"
+    else:
+        made_of = "with the weights of an official checkpoint" if receipt else "with weights of its own"
+        weights = f"`{license}`" if license else "not stated"
+    text = TEXT.format(
+        title=f"{source.rpartition('/')[2]} in the layers of the book" if source else "GPT-2 in the layers of the book",
+        made_of=made_of,
+        parameters=model.num_parameters(),
+        dtype=str(model.config.dtype or model.dtype).removeprefix("torch."),
+        auto_class=auto_class,
+        model_class=type(model).__name__,
+        architecture="\n".join(
+            f"| `{name}` | {getattr(model.config, name)} | {meaning} |" for name, meaning in ARCHITECTURE.items()
+        ),
+        parity=_parity(receipt),
+        licence=f"The code: `apache-2.0`. The weights: {weights}.",
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _parity(receipt: Mapping[str, Any] | None) -> str:
+    figures = (receipt or {}).get("parity")
+    if not figures or not figures["passed"]:
+        return ""
+    versions = ", ".join(f"{name} {version}" for name, version in (receipt or {}).get("versions", {}).items())
+    return PARITY.format(versions=f" ({versions})" if versions else "", **figures)
