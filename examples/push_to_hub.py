@@ -57,9 +57,8 @@ def main(
         return
     hub = HfApi()
     hub.create_repo(repo_id, private=private, exist_ok=True)
-    print(
-        "Pushed:", hub.upload_folder(repo_id=repo_id, folder_path=repository, commit_message="Upload model").commit_url
-    )
+    commit = hub.upload_folder(repo_id=repo_id, folder_path=repository, commit_message="Upload model")
+    print("Pushed:", commit.commit_url)
 
 
 if __name__ == "__main__":

@@ -91,9 +91,8 @@ def loads_without_the_package(repository, model, tmp_path):
 
 @torch.no_grad()
 def same_logits(repository, model):
-    return torch.equal(
-        GPTScratchForCausalLM.from_pretrained(repository)(random_ids()).logits, model(random_ids()).logits
-    )
+    ids = random_ids()
+    return torch.equal(GPTScratchForCausalLM.from_pretrained(repository)(ids).logits, model(ids).logits)
 
 
 def test_push_to_hub_uploads_weights_config_code_and_a_card(hub, tmp_path):
