@@ -1,0 +1,17 @@
+"""An OpenAI-compatible server for a model of ours: python examples/serve.py mine --port 8000
+
+This is `transformers serve`, with all its options. That looks for a model's class among transformers' own, whatever
+code lies beside the weights; so ours is put there.
+"""
+
+import sys
+
+import transformers
+from transformers.cli.transformers import app
+
+from hf_gpt_scratch import GPTScratchForCausalLM
+
+if __name__ == "__main__":
+    transformers.GPTScratchForCausalLM = GPTScratchForCausalLM
+    sys.argv[1:1] = ["serve"]
+    app()
