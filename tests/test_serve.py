@@ -13,15 +13,20 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, GPT2LMHeadModel
+import torch
+import transformers
+from pairs import random_ids, random_pair
+from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 
 from hf_gpt_scratch.conversion import gpt2_to_scratch
+from hf_gpt_scratch.parity import greedy_ids
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "serve.py"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PROMPT = "I had always thought"
 NEW_TOKENS = 12
+COMPLETIONS = importlib.util.find_spec("transformers.cli.serving") is not None
 SECONDS = 60  # for the server to come up; it takes five
 
 
@@ -106,9 +111,7 @@ def test_streamed_chunks_add_up_to_the_same_text(server, expected):
     assert len(chunks) > 3
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformers.cli.serving") is None, reason="this transformers serves chats only"
-)
+@pytest.mark.skipif(not COMPLETIONS, reason="this transformers serves chats only")
 def test_completions_are_what_generate_gives(server, expected):
     body = {"prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0}
     assert json.loads(server.post("/v1/completions", body))["choices"][0]["text"] == expected
@@ -127,3 +130,16 @@ def test_transformers_chat_talks_to_it(server, expected):
         timeout=SECONDS,
     )
     assert " ".join(expected.split()) in " ".join(chat.stdout.split()), chat.stdout + chat.stderr
+
+
+@pytest.mark.skipif(not COMPLETIONS, reason="this transformers cannot do it on a CPU, with the official model either")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_continuous_batching_gives_the_ids_of_generate(attention):
+    """What --continuous-batching serves with: prompts of several lengths packed into one row, paged caches."""
+    gpt2, scratch = random_pair(attn_implementation=attention)
+    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (5, 11, 8)]
+    expected = [greedy_ids(gpt2, torch.tensor([ids]), NEW_TOKENS)[0, len(ids) :].tolist() for ids in prompts]
+    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)  # not all of the memory
+    answers = scratch.generate_batch(prompts, generation_config=settings, continuous_batching_config=small)
+    assert [answer.generated_tokens for answer in answers.values()] == expected
