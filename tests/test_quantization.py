@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from pairs import random_ids, random_pair
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from torchao.utils import get_model_size_in_bytes
 from transformers import (
@@ -169,3 +170,28 @@ def test_quantized_models_are_not_translated(directories, method):
     official = load(directories / "official", METHODS["bitsandbytes 8 bits"][0], GPT2LMHeadModel)
     with pytest.raises(ValueError, match="quantized by bitsandbytes"):
         GPTScratchForCausalLM.from_gpt2(official)
+
+
+@pytest.mark.parametrize("name", ["torchao int8 weights", "bitsandbytes 8 bits", "bitsandbytes 4 bits"])
+def test_adapters_train_on_a_quantized_official_checkpoint(directories, name):
+    how, _ = METHODS[name]
+    base = prepare_model_for_kbit_training(load(directories / "official", how), use_gradient_checkpointing=False)
+    targets = [*PROJECTIONS, "ff.layers.0", "ff.layers.2"]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(parameters) == 2 * len(targets) * len(base.model.trf_blocks)
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    ids, losses = random_ids(), []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits  # not after saving: that spoils bitsandbytes' 4 bits on a CPU
+    model.save_pretrained(directories / "adapter")
+    again = PeftModel.from_pretrained(load(directories / "official", how), directories / "adapter").eval()
+    with torch.no_grad():
+        assert relative_error(expected, again(input_ids=ids).logits) <= 1e-3
