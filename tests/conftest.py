@@ -1,5 +1,34 @@
-"""What all tests need first."""
+"""What all tests need first, and the record of what ran for the README's support table."""
+
+import datetime
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from packaging.version import Version
 
 from hf_gpt_scratch.parity import warm_up
 
 warm_up()
+OUTCOMES = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--support-table", metavar="FILE", help="write each test's outcome here, for tests/support.py")
+
+
+def pytest_runtest_logreport(report):
+    name = report.nodeid.split("/")[-1]
+    if report.when == "call" or report.outcome != "passed":
+        reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else None
+        OUTCOMES[name] = {"outcome": report.outcome, "reason": reason}
+
+
+def pytest_sessionfinish(session):
+    if file := session.config.getoption("--support-table"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        version = transformers.__version__
+        run = {"transformers": version, "order": list(Version(version).release), "torch": torch.__version__}
+        run |= {"date": datetime.date.today().isoformat(), "tests": OUTCOMES}
+        Path(file).write_text(json.dumps(run, indent=1))

@@ -62,9 +62,14 @@ ROWS = {
     "beam search, early stopping and length penalty": {"num_beams": 3, "early_stopping": True, "length_penalty": 0.5},
     "beam sampling": {"num_beams": 3, "do_sample": True, "temperature": 1.3},
     "repetition penalty": {"repetition_penalty": 1.8},
+    "repetition penalty on the prompt": {"encoder_repetition_penalty": 1.5},
+    "sampling with epsilon and eta cut-offs": {"do_sample": True, "epsilon_cutoff": 1e-3, "eta_cutoff": 1e-3},
+    "beam search, renormalized": {"num_beams": 3, "renormalize_logits": True, "remove_invalid_values": True},
+    "sequence bias": {"sequence_bias": [[[5, 6], 2.0], [[7], -3.0]]},
+    "growing length penalty": {"exponential_decay_length_penalty": (3, 1.5)},
     "no repeated bigrams": {"no_repeat_ngram_size": 2},
     "bad words": {"bad_words_ids": [[5], [17], [3, 4]]},
-    "suppressed tokens": {"suppress_tokens": list(range(0, VOCAB, 2))},
+    "suppressed tokens": {"suppress_tokens": list(range(0, VOCAB, 2)), "begin_suppress_tokens": [1, 3]},
     "forced end": {"forced_eos_token_id": 9},
     "minimum length": {"min_new_tokens": 10, "eos_token_id": list(range(100))},
     "stop at any of several tokens": {"eos_token_id": list(range(60))},
@@ -96,6 +101,33 @@ def test_ids_are_the_officials(pair, row, attention):
     assert torch.equal(theirs, ours)
     if settings.get("do_sample"):
         assert not torch.equal(ours, generated(pair[1], seed=12, **inputs, **settings))
+
+
+@pytest.mark.parametrize("backend", ["quanto", "hqq"])
+def test_quantized_cache(pair, backend):
+    axis = 0 if backend == "quanto" else 1
+    settings = dict(backend=backend, nbits=4, residual_length=8, q_group_size=16, axis_key=axis, axis_value=axis)
+    inputs = dict(input_ids=random_ids(2, 30), cache_implementation="quantized", cache_config=settings)
+    theirs, ours = (generated(model, **inputs) for model in pair)
+    assert torch.equal(theirs, ours)
+
+
+MOVED_OUT = {
+    "diverse beams": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "constrained beams": {"num_beams": 3, "force_words_ids": [[5]]},
+    "contrastive search": {"penalty_alpha": 0.6, "top_k": 4},
+    "DoLa": {"dola_layers": "low"},
+}
+
+
+@pytest.mark.parametrize("row", MOVED_OUT)
+def test_what_moved_out_of_transformers_is_refused_with_its_message(pair, row):
+    told = []
+    for model in pair:
+        with pytest.raises(ValueError, match="trust_remote_code=True") as error:
+            generated(model, **prompts(), **MOVED_OUT[row])
+        told.append(str(error.value))
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("how", ["ours assisted by the official", "the official assisted by ours", "ours by ours"])
