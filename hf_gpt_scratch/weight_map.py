@@ -129,9 +129,9 @@ DROPPED = (
 DROPPED_PATTERNS = [re.escape(name.removeprefix("h.{n}")) + "$" for name in DROPPED]
 
 
-def rows(n_layers: int) -> Iterator[Row]:
+def rows(n_layers: int, table: Iterable[Row] = TABLE) -> Iterator[Row]:
     """The table's rows for a model of `n_layers`, layer by layer where a row has one."""
-    for row in TABLE:
+    for row in table:
         yield from (row.at(n) for n in range(n_layers)) if "{n}" in row.gpt2 else (row,)
 
 

@@ -1,0 +1,105 @@
+"""The one table of parameter names, written for the files of other programs.
+
+In their rows `gpt2` is the other program's name. Only what differs from GPT-2 is said here: the name, and that
+`nn.Linear` needs no transposition.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from .weight_map import BASE, DROPPED, GPT2_PREFIX, LM_HEAD, Row, rows
+
+# What `formats` reads, for messages.
+READABLE = (
+    "a directory with the config.json of GPTScratch or GPT-2, OpenAI's TensorFlow directory with hparams.json, and "
+    "files: the book's model.pth, nanoGPT's ckpt.pt, minGPT's state dict, GGUF"
+)
+# GPT-2's name: OpenAI's in TensorFlow, GGUF's.
+ELSEWHERE = {
+    "wte.weight": ("model/wte", "token_embd.weight"),
+    "wpe.weight": ("model/wpe", "position_embd.weight"),
+    "h.{n}.ln_1.weight": ("model/h{n}/ln_1/g", "blk.{n}.attn_norm.weight"),
+    "h.{n}.ln_1.bias": ("model/h{n}/ln_1/b", "blk.{n}.attn_norm.bias"),
+    "h.{n}.attn.c_attn.weight": ("model/h{n}/attn/c_attn/w", "blk.{n}.attn_qkv.weight"),
+    "h.{n}.attn.c_attn.bias": ("model/h{n}/attn/c_attn/b", "blk.{n}.attn_qkv.bias"),
+    "h.{n}.attn.c_proj.weight": ("model/h{n}/attn/c_proj/w", "blk.{n}.attn_output.weight"),
+    "h.{n}.attn.c_proj.bias": ("model/h{n}/attn/c_proj/b", "blk.{n}.attn_output.bias"),
+    "h.{n}.ln_2.weight": ("model/h{n}/ln_2/g", "blk.{n}.ffn_norm.weight"),
+    "h.{n}.ln_2.bias": ("model/h{n}/ln_2/b", "blk.{n}.ffn_norm.bias"),
+    "h.{n}.mlp.c_fc.weight": ("model/h{n}/mlp/c_fc/w", "blk.{n}.ffn_up.weight"),
+    "h.{n}.mlp.c_fc.bias": ("model/h{n}/mlp/c_fc/b", "blk.{n}.ffn_up.bias"),
+    "h.{n}.mlp.c_proj.weight": ("model/h{n}/mlp/c_proj/w", "blk.{n}.ffn_down.weight"),
+    "h.{n}.mlp.c_proj.bias": ("model/h{n}/mlp/c_proj/b", "blk.{n}.ffn_down.bias"),
+    "ln_f.weight": ("model/ln_f/g", "output_norm.weight"),
+    "ln_f.bias": ("model/ln_f/b", "output_norm.bias"),
+}
+PLAIN = tuple(row for row in BASE if row.gpt2 in ELSEWHERE)  # the rows that every GPT-2 has
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a program names and lays out GPT-2's tensors.
+
+    Args:
+        table: its rows.
+        dropped: pattern of names that are no weights of the model.
+        stores_tied_head: the file has the output head even when it is the token embedding.
+    """
+
+    table: tuple[Row, ...]
+    dropped: str = r"(?!)"
+    stores_tied_head: bool = False
+
+    def named(self, ours: str) -> str:
+        """The program's name of the tensor that holds ours; `{n}` stands for the layer in both."""
+        return next(row.gpt2 for row in self.table if ours in row.scratch)
+
+    def count_layers(self, names: Iterable[str]) -> int:
+        """How many layers the names have.
+
+        Raises:
+            ValueError: a number between them is left out.
+        """
+        norm = re.escape(self.named("trf_blocks.{n}.norm1.scale")).replace(r"\{n\}", "(0|[1-9][0-9]*)")
+        numbers = sorted(int(found[1]) for found in (re.fullmatch(norm, name) for name in names) if found)
+        if not numbers or numbers != list(range(len(numbers))):
+            raise ValueError(f"got the layers {numbers}, but layers are numbered from 0 without a gap")
+        return len(numbers)
+
+    def to_scratch(self, tensors: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, torch.Tensor]:
+        """The program's tensors in the book's names; those that the table does not know are left out."""
+        ours: dict[str, torch.Tensor] = {}
+        for row in rows(n_layers, self.table):
+            if row.gpt2 in tensors:
+                ours.update(zip(row.scratch, row.to_scratch(tensors[row.gpt2]), strict=True))
+        return ours
+
+    def from_scratch(self, state_dict: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, torch.Tensor]:
+        """The book's tensors as the program has them; the inverse of `to_scratch`."""
+        there = [row for row in rows(n_layers, self.table) if row.scratch[0] in state_dict]
+        return {row.gpt2: row.to_gpt2([state_dict[name] for name in row.scratch]) for row in there}
+
+
+BOOK = Layout(
+    tuple(Row(name, (name,), False, row.meaning) for row in (*PLAIN, LM_HEAD) for name in row.scratch),
+    dropped=r"trf_blocks\.[0-9]+\.att\.mask",
+    stores_tied_head=True,
+)
+NANOGPT = Layout(
+    (*(replace(row, gpt2=GPT2_PREFIX + row.gpt2, transposed=False) for row in PLAIN), LM_HEAD),
+    dropped="|".join(re.escape(GPT2_PREFIX + name).replace(r"\{n\}", "[0-9]+") for name in DROPPED),
+    stores_tied_head=True,
+)
+# The optimizer's moments lie beside the weights; the output head is always the token embedding.
+TENSORFLOW = Layout(
+    tuple(replace(row, gpt2=ELSEWHERE[row.gpt2][0]) for row in PLAIN), dropped=r"(?!model/).*|.*/Adam(_1)?"
+)
+GGUF = Layout(
+    (
+        *(replace(row, gpt2=ELSEWHERE[row.gpt2][1], transposed=False) for row in PLAIN),
+        replace(LM_HEAD, gpt2="output.weight"),
+    )
+)

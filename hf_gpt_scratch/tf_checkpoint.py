@@ -1,0 +1,200 @@
+"""TensorFlow checkpoints, read without TensorFlow.
+
+`NAME.index` is a LevelDB table: blocks of sorted key-value entries, then a block that lists the blocks, then a footer.
+Key "" holds a BundleHeaderProto; every other key is a tensor's name and holds a BundleEntryProto: dtype, shape, and
+where in `NAME.data-*` its bytes lie. Blocks and tensors carry their CRC-32C, and both are checked here.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .conversion import ConversionError
+
+FOOTER_BYTES, MAGIC = 48, 0xDB4775248B80FB57
+LARGEST_INDEX = 1 << 26  # bytes; GPT-2 1558M has 54 kB
+DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}  # tensorflow.DataType
+CRC_POLYNOMIAL = 0x82F63B78
+CRC_ROW, CRC_PIECE = 512, 1 << 20  # bytes; the piece stays in the processor's cache
+
+
+def read_tensorflow(directory: Path) -> dict[str, torch.Tensor]:
+    """The floating-point tensors of the directory's checkpoint by name, mapped from its files.
+
+    Raises:
+        ConversionError: there is no checkpoint, or it is not whole.
+    """
+    prefix = directory / _checkpoint_name(directory)
+    index = prefix.with_name(prefix.name + ".index")
+    try:
+        if index.stat().st_size > LARGEST_INDEX:
+            raise ValueError(f"it has {index.stat().st_size} bytes; the index of a GPT-2 has less than 100,000")
+        entries = dict(_table(index.read_bytes()))
+        header = _message(entries.pop(b""))
+        if header.get(2, [0])[0] != 0:
+            raise ValueError("its tensors are big-endian, which only TensorFlow itself reads")
+        return _tensors(prefix, entries, num_shards=header.get(1, [1])[0])
+    except (LookupError, TypeError, ValueError, struct.error) as error:
+        raise ConversionError(
+            f"{index} and its data are no whole TensorFlow checkpoint ({error}); download them again"
+        ) from error
+
+
+def _checkpoint_name(directory: Path) -> str:
+    """What stands before `.index`: as the file `checkpoint` says, else the only one there is."""
+    try:
+        told = re.search(
+            r'^model_checkpoint_path: "(.*)"', (directory / "checkpoint").read_text(encoding="utf-8"), re.M
+        )
+    except (OSError, UnicodeDecodeError):
+        told = None
+    # A training run writes the absolute path it had on the machine of that time.
+    names = [Path(told[1]).name] if told else sorted(path.stem for path in directory.glob("*.index"))
+    if len(names) == 1 and (directory / f"{names[0]}.index").is_file():
+        return names[0]
+    raise ConversionError(
+        f"{directory} has {len(names)} TensorFlow checkpoints ({', '.join(names)}), but exactly one `NAME.index` must "
+        "be there and be the one that the file `checkpoint` names; complete the download"
+    )
+
+
+def _tensors(prefix: Path, entries: dict[bytes, bytes], num_shards: int) -> dict[str, torch.Tensor]:
+    shards: dict[int, torch.Tensor] = {}
+    tensors, extents = {}, []
+    for key, value in entries.items():
+        name, entry = key.decode(), _message(value)
+        dtype, shard, offset, size = (entry.get(field, [0])[0] for field in (1, 3, 4, 5))
+        if dtype not in DTYPES:
+            continue  # counters of a training run
+        if 7 in entry:
+            raise ValueError(f"{name!r} is cut into slices, which only TensorFlow itself reads")
+        shape = [_message(dim).get(1, [0])[0] for dim in _message(entry.get(2, [b""])[0]).get(2, [])]
+        if shard >= num_shards:
+            raise ValueError(f"{name!r} lies in shard {shard} of {num_shards}")
+        if shard not in shards:
+            shards[shard] = _map(prefix.with_name(f"{prefix.name}.data-{shard:05}-of-{num_shards:05}"))
+        data = shards[shard][offset : offset + size]
+        if data.numel() != size or np.prod(shape, dtype=object) * DTYPES[dtype].itemsize != size:
+            raise ValueError(f"{name!r} of shape {shape} should have {size} bytes from {offset} on in its data file")
+        if masked_crc32c(data.numpy()) != entry[6][0]:
+            raise ValueError(f"the checksum of {name!r} is wrong")
+        extents.append((shard, offset, size, name))
+        aligned = data if offset % DTYPES[dtype].itemsize == 0 else data.clone()
+        tensors[name] = aligned.view(DTYPES[dtype]).reshape(shape)
+    extents.sort()
+    for (shard, offset, size, name), (next_shard, next_offset, _, next_name) in pairwise(extents):
+        if shard == next_shard and offset + size > next_offset:
+            raise ValueError(f"{name!r} and {next_name!r} overlap")
+    return tensors
+
+
+def _map(path: Path) -> torch.Tensor:
+    if not path.is_file() or path.stat().st_size == 0:
+        raise ValueError(f"{path.name} is missing or empty")
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+
+def _table(file: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """All entries of a LevelDB table."""
+    footer = file[-FOOTER_BYTES:]
+    if len(footer) < FOOTER_BYTES or struct.unpack("<Q", footer[-8:])[0] != MAGIC:
+        raise ValueError("its last 8 bytes are not those of an index")
+    _, _, list_offset, list_size = _varints(footer, 4)
+    for _, handle in _block(file, list_offset, list_size):
+        yield from _block(file, *_varints(handle, 2))
+
+
+def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """A block's entries: each key is given by what it shares with the one before and the rest."""
+    block = file[offset : offset + size + 5]  # and one byte for the compression, four for the checksum
+    if len(block) != size + 5:
+        raise ValueError("it is truncated")
+    if masked_crc32c(np.frombuffer(block[:-4], dtype=np.uint8)) != struct.unpack("<I", block[-4:])[0]:
+        raise ValueError("the checksum of a block of the index is wrong")
+    if block[size] != 0:
+        raise ValueError(f"its blocks are compressed (type {block[size]}), which TensorFlow does not do to checkpoints")
+    (restarts,) = struct.unpack("<I", block[size - 4 : size])
+    end = size - 4 - 4 * restarts
+    key, at = b"", 0
+    while at < end:
+        shared, rest, value_size, at = _varints(block, 3, at, with_end=True)
+        key = key[:shared] + block[at : at + rest]
+        yield key, block[at + rest : at + rest + value_size]
+        at += rest + value_size
+
+
+def _varints(data: bytes, count: int, at: int = 0, with_end: bool = False) -> list[int]:
+    """`count` integers of 7 bits a byte, low bits first; with the position behind them if `with_end`."""
+    numbers = []
+    for _ in range(count):
+        number = shift = 0
+        while data[at] & 0x80:
+            number |= (data[at] & 0x7F) << shift
+            shift, at = shift + 7, at + 1
+            if shift > 63:
+                raise ValueError("a number of more than 64 bits")
+        numbers.append(number | data[at] << shift)
+        at += 1
+    return [*numbers, at] if with_end else numbers
+
+
+def _message(data: bytes) -> dict[int, list]:
+    """A protocol buffer's values by field number: integers, or bytes for what is nested."""
+    fields: dict[int, list] = {}
+    at = 0
+    while at < len(data):
+        tag, at = _varints(data, 1, at, with_end=True)
+        value: int | bytes
+        if tag & 7 == 0:
+            value, at = _varints(data, 1, at, with_end=True)
+        elif tag & 7 == 2:
+            size, at = _varints(data, 1, at, with_end=True)
+            value, at = data[at : at + size], at + size
+        elif tag & 7 == 5:
+            value, at = struct.unpack("<I", data[at : at + 4])[0], at + 4
+        else:
+            raise ValueError(f"a field of wire type {tag & 7}")
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+def masked_crc32c(data: np.ndarray) -> int:
+    """CRC-32C of bytes, rotated and shifted as LevelDB stores it."""
+    byte_step, step, skip = _crc_tables()
+    whole = len(data) // CRC_ROW * CRC_ROW
+    crc = 0xFFFFFFFF
+    for start in range(0, whole, CRC_PIECE):
+        piece = data[start : min(start + CRC_PIECE, whole)].view("<u2").reshape(-1, CRC_ROW // 2)
+        # The checksum is linear: all rows are summed at once, each from 0, and then joined.
+        sums = np.zeros(len(piece), dtype=np.uint32)
+        for column in np.ascontiguousarray(piece.T):
+            sums = step[(sums ^ column) & 0xFFFF] ^ sums >> 16
+        for row in sums.tolist():
+            crc = row ^ skip[0][crc & 0xFFFF] ^ skip[1][crc >> 16]
+    for byte in data[whole:].tolist():
+        crc = byte_step[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+@cache
+def _crc_tables() -> tuple[list[int], np.ndarray, list[list[int]]]:
+    """The checksum's steps for a byte (256,) and for two (65536,), and what a row of zeros makes of each half of it."""
+
+    def steps(bits: int) -> np.ndarray:
+        crc = np.arange(1 << bits, dtype=np.uint32)
+        for _ in range(bits):
+            crc = np.where(crc & 1, crc >> 1 ^ CRC_POLYNOMIAL, crc >> 1).astype(np.uint32)
+        return crc
+
+    step = steps(16)
+    skip = np.arange(1 << 16, dtype=np.uint32) << np.array([[0], [16]], dtype=np.uint32)
+    for _ in range(CRC_ROW // 2):
+        skip = step[skip & 0xFFFF] ^ skip >> 16
+    return steps(8).tolist(), step, skip.tolist()

@@ -1,0 +1,161 @@
+"""The files that torch.save writes: the book's, nanoGPT's and minGPT's; never more of a pickle than its weights."""
+
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration_gpt_scratch import GPTScratchConfig
+from .conversion import ConversionError
+from .layouts import BOOK, READABLE
+
+# nanoGPT's `model_args`, in our names.
+MODEL_ARGS = {
+    "vocab_size": "vocab_size",
+    "block_size": "context_length",
+    "n_embd": "emb_dim",
+    "n_head": "n_heads",
+    "n_layer": "n_layers",
+    "dropout": "drop_rate",
+}
+
+
+def read_torch_file(path: Path) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
+    """The format of a file, its tensors in their own names, and what it tells, in our names.
+
+    Raises:
+        ConversionError: not such a file, or a pickle of more than weights, of which nothing runs.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of other pickle protocols and TorchScript; both fail below
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # on a broken file torch.load raises whatever its parts do
+        if found := re.search(r"unsupported global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE):
+            raise ConversionError(
+                f"{path} is a pickle that asks for {found[1]}, and such a file can run any program; do not trust it. "
+                "If it is your own, save model.state_dict() alone"
+            ) from error
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0] or type(error).__name__
+        raise ConversionError(
+            f"{path} is truncated, corrupt or no weights ({reason}); save or download it again"
+        ) from error
+    told: dict[str, Any] = {}
+    tensors = content
+    if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
+        tensors = content["model_state_dict"]  # the book's model_and_optimizer.pth
+    elif isinstance(content, dict) and isinstance(content.get("model"), dict):
+        tensors, told = content["model"], _read_model_args(path, content)
+    if not isinstance(tensors, dict) or not tensors:
+        raise ConversionError(
+            f"{path} holds a {type(tensors).__name__}, but a state dict is wanted; what can be read is {READABLE}"
+        )
+    bare: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not _is_plain(tensor):
+            raise ConversionError(
+                f"{path} holds {name!r}: {_kind(tensor)}, but a state dict maps names to dense tensors"
+            )
+        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)  # torch.compile, DataParallel
+        if name in bare:
+            raise ConversionError(f"{path} holds {name!r} twice, with different prefixes; keep one")
+        bare[name] = tensor
+    return _format(path, bare, told), bare, told
+
+
+def _read_model_args(path: Path, checkpoint: dict) -> dict[str, Any]:
+    args, settings = checkpoint.get("model_args"), checkpoint.get("config")
+    if not isinstance(args, dict):
+        raise ConversionError(
+            f"{path} has 'model' but no 'model_args', which nanoGPT saves beside it; what can be read is {READABLE}"
+        )
+    foreign = sorted(map(str, args.keys() - MODEL_ARGS.keys() - {"bias"}))
+    if foreign:
+        raise ConversionError(f"{path} has the model_args {', '.join(foreign)}, which nanoGPT itself does not have")
+    told = {ours: args[name] for name, ours in MODEL_ARGS.items() if name in args}
+    if not all(isinstance(value, int | float) for value in told.values()):
+        raise ConversionError(f"{path} has the model_args {args}, but they are numbers; save the checkpoint again")
+    # Ours says which; nanoGPT's own file means the exact GELU.
+    told["activation_function"] = settings.get("activation_function", "gelu") if isinstance(settings, dict) else "gelu"
+    return told
+
+
+def _is_plain(tensor: Any) -> bool:
+    """A tensor with its values in its own memory; not sparse, quantised, or one value repeated over terabytes."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return not tensor.is_quantized and tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {value.layout} tensor of {value.dtype} and shape {list(value.shape)} in {value.device.type} memory"
+    return f"a {type(value).__name__}"
+
+
+def _format(path: Path, tensors: Mapping[str, torch.Tensor], told: dict[str, Any]) -> str:
+    if "trf_blocks.0.norm1.scale" in tensors:
+        return "book"
+    fused = tensors.get("transformer.h.0.attn.c_attn.weight", tensors.get("h.0.attn.c_attn.weight"))
+    if fused is not None and fused.ndim == 2 and fused.shape[1] == 3 * fused.shape[0]:
+        raise ConversionError(f"{path} is the weights file of an official checkpoint; give the directory it lies in")
+    if "transformer.h.0.attn.c_attn.weight" not in tensors:
+        names = ", ".join(repr(name) for name in list(tensors)[:4])
+        raise ConversionError(f"{path} holds {names}, …, which no known model has; what can be read is {READABLE}")
+    # minGPT always saves its mask, and computes the tanh GELU; today's nanoGPT has no mask, and the exact GELU.
+    mingpt = not told and "transformer.h.0.attn.bias" in tensors
+    told.setdefault("activation_function", "gelu_new" if mingpt else "gelu")
+    return "mingpt" if mingpt else "nanogpt"
+
+
+def write_book(state_dict: Mapping[str, torch.Tensor], config: GPTScratchConfig, target: str | os.PathLike) -> None:
+    """Writes a state dict that the book's own `GPTModel` loads with `strict=True`."""
+    # The book's attention registers its mask as a buffer, so `load_state_dict` asks for it; one serves all layers.
+    mask = torch.ones(config.context_length, config.context_length).triu(1)
+    masks = {f"trf_blocks.{n}.att.mask": mask for n in range(config.n_layers)}
+    torch.save(_own_memory(BOOK.from_scratch(state_dict, config.n_layers)) | masks, target)
+
+
+def write_nanogpt(tensors: dict[str, torch.Tensor], config: GPTScratchConfig, target, bias: bool | None) -> list[str]:
+    """Writes nanoGPT's tensors as the checkpoint that its `sample.py` loads; see `formats.write`."""
+    if not torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"]):
+        raise ConversionError(
+            "the model's out_head.weight differs from tok_emb.weight, but nanoGPT has one matrix for both; export to "
+            "'book' or 'gpt2' instead"
+        )
+    set_biases = [name for name, tensor in tensors.items() if name.endswith(".bias") and tensor.any()]
+    if bias is None:
+        bias = config.qkv_bias or bool(set_biases)
+    if not bias:
+        if set_biases:
+            raise ConversionError(
+                f"bias=False was asked for, but {len(set_biases)} biases are not zero, first {set_biases[0]!r}; export "
+                "with bias=True"
+            )
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
+    checkpoint = {
+        "model": _own_memory(tensors),
+        "model_args": {theirs: getattr(config, ours) for theirs, ours in MODEL_ARGS.items()} | {"bias": bias},
+        "config": {"activation_function": config.activation_function},  # nanoGPT ignores it, `read` does not
+    }
+    torch.save(checkpoint, target)
+    if config.activation_function == "gelu":
+        return []
+    return [
+        f"nanoGPT computes the exact GELU, this model {config.activation_function!r}, so its logits differ "
+        "slightly there, as those of nanoGPT's own GPT-2 do; read here, the file is this model"
+    ]
+
+
+def _own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors with nothing else in their storage, because torch.save writes whole storages."""
+    copies: dict[int, torch.Tensor] = {}
+    for tensor in tensors.values():
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        copy = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+        copies.setdefault(id(tensor), copy.detach())
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}

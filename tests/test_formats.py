@@ -1,0 +1,709 @@
+import json
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from pairs import CONTEXT, LAYERS, VOCAB, random_ids, random_pair, randomize
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, formats
+from hf_gpt_scratch.conversion import RECEIPT, ConversionError
+from hf_gpt_scratch.formats import FILES, LAYOUTS, detect, export_checkpoint, import_checkpoint, read, write
+from hf_gpt_scratch.layouts import BOOK, GGUF, NANOGPT, TENSORFLOW, Layout
+from hf_gpt_scratch.parity import ParityError
+from hf_gpt_scratch.tf_checkpoint import read_tensorflow
+from hf_gpt_scratch.weight_map import SCRATCH_PREFIX, rows, without_prefix
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TF, TINY = FIXTURES / "tiny-tensorflow", FIXTURES / "tiny-gpt2"
+E, HEADS = 48, 4
+sys.path.insert(0, str(FIXTURES))
+
+
+class Attention(nn.Module):
+    def __init__(self, bias, mask):
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(E, 3 * E, bias=bias), nn.Linear(E, E, bias=bias)
+        if mask:
+            self.register_buffer("bias", torch.ones(1, 1, CONTEXT, CONTEXT).tril())
+
+    def forward(self, x):  # (B, T, E)
+        q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=2))
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, bias, mask):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(E, bias=bias), nn.LayerNorm(E, bias=bias)
+        self.attn = Attention(bias, mask)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(E, 4 * E, bias=bias), "c_proj": nn.Linear(4 * E, E, bias=bias)})
+
+
+class Fused(nn.Module):
+    """GPT-2 as nanoGPT and minGPT lay it out: `nn.Linear`s, query, key and value in one."""
+
+    def __init__(self, bias=True, tied=True, mask=False, gelu="none", vocab=VOCAB):
+        super().__init__()
+        self.gelu = gelu
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(vocab, E),
+                "wpe": nn.Embedding(CONTEXT, E),
+                "h": nn.ModuleList(Block(bias, mask) for _ in range(LAYERS)),
+                "ln_f": nn.LayerNorm(E, bias=bias),
+            }
+        )
+        self.lm_head = nn.Linear(E, vocab, bias=False)
+        if tied:
+            self.lm_head.weight = self.transformer["wte"].weight
+        randomize(self).eval()
+
+    def forward(self, ids):  # (B, T)
+        x = self.transformer["wte"](ids) + self.transformer["wpe"](torch.arange(ids.shape[1]))
+        for block in self.transformer["h"]:
+            x = x + block.attn(block.ln_1(x))
+            x = x + block.mlp["c_proj"](F.gelu(block.mlp["c_fc"](block.ln_2(x)), approximate=self.gelu))
+        return self.lm_head(self.transformer["ln_f"](x))  # (B, T, V)
+
+
+def model_args(vocab=VOCAB, bias=True):
+    sizes = dict(n_layer=LAYERS, n_head=HEADS, n_embd=E, block_size=CONTEXT, vocab_size=vocab)
+    return {**sizes, "bias": bias, "dropout": 0.0}
+
+
+def nanogpt_file(path, model, prefix="", **more):
+    state_dict = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    args = model_args(len(model.lm_head.weight), "lm_head.bias" in state_dict or "transformer.ln_f.bias" in state_dict)
+    torch.save({"model": state_dict, "model_args": args, "optimizer": {}, "iter_num": 7, **more}, path)
+    return path
+
+
+def book_model(**changes):
+    cfg = dict(vocab_size=VOCAB, context_length=CONTEXT, emb_dim=E, n_heads=HEADS, n_layers=LAYERS, drop_rate=0.1)
+    return randomize(GPTModel({**cfg, "qkv_bias": False, **changes})).eval()
+
+
+def book_masks(layers=LAYERS):
+    return {f"trf_blocks.{n}.att.mask": torch.ones(CONTEXT, CONTEXT).triu(1) for n in range(layers)}
+
+
+def built(config, state_dict):
+    return GPTScratchForCausalLM.from_book(state_dict, config).eval()
+
+
+def assert_same_logits(ours, reference, ids=None):
+    ids = random_ids() if ids is None else ids
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, reference(ids), atol=1e-4, rtol=1e-5)
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        assert torch.equal(one[name], other[name]), name
+
+
+# What is read
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+def test_nanogpt_has_its_own_logits_after_import(tmp_path, bias, prefix):
+    model = Fused(bias)
+    path = nanogpt_file(tmp_path / "ckpt.pt", model, prefix)
+    assert detect(path) == "nanogpt"
+    receipt = import_checkpoint(path, tmp_path / "native")
+    ours = GPTScratchForCausalLM.from_pretrained(tmp_path / "native")
+    assert_same_logits(ours, model)
+    assert (ours.config.activation_function, ours.config.qkv_bias) == ("gelu", bias)
+    assert ours.config.tie_word_embeddings
+    assert "gelu_new" in receipt["notes"][0]
+    if not bias:
+        state_dict = without_prefix(ours.state_dict(), SCRATCH_PREFIX)
+        zero = {name for name, tensor in state_dict.items() if not tensor.any()}
+        assert zero == {name for name in state_dict if name.endswith((".bias", ".shift"))}
+
+
+def test_padded_vocabulary_stays_padded(tmp_path):
+    model = Fused(vocab=50304)
+    config, _ = read(nanogpt_file(tmp_path / "ckpt.pt", model))
+    assert (config.vocab_size, config.eos_token_id) == (50304, 50256)
+
+
+def test_mingpt_has_its_own_logits_after_import(tmp_path):
+    model = Fused(tied=False, mask=True, gelu="tanh")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert detect(tmp_path / "model.pt") == "mingpt"
+    import_checkpoint(tmp_path / "model.pt", tmp_path / "native", n_heads=HEADS)
+    ours = GPTScratchForCausalLM.from_pretrained(tmp_path / "native")
+    assert_same_logits(ours, model)
+    assert not ours.config.tie_word_embeddings
+
+
+def test_bare_state_dict_without_masks_is_nanogpts(tmp_path):
+    torch.save(Fused().state_dict(), tmp_path / "model.pt")
+    assert detect(tmp_path / "model.pt") == "nanogpt"
+    config, state_dict = read(tmp_path / "model.pt", n_heads=HEADS)
+    assert_same_logits(built(config, state_dict), Fused())
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_books_file_has_the_books_logits_after_import(tmp_path, qkv_bias, with_optimizer):
+    book = book_model(qkv_bias=qkv_bias)
+    state_dict = {**book.state_dict(), **book_masks()}
+    optimizer = torch.optim.AdamW(book.parameters())
+    book(random_ids()).sum().backward()
+    optimizer.step()
+    optimizer_state = {"model_state_dict": state_dict, "optimizer_state_dict": optimizer.state_dict()}
+    torch.save(optimizer_state if with_optimizer else state_dict, tmp_path / "model.pth")
+    assert detect(tmp_path / "model.pth") == "book"
+    import_checkpoint(tmp_path / "model.pth", tmp_path / "native", n_heads=HEADS)
+    ours = GPTScratchForCausalLM.from_pretrained(tmp_path / "native")
+    assert_same_logits(ours, book)
+    assert ours.config.qkv_bias == qkv_bias
+    assert load_file(tmp_path / "native/model.safetensors").keys() == {
+        SCRATCH_PREFIX + name if name != "out_head.weight" else name for name in book.state_dict()
+    }
+
+
+def test_tensorflow_checkpoint_gives_the_numbers_that_tensorflow_wrote():
+    from write_tiny_tensorflow import weights
+
+    tensors = read_tensorflow(TF)
+    assert tensors.keys() == weights().keys()
+    assert all(np.array_equal(tensors[name].numpy(), value) for name, value in weights().items())
+
+
+def test_tensorflow_checkpoint_is_the_official_model(tmp_path):
+    from write_tiny_tensorflow import SIZES, weights
+
+    assert detect(TF) == "tensorflow"
+    import_checkpoint(TF, tmp_path / "native")
+    ours = GPTScratchForCausalLM.from_pretrained(tmp_path / "native")
+    official = GPT2LMHeadModel(ours.config.to_gpt2()).eval()
+    for name, value in weights().items():
+        parts = name.removeprefix("model/").replace("h0", "h/0").replace("h1", "h/1").split("/")
+        parts[-1] = {"g": "weight", "w": "weight", "b": "bias"}.get(parts[-1], parts[-1] + ".weight")
+        with torch.no_grad():
+            official.transformer.get_parameter(".".join(parts)).copy_(torch.from_numpy(value).squeeze(0))
+    assert_same_logits(ours, lambda ids: official(ids).logits, random_ids(length=12, vocab_size=SIZES["n_vocab"]))
+
+
+def test_openais_tokenizer_travels_along(tmp_path):
+    from shutil import copytree
+
+    copytree(TF, tmp_path / "source")
+    model = json.loads((TINY / "tokenizer.json").read_text())["model"]
+    (tmp_path / "source/encoder.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (tmp_path / "source/vocab.bpe").write_text(f"#version: 0.2\n{merges}\n")
+    assert import_checkpoint(tmp_path / "source", tmp_path / "native")["tokenizer"] == "GPT2Tokenizer"
+    text = "I HAD always thought Jack Gisburn rather a cheap genius"
+    assert AutoTokenizer.from_pretrained(tmp_path / "native")(text) == AutoTokenizer.from_pretrained(TINY)(text)
+
+
+def test_official_directory_is_read_and_imported(tmp_path):
+    gpt2, ours = random_pair()
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    assert detect(tmp_path / "gpt2") == "gpt2"
+    config, state_dict = read(tmp_path / "gpt2")
+    assert config.to_diff_dict() == GPTScratchConfig.from_pretrained(tmp_path / "gpt2").to_diff_dict()
+    assert_equal(state_dict, {k: v for k, v in plain(ours).items() if k != "out_head.weight"})
+    assert import_checkpoint(tmp_path / "gpt2", tmp_path / "native")["parity"]["passed"]
+    assert detect(tmp_path / "native") == "native"
+
+
+def plain(model):
+    return without_prefix(model.state_dict(), SCRATCH_PREFIX)
+
+
+# What is written
+
+
+@pytest.mark.parametrize("format", FILES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_written_is_read_bit_for_bit(tmp_path, format, dtype, tied):
+    ours = random_pair(tie_word_embeddings=tied)[1].to(dtype)
+    if format == "nanogpt" and not tied:
+        with pytest.raises(ConversionError, match=r"out_head\.weight differs.*one matrix.*export to"):
+            write(ours, ours.config, tmp_path / "file", format)
+        return
+    notes = write(ours, ours.config, tmp_path / "file", format)
+    assert detect(tmp_path / "file") == format
+    config, state_dict = read(tmp_path / "file", n_heads=HEADS)
+    expected = plain(ours)
+    if config.tie_word_embeddings:
+        del expected["out_head.weight"]
+    assert config.tie_word_embeddings == (tied and format != "book")  # the book has two matrices
+    assert_equal(state_dict, expected)
+    same = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "qkv_bias", "activation_function")
+    assert [getattr(config, name) for name in same] == [getattr(ours.config, name) for name in same]
+    assert len(notes) == (format in ("nanogpt", "gguf"))
+
+
+def test_written_names_are_those_of_each_program(tmp_path):
+    ours = random_pair()[1]
+    write(ours, ours.config, tmp_path / "model.pth", "book")
+    book = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert book.keys() == {**book_model(qkv_bias=True).state_dict(), **book_masks()}.keys()
+    assert all(torch.equal(book[name], mask) for name, mask in book_masks().items())
+
+    write(ours, ours.config, tmp_path / "ckpt.pt", "nanogpt")
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert checkpoint["model_args"] == {**model_args(), "dropout": 0.1}
+    model = Fused(gelu="tanh")
+    model.load_state_dict(checkpoint["model"], strict=True)
+    assert_same_logits(ours, model)
+
+    write(ours, ours.config, tmp_path / "model.gguf", "gguf")
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, LAYERS)
+    official = (name.rsplit(".", 1) for name in GPT2LMHeadModel(ours.config.to_gpt2()).state_dict())
+    assert names == {f"{name_map.get_name(name)}.{kind}" for name, kind in official} - {"output.weight"}
+
+
+def test_books_own_class_loads_what_is_written_for_it(tmp_path):
+    ours = random_pair(tie_word_embeddings=False)[1]
+    write(ours, ours.config, tmp_path / "model.pth", "book")
+    book = GPTModel(ours.config).eval()
+    book.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True), strict=True)
+    assert_same_logits(ours, book)
+
+
+def test_files_hold_no_more_than_the_weights(tmp_path):
+    gpt2, _ = random_pair()
+    gpt2.save_pretrained(tmp_path / "gpt2")  # its query, key and value are views of one matrix
+    export_checkpoint(tmp_path / "gpt2", tmp_path / "nano", "nanogpt")
+    weights = sum(tensor.nbytes for tensor in read(tmp_path / "gpt2")[1].values())
+    assert weights < (tmp_path / "nano/ckpt.pt").stat().st_size < 1.2 * weights
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_goes_there_and_back_with_the_same_keys(tmp_path, bias):
+    source = nanogpt_file(tmp_path / "ckpt.pt", Fused(bias))
+    import_checkpoint(source, tmp_path / "native")
+    export_checkpoint(tmp_path / "native", tmp_path / "back", "nanogpt")
+    before, after = (torch.load(path, weights_only=True) for path in (source, tmp_path / "back/ckpt.pt"))
+    assert_equal(before["model"], after["model"])
+    assert after["model_args"] == model_args(bias=bias)
+
+
+def test_nanogpt_without_biases_is_refused_to_a_model_that_has_some(tmp_path):
+    model = Fused(bias=False)
+    config, state_dict = read(nanogpt_file(tmp_path / "ckpt.pt", model))
+    write(state_dict, config, tmp_path / "with.pt", "nanogpt", bias=True)
+    assert torch.load(tmp_path / "with.pt", weights_only=True)["model"].keys() == Fused().state_dict().keys()
+    state_dict["trf_blocks.1.norm2.shift"][3] = 1e-3
+    with pytest.raises(ConversionError, match=r"bias=False.*1 biases are not zero.*'transformer\.h\.1\.ln_2\.bias'"):
+        write(state_dict, config, tmp_path / "without.pt", "nanogpt", bias=False)
+    write(state_dict, config, tmp_path / "by itself.pt", "nanogpt")
+    assert torch.load(tmp_path / "by itself.pt", weights_only=True)["model_args"]["bias"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "format", "named"),
+    [
+        ({"activation_function": "relu"}, "book", "activation_function='relu'"),
+        ({"activation_function": "relu"}, "gguf", "activation_function='relu'"),
+        ({"activation_function": "relu"}, "nanogpt", "activation_function='relu'"),
+        ({"layer_norm_epsilon": 1e-6}, "book", "layer_norm_epsilon=1e-06"),
+        ({"n_inner": 100}, "nanogpt", "n_inner=100"),
+        ({"scale_attn_weights": False}, "gguf", "scale_attn_weights=False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "book", "scale_attn_by_inverse_layer_idx=True"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused_by_name(tmp_path, changes, format, named):
+    ours = random_pair(**changes)[1]
+    with pytest.raises(ConversionError, match=rf"{named}.*{format} knows only.*export to 'gpt2'"):
+        write(ours, ours.config, tmp_path / "file", format)
+    assert not (tmp_path / "file").exists()
+
+
+# GGUF
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gguf_reader_gives_the_weights_bit_for_bit(tmp_path, dtype):
+    gpt2, ours = random_pair(n_inner=100, layer_norm_epsilon=1e-6)
+    ours.to(dtype), gpt2.to(dtype)
+    write(ours, ours.config, tmp_path / "model.gguf", "gguf")
+    name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, LAYERS)
+    theirs = gpt2.state_dict()
+    del theirs["lm_head.weight"]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    for name, weight in theirs.items():
+        name, kind = name.rsplit(".", 1)
+        found = tensors.pop(f"{name_map.get_name(name)}.{kind}")
+        values = torch.from_numpy(gguf.dequantize(np.array(found.data), found.tensor_type))
+        assert torch.equal(values, (weight.T if "c_" in name and weight.ndim == 2 else weight).float()), name
+    assert not tensors
+    config, _ = read(tmp_path / "model.gguf")
+    assert (config.n_inner, config.layer_norm_epsilon) == (100, 1e-6)
+
+
+def test_transformers_reads_our_gguf_with_its_tokenizer(tmp_path):
+    """transformers takes the vocabulary's size from the tokenizer, and always 1024 positions."""
+    ours = random_pair(vocab_size=1000, n_positions=1024, bos_token_id=999, eos_token_id=999)[1]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ours.save_pretrained(tmp_path / "native")
+    tokenizer.save_pretrained(tmp_path / "native")
+    receipt = export_checkpoint(tmp_path / "native", tmp_path / "gguf", "gguf")
+    assert receipt["notes"] == []
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf")
+    assert_equal(theirs.state_dict(), ours.to_gpt2().state_dict())
+    assert_same_logits(ours, lambda ids: theirs(ids).logits)
+    text = "I HAD always thought Jack Gisburn\n rather a cheap genius<|endoftext|>"
+    read_back = AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf")
+    assert read_back(text).input_ids == tokenizer(text).input_ids
+
+
+def test_gguf_of_another_model_or_quantised_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "llama.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.ones((4, 32), dtype=np.float32))
+    close(writer)
+    with pytest.raises(ConversionError, match="architecture 'llama'"):
+        read(tmp_path / "llama.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "q8.gguf", "gpt2")
+    q8 = gguf.quants.quantize(np.ones((4, 32), dtype=np.float32), gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("token_embd.weight", q8, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    close(writer)
+    with pytest.raises(ConversionError, match=r"'token_embd\.weight'.*quantised \(Q8_0\)"):
+        read(tmp_path / "q8.gguf")
+
+
+def close(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_missing_gguf_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    ours = random_pair()[1]
+    with pytest.raises(ConversionError, match=r"pip install 'hf-gpt-scratch\[gguf\]'"):
+        write(ours, ours.config, tmp_path / "model.gguf", "gguf")
+
+
+# The tables
+
+
+@pytest.mark.parametrize("layout", [BOOK, NANOGPT, TENSORFLOW, GGUF])
+def test_tables_are_injective_and_cover_every_weight(layout):
+    ours = set(plain(random_pair()[1])) - ({"out_head.weight"} if layout is TENSORFLOW else set())
+    there = list(rows(LAYERS, layout.table))
+    assert {name for row in there for name in row.scratch} == ours
+    assert len({row.gpt2 for row in there}) == len(there)
+
+
+def mutants(layout):
+    """The layout with one mistake: another layout of a matrix, or the name of another row of its shape."""
+    table = layout.table
+    matrices = ("W_query.weight", "out_proj.weight", "layers.0.weight", "layers.2.weight")
+    for i, row in enumerate(table):
+        if row.scratch[0].endswith(matrices):
+            yield f"{row.gpt2} transposed", i, i, replace(row, transposed=not row.transposed), None
+        if len(row.scratch) == 3:
+            yield f"{row.gpt2} reversed", i, i, replace(row, scratch=row.scratch[::-1]), None
+    pairs = [("norm1.scale", "norm2.scale"), ("norm1.shift", "norm2.shift"), ("norm1.shift", "out_proj.bias")]
+    pairs += [
+        ("norm2.shift", "layers.2.bias"),
+        ("norm2.scale", "final_norm.scale"),
+        ("final_norm.shift", "norm1.scale"),
+    ]
+    for one, other in pairs:
+        i, j = (next(k for k, row in enumerate(table) if row.scratch[0].endswith(end)) for end in (one, other))
+        if ("{n}" in table[i].gpt2) == ("{n}" in table[j].gpt2):
+            yield (
+                f"{one} and {other}",
+                i,
+                j,
+                replace(table[i], gpt2=table[j].gpt2),
+                replace(table[j], gpt2=table[i].gpt2),
+            )
+
+
+def mutated(layout: Layout, i, j, first, second) -> Layout:
+    table = list(layout.table)
+    table[i] = first
+    if second is not None:
+        table[j] = second
+    return replace(layout, table=tuple(table))
+
+
+@pytest.mark.parametrize("format", ["book", "nanogpt", "tensorflow", "gguf"])
+def test_every_mistake_in_a_table_is_refused_or_shows_in_the_logits(tmp_path, format, monkeypatch):
+    if format == "tensorflow":
+        path, ids = TF, random_ids(length=12, vocab_size=19)
+    else:
+        ours = random_pair()[1]
+        path, ids = tmp_path / "file", random_ids()
+        write(ours, ours.config, path, format)
+    reference = built(*read(path, n_heads=None if format != "book" else HEADS))(ids).logits
+    count = 0
+    for what, *mistake in mutants(LAYOUTS[format]):
+        monkeypatch.setitem(formats.LAYOUTS, format, mutated(LAYOUTS[format], *mistake))
+        try:
+            logits = built(*read(path, n_heads=None if format != "book" else HEADS))(ids).logits
+            assert (logits - reference).abs().max() > 1e-2, what
+        except ConversionError:
+            pass
+        monkeypatch.undo()
+        count += 1
+    assert count >= 6
+
+
+def test_every_row_carries_its_own_tensor(tmp_path):
+    """A change of one tensor in any file changes exactly the tensors of its row."""
+    ours = random_pair(tie_word_embeddings=False)[1]
+    config, state_dict = ours.config, plain(ours)
+    for layout in (BOOK, NANOGPT, GGUF):
+        tensors = layout.from_scratch(state_dict, LAYERS)
+        for row in rows(LAYERS, layout.table):
+            changed = layout.to_scratch({**tensors, row.gpt2: tensors[row.gpt2] + 1}, config.n_layers)
+            assert {n for n in state_dict if not torch.equal(changed[n], state_dict[n])} == set(row.scratch)
+
+
+# What is refused
+
+
+def test_n_heads_is_asked_for_where_no_file_tells_it(tmp_path):
+    torch.save(book_model().state_dict(), tmp_path / "model.pth")
+    with pytest.raises(ConversionError, match=r"does not tell n_heads.*pass n_heads.*cannot be noticed"):
+        read(tmp_path / "model.pth")
+    for wrong in (5, 0, -4, True, 4.0):
+        with pytest.raises(ConversionError, match=rf"got n_heads={wrong}, but.*divides emb_dim=48"):
+            read(tmp_path / "model.pth", n_heads=wrong)
+    with pytest.raises(ConversionError, match=r"got n_heads=6, but .*ckpt\.pt says 4; leave n_heads out"):
+        read(nanogpt_file(tmp_path / "ckpt.pt", Fused()), n_heads=6)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(768, 12), (1024, 16), (1280, 20), (1600, 25)])
+def test_n_heads_of_the_official_widths_is_suggested(tmp_path, width, heads):
+    book = book_model(emb_dim=width, vocab_size=2, context_length=2, n_layers=1, n_heads=1)
+    torch.save(book.state_dict(), tmp_path / "model.pth")
+    with pytest.raises(ConversionError, match=rf"the official model of emb_dim={width} has {heads}\)"):
+        read(tmp_path / "model.pth")
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("place", ["alone", "in the state dict", "pickle of protocol 2", "pickle of protocol 4"])
+def test_hostile_pickle_runs_nothing(tmp_path, place):
+    path, evil = tmp_path / "model.pth", Hostile(str(tmp_path / "pwned"))
+    if place.startswith("pickle"):
+        path.write_bytes(pickle.dumps({"tok_emb.weight": evil}, protocol=int(place[-1])))
+    else:
+        torch.save(evil if place == "alone" else {**book_model().state_dict(), "tok_emb.weight": evil}, path)
+    message = r"is a pickle that asks for .*open, and .*do not trust it|no weights \(Unsupported operand 149\)"
+    for function in (detect, read, lambda path: import_checkpoint(path, tmp_path / "target", n_heads=HEADS)):
+        with pytest.raises(ConversionError, match=message):
+            function(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pth"]
+
+
+def sabotaged(change):
+    state_dict = book_model().state_dict()
+    change(state_dict)
+    return state_dict
+
+
+BAD_STATE_DICTS = {
+    r"lacks 'trf_blocks\.1\.ff\.layers\.2\.bias'": lambda s: s.pop("trf_blocks.1.ff.layers.2.bias"),
+    r"has 'adapter', which this model does not have": lambda s: s.update(adapter=torch.ones(3)),
+    r"'pos_emb\.weight' in .* has shape \[3\]": lambda s: s.update({"pos_emb.weight": torch.ones(3)}),
+    r"shape \[48, 47\], but .* \[48, 48\]": lambda s: s.update({"trf_blocks.0.att.W_key.weight": torch.ones(48, 47)}),
+    r"NaN or infinite": lambda s: s["trf_blocks.2.norm1.shift"].__setitem__(0, float("nan")),
+    r"mixes torch\.float16, torch\.float32": lambda s: s.update({"final_norm.scale": torch.ones(48).half()}),
+    r"is torch\.int64, but weights are floats": lambda s: s.update({"final_norm.scale": torch.ones(48).long()}),
+    r"got the layers \[0, 2\].*without a gap": lambda s: [s.pop(n) for n in list(s) if n.startswith("trf_blocks.1.")],
+    r"holds 'final_norm\.scale' twice": lambda s: s.update({"module.final_norm.scale": torch.ones(48)}),
+    r"holds 'final_norm\.scale': a list": lambda s: s.update({"final_norm.scale": [1.0] * 48}),
+    r"holds 'final_norm\.scale': a torch\.sparse": lambda s: s.update({"final_norm.scale": torch.ones(48).to_sparse()}),
+    r"holds 'tok_emb\.weight': a .* \[1000000000, 48\]": lambda s: s.update(
+        {"tok_emb.weight": torch.ones(1, 48).expand(10**9, 48)}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_STATE_DICTS)
+def test_bad_state_dict_is_refused_by_name(tmp_path, message):
+    torch.save(sabotaged(BAD_STATE_DICTS[message]), tmp_path / "model.pth")
+    with pytest.raises(ConversionError, match=message):
+        import_checkpoint(tmp_path / "model.pth", tmp_path / "target", n_heads=HEADS)
+    assert not (tmp_path / "target").exists()
+
+
+def test_model_args_that_contradict_the_weights_are_refused(tmp_path):
+    state_dict = Fused().state_dict()
+    for change, message in (
+        ({"block_size": 65}, "context_length=65, but its tensors say 64"),
+        ({"n_layer": 4}, "n_layers=4, but its tensors say 3"),
+        ({"use_rmsnorm": True}, "model_args use_rmsnorm, which nanoGPT itself does not have"),
+        ({"n_head": "4"}, "they are numbers"),
+        ({"dropout": 7.0}, "dropout rate"),
+    ):
+        torch.save({"model": state_dict, "model_args": {**model_args(), **change}}, tmp_path / "ckpt.pt")
+        with pytest.raises(ConversionError, match=message):
+            read(tmp_path / "ckpt.pt")
+    torch.save({"model": state_dict}, tmp_path / "ckpt.pt")
+    with pytest.raises(ConversionError, match="no 'model_args'"):
+        read(tmp_path / "ckpt.pt")
+
+
+def test_unknown_content_is_refused_with_what_is_known(tmp_path):
+    known = "nanoGPT's ckpt.pt"
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "empty.pth").touch()
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"bert.embeddings.weight": torch.ones(2)}, tmp_path / "bert.pth")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
+    for name in ("text.pth", "empty.pth", "list.pth", "bert.pth", "empty", "bert", "nowhere.pth"):
+        with pytest.raises(ConversionError, match=known):
+            detect(tmp_path / name)
+    gpt2, ours = random_pair()
+    torch.save(gpt2.state_dict(), tmp_path / "pytorch_model.bin")
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    for name in ("pytorch_model.bin", "gpt2/model.safetensors"):
+        with pytest.raises(ConversionError, match="give the directory it lies in"):
+            detect(tmp_path / name)
+    write(ours, ours.config, tmp_path / "empty/model.pth", "book")
+    with pytest.raises(ConversionError, match=r"give the file, .*empty/model\.pth"):
+        detect(tmp_path / "empty")
+
+
+def damaged(content, count, seed=0):
+    """Copies with a bit flipped, cut off, or with bytes put in; at random places."""
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        at = int(generator.integers(len(content)))
+        copy = bytearray(content)
+        if i % 3 == 0:
+            copy[at] ^= 1 << int(generator.integers(8))
+        elif i % 3 == 1:
+            del copy[at:]
+        else:
+            copy[at:at] = generator.bytes(int(generator.integers(1, 9)))
+        yield bytes(copy)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt.data-00000-of-00001"])
+def test_every_damage_to_a_tensorflow_checkpoint_is_noticed(tmp_path, name):
+    from shutil import copytree
+
+    copytree(TF, tmp_path / "tf")
+    content = (TF / name).read_bytes()
+    survived = 0
+    for damage in damaged(content, 300):
+        (tmp_path / "tf" / name).write_bytes(damage)
+        try:
+            tensors = read_tensorflow(tmp_path / "tf")
+        except ConversionError as error:
+            assert "download them again" in str(error)
+        else:
+            assert_equal(tensors, read_tensorflow(TF))  # bytes that belong to nothing
+            survived += 1
+    assert survived <= 30
+
+
+@pytest.mark.parametrize("format", ["book", "nanogpt", "gguf"])
+def test_damaged_file_is_a_clear_error_or_a_whole_model(tmp_path, format):
+    ours = random_pair()[1]
+    write(ours, ours.config, tmp_path / "whole", format)
+    refused = 0
+    for damage in damaged((tmp_path / "whole").read_bytes(), 60):
+        (tmp_path / "damaged").write_bytes(damage)
+        try:
+            config, state_dict = read(tmp_path / "damaged", n_heads=HEADS)
+        except ConversionError:
+            refused += 1
+        else:  # a flipped bit in a weight: neither pickle nor GGUF has a checksum of them
+            built(config, state_dict)
+    assert refused > 30
+
+
+# What is published
+
+
+def test_receipt_has_the_hashes_and_the_target_is_whole(tmp_path):
+    path = nanogpt_file(tmp_path / "ckpt.pt", Fused())
+    receipt = import_checkpoint(path, tmp_path / "native")
+    assert receipt == json.loads((tmp_path / "native" / RECEIPT).read_text())
+    assert receipt["source"]["files"].keys() == {"ckpt.pt"}
+    assert receipt["target"]["files"].keys() == {f.name for f in (tmp_path / "native").iterdir()} - {RECEIPT}
+    assert receipt["parity"] == {"passed": True, "weights_equal": True, "tensors": 16 * LAYERS + 4}
+    assert "model.safetensors" in receipt["target"]["files"]
+
+
+@pytest.mark.parametrize("format", FILES)
+def test_export_goes_through_every_format_and_back(tmp_path, format):
+    ours = random_pair()[1]
+    ours.save_pretrained(tmp_path / "native")
+    if format == "native":
+        with pytest.raises(ConversionError, match="has the format 'native' already"):
+            export_checkpoint(tmp_path / "native", tmp_path / "out", format)
+        return
+    assert export_checkpoint(tmp_path / "native", tmp_path / "out", format)["parity"]["weights_equal"]
+    assert (tmp_path / "out" / RECEIPT).exists()
+    import_checkpoint(tmp_path / "out" / FILES[format], tmp_path / "back", n_heads=HEADS if format == "book" else None)
+    assert_same_logits(GPTScratchForCausalLM.from_pretrained(tmp_path / "back"), lambda ids: ours(ids).logits)
+
+
+@pytest.mark.parametrize("format", ["book", "nanogpt", "gguf", "gpt2"])
+def test_what_was_written_wrong_is_not_published(tmp_path, format, monkeypatch):
+    def wrong(state_dict, *args, **kwargs):
+        state_dict = {**state_dict, "trf_blocks.1.norm1.shift": state_dict["trf_blocks.1.norm1.shift"] + 1e-6}
+        return write(state_dict, *args, **kwargs)
+
+    path = nanogpt_file(tmp_path / "ckpt.pt", Fused(gelu="tanh"), config={"activation_function": "gelu_new"})
+    if format == "nanogpt":
+        torch.save(book_model(tie_word_embeddings=True).state_dict(), path)
+    monkeypatch.setattr(formats, "write", wrong)
+    with pytest.raises(ParityError, match=r"differs from its source in .*'trf_blocks\.1\.norm1\.shift'"):
+        export_checkpoint(path, tmp_path / "target", format, n_heads=HEADS)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ckpt.pt"]
+
+
+def test_target_is_kept_and_source_is_never_replaced(tmp_path):
+    path = nanogpt_file(tmp_path / "ckpt.pt", Fused())
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target/precious").touch()
+    with pytest.raises(ConversionError, match="exists already"):
+        import_checkpoint(path, tmp_path / "target")
+    with pytest.raises(ConversionError, match="is or holds the source"):
+        import_checkpoint(path, tmp_path, overwrite=True)
+    import_checkpoint(path, tmp_path / "target", overwrite=True)
+    assert not (tmp_path / "target/precious").exists()
+    with pytest.raises(ConversionError, match=r"got format 'onnx'.*native, gpt2, book"):
+        export_checkpoint(path, tmp_path / "onnx", "onnx")
+
+
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    path = nanogpt_file(tmp_path / "ckpt.pt", Fused(gelu="tanh"), config={"activation_function": "gelu_new"})
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(ConversionError, match=r"failed while writing the target.*as it was before.*free disk space"):
+        export_checkpoint(path, tmp_path / "target", "book")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ckpt.pt"]
