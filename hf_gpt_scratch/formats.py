@@ -119,9 +119,12 @@ def write(
     """
     if format not in FILES:
         raise ConversionError(f"got format {format!r}, but what can be written is {', '.join(FILES)}; choose one")
+    if bias is not None and format != "nanogpt":
+        raise ConversionError(f"got bias={bias} for {format!r}, but only 'nanogpt' has the choice; leave bias out")
     if isinstance(model_or_state_dict, nn.Module):
         model_or_state_dict = model_or_state_dict.state_dict()
     state_dict = without_prefix(model_or_state_dict, SCRATCH_PREFIX)
+    state_dict = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     if config.tie_word_embeddings:
         state_dict.pop("out_head.weight", None)
     _check(state_dict, _expected(config), "the state dict", "its config")
@@ -157,9 +160,13 @@ def import_checkpoint(
         ConversionError: source or target is not as it must be, or `n_heads` is missing where no file tells it.
         ParityError: what was written is not what was read.
     """
-    if not Path(source).expanduser().exists() or detect(source) == "gpt2":
+    path = Path(source).expanduser()
+    if not path.exists() and path.suffix not in (".pth", ".pt", ".gguf"):
+        return gpt2_to_scratch(source, target, overwrite=overwrite)  # a hub id
+    opened = _open(path)
+    if opened.format == "gpt2" and n_heads is None:
         return gpt2_to_scratch(source, target, overwrite=overwrite)
-    return _convert(source, target, "native", n_heads, None, overwrite)
+    return _convert(opened, target, "native", n_heads, None, overwrite)
 
 
 def export_checkpoint(
@@ -177,20 +184,20 @@ def export_checkpoint(
 
     Returns, raises: as `import_checkpoint`.
     """
-    if format == "gpt2" and detect(source) == "native":
+    opened = _open(source)
+    if (opened.format, format) == ("native", "gpt2") and n_heads is None:
         return scratch_to_gpt2(source, target, overwrite=overwrite)
-    return _convert(source, target, format, n_heads, bias, overwrite)
+    return _convert(opened, target, format, n_heads, bias, overwrite)
 
 
-def _convert(source, target, format, n_heads, bias, overwrite):
+def _convert(opened: _Source, target, format, n_heads, bias, overwrite):
     if format not in FILES:
         raise ConversionError(f"got format {format!r}, but what can be written is {', '.join(FILES)}; choose one")
-    path, target = Path(source).expanduser().resolve(), Path(target).expanduser().resolve()
+    path, target = opened.path.resolve(), Path(target).expanduser().resolve()
     if target == path or target in path.parents:
         raise ConversionError(f"the target {target} is or holds the source {path}; choose another target")
-    opened = _open(path)
     if opened.format == format:
-        raise ConversionError(f"{source} has the format {format!r} already; choose another one")
+        raise ConversionError(f"{opened.path} has the format {format!r} already; choose another one")
     config, state_dict = _interpret(opened, n_heads)
     try:
         with atomic_directory(target, overwrite) as staging:
@@ -206,7 +213,7 @@ def _convert(source, target, format, n_heads, bias, overwrite):
             receipt = {
                 "what": f"{opened.format} converted to {format} by hf_gpt_scratch",
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "source": {"name": str(source), "revision": None, "files": _digests(path)},
+                "source": {"name": str(opened.path), "revision": None, "files": _digests(path)},
                 "tokenizer": type(tokenizer).__name__ if tokenizer is not None else None,
                 "parity": {"passed": True, "weights_equal": True, "tensors": len(state_dict)},
                 "notes": notes,
@@ -237,11 +244,15 @@ def _verify(opened: _Source, state_dict: Mapping[str, torch.Tensor], config: GPT
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """Equal in every bit's meaning; a tensor that is not there, which only biases may be, is zero."""
+    """Equal in every bit; a tensor that is not there, which only biases may be, is zero."""
     if one is None or other is None:
         there = one if other is None else other
         return there is not None and not there.any()
-    return one.dtype == other.dtype and torch.equal(one, other)
+    return one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 # Reading

@@ -63,7 +63,7 @@ def read_torch_file(path: Path) -> tuple[str, dict[str, torch.Tensor], dict[str,
         name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)  # torch.compile, DataParallel
         if name in bare:
             raise ConversionError(f"{path} holds {name!r} twice, with different prefixes; keep one")
-        bare[name] = tensor
+        bare[name] = tensor.detach()
     return _format(path, bare, told), bare, told
 
 

@@ -282,6 +282,21 @@ def test_books_own_class_loads_what_is_written_for_it(tmp_path):
     assert_same_logits(ours, book)
 
 
+def test_parameters_are_taken_as_well_as_plain_tensors(tmp_path):
+    book = book_model()
+    torch.save(dict(book.named_parameters()), tmp_path / "model.pth")
+    config, _ = read(tmp_path / "model.pth", n_heads=HEADS)
+    for format in ("book", "gguf"):
+        write(dict(book.named_parameters()), config, tmp_path / "file", format)
+        assert_same_logits(built(*read(tmp_path / "file", n_heads=HEADS if format == "book" else None)), book)
+
+
+def test_minus_zero_is_not_zero():
+    assert not formats._same(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert formats._same(torch.randn(4, 6).T, torch.randn(4, 6).T) is False
+    assert formats._same(None, torch.zeros(3)) and not formats._same(torch.ones(3), None)
+
+
 def test_files_hold_no_more_than_the_weights(tmp_path):
     gpt2, _ = random_pair()
     gpt2.save_pretrained(tmp_path / "gpt2")  # its query, key and value are views of one matrix
@@ -308,6 +323,8 @@ def test_nanogpt_without_biases_is_refused_to_a_model_that_has_some(tmp_path):
     state_dict["trf_blocks.1.norm2.shift"][3] = 1e-3
     with pytest.raises(ConversionError, match=r"bias=False.*1 biases are not zero.*'transformer\.h\.1\.ln_2\.bias'"):
         write(state_dict, config, tmp_path / "without.pt", "nanogpt", bias=False)
+    with pytest.raises(ConversionError, match="only 'nanogpt' has the choice"):
+        write(state_dict, config, tmp_path / "model.pth", "book", bias=False)
     write(state_dict, config, tmp_path / "by itself.pt", "nanogpt")
     assert torch.load(tmp_path / "by itself.pt", weights_only=True)["model_args"]["bias"] is True
 
@@ -488,6 +505,9 @@ def test_n_heads_is_asked_for_where_no_file_tells_it(tmp_path):
             read(tmp_path / "model.pth", n_heads=wrong)
     with pytest.raises(ConversionError, match=r"got n_heads=6, but .*ckpt\.pt says 4; leave n_heads out"):
         read(nanogpt_file(tmp_path / "ckpt.pt", Fused()), n_heads=6)
+    random_pair()[0].save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ConversionError, match=r"got n_heads=6, but .*gpt2 says 4; leave n_heads out"):
+        import_checkpoint(tmp_path / "gpt2", tmp_path / "native", n_heads=6)
 
 
 @pytest.mark.parametrize(("width", "heads"), [(768, 12), (1024, 16), (1280, 20), (1600, 25)])
@@ -579,8 +599,9 @@ def test_unknown_content_is_refused_with_what_is_known(tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
     for name in ("text.pth", "empty.pth", "list.pth", "bert.pth", "empty", "bert", "nowhere.pth"):
-        with pytest.raises(ConversionError, match=known):
-            detect(tmp_path / name)
+        for function in (detect, lambda path: import_checkpoint(path, tmp_path / "target")):
+            with pytest.raises(ConversionError, match=known):
+                function(tmp_path / name)
     gpt2, ours = random_pair()
     torch.save(gpt2.state_dict(), tmp_path / "pytorch_model.bin")
     gpt2.save_pretrained(tmp_path / "gpt2")
