@@ -1,5 +1,7 @@
 import json
 import pickle
+import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +21,13 @@ from hf_gpt_scratch.conversion import RECEIPT, ConversionError
 from hf_gpt_scratch.formats import FILES, LAYOUTS, detect, export_checkpoint, import_checkpoint, read, write
 from hf_gpt_scratch.layouts import BOOK, GGUF, NANOGPT, TENSORFLOW, Layout
 from hf_gpt_scratch.parity import ParityError
-from hf_gpt_scratch.tf_checkpoint import read_tensorflow
+from hf_gpt_scratch.tf_checkpoint import masked_crc32c, read_tensorflow
 from hf_gpt_scratch.weight_map import SCRATCH_PREFIX, rows, without_prefix
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TF, TINY = FIXTURES / "tiny-tensorflow", FIXTURES / "tiny-gpt2"
 E, HEADS = 48, 4
-sys.path.insert(0, str(FIXTURES))
+SIZES, tf_weights = (runpy.run_path(str(FIXTURES / "write_tiny_tensorflow.py"))[name] for name in ("SIZES", "weights"))
 
 
 class Attention(nn.Module):
@@ -178,21 +180,17 @@ def test_books_file_has_the_books_logits_after_import(tmp_path, qkv_bias, with_o
 
 
 def test_tensorflow_checkpoint_gives_the_numbers_that_tensorflow_wrote():
-    from write_tiny_tensorflow import weights
-
     tensors = read_tensorflow(TF)
-    assert tensors.keys() == weights().keys()
-    assert all(np.array_equal(tensors[name].numpy(), value) for name, value in weights().items())
+    assert tensors.keys() == tf_weights().keys()
+    assert all(np.array_equal(tensors[name].numpy(), value) for name, value in tf_weights().items())
 
 
 def test_tensorflow_checkpoint_is_the_official_model(tmp_path):
-    from write_tiny_tensorflow import SIZES, weights
-
     assert detect(TF) == "tensorflow"
     import_checkpoint(TF, tmp_path / "native")
     ours = GPTScratchForCausalLM.from_pretrained(tmp_path / "native")
     official = GPT2LMHeadModel(ours.config.to_gpt2()).eval()
-    for name, value in weights().items():
+    for name, value in tf_weights().items():
         parts = name.removeprefix("model/").replace("h0", "h/0").replace("h1", "h/1").split("/")
         parts[-1] = {"g": "weight", "w": "weight", "b": "bias"}.get(parts[-1], parts[-1] + ".weight")
         with torch.no_grad():
@@ -201,9 +199,7 @@ def test_tensorflow_checkpoint_is_the_official_model(tmp_path):
 
 
 def test_openais_tokenizer_travels_along(tmp_path):
-    from shutil import copytree
-
-    copytree(TF, tmp_path / "source")
+    shutil.copytree(TF, tmp_path / "source")
     model = json.loads((TINY / "tokenizer.json").read_text())["model"]
     (tmp_path / "source/encoder.json").write_text(json.dumps(model["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in model["merges"])
@@ -551,7 +547,8 @@ BAD_STATE_DICTS = {
     r"has 'adapter', which this model does not have": lambda s: s.update(adapter=torch.ones(3)),
     r"'pos_emb\.weight' in .* has shape \[3\]": lambda s: s.update({"pos_emb.weight": torch.ones(3)}),
     r"shape \[48, 47\], but .* \[48, 48\]": lambda s: s.update({"trf_blocks.0.att.W_key.weight": torch.ones(48, 47)}),
-    r"NaN or infinite": lambda s: s["trf_blocks.2.norm1.shift"].__setitem__(0, float("nan")),
+    r"'trf_blocks\.2\.norm1\.shift'.*NaN or inf": lambda s: s["trf_blocks.2.norm1.shift"].__setitem__(0, float("nan")),
+    r"'tok_emb\.weight'.*NaN or inf": lambda s: s["tok_emb.weight"].__setitem__((210, 47), -float("inf")),
     r"mixes torch\.float16, torch\.float32": lambda s: s.update({"final_norm.scale": torch.ones(48).half()}),
     r"is torch\.int64, but weights are floats": lambda s: s.update({"final_norm.scale": torch.ones(48).long()}),
     r"got the layers \[0, 2\].*without a gap": lambda s: [s.pop(n) for n in list(s) if n.startswith("trf_blocks.1.")],
@@ -628,11 +625,49 @@ def damaged(content, count, seed=0):
         yield bytes(copy)
 
 
+@pytest.mark.parametrize("length", [0, 1, 9, 511, 512, 513, (1 << 20) + 512, (1 << 21) + 700])
+def test_checksum_is_crc_32c(length):
+    def masked(crc):
+        return ((crc >> 15 | crc << 17) + 0xA282EAD8) % (1 << 32)
+
+    table = list(range(256))
+    for _ in range(8):
+        table = [crc >> 1 ^ 0x82F63B78 * (crc & 1) for crc in table]
+    data = np.random.default_rng(0).integers(256, size=length, dtype=np.uint8)
+    crc = 0xFFFFFFFF
+    for byte in data.tolist():
+        crc = table[crc & 0xFF ^ byte] ^ crc >> 8
+    assert masked_crc32c(data) == masked(crc ^ 0xFFFFFFFF)
+    assert masked_crc32c(np.frombuffer(b"123456789", dtype=np.uint8)) == masked(0xE3069283)  # the published check
+
+
+def test_incomplete_tensorflow_directory_is_refused_by_what_is_missing(tmp_path):
+    def changed(name, change):
+        shutil.rmtree(tmp_path / "tf", ignore_errors=True)
+        shutil.copytree(TF, tmp_path / "tf")
+        change(tmp_path / "tf" / name)
+        return tmp_path / "tf"
+
+    for name, change, message in (
+        ("model.ckpt.index", Path.unlink, r"has 1 TensorFlow checkpoints \(model\.ckpt\)"),
+        ("model.ckpt.data-00000-of-00001", Path.unlink, r"data-00000-of-00001 is missing or empty"),
+        ("hparams.json", lambda path: path.write_text('{"n_vocab": 19}'), r"must be JSON with n_vocab, n_ctx.*'n_ctx'"),
+        ("hparams.json", lambda path: path.write_text(json.dumps({**SIZES, "n_layer": 3})), "n_layers=3, but .* say 2"),
+        (
+            "hparams.json",
+            lambda path: path.write_text(json.dumps({**SIZES, "n_head": 3})),
+            "got n_heads=3.*divides emb_dim",
+        ),
+        ("model.ckpt.index", lambda path: path.write_bytes(b"x" * 100), "last 8 bytes are not those of an index"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            read(changed(name, change))
+    assert read(changed("checkpoint", Path.unlink))[0].n_heads == SIZES["n_head"]  # there is one index
+
+
 @pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt.data-00000-of-00001"])
 def test_every_damage_to_a_tensorflow_checkpoint_is_noticed(tmp_path, name):
-    from shutil import copytree
-
-    copytree(TF, tmp_path / "tf")
+    shutil.copytree(TF, tmp_path / "tf")
     content = (TF / name).read_bytes()
     survived = 0
     for damage in damaged(content, 300):
