@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM, GPTScratchForSequenc
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name, *arguments, cwd):
-    command = [sys.executable, EXAMPLES / name, *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+def run(name, *arguments, cwd, launcher=()):
+    command = [sys.executable, *launcher, EXAMPLES / name, *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.lower(), done.stderr
@@ -91,3 +92,14 @@ def test_custom_head(tmp_path):
     out = run("custom_head.py", cwd=tmp_path)
     assert "equal rewards: True" in out
     assert (tmp_path / "outputs" / "custom_head" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("how", ["tensor", "sharded", "data"])
+def test_parallel(tmp_path, how):
+    if how != "data" and find_spec("transformers.distributed.parallel_utils") is None:
+        pytest.skip("sharded loading is for transformers 5.22 on")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    out = run("parallel.py", "--how", how, cwd=tmp_path, launcher=torchrun)
+    assert "equal: True" in out
+    share = "437,856" if how == "data" else r"2\d\d,\d{3}"
+    assert len(re.findall(rf"process [01] holds {share} of 437,856 parameters", out)) == 2

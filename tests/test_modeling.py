@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
 from hf_gpt_scratch.layers import causal_attention
+from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
 from hf_gpt_scratch.weight_map import SCRATCH_PREFIX
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
@@ -496,6 +497,46 @@ def test_auto_tokenizer_knows_the_model(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert type(tokenizer) is GPT2Tokenizer
     assert tokenizer("I had always").input_ids == AutoTokenizer.from_pretrained(TRAINED)("I had always").input_ids
+
+
+def test_serving_engines_get_their_own_arguments_through_every_module():
+    """The contract of vLLM's Transformers backend: one flat row, no cache, attention by the engine's own instances."""
+    model = tiny_model()
+    seen = []
+
+    class Attention:
+        """Keeps keys and values for itself, as an engine does."""
+
+        def __init__(self):
+            self.kept = []
+
+        def forward(self, queries, keys, values, scale):
+            self.kept.append((keys, values))
+            keys, values = (torch.cat(parts, dim=2) for parts in zip(*self.kept, strict=True))
+            mask = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - queries.shape[2])
+            return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask, scale=scale)
+
+    def engine(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **kwargs):
+        seen.append(module.layer_idx)
+        return attention_instances[module.layer_idx].forward(query, key, value, scaling).transpose(1, 2), None
+
+    ids = random_ids(1, 9)
+    expected = model.model(ids).last_hidden_state
+    AttentionInterface.register("engine", engine)
+    model.set_attn_implementation("engine")
+    instances = {layer: Attention() for layer in range(LAYERS)}
+    steps = []
+    for part in (slice(0, 6), slice(6, 7), slice(7, 9)):
+        positions = torch.arange(9).unsqueeze(0)[:, part]
+        steps += model.model(
+            input_ids=ids[:, part],
+            position_ids=positions,
+            use_cache=False,
+            attention_instances=instances,
+            return_dict=False,
+        )[:1]
+    assert relative_error(expected, torch.cat(steps, dim=1)) < FP32_LOGITS
+    assert seen == list(range(LAYERS)) * 3
 
 
 def test_unknown_attention_is_refused():
