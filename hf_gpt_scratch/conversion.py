@@ -107,7 +107,7 @@ def _convert(source_type, target_type, source, target, revision, check, overwrit
         hashes = check_checkpoint(directory, source_type, progress)
         _check_space(target, sum(file["bytes"] for file in hashes.values()))
         step = "writing the target"
-        with atomic_directory(target, overwrite) as staging, _quiet_transformers():
+        with atomic_directory(target, overwrite) as staging, quiet_transformers():
             progress.step("Converting")
             model = GPTScratchForCausalLM.from_pretrained(directory)
             if target_type == "gpt2":
@@ -384,7 +384,7 @@ def _verify(directory: Path, staging: Path, source_type: str, progress: Progress
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Our own progress is shown instead of transformers' bars."""
     shown = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()

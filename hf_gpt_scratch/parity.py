@@ -167,17 +167,13 @@ def weights_equal(gpt2: GPT2LMHeadModel, scratch: GPTScratchForCausalLM) -> bool
     )
 
 
-def verify(gpt2: GPT2LMHeadModel, scratch: GPTScratchForCausalLM) -> Verification:
-    """Compares two models that should be one, in float32: weights, logits on random tokens, greedy continuation.
-
-    Raises:
-        ParityError: they are not the same model; the message has the figures.
-    """
+def measure(gpt2: GPT2LMHeadModel, scratch: GPTScratchForCausalLM) -> Verification:
+    """Compares two models that should be one, in float32: weights, logits on random tokens, greedy continuation."""
     input_ids = probe_ids(gpt2.config.vocab_size, gpt2.config.n_positions)
     prompt = input_ids[:1, : min(8, (gpt2.config.n_positions + 1) // 2)]
     new_tokens = min(32, gpt2.config.n_positions - prompt.shape[1])
     continuations = [greedy_ids(model, prompt, new_tokens) for model in (gpt2, scratch) if new_tokens]
-    verification = Verification(
+    return Verification(
         logits=compare_logits(gpt2, scratch, input_ids),
         logit_bound=FP32_LOGITS,
         greedy_tokens=new_tokens,
@@ -185,6 +181,15 @@ def verify(gpt2: GPT2LMHeadModel, scratch: GPTScratchForCausalLM) -> Verificatio
         tensors=len(gpt2.state_dict()),
         weights_equal=weights_equal(gpt2, scratch),
     )
+
+
+def verify(gpt2: GPT2LMHeadModel, scratch: GPTScratchForCausalLM) -> Verification:
+    """What `measure` finds.
+
+    Raises:
+        ParityError: they are not the same model; the message has the figures.
+    """
+    verification = measure(gpt2, scratch)
     if not verification.passed:
         raise ParityError(f"the two models differ: {verification}")
     return verification

@@ -1,17 +1,21 @@
 """Runs a conversion for a person at a terminal: progress, figures, and an exit status that scripts can read."""
 
+import json
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from transformers import GPT2LMHeadModel
 
-from .conversion import ConversionError, Progress
-from .parity import ParityError
+from .conversion import ConversionError, Progress, check_checkpoint, find_source, quiet_transformers
+from .modeling_gpt_scratch import GPTScratchForCausalLM
+from .parity import ParityError, measure
 
 # Exit statuses; 2 is a wrong command line, as typer has it.
 FAILED, DIFFERENT, INTERRUPTED = 1, 3, 130
@@ -80,3 +84,30 @@ def convert_and_report(
         )
     console.print("Tokenizer: " + (receipt["tokenizer"] or "none in the source, so none in the target"))
     return receipt
+
+
+def verify_and_report(reference: str, candidate: str, as_json: bool = False) -> None:
+    """Measures how far our checkpoint is from the official one, and prints the figures.
+
+    Raises:
+        SystemExit: 1 one of them cannot be read, 3 they differ.
+    """
+    errors = Console(stderr=True)
+    try:
+        official, ours = find_source(reference), find_source(candidate)
+        check_checkpoint(official, "gpt2")
+        check_checkpoint(ours, "gpt_scratch")
+    except ConversionError as error:
+        errors.print(f"[bold red]Not verified:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(FAILED)
+    with quiet_transformers():
+        gpt2 = GPT2LMHeadModel.from_pretrained(official, dtype=torch.float32)
+        scratch = GPTScratchForCausalLM.from_pretrained(ours, dtype=torch.float32)
+    found = measure(gpt2, scratch)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        verdict = "[bold green]The same model[/]" if found.passed else "[bold red]Different models[/]"
+        Console().print(f"{verdict} in float32; {found}", soft_wrap=True)
+    if not found.passed:
+        sys.exit(DIFFERENT)

@@ -1,0 +1,71 @@
+"""The public names of the package; importing them makes the model known to transformers' Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GPT2Tokenizer,
+)
+
+from .configuration_gpt_scratch import GPTScratchConfig
+from .layers import (
+    GELU,
+    GPT_CONFIG_124M,
+    FeedForward,
+    GPTModel,
+    LayerNorm,
+    MultiHeadAttention,
+    TransformerBlock,
+    generate_text_simple,
+    text_to_token_ids,
+    token_ids_to_text,
+)
+from .modeling_gpt_scratch import (
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForCausalLM,
+    GPTScratchForQuestionAnswering,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchModel,
+    GPTScratchPreTrainedModel,
+)
+
+__all__ = [
+    "GELU",
+    "GPT_CONFIG_124M",
+    "FeedForward",
+    "GPTModel",
+    "GPTScratchConfig",
+    "GPTScratchDoubleHeadsModel",
+    "GPTScratchForCausalLM",
+    "GPTScratchForQuestionAnswering",
+    "GPTScratchForSequenceClassification",
+    "GPTScratchForTokenClassification",
+    "GPTScratchModel",
+    "GPTScratchPreTrainedModel",
+    "LayerNorm",
+    "MultiHeadAttention",
+    "TransformerBlock",
+    "generate_text_simple",
+    "text_to_token_ids",
+    "token_ids_to_text",
+]
+
+AutoConfig.register(GPTScratchConfig.model_type, GPTScratchConfig, exist_ok=True)
+AutoTokenizer.register(GPTScratchConfig, fast_tokenizer_class=GPT2Tokenizer, exist_ok=True)
+GPTScratchConfig.register_for_auto_class()
+for auto_class, model_class in (
+    (AutoModel, GPTScratchModel),
+    (AutoModelForCausalLM, GPTScratchForCausalLM),
+    (AutoModelForPreTraining, GPTScratchDoubleHeadsModel),
+    (AutoModelForQuestionAnswering, GPTScratchForQuestionAnswering),
+    (AutoModelForSequenceClassification, GPTScratchForSequenceClassification),
+    (AutoModelForTokenClassification, GPTScratchForTokenClassification),
+):
+    auto_class.register(GPTScratchConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class.__name__)  # save_pretrained then ships the code

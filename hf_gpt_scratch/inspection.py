@@ -1,0 +1,660 @@
+"""What a model is made of, and where each of its parameters comes from: figures with their arithmetic, and words.
+
+Sizes come from the config and the model on the meta device; the order of operations from running it there. No weights
+are read. Shapes: B batch, T tokens, and the numbers themselves.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig
+
+from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
+from .layers import GELU, GPT_CONFIG_124M, MultiHeadAttention
+from .modeling_gpt_scratch import (
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForCausalLM,
+    GPTScratchForQuestionAnswering,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchModel,
+    GPTScratchPreTrainedModel,
+)
+from .weight_map import DROPPED, GPT2_PREFIX, HEADS, LM_HEAD, SCRATCH_PREFIX, TABLE, Row
+
+MODELS: tuple[type[GPTScratchPreTrainedModel], ...] = (
+    GPTScratchForCausalLM,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchForQuestionAnswering,
+    GPTScratchDoubleHeadsModel,
+    GPTScratchModel,
+)
+BOOK = "book"  # a name for the book's GPT_CONFIG_124M beside the official sizes
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+BLOCK = re.compile(r"(?<!\w)(h|trf_blocks)\.(\d+|\{n\})(?=\.|$)")
+
+
+class UnknownName(ValueError):
+    """No row of the weight map and no model has this name."""
+
+
+# What each module does and its equation, by our name without the block's. Braces are filled from the model by `facts`.
+ROLES: dict[str, tuple[str, str]] = {
+    "tok_emb": (
+        "row i is the vector of {E} numbers that stands for token id i, one of {V}",
+        "x = tok_emb[ids] + pos_emb[positions]",
+    ),
+    "pos_emb": (
+        "row t is the vector that says 'I stand at position t', one of {C}",
+        "x = tok_emb[ids] + pos_emb[positions]",
+    ),
+    "drop_emb": ("{drop_rate_emb}", "x = dropout(x)"),
+    "norm1": (
+        "gives each token's {E} numbers mean 0 and variance 1, then scales and shifts each number",
+        "y = scale · (x − mean(x)) / √(var(x) + {eps}) + shift",
+    ),
+    "att.W_query": ("what each token looks for, in {H} heads of {D} numbers", "Q = y · W_queryᵀ{qkv_bias}"),
+    "att.W_key": ("what each token offers to be found by, in {H} heads of {D}", "K = y · W_keyᵀ{qkv_bias}"),
+    "att.W_value": ("what each token hands on when it is found, in {H} heads of {D}", "V = y · W_valueᵀ{qkv_bias}"),
+    "att.softmax": (
+        "each token weighs itself and the tokens before it, in each head by itself: scores Q · Kᵀ {scaling}, later "
+        "tokens masked out, softmax; the weights mix the values ({drop_rate_attn})",
+        "z = softmax(Q · Kᵀ {scaling} + mask) · V",
+    ),
+    "att.out_proj": ("mixes what the {H} heads found", "x = x + dropout(z · W_outᵀ + b)"),
+    "drop_shortcut": ("{drop_rate_shortcut}", "dropout(…)"),
+    "norm2": (
+        "gives each token's {E} numbers mean 0 and variance 1, then scales and shifts each number",
+        "y = scale · (x − mean(x)) / √(var(x) + {eps}) + shift",
+    ),
+    "ff.layers.0": ("widens each token by itself from {E} to {F} numbers", "h = {activation}(y · W₁ᵀ + b₁)"),
+    "ff.layers.1": ("the activation: {activation}, number by number", "h = {activation}(y · W₁ᵀ + b₁)"),
+    "ff.layers.2": ("narrows each token from {F} back to {E} numbers", "x = x + dropout(h · W₂ᵀ + b₂)"),
+    "final_norm": (
+        "gives each token's {E} numbers mean 0 and variance 1, then scales and shifts each number",
+        "y = scale · (x − mean(x)) / √(var(x) + {eps}) + shift",
+    ),
+    "out_head": ("scores each of the {V} token ids as the next token", "logits = y · W_headᵀ"),
+    "score": ("scores each of {labels} labels; the last token counts for its sequence", "logits = y · Wᵀ"),
+    "dropout": ("in training, sets some numbers to zero", "y = dropout(y)"),
+    "classifier": ("scores each of {labels} labels for every token", "logits = y · Wᵀ + b"),
+    "qa_outputs": ("scores every token as the answer's start and as its end", "(start, end) = y · Wᵀ + b"),
+    "multiple_choice_head.summary": ("scores a whole continuation by one of its tokens", "score = y · Wᵀ + b"),
+    "multiple_choice_head.first_dropout": ("in training, sets some numbers to zero", "y = dropout(y)"),
+}
+
+
+def resolve(
+    model: str | os.PathLike | Mapping[str, Any] | PreTrainedConfig | GPTScratchPreTrainedModel,
+) -> tuple[GPTScratchConfig, type[GPTScratchPreTrainedModel]]:
+    """The config and the class that are meant.
+
+    Args:
+        model: "124M" to "1558M"; "book", the book's `GPT_CONFIG_124M`; a directory or hub id, official or ours; a
+            config.json; the book's dict; a config; a model.
+
+    Raises:
+        ValueError: nothing of the kind, or a model that is neither GPT-2 nor ours.
+        StrictDataclassError: a config with a wrong value.
+    """
+    if isinstance(model, GPTScratchPreTrainedModel):
+        return model.config, type(model)
+    if isinstance(model, GPTScratchConfig):
+        return model, GPTScratchForCausalLM
+    if isinstance(model, PreTrainedConfig):
+        return GPTScratchConfig.from_gpt2(model), GPTScratchForCausalLM
+    if isinstance(model, Mapping):
+        return GPTScratchConfig(**model), GPTScratchForCausalLM
+    if isinstance(model, nn.Module):
+        raise ValueError(f"got a {type(model).__name__}, which does not keep its config; give the config instead")
+    name = str(model)
+    if name in PRESETS:
+        return GPTScratchConfig.preset(name), GPTScratchForCausalLM
+    if name == BOOK:
+        return GPTScratchConfig(**GPT_CONFIG_124M), GPTScratchForCausalLM
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name)
+        config = GPTScratchConfig.from_pretrained(name)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"got {name!r}, but a model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
+            f"hub id ({str(error).splitlines()[0]})"
+        ) from error
+    architecture = (values.get("architectures") or [""])[0]
+    classes = {
+        c: model_class for model_class in MODELS for c in (model_class.__name__, model_class.gpt2_class.__name__)
+    }
+    return config, classes.get(architecture, GPTScratchForCausalLM)
+
+
+def build(config: GPTScratchConfig, model_class: type[GPTScratchPreTrainedModel]) -> GPTScratchPreTrainedModel:
+    """The model without memory for its weights, in evaluation mode."""
+    config = GPTScratchConfig.from_dict(config.to_dict())  # building writes into it
+    with torch.device("meta"):
+        model = model_class._from_config(config, attn_implementation="eager")
+    model.tie_weights()
+    return model.eval()
+
+
+def facts(model: GPTScratchPreTrainedModel) -> dict[str, Any]:
+    """The numbers that `ROLES` speaks of, read off the model's modules."""
+    base = model.base_model
+    block = base.trf_blocks[0]
+    wide, act, _ = block.ff.layers
+    scalings = [block.att.scaling for block in base.trf_blocks]
+    scaling = f"· {scalings[0]:.4g}"
+    if scalings[0] == block.att.head_dim**-0.5:
+        scaling = f"/ √{block.att.head_dim}"
+    if len(set(scalings)) > 1:
+        scaling = f"· {scalings[0]:.4g} in block 0 to {scalings[-1]:.4g} in block {len(scalings) - 1}"
+    elif scalings[0] == 1:
+        scaling = "(not scaled)"
+    return {
+        "V": f"{base.tok_emb.num_embeddings:,}",
+        "C": f"{base.pos_emb.num_embeddings:,}",
+        "E": f"{base.tok_emb.embedding_dim:,}",
+        "F": f"{wide.out_features:,}",
+        "H": block.att.num_heads,
+        "D": block.att.head_dim,
+        "L": len(base.trf_blocks),
+        "eps": f"{block.norm1.eps:g}",
+        "scaling": scaling,
+        "qkv_bias": "" if block.att.W_query.bias is None else " + b",
+        "activation": "GELU (tanh)" if isinstance(act, GELU) else model.config.activation_function,
+        "labels": model.config.num_labels,
+        "drop_rate_emb": _dropout(base.drop_emb.p),
+        "drop_rate_attn": _dropout(block.att.dropout.p),
+        "drop_rate_shortcut": _dropout(block.drop_shortcut.p),
+    }
+
+
+def _dropout(rate: float) -> str:
+    return f"in training, sets {rate:.0%} to zero" if rate else "sets nothing to zero: the rate is 0"
+
+
+def arithmetic(terms: Sequence[tuple[int, ...]]) -> str:
+    """A sum of products, step by step: "768 × 3,072 + 3,072 = 2,359,296 + 3,072 = 2,362,368"."""
+    factors = [(n, *term) if n > 1 else term for term, n in Counter(term for term in terms if prod(term)).items()]
+    products = [f"{prod(term):,}" for term in factors]
+    steps = [" + ".join(" × ".join(f"{n:,}" for n in term) for term in factors), " + ".join(products)]
+    steps.append(f"{sum(map(prod, factors)):,}")
+    return " = ".join(dict.fromkeys(step for step in steps if step))
+
+
+@dataclass(frozen=True)
+class Node:
+    """A module: what it is, its own tensors and what is below it. `name` is "0-11" for twelve equal ones."""
+
+    name: str
+    kind: str
+    gpt2: str | None
+    shapes: dict[str, list[int]]
+    parameters: int
+    arithmetic: str
+    tied_to: str | None = None
+    copies: int = 1
+    children: tuple["Node", ...] = ()
+
+    def walk(self, depth: int = 0) -> Iterator[tuple[int, "Node"]]:
+        yield depth, self
+        for child in self.children:
+            yield from child.walk(depth + 1)
+
+    def __getitem__(self, name: str) -> "Node":
+        """The child of that name, or below one: `tree["model.trf_blocks"]`."""
+        head, _, rest = name.partition(".")
+        child = next((child for child in self.children if child.name == head), None)
+        if child is None:
+            raise KeyError(f"{self.name or self.kind} has no {head!r}, only {', '.join(c.name for c in self.children)}")
+        return child[rest] if rest else child
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model's tree, its totals, the memory of its weights, and it in words."""
+
+    model: str
+    kind: str
+    dtype: str | None
+    tree: Node
+    parameters: dict[str, int]  # with one matrix for embedding and head ("tied"), with two ("untied"), or "all"
+    tied: bool
+    arithmetic: dict[str, str]
+    memory: dict[str, dict[str, int]]  # bytes, by dtype, then as `parameters`
+    summary: str
+    steps: tuple["Step", ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation, in the order of execution; `steps` are those of a block, `copies` times."""
+
+    name: str
+    gpt2: str | None
+    does: str
+    equation: str
+    shape: tuple[str | int, ...]
+    copies: int = 1
+    steps: tuple["Step", ...] = ()
+
+
+def inspect(model) -> Inspection:
+    """All that `Inspection` holds, of anything that `resolve` understands.
+
+    Raises:
+        ValueError: see `resolve`.
+    """
+    config, model_class = resolve(model)
+    built = build(config, model_class)
+    events = trace(built)
+    steps = _steps(built, events)
+    tree = _node(built, "", "", [name for name, _, _ in events], {})
+    total = tree.parameters
+    head = built.get_output_embeddings()
+    if head is None:
+        parameters, sums = {"all": total}, {"all": tree.arithmetic}
+    else:
+        matrix, tied = head.weight.numel(), head.weight is built.get_input_embeddings().weight
+        untied = total + matrix if tied else total
+        parameters = {"tied": untied - matrix, "untied": untied}
+        sums = {
+            "tied": f"{untied:,} − {matrix:,} = {untied - matrix:,}",
+            "untied": f"{untied - matrix:,} + {matrix:,} = {untied:,}",
+        }
+    name = type(model).__name__ if not isinstance(model, str | os.PathLike) else str(model)
+    return Inspection(
+        model=name,
+        kind=type(built).__name__,
+        dtype=str(config.dtype).removeprefix("torch.") if config.dtype else None,
+        tree=tree,
+        parameters=parameters,
+        tied=config.tie_word_embeddings and head is not None,
+        arithmetic=sums,
+        memory={dtype: {k: n * size for k, n in parameters.items()} for dtype, size in BYTES.items()},
+        summary=_summary(built, steps, total),
+        steps=tuple(steps),
+    )
+
+
+def _node(module: nn.Module, name: str, path: str, order: list[str], seen: dict[int, str]) -> Node:
+    def first_use(child: str) -> int:
+        below = f"{path}{child}"
+        return next((i for i, used in enumerate(order) if used == below or used.startswith(below + ".")), len(order))
+
+    terms, shapes, tied_to = [], {}, None
+    for key, parameter in module.named_parameters(recurse=False):
+        shapes[key] = list(parameter.shape)
+        if id(parameter) in seen:
+            tied_to = seen[id(parameter)]
+            continue
+        seen[id(parameter)] = path + key
+        # in × out, as one says it; nn.Linear stores [out, in].
+        terms.append(tuple(parameter.shape[::-1] if isinstance(module, nn.Linear) else parameter.shape))
+    names = sorted((child for child, _ in module.named_children()), key=first_use)
+    children = _grouped([_node(module.get_submodule(n), n, f"{path}{n}.", order, seen) for n in names])
+    terms += [(child.parameters,) for child in children for _ in range(child.copies)]
+    return Node(
+        name=name,
+        kind=type(module).__name__,
+        gpt2=gpt2_module(path.removesuffix(".")),
+        shapes=shapes,
+        parameters=sum(map(prod, terms)),
+        arithmetic=arithmetic(terms),
+        tied_to=tied_to,
+        children=children,
+    )
+
+
+def _grouped(children: list[Node]) -> tuple[Node, ...]:
+    """The same nodes, with neighbours that differ in nothing but their number as one."""
+    groups: list[list[Node]] = []
+    for child in children:
+        if groups and child.name.isdigit() and groups[-1][0].name.isdigit() and _alike(groups[-1][0], child):
+            groups[-1].append(child)
+        else:
+            groups.append([child])
+    return tuple(
+        replace(group[0], name=f"{group[0].name}-{group[-1].name}", copies=len(group)) if group[1:] else group[0]
+        for group in groups
+    )
+
+
+def _alike(a: Node, b: Node) -> bool:
+    def facts_of(node: Node) -> list[tuple]:
+        return [(depth, n.name if depth else "", n.kind, n.shapes, n.tied_to) for depth, n in node.walk()]
+
+    return facts_of(a) == facts_of(b)
+
+
+@cache
+def _module_names() -> dict[str, str]:
+    """Our modules and GPT-2's, as far as the weight map pairs them; of containers those at the same place."""
+    names = {}
+    for row in TABLE:
+        theirs = row.gpt2.split(".")[:-1]
+        for scratch in row.scratch:
+            ours = scratch.split(".")[:-1]
+            names[".".join(ours)] = ".".join(theirs)
+            for depth in range(1, len(theirs)):
+                names.setdefault(".".join(ours[:depth]), ".".join(theirs[:depth]))
+    return names
+
+
+def gpt2_module(path: str) -> str | None:
+    """The last part of GPT-2's name of our module at `path`, if the weight map has one."""
+    ours = BLOCK.sub(r"\1.{n}", path.removeprefix(SCRATCH_PREFIX))
+    theirs = _module_names().get(ours)
+    return theirs.rpartition(".")[2] if theirs and not theirs.endswith("}") else None
+
+
+Event = tuple[str, tuple[int, ...], str]
+
+
+def trace(model: GPTScratchPreTrainedModel) -> list[Event]:
+    """The operations of one pass, in order: name, shape of the result, and of a sum what is added.
+
+    An operation is a module without parts, named by its path; a sum of hidden states, `….+`; or `….softmax`. One
+    sequence of up to 7 tokens runs through the model on the meta device.
+    """
+    events: list[Event] = []
+    running: list[str] = []
+    known: dict[int, tuple[torch.Tensor, str]] = {}  # the tensors are kept, or an id might come back
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            name = running[-1] if running else ""
+            module = model.get_submodule(name)
+            if function is torch.ops.aten._softmax.default and isinstance(module, MultiHeadAttention):
+                events.append((f"{name}.softmax", tuple(result.shape), ""))
+            hidden = isinstance(result, torch.Tensor) and result.ndim == 3 and result.is_floating_point()
+            if function is torch.ops.aten.add.Tensor and hidden and any(module.children()):
+                added = [known[id(arg)][1] for arg in args if id(arg) in known]
+                events.append((f"{name}.+", tuple(result.shape), " and ".join(added)))
+                known[id(result)] = (result, "the sum before")
+            return result
+
+    def enter(name):
+        def hook(module, args):
+            running.append(name)
+            if name.rpartition(".")[2].isdigit() and "." not in name.partition("trf_blocks.")[2]:
+                known[id(args[0])] = (args[0], "what came into the block")
+
+        return hook
+
+    def leave(name):
+        def hook(module, args, output):
+            running.pop()
+            if not any(module.children()) and not isinstance(module, nn.Identity):
+                events.append((name, tuple(output.shape), ""))
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(enter(name)) for name, m in model.named_modules()]
+    hooks += [m.register_forward_hook(leave(name)) for name, m in model.named_modules()]
+    ids = torch.zeros(1, min(7, model.config.context_length), dtype=torch.long, device="meta")
+    # A ready mask: transformers would look at the positions to make one, and on the meta device there are none.
+    mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device="meta")
+    with torch.no_grad(), Sums():
+        model(ids, attention_mask=mask, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return events
+
+
+def _steps(model: GPTScratchPreTrainedModel, events: list[Event]) -> list[Step]:
+    """The trace in words; blocks that do the same are one step."""
+    filled = facts(model)
+    steps: list[Step] = []
+    for path, shape, added in events:
+        path = path.removeprefix(SCRATCH_PREFIX).removeprefix(".")
+        block = BLOCK.match(path)
+        name = path[block.end() + 1 :] if block else path
+        does, equation = ROLES.get(name, ("", ""))
+        if name == "+":
+            # In a block one of the two is the shortcut; outside, they are the two embeddings.
+            does = f"adds {added}: the shortcut" if added else "adds the two: what the token is, and where it stands"
+            equation = "x = x + …"
+        tensor: tuple[str | int, ...] = ("B", "T", *shape[2:]) if len(shape) > 2 else ("B", *shape[1:])
+        if name == "att.softmax":
+            tensor = ("B", shape[1], "T", "T")
+        gpt2 = gpt2_module(path) if name != "+" else None
+        step = Step(name, gpt2, does.format(**filled), equation.format(**filled), tensor)
+        if not block:
+            steps.append(step)
+            continue
+        number = block[2]
+        if steps and steps[-1].name == f"trf_blocks.{number}":
+            steps[-1] = replace(steps[-1], steps=(*steps[-1].steps, step), shape=tensor)
+        else:
+            gpt2 = gpt2_module("trf_blocks")
+            steps.append(Step(f"trf_blocks.{number}", f"{gpt2}.{number}", "", "", tensor, steps=(step,)))
+    return _merged(steps)
+
+
+def _merged(steps: list[Step]) -> list[Step]:
+    merged: list[Step] = []
+    for step in steps:
+        last = merged[-1] if merged else None
+        if last and step.steps and last.steps == step.steps:
+            first, number = last.name.partition("-")[0], step.name.rpartition(".")[2]
+            gpt2 = f"{(last.gpt2 or '').partition('-')[0]}-{number}"
+            merged[-1] = replace(last, name=f"{first}-{number}", gpt2=gpt2, copies=last.copies + 1)
+        else:
+            merged.append(step)
+    return merged
+
+
+def _summary(model: GPTScratchPreTrainedModel, steps: list[Step], total: int) -> str:
+    n = facts(model)
+    base = model.base_model
+    inner = [step.name.partition(".")[0] for step in next(step.steps for step in steps if step.steps)]
+    norms = "before" if inner.index("norm1") < inner.index("att") else "after"
+    shortcuts = ("no shortcut leads", "a shortcut leads", "shortcuts lead")[min(inner.count("+"), 2)]
+    wide, width = base.trf_blocks[0].ff.layers[0].out_features, base.tok_emb.embedding_dim
+    times = f"{wide // width} × {width:,}" if wide % width == 0 else f"{wide / width:.2f} × {width:,}"
+    inside = sum(p.numel() for p in base.trf_blocks.parameters())
+    embedded = base.tok_emb.weight.numel() + base.pos_emb.weight.numel()
+    shape = ", ".join(f"{size:,}" for size in steps[-1].shape[2:])
+    tied = model.get_output_embeddings() is not None and model.config.tie_word_embeddings
+    head = " The output head is the token embedding's matrix once more." if tied else ""
+    gives = f"and gives {shape} numbers for each of them" if shape else "and gives one number for all of them"
+    around = "one" if inner.count("+") == 1 else "both"
+    return (
+        f"{type(model).__name__} reads up to {n['C']} tokens, each one of {n['V']}, {gives}. Every token is a vector "
+        f"of {n['E']} numbers, which {n['L']} transformer blocks rewrite one after the other: {n['H']} attention heads "
+        f"of {n['D']} numbers let it look at the tokens before it, and a feed-forward network {n['F']} wide ({times}, "
+        f"{n['activation']}) works on it alone. Norms come {norms} attention and feed-forward, and {shortcuts} around "
+        f"{around}. Of {total:,} parameters {inside / total:.1%} are in the blocks and {embedded / total:.1%} in the "
+        f"embeddings.{head}"
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of ours: `code` is its name in Python over the modules of a block of ours (outside blocks: of the
+    model), `value` what it is over those of GPT-2's."""
+
+    name: str
+    stored: str
+    shape: list[int]
+    code: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A parameter, from GPT-2's tensor to ours and back. Without `parts` it is dropped on the way."""
+
+    gpt2: str
+    gpt2_stored: str
+    gpt2_shape: list[int]
+    gpt2_code: str  # as in `Part`, the other way round
+    gpt2_value: str
+    parts: tuple[Part, ...]
+    meaning: str
+    does: str
+    equation: str
+    arithmetic: str
+    note: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def explain(name: str, model="124M") -> list[Explanation]:
+    """Where the parameters called `name` come from and go to, with the shapes that they have in `model`.
+
+    Args:
+        name: GPT-2's or ours, whole or in part ("W_query"), with or without prefix and layer number.
+        model: what `resolve` understands.
+
+    Raises:
+        UnknownName: no parameter is called so; the message has the nearest names.
+        ValueError: see `resolve`.
+    """
+    config, _ = resolve(model)
+    query, layer = _normalized(name)
+    if layer is not None and layer >= config.n_layers:
+        raise UnknownName(f"got {name!r}, but the model has the layers 0 to {config.n_layers - 1}; name one of those")
+    found = [(row, picked) for row in TABLE if (picked := _picked(row, query))]
+    dropped = [other for other in DROPPED if _within(query, other)]
+    exact = [(row, picked) for row, picked in found if query in map(_parts, (row.gpt2, *row.scratch))]
+    if not found and not dropped:
+        raise UnknownName(f"got {name!r}, which is no parameter of GPT-2 or ours; {_suggestion(query)}")
+    explanations = [_explained(row, picked, layer, config) for row, picked in exact or found]
+    return explanations + [_dropped(other, layer, config) for other in (() if exact else dropped)]
+
+
+def _normalized(name: str) -> tuple[tuple[str, ...], int | None]:
+    """The name's parts without prefixes and layer number, and the number."""
+    name = re.sub(r"\[(\d+)\]", r".\1", name.strip())
+    numbers = [int(number) for _, number in BLOCK.findall(name) if number.isdigit()]
+    parts = list(_parts(name))
+    while parts and parts[0] in PREFIXES:
+        del parts[0]
+    return tuple(parts), numbers[0] if numbers else None
+
+
+PREFIXES = ("base_model", GPT2_PREFIX[:-1], SCRATCH_PREFIX[:-1], "module", "_orig_mod")
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(part for part in BLOCK.sub(r"\1", name).split(".") if part)
+
+
+def _within(query: tuple[str, ...], name: str) -> bool:
+    parts = _parts(name)
+    return bool(query) and any(parts[i : i + len(query)] == query for i in range(len(parts)))
+
+
+def _picked(row: Row, query: tuple[str, ...]) -> list[int]:
+    """Which of the row's tensors of ours are meant; all if GPT-2's is."""
+    if _within(query, row.gpt2):
+        return list(range(len(row.scratch)))
+    return [i for i, name in enumerate(row.scratch) if _within(query, name)]
+
+
+def _suggestion(query: tuple[str, ...]) -> str:
+    names = {name for row in TABLE for name in (row.gpt2, *row.scratch)} | set(DROPPED)
+    spelled = {".".join(_parts(name)).lower(): name for name in sorted(names)}
+    spelled |= {part.lower(): part for name in sorted(names) for part in _parts(name) if not part.isdigit()}
+    near = difflib.get_close_matches(".".join(query).lower(), spelled, n=3, cutoff=0.6)
+    near = near or difflib.get_close_matches(query[-1].lower() if query else "", spelled, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(spelled[n] for n in near)}?"
+    return "the weight map in the README lists them all"
+
+
+def _expression(name: str) -> str:
+    """A name as Python over the modules of its block, or of the model if it is in none."""
+    return re.sub(r"\.(\d+)", r"[\1]", re.sub(r"^(h|trf_blocks)\.\{n\}\.", "", name))
+
+
+def _role(name: str) -> str:
+    """The key in `ROLES` of the module that has this parameter of ours."""
+    return BLOCK.sub("", name).removeprefix(".").rpartition(".")[0]
+
+
+def _explained(row: Row, picked: list[int], layer: int | None, config: GPTScratchConfig) -> Explanation:
+    shapes, gpt2_shape, filled, note = _shapes(row, config)
+    numbered = row if layer is None else row.at(layer)
+    prefixed = row not in HEADS
+    parts = []
+    for i in picked:
+        value = _expression(row.gpt2)
+        if len(row.scratch) > 1:
+            rows = f"{i * shapes[i][0]}:{(i + 1) * shapes[i][0]}"
+            value += f"[:, {rows}]" if row.transposed else f"[{rows}]"
+        value += ".T" if row.transposed else ""
+        name = numbered.scratch[i]
+        parts.append(Part(name, SCRATCH_PREFIX * prefixed + name, shapes[i], _expression(row.scratch[i]), value))
+    back = ", ".join(map(_expression, row.scratch))
+    back = f"torch.cat([{back}])" if len(row.scratch) > 1 else back
+    roles = dict.fromkeys(ROLES[_role(row.scratch[i])] for i in picked)
+    return Explanation(
+        gpt2=numbered.gpt2,
+        gpt2_stored=GPT2_PREFIX * prefixed + numbered.gpt2,
+        gpt2_shape=gpt2_shape,
+        gpt2_code=_expression(row.gpt2),
+        gpt2_value=back + (".T" if row.transposed else ""),
+        parts=tuple(parts),
+        meaning=row.meaning,
+        does="; ".join(does for does, _ in roles).format(**filled),
+        equation="; ".join(equation for _, equation in roles).format(**filled),
+        arithmetic=arithmetic([tuple(reversed(shapes[i])) or (1,) for i in picked]),
+        note=note,
+    )
+
+
+def _shapes(row: Row, config: GPTScratchConfig) -> tuple[list[list[int]], list[int], dict[str, Any], str]:
+    """Shapes of a row's tensors of ours and of GPT-2's, the model's facts, and what must change for it to have them."""
+    values: dict[str, Any] = {**config.to_dict(), "n_layers": 1, "tie_word_embeddings": False}
+    causal = GPTScratchForCausalLM
+    others: list[tuple[type[GPTScratchPreTrainedModel], dict]] = [(model_class, {}) for model_class in MODELS[1:]]
+    changes = ({"qkv_bias": True}, {"activation_function": "prelu"}, {"activation_function": "xielu"})
+    for model_class, change in [(causal, {}), *others, *((causal, change) for change in changes)]:
+        model = build(GPTScratchConfig.from_dict({**values, **change}), model_class)
+        tensors = {name.removeprefix(SCRATCH_PREFIX): tensor for name, tensor in model.state_dict().items()}
+        found = [tensors[name] for name in row.at(0).scratch if name in tensors]
+        if found:
+            break
+    note = f"only {model_class.__name__} has it" if model_class is not GPTScratchForCausalLM else ""
+    for key, value in change.items():
+        note = f"this model has none: only one with {key}={value!r} does"
+    if row is LM_HEAD and config.tie_word_embeddings:
+        note = "tied: the same matrix as tok_emb.weight, stored once"
+    return [list(t.shape) for t in found], list(row.to_gpt2(found).shape), facts(model), note
+
+
+def _dropped(name: str, layer: int | None, config: GPTScratchConfig) -> Explanation:
+    stored = name if layer is None else name.replace("{n}", str(layer))
+    mask = not name.endswith("masked_bias")
+    return Explanation(
+        gpt2=stored,
+        gpt2_stored=GPT2_PREFIX + stored,
+        gpt2_shape=[1, 1, config.context_length, config.context_length] if mask else [],
+        gpt2_code=_expression(name),
+        gpt2_value="",
+        parts=(),
+        meaning="the causal mask" if mask else "the number that the causal mask once filled in",
+        does="no weight: it is dropped, since it is computed when it is needed",
+        equation="position t sees the positions 0 to t",
+        arithmetic="",
+        note="",
+    )
