@@ -126,6 +126,8 @@ def resolve(
         return GPTScratchConfig(**GPT_CONFIG_124M), GPTScratchForCausalLM
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
+        if not values:
+            raise OSError("no config.json")
         config = GPTScratchConfig.from_pretrained(name)
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(

@@ -1,0 +1,136 @@
+"""The command `hf-gpt-scratch`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import random_pair
+from rich.cells import cell_len
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from hf_gpt_scratch import GPTScratchForCausalLM
+from hf_gpt_scratch.cli import COMMANDS, app
+
+TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
+STARTED = """
+import sys
+sys.argv = ["hf-gpt-scratch", *sys.argv[1:]]
+from hf_gpt_scratch.cli import app
+try:
+    app()
+finally:
+    imported = sorted({"torch", "transformers"} & sys.modules.keys())
+    print("imported:", imported)
+    if imported:
+        import hf_gpt_scratch
+        print("public:", hf_gpt_scratch.GPTModel)
+"""
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == status, result.output
+    return result
+
+
+def in_a_process(*arguments, **environment):
+    command = [sys.executable, "-c", STARTED, *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """An official checkpoint and ours, the same model."""
+    directory = tmp_path_factory.mktemp("pair")
+    for model, name in zip(random_pair(), ("official", "ours"), strict=True):
+        model.save_pretrained(directory / name)
+    return directory / "official", directory / "ours"
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    for arguments in (["--help"], ["inspect", "--help"]):
+        done = in_a_process(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert "imported: []" in done.stdout
+    assert all(command.__name__ in in_a_process("--help").stdout for command in COMMANDS)
+
+
+def test_the_command_and_the_package_work_in_one_process(tmp_path):
+    done = in_a_process("convert", TRAINED, tmp_path / "ours")
+    assert done.returncode == 0, done.stderr
+    assert "Verified in float32" in done.stdout and "Tokenizer: GPT2Tokenizer" in done.stdout
+    assert "public: <class 'hf_gpt_scratch.layers.GPTModel'>" in done.stdout
+    assert GPTScratchForCausalLM.from_pretrained(tmp_path / "ours").config.n_layers == 4
+
+
+def test_convert_export_and_verify_go_around(pair, tmp_path):
+    official, _ = pair
+    run("convert", official, tmp_path / "ours")
+    run("export", tmp_path / "ours", tmp_path / "again")
+    weights, again = (load_file(path / "model.safetensors") for path in (official, tmp_path / "again"))
+    assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
+    assert "The same model" in run("verify", tmp_path / "again", tmp_path / "ours").output
+
+
+def test_options_reach_the_conversion(pair, tmp_path):
+    official, _ = pair
+    assert "Not verified, as asked" in run("convert", official, tmp_path / "ours", "--no-verify").output
+    run("convert", official, tmp_path / "ours", status=1)
+    run("convert", official, tmp_path / "ours", "--overwrite")
+    assert "has no meaning" in run("convert", official, tmp_path / "new", "--revision", "main", status=1).output
+
+
+def test_verify_tells_the_same_from_another(pair, tmp_path):
+    official, ours = pair
+    figures = json.loads(run("verify", official, ours, "--json").stdout)
+    assert figures["passed"] and figures["logits"]["relative_error"] < figures["logit_bound"]
+
+    GPTScratchForCausalLM.from_pretrained(ours).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.trf_blocks.1.att.out_proj.weight"
+    save_file({**weights, name: weights[name].T.contiguous()}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert "Different models" in run("verify", official, tmp_path, status=3).output
+    assert not json.loads(run("verify", official, tmp_path, "--json", status=3).stdout)["passed"]
+
+
+def test_verify_says_which_checkpoint_cannot_be_read(pair):
+    official, ours = pair
+    assert "'gpt_scratch', but 'gpt2' is wanted" in run("verify", ours, official, status=1).output
+    assert "there is no directory" in run("verify", official, "./missing", status=1).output
+
+
+def test_explain_prints_code_and_json():
+    output = run("explain", "h.3.attn.c_attn.weight").stdout
+    assert "att.W_key.weight = attn.c_attn.weight[:, 768:1536].T" in output
+    [found] = json.loads(run("explain", "W_key.weight", "--json", "--model", TRAINED).stdout)
+    assert found["parts"][0]["value"] == "attn.c_attn.weight[:, 96:192].T"
+    assert "did you mean W_query" in run("explain", "W_querry", status=1).output
+
+
+def test_inspect_prints_tables_and_json():
+    output = run("inspect", "book").stdout
+    for told in ("12 equal blocks", "163,009,536", "621.83 MiB", "768 × 768 + 768", "Norms come before"):
+        assert told in output
+    assert json.loads(run("inspect", "1558M", "--json").stdout)["parameters"]["tied"] == 1_557_611_200
+    assert "config.json" in run("inspect", Path(__file__).parent, status=1).output
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("arguments", [("inspect", "1558M"), ("explain", "c_attn"), ("explain", "lm_head")])
+def test_nothing_is_wider_than_the_terminal(monkeypatch, arguments, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = run(*arguments).stdout.splitlines()
+    assert len(lines) > 8
+    assert max(map(cell_len, lines)) <= width
+    assert not any("…" in line for line in lines if "x + …" not in line)
+
+
+def test_a_wrong_command_line_is_2():
+    run("explain", status=2)
+    run("nonsense", status=2)
