@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
 from .layers import GELU, GPT_CONFIG_124M, MultiHeadAttention
@@ -43,6 +43,8 @@ MODELS: tuple[type[GPTScratchPreTrainedModel], ...] = (
 )
 BOOK = "book"  # a name for the book's GPT_CONFIG_124M beside the official sizes
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+# What the base model's place in a head, PEFT, DistributedDataParallel and torch.compile put before a name.
+PREFIXES = (GPT2_PREFIX[:-1], SCRATCH_PREFIX[:-1], "base_model", "module", "_orig_mod")
 BLOCK = re.compile(r"(?<!\w)(h|trf_blocks)\.(\d+|\{n\})(?=\.|$)")
 
 
@@ -50,6 +52,10 @@ class UnknownName(ValueError):
     """No row of the weight map and no model has this name."""
 
 
+NORM = (
+    "gives each token's {E} numbers mean 0 and variance 1, then scales and shifts each number",
+    "y = scale · (x − mean(x)) / √(var(x) + {eps}) + shift",
+)
 # What each module does and its equation, by our name without the block's. Braces are filled from the model by `facts`.
 ROLES: dict[str, tuple[str, str]] = {
     "tok_emb": (
@@ -61,10 +67,7 @@ ROLES: dict[str, tuple[str, str]] = {
         "x = tok_emb[ids] + pos_emb[positions]",
     ),
     "drop_emb": ("{drop_rate_emb}", "x = dropout(x)"),
-    "norm1": (
-        "gives each token's {E} numbers mean 0 and variance 1, then scales and shifts each number",
-        "y = scale · (x − mean(x)) / √(var(x) + {eps}) + shift",
-    ),
+    "norm1": NORM,
     "att.W_query": ("what each token looks for, in {H} heads of {D} numbers", "Q = y · W_queryᵀ{qkv_bias}"),
     "att.W_key": ("what each token offers to be found by, in {H} heads of {D}", "K = y · W_keyᵀ{qkv_bias}"),
     "att.W_value": ("what each token hands on when it is found, in {H} heads of {D}", "V = y · W_valueᵀ{qkv_bias}"),
@@ -75,17 +78,11 @@ ROLES: dict[str, tuple[str, str]] = {
     ),
     "att.out_proj": ("mixes what the {H} heads found", "x = x + dropout(z · W_outᵀ + b)"),
     "drop_shortcut": ("{drop_rate_shortcut}", "dropout(…)"),
-    "norm2": (
-        "gives each token's {E} numbers mean 0 and variance 1, then scales and shifts each number",
-        "y = scale · (x − mean(x)) / √(var(x) + {eps}) + shift",
-    ),
+    "norm2": NORM,
     "ff.layers.0": ("widens each token by itself from {E} to {F} numbers", "h = {activation}(y · W₁ᵀ + b₁)"),
     "ff.layers.1": ("the activation: {activation}, number by number", "h = {activation}(y · W₁ᵀ + b₁)"),
     "ff.layers.2": ("narrows each token from {F} back to {E} numbers", "x = x + dropout(h · W₂ᵀ + b₂)"),
-    "final_norm": (
-        "gives each token's {E} numbers mean 0 and variance 1, then scales and shifts each number",
-        "y = scale · (x − mean(x)) / √(var(x) + {eps}) + shift",
-    ),
+    "final_norm": NORM,
     "out_head": ("scores each of the {V} token ids as the next token", "logits = y · W_headᵀ"),
     "score": ("scores each of {labels} labels; the last token counts for its sequence", "logits = y · Wᵀ"),
     "dropout": ("in training, sets some numbers to zero", "y = dropout(y)"),
@@ -97,7 +94,7 @@ ROLES: dict[str, tuple[str, str]] = {
 
 
 def resolve(
-    model: str | os.PathLike | Mapping[str, Any] | PreTrainedConfig | GPTScratchPreTrainedModel,
+    model: str | os.PathLike | Mapping[str, Any] | PreTrainedConfig | PreTrainedModel,
 ) -> tuple[GPTScratchConfig, type[GPTScratchPreTrainedModel]]:
     """The config and the class that are meant.
 
@@ -111,6 +108,8 @@ def resolve(
     """
     if isinstance(model, GPTScratchPreTrainedModel):
         return model.config, type(model)
+    if isinstance(model, PreTrainedModel):
+        return GPTScratchConfig.from_gpt2(model.config), _class_like(type(model).__name__)
     if isinstance(model, GPTScratchConfig):
         return model, GPTScratchForCausalLM
     if isinstance(model, PreTrainedConfig):
@@ -134,11 +133,13 @@ def resolve(
             f"got {name!r}, but a model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
             f"hub id ({str(error).splitlines()[0]})"
         ) from error
-    architecture = (values.get("architectures") or [""])[0]
-    classes = {
-        c: model_class for model_class in MODELS for c in (model_class.__name__, model_class.gpt2_class.__name__)
-    }
-    return config, classes.get(architecture, GPTScratchForCausalLM)
+    return config, _class_like((values.get("architectures") or [""])[0])
+
+
+def _class_like(architecture: str) -> type[GPTScratchPreTrainedModel]:
+    """Our class of this name, or of the official class's; of other names the language model."""
+    meant = (kind for kind in MODELS if architecture in (kind.__name__, kind.gpt2_class.__name__))
+    return next(meant, GPTScratchForCausalLM)
 
 
 def build(config: GPTScratchConfig, model_class: type[GPTScratchPreTrainedModel]) -> GPTScratchPreTrainedModel:
@@ -156,13 +157,12 @@ def facts(model: GPTScratchPreTrainedModel) -> dict[str, Any]:
     block = base.trf_blocks[0]
     wide, act, _ = block.ff.layers
     scalings = [block.att.scaling for block in base.trf_blocks]
-    scaling = f"· {scalings[0]:.4g}"
-    if scalings[0] == block.att.head_dim**-0.5:
-        scaling = f"/ √{block.att.head_dim}"
     if len(set(scalings)) > 1:
         scaling = f"· {scalings[0]:.4g} in block 0 to {scalings[-1]:.4g} in block {len(scalings) - 1}"
-    elif scalings[0] == 1:
-        scaling = "(not scaled)"
+    elif scalings[0] == block.att.head_dim**-0.5:
+        scaling = f"/ √{block.att.head_dim}"
+    else:
+        scaling = "(not scaled)" if scalings[0] == 1 else f"· {scalings[0]:.4g}"
     return {
         "V": f"{base.tok_emb.num_embeddings:,}",
         "C": f"{base.pos_emb.num_embeddings:,}",
@@ -423,12 +423,13 @@ def _steps(model: GPTScratchPreTrainedModel, events: list[Event]) -> list[Step]:
     """The trace in words; blocks that do the same are one step."""
     filled = facts(model)
     steps: list[Step] = []
-    for path, shape, added in events:
-        path = path.removeprefix(SCRATCH_PREFIX).removeprefix(".")
+    for full, shape, added in events:
+        path = full.removeprefix(SCRATCH_PREFIX).removeprefix(".")
         block = BLOCK.match(path)
         name = path[block.end() + 1 :] if block else path
-        does, equation = ROLES.get(name, ("", ""))
-        if name == "+":
+        if name != "+":
+            does, equation = ROLES.get(name) or (f"a {type(model.get_submodule(full)).__name__}", "")
+        else:
             # In a block one of the two is the shortcut; outside, they are the two embeddings.
             does = f"adds {added}: the shortcut" if added else "adds the two: what the token is, and where it stands"
             equation = "x = x + …"
@@ -551,9 +552,6 @@ def _normalized(name: str) -> tuple[tuple[str, ...], int | None]:
     while parts and parts[0] in PREFIXES:
         del parts[0]
     return tuple(parts), numbers[0] if numbers else None
-
-
-PREFIXES = ("base_model", GPT2_PREFIX[:-1], SCRATCH_PREFIX[:-1], "module", "_orig_mod")
 
 
 def _parts(name: str) -> tuple[str, ...]:

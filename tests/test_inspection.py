@@ -110,6 +110,8 @@ def test_presets_configs_dicts_and_models_mean_the_same():
     found = [inspect(model).tree for model in ("124M", config, config.to_gpt2())]
     assert found[0] == found[1] == found[2]
     assert inspect(GPT_CONFIG_124M).tree == inspect("book").tree
+    gpt2, scratch = random_pair()
+    assert inspect(gpt2).tree == inspect(scratch).tree == inspect(gpt2.config).tree
 
 
 @pytest.mark.parametrize("given", ["125M", torch.nn.Linear(2, 2), "there/is/nothing"], ids=str)
@@ -181,6 +183,20 @@ def test_blocks_that_differ_stay_apart(monkeypatch):
 
     monkeypatch.setattr(GPTScratchForCausalLM, "__init__", with_a_wider_block)
     assert [node.name for node in inspect(gpt2_config()).tree["model.trf_blocks"].children] == ["0", "1", "2"]
+
+
+def test_a_model_of_ones_own_is_inspected_too():
+    class WithAGate(GPTScratchForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.out_head = torch.nn.Sequential(torch.nn.Linear(48, 48), torch.nn.Sigmoid())
+
+        def get_output_embeddings(self):
+            return None
+
+    found = inspect(WithAGate(GPTScratchConfig.from_gpt2(gpt2_config(tie_word_embeddings=False))))
+    assert [step.does for step in found.steps][-2:] == ["a Linear", "a Sigmoid"]
+    assert found.tree["out_head.0"].arithmetic == "48 × 48 + 48 = 2,304 + 48 = 2,352"
 
 
 def namespaces(gpt2, scratch, layer):
