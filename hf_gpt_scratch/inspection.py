@@ -606,6 +606,7 @@ def _explained(row: Row, picked: list[int], layer: int | None, config: GPTScratc
         parts.append(Part(name, SCRATCH_PREFIX * prefixed + name, shapes[i], _expression(row.scratch[i]), value))
     back = ", ".join(map(_expression, row.scratch))
     back = f"torch.cat([{back}])" if len(row.scratch) > 1 else back
+    step = 1 if row.gpt2 in ("wte.weight", "wpe.weight") else -1  # in × out, as in the tree
     roles = dict.fromkeys(ROLES[_role(row.scratch[i])] for i in picked)
     return Explanation(
         gpt2=numbered.gpt2,
@@ -617,7 +618,7 @@ def _explained(row: Row, picked: list[int], layer: int | None, config: GPTScratc
         meaning=row.meaning,
         does="; ".join(does for does, _ in roles).format(**filled),
         equation="; ".join(equation for _, equation in roles).format(**filled),
-        arithmetic=arithmetic([tuple(reversed(shapes[i])) or (1,) for i in picked]),
+        arithmetic=arithmetic([tuple(shapes[i][::step]) or (1,) for i in picked]),
         note=note,
     )
 

@@ -1,11 +1,20 @@
 """How explanations and inspections look at a terminal."""
 
+import re
+
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from .inspection import BYTES, Explanation, Inspection, Step
+
+SYMBOLS = {
+    "x": "a token's vector, along the shortcuts",
+    "y": "x after the norm",
+    "z": "what the heads found",
+    "h": "the feed-forward network's wide vector",
+}
 
 
 def _shape(sizes) -> str:
@@ -21,12 +30,12 @@ def explanation(found: Explanation) -> Panel:
         if any(texts):
             grid.add_row(what, Text("\n".join(texts)))
 
-    for part in found.parts:
-        line("ours", f"{part.name}  {_shape(part.shape)}")
+    line("ours", *(f"{part.name}  {_shape(part.shape)}" for part in found.parts))
     line("GPT-2's", f"{found.gpt2}  {_shape(found.gpt2_shape)}")
     line("what", found.meaning)
     line("does", found.does)
     line("equation", *found.equation.split("; "))
+    line("where", *(f"{name} is {what}" for name, what in SYMBOLS.items() if re.search(rf"\b{name}\b", found.equation)))
     line("parameters", found.arithmetic)
     line("from GPT-2", *(f"{part.code} = {part.value}" for part in found.parts))
     line("to GPT-2", f"{found.gpt2_code} = {found.gpt2_value}" if found.parts else "")

@@ -268,6 +268,13 @@ def test_every_name_has_an_explanation_without_open_braces():
             assert found.parts or name in DROPPED
 
 
+@pytest.mark.parametrize("name, module", [("tok_emb", "tok_emb"), ("c_fc.weight", None), ("lm_head", "out_head")])
+def test_explanations_and_trees_have_the_same_arithmetic(name, module, book):
+    [found] = explain(name, "book")
+    expected = book.tree["out_head" if module == "out_head" else f"model.{module}"].arithmetic if module else None
+    assert found.arithmetic == (expected or "768 × 3,072 = 2,359,296")
+
+
 def test_what_a_model_lacks_is_said():
     assert "qkv_bias=True" in explain("W_query.bias", "book")[0].note
     assert "prelu" in explain("mlp.act.weight")[0].note
