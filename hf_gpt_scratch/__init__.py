@@ -1,19 +1,71 @@
 """GPT-2 in the layers of *Build a Large Language Model (From Scratch)*, as a first-class Transformers model."""
 
-import sys
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GPT2Tokenizer,
+)
 
+from .configuration_gpt_scratch import GPTScratchConfig
+from .layers import (
+    GELU,
+    GPT_CONFIG_124M,
+    FeedForward,
+    GPTModel,
+    LayerNorm,
+    MultiHeadAttention,
+    TransformerBlock,
+    generate_text_simple,
+    text_to_token_ids,
+    token_ids_to_text,
+)
+from .modeling_gpt_scratch import (
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForCausalLM,
+    GPTScratchForQuestionAnswering,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchModel,
+    GPTScratchPreTrainedModel,
+)
 
-def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.api"), name)
+__all__ = [
+    "GELU",
+    "GPT_CONFIG_124M",
+    "FeedForward",
+    "GPTModel",
+    "GPTScratchConfig",
+    "GPTScratchDoubleHeadsModel",
+    "GPTScratchForCausalLM",
+    "GPTScratchForQuestionAnswering",
+    "GPTScratchForSequenceClassification",
+    "GPTScratchForTokenClassification",
+    "GPTScratchModel",
+    "GPTScratchPreTrainedModel",
+    "LayerNorm",
+    "MultiHeadAttention",
+    "TransformerBlock",
+    "generate_text_simple",
+    "text_to_token_ids",
+    "token_ids_to_text",
+]
 
-
-# The command imports torch and transformers only when it needs them: `--help` and completion do not wait seconds.
-# Everyone else gets all of the package at once, since transformers' Auto classes must know the model from here on.
-if TYPE_CHECKING or Path(*sys.argv[:1]).stem != "hf-gpt-scratch":
-    from .api import *  # noqa: F403
-    from .api import __all__  # noqa: F401
+AutoConfig.register(GPTScratchConfig.model_type, GPTScratchConfig, exist_ok=True)
+AutoTokenizer.register(GPTScratchConfig, fast_tokenizer_class=GPT2Tokenizer, exist_ok=True)
+GPTScratchConfig.register_for_auto_class()
+for auto_class, model_class in (
+    (AutoModel, GPTScratchModel),
+    (AutoModelForCausalLM, GPTScratchForCausalLM),
+    (AutoModelForPreTraining, GPTScratchDoubleHeadsModel),
+    (AutoModelForQuestionAnswering, GPTScratchForQuestionAnswering),
+    (AutoModelForSequenceClassification, GPTScratchForSequenceClassification),
+    (AutoModelForTokenClassification, GPTScratchForTokenClassification),
+):
+    auto_class.register(GPTScratchConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class.__name__)  # save_pretrained then ships the code

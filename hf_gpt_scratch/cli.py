@@ -1,4 +1,4 @@
-"""The command `hf-gpt-scratch`. Each part imports what it needs when it runs, so that `--help` does not wait for torch.
+"""The command `hf-gpt-scratch`.
 
 Exit status: 0 done, 1 not done, 2 wrong command line, 3 the models differ, 130 interrupted.
 """
@@ -8,8 +8,14 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.markup import escape
+
+from . import inspection
+from .conversion import gpt2_to_scratch, scratch_to_gpt2
+from .inspection_report import explanation, report
+from .terminal import convert_and_report, verify_and_report
 
 Source = Annotated[str, typer.Argument(help="Directory or hub id of the checkpoint.")]
 Target = Annotated[str, typer.Argument(help="Directory to write; it appears only when complete and verified.")]
@@ -24,9 +30,6 @@ def convert(
     source: Source, target: Target, revision: Revision = None, verify: Verify = True, overwrite: Overwrite = False
 ) -> None:
     """Converts an official GPT-2 checkpoint into the book's layers, weights unchanged."""
-    from .conversion import gpt2_to_scratch
-    from .terminal import convert_and_report
-
     convert_and_report(gpt2_to_scratch, source, target, revision=revision, check=verify, overwrite=overwrite)
 
 
@@ -34,9 +37,6 @@ def export(
     source: Source, target: Target, revision: Revision = None, verify: Verify = True, overwrite: Overwrite = False
 ) -> None:
     """Converts a GPTScratch checkpoint into an official GPT-2 one, weights unchanged."""
-    from .conversion import scratch_to_gpt2
-    from .terminal import convert_and_report
-
     convert_and_report(scratch_to_gpt2, source, target, revision=revision, check=verify, overwrite=overwrite)
 
 
@@ -46,8 +46,6 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compares an official checkpoint with one of ours in float32: weights, logits, greedy ids."""
-    from .terminal import verify_and_report
-
     verify_and_report(reference, candidate, as_json)
 
 
@@ -57,9 +55,6 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Where a parameter comes from and goes to, what it does, and in which equation."""
-    from . import inspection
-    from .inspection_report import explanation
-
     found = _or_fail(inspection.explain, name, model)
     if as_json:
         typer.echo(json.dumps([one.to_dict() for one in found], indent=2, ensure_ascii=False))
@@ -69,9 +64,6 @@ def explain(
 
 def inspect(model: Annotated[str, typer.Argument(help=MODEL)], as_json: AsJson = False) -> None:
     """A model's tree with shapes, parameters and memory step by step, and what it does, in words."""
-    from . import inspection
-    from .inspection_report import report
-
     found = _or_fail(inspection.inspect, model)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
@@ -89,8 +81,6 @@ for command in COMMANDS:
 
 
 def _or_fail(function, *arguments) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         return function(*arguments)
     except (ValueError, StrictDataclassError) as error:

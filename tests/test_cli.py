@@ -17,19 +17,7 @@ from hf_gpt_scratch import GPTScratchForCausalLM
 from hf_gpt_scratch.cli import COMMANDS, app
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
-STARTED = """
-import sys
-sys.argv = ["hf-gpt-scratch", *sys.argv[1:]]
-from hf_gpt_scratch.cli import app
-try:
-    app()
-finally:
-    imported = sorted({"torch", "transformers"} & sys.modules.keys())
-    print("imported:", imported)
-    if imported:
-        import hf_gpt_scratch
-        print("public:", hf_gpt_scratch.GPTModel)
-"""
+STARTED = "from hf_gpt_scratch.cli import app; app()"
 
 
 def run(*arguments, status=0):
@@ -53,19 +41,14 @@ def pair(tmp_path_factory):
     return directory / "official", directory / "ours"
 
 
-def test_help_needs_neither_torch_nor_transformers():
-    for arguments in (["--help"], ["inspect", "--help"]):
-        done = in_a_process(*arguments)
-        assert done.returncode == 0, done.stderr
-        assert "imported: []" in done.stdout
-    assert all(command.__name__ in in_a_process("--help").stdout for command in COMMANDS)
+def test_help_names_every_part():
+    assert all(command.__name__ in run("--help").output for command in COMMANDS)
 
 
 def test_the_command_and_the_package_work_in_one_process(tmp_path):
     done = in_a_process("convert", TRAINED, tmp_path / "ours")
     assert done.returncode == 0, done.stderr
     assert "Verified in float32" in done.stdout and "Tokenizer: GPT2Tokenizer" in done.stdout
-    assert "public: <class 'hf_gpt_scratch.layers.GPTModel'>" in done.stdout
     assert GPTScratchForCausalLM.from_pretrained(tmp_path / "ours").config.n_layers == 4
 
 
