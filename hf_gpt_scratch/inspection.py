@@ -78,6 +78,11 @@ ROLES: dict[str, tuple[str, str]] = {
     ),
     "att.out_proj": ("mixes what the {H} heads found", "x = x + dropout(z · W_outᵀ + b)"),
     "drop_shortcut": ("{drop_rate_shortcut}", "dropout(…)"),
+    "norm_cross": NORM,
+    "cross_att.W_query": ("what each token looks for in the encoder's states", "Q = y · W_queryᵀ{qkv_bias}"),
+    "cross_att.W_key": ("what each state of the encoder offers to be found by", "K = states · W_keyᵀ{qkv_bias}"),
+    "cross_att.W_value": ("what each state hands on when it is found", "V = states · W_valueᵀ{qkv_bias}"),
+    "cross_att.out_proj": ("mixes what the {H} heads found", "x = x + dropout(z · W_outᵀ + b)"),
     "norm2": NORM,
     "ff.layers.0": ("widens each token by itself from {E} to {F} numbers", "h = {activation}(y · W₁ᵀ + b₁)"),
     "ff.layers.1": ("the activation: {activation}, number by number", "h = {activation}(y · W₁ᵀ + b₁)"),
@@ -535,8 +540,10 @@ def explain(name: str, model="124M") -> list[Explanation]:
     query, layer = _normalized(name)
     if layer is not None and layer >= config.n_layers:
         raise UnknownName(f"got {name!r}, but the model has the layers 0 to {config.n_layers - 1}; name one of those")
-    found = [(row, picked) for row in TABLE if (picked := _picked(row, query))]
-    dropped = [other for other in DROPPED if _within(query, other)]
+    # Cross-attention has the names of attention; it is meant only where there is some, or by its own name.
+    cross = config.add_cross_attention or any("cross" in part for part in query)
+    found = [(row, picked) for row in TABLE if cross or "cross" not in row.gpt2 if (picked := _picked(row, query))]
+    dropped = [other for other in DROPPED if cross or "cross" not in other if _within(query, other)]
     exact = [(row, picked) for row, picked in found if query in map(_parts, (row.gpt2, *row.scratch))]
     if not found and not dropped:
         raise UnknownName(f"got {name!r}, which is no parameter of GPT-2 or ours; {_suggestion(query)}")
@@ -628,7 +635,12 @@ def _shapes(row: Row, config: GPTScratchConfig) -> tuple[list[list[int]], list[i
     values: dict[str, Any] = {**config.to_dict(), "n_layers": 1, "tie_word_embeddings": False}
     causal = GPTScratchForCausalLM
     others: list[tuple[type[GPTScratchPreTrainedModel], dict]] = [(model_class, {}) for model_class in MODELS[1:]]
-    changes = ({"qkv_bias": True}, {"activation_function": "prelu"}, {"activation_function": "xielu"})
+    changes: tuple[dict[str, Any], ...] = (
+        {"qkv_bias": True},
+        {"activation_function": "prelu"},
+        {"activation_function": "xielu"},
+        {"qkv_bias": True, "add_cross_attention": True},
+    )
     for model_class, change in [(causal, {}), *others, *((causal, change) for change in changes)]:
         model = build(GPTScratchConfig.from_dict({**values, **change}), model_class)
         tensors = {name.removeprefix(SCRATCH_PREFIX): tensor for name, tensor in model.state_dict().items()}

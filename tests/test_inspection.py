@@ -208,7 +208,7 @@ def namespaces(gpt2, scratch, layer):
 @pytest.mark.parametrize("row", [row.at(1) for row in (*BASE, LM_HEAD)], ids=lambda row: row.gpt2)
 def test_the_code_of_an_explanation_moves_the_weights(row):
     activation = next((name for name in ("prelu", "xielu") if name in row.meaning), "gelu_new")
-    gpt2, scratch = random_pair(activation_function=activation)
+    gpt2, scratch = random_pair(activation_function=activation, add_cross_attention="cross" in row.gpt2)
     theirs, ours = namespaces(gpt2, scratch, 1)
     [found] = explain(row.gpt2, gpt2.config)
     moved = [eval(part.value, theirs) for part in found.parts]
