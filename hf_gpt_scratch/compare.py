@@ -1,0 +1,487 @@
+"""Two models on the same tokens, layer by layer in execution order: where they part, and how far.
+
+Shapes: B batch, T tokens, E emb_dim, H heads, V vocabulary.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from os.path import commonpath
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .parity import FLOAT64_STAGE, FP32_LOGITS, FP32_STAGE, relative_errors, warm_up
+from .subjects import LabError, Match, Subject, parameters
+
+LOGITS = "out_head"
+# What is heard inside a block, in the order of execution. `x.input` is what goes into x.
+BLOCK_STAGES = {
+    "input": "into the block",
+    "norm1": "norm before attention",
+    "att.W_query": "queries",
+    "att.W_key": "keys",
+    "att.W_value": "values",
+    "att.weights": "attention weights",
+    "att.out_proj.input": "context vectors",
+    "att.out_proj": "attention output",
+    "norm2.input": "after attention and shortcut",
+    "norm2": "norm before feed-forward",
+    "ff.layers.0": "feed-forward, to n_inner",
+    "ff.layers.2.input": "after the activation",
+    "ff.layers.2": "feed-forward output",
+    "": "out of the block",
+}
+OTHER_STAGES = {
+    "tok_emb": "token embedding",
+    "pos_emb": "position embedding",
+    "final_norm": "norm after the last block",
+    LOGITS: "logits",
+}
+SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
+DROPOUT = (F.dropout, torch.dropout)
+
+
+def meaning(stage: str) -> str:
+    """What a stage is, in words."""
+    return OTHER_STAGES.get(stage) or BLOCK_STAGES[re.sub(r"^trf_blocks\.\d+\.?", "", stage)]
+
+
+def stages(n_layers: int) -> list[str]:
+    """All stages of a model in execution order."""
+    blocks = [f"trf_blocks.{n}.{stage}".rstrip(".") for n in range(n_layers) for stage in BLOCK_STAGES]
+    return ["tok_emb", "pos_emb", *blocks, "final_norm", LOGITS]
+
+
+@dataclass(frozen=True)
+class StageError:
+    """How far the candidate is off after one stage; errors are inf where shapes or NaNs differ.
+
+    `relative` is max|a − b| / max|a|; `float32` is the same of the float32 run.
+    """
+
+    stage: str
+    meaning: str
+    max_abs: float
+    rms: float
+    relative: float
+    float32: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The next-token distributions of two models, over all tokens. KL in nats, of the candidate from the reference."""
+
+    tokens: int
+    max_abs_logit: float
+    max_abs_error: float
+    relative_error: float
+    mean_kl: float
+    max_kl: float
+    top1_agreement: float
+
+
+@dataclass
+class Comparison:
+    """What `compare_models` measured. `traces` and the like are for the reports and stay out of `to_dict`."""
+
+    reference: str
+    candidate: str
+    tokens: list[list[int]]
+    dtype: str
+    bound: float
+    stages: list[StageError]
+    logits: Distribution
+    logits_float32: Distribution
+    matches: dict[str, list[Match]]
+    notes: list[str]
+    deterministic: bool = True
+    perplexity: dict[str, float] | None = None
+    gradients: dict[str, float] | None = None
+    diagnosis: Any = None
+    traces: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = field(default=({}, {}), repr=False)
+
+    @property
+    def first_divergence(self) -> StageError | None:
+        return next((stage for stage in self.stages if not stage.relative <= self.bound), None)
+
+    @property
+    def same(self) -> bool:
+        """Whether the models are one within rounding; `<=` is False for NaN, as it must be."""
+        return self.deterministic and self.logits.relative_error <= logit_bound(self.dtype)
+
+    @property
+    def growth(self) -> list[float]:
+        """The relative error after each block."""
+        return [stage.relative for stage in self.stages if stage.meaning == BLOCK_STAGES[""]]
+
+    @property
+    def verdict(self) -> str:
+        bug, rounding = self.logits.relative_error, self.logits_float32.relative_error
+        if self.same:
+            more = f" and {bug:.1e} in float64: what float32 shows is rounding" if self.dtype == "float64" else ""
+            return f"the same model: relative logit error {rounding:.1e} in float32{more}"
+        if not self.deterministic:
+            return "different: the candidate gives other logits each time it runs"
+        if self.dtype == "float64":
+            return f"different: relative logit error {rounding:.1e} in float32 and {bug:.1e} in float64: no rounding"
+        return f"different: relative logit error {rounding:.1e} in float32; float64 cannot be had of these models"
+
+    def top_tokens(self, k: int = 8) -> list[dict[str, Any]]:
+        """The k most probable tokens after the last one of the first row, by rank, of both models."""
+        both = [trace[LOGITS][0, -1].double().softmax(-1) for trace in self.traces]
+        tops = [probabilities.topk(min(k, len(probabilities))) for probabilities in both]
+        return [
+            {
+                "rank": rank + 1,
+                **{
+                    side: {"token": top.indices[rank].item(), "probability": top.values[rank].item()}
+                    for side, top in zip(("reference", "candidate"), tops, strict=True)
+                },
+            }
+            for rank in range(len(tops[0].values))
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; what is not finite is a string."""
+        first = self.first_divergence
+        return finite(
+            {
+                "reference": self.reference,
+                "candidate": self.candidate,
+                "same": self.same,
+                "verdict": self.verdict,
+                "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
+                "first_divergence": first.stage if first else None,
+                "dtype": self.dtype,
+                "bound": self.bound,
+                "deterministic": self.deterministic,
+                "logits": asdict(self.logits),
+                "logits_float32": asdict(self.logits_float32),
+                "perplexity": self.perplexity,
+                "stages": [asdict(stage) for stage in self.stages],
+                "growth": self.growth,
+                "gradients": self.gradients,
+                "top_tokens": self.top_tokens(),
+                "mapping": {side: [match.to_dict() for match in matches] for side, matches in self.matches.items()},
+                "notes": self.notes,
+                "tokens": self.tokens,
+            }
+        )
+
+
+def finite(value: Any) -> Any:
+    """The value as JSON has it, which knows neither NaN nor infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list) else value
+
+
+def logit_bound(dtype: str) -> float:
+    return FLOAT64_STAGE if dtype == "float64" else FP32_LOGITS
+
+
+def stage_bound(dtype: str) -> float:
+    return FLOAT64_STAGE if dtype == "float64" else FP32_STAGE
+
+
+# Listening
+
+
+class Listener(TorchFunctionMode):
+    """Hears each attention softmax of a forward pass, and switches dropout off if asked to."""
+
+    def __init__(self, dropout: bool):
+        super().__init__()
+        self.dropout = dropout
+        self.attention: list[torch.Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if not self.dropout and func in DROPOUT:
+            return args[0] if args else kwargs["input"]
+        if not self.dropout and func is F.scaled_dot_product_attention:
+            args, kwargs = (
+                args[:4],
+                {name: value for name, value in kwargs.items() if name != "dropout_p"}
+                | ({"is_causal": args[5]} if len(args) > 5 else {}),
+            )
+        result = func(*args, **kwargs)
+        if func in SOFTMAX and result.ndim == 4 and result.shape[-1] == result.shape[-2]:
+            self.attention.append(result.detach())
+        return result
+
+
+def first_tensor(output: Any) -> torch.Tensor | None:
+    if isinstance(output, tuple | list):
+        return next((tensor for item in output if (tensor := first_tensor(item)) is not None), None)
+    return output if isinstance(output, torch.Tensor) else None
+
+
+def taps(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, ...], bool]]:
+    """Where to listen: path and module, the stages that it gives (side by side in its last dimension), input or not."""
+    owners: dict[str, set[tuple[str, ...]]] = {}
+    blocks: dict[str, list[str]] = {}
+    for match in subject.matches:
+        owner = match.row.gpt2.rpartition(".")[0]
+        owners.setdefault(owner, set()).add(tuple(name.rpartition(".")[0] for name in match.row.scratch))
+        if layer := re.match(r"trf_blocks\.\d+", match.row.scratch[0]):
+            blocks.setdefault(layer[0], []).append(owner.replace(".", "/"))
+    for owner, named in owners.items():
+        if len(named) > 1 or not owner:  # several matrices of one module cannot be told apart by its output
+            continue
+        module, names = subject.module.get_submodule(owner), next(iter(named))
+        if names[0] != LOGITS:
+            yield owner, module, names, False
+        if re.sub(r"^trf_blocks\.\d+\.", "", names[0]) + ".input" in BLOCK_STAGES:
+            yield owner, module, (f"{names[0]}.input",), True
+    for stage, paths in blocks.items():
+        path = commonpath(paths).replace("/", ".")
+        if path and len(set(paths)) > 1:
+            module = subject.module.get_submodule(path)
+            yield path, module, (f"{stage}.input",), True
+            yield path, module, (stage,), False
+
+
+def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) -> dict[str, torch.Tensor]:
+    """The outputs of all stages that can be heard, in the order in which they were, and the logits.
+
+    Args:
+        dropout: False switches it off wherever it is, even where the model applies it in evaluation mode.
+
+    Raises:
+        LabError: the model does not run on these tokens.
+    """
+    warm_up()
+    heard: dict[str, torch.Tensor] = {}
+
+    def hear(names: tuple[str, ...], value: Any) -> None:
+        tensor = first_tensor(value)
+        if tensor is not None and tensor.ndim and tensor.shape[-1] % len(names) == 0:
+            for name, part in zip(names, tensor.detach().chunk(len(names), dim=-1), strict=True):
+                # A copy: what comes after may work in place. The first call counts, should there be several.
+                heard.setdefault(name, part.clone())
+
+    def before(names):
+        return lambda module, args, kwargs: hear(names, args or tuple(kwargs.values()))
+
+    def after(names):
+        return lambda module, args, output: hear(names, output)
+
+    with ExitStack() as stack:
+        for _, module, names, is_input in taps(subject):
+            if is_input:
+                handle = module.register_forward_pre_hook(before(names), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(after(names))
+            stack.callback(handle.remove)
+        stack.enter_context(written_out_attention(subject.module))
+        listener = stack.enter_context(Listener(dropout))
+        try:
+            output = subject.module(input_ids)
+        except Exception as error:  # whatever the user's class raises
+            raise LabError(
+                f"{subject.name} does not run on tokens of shape {tuple(input_ids.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    logits = first_tensor(output.logits if hasattr(output, "logits") else output)
+    if logits is None or logits.ndim != 3:
+        raise LabError(f"{subject.name} returns no logits (B, T, V) but {type(output).__name__}; return them first")
+    n_layers = len({name for name in heard if re.fullmatch(r"trf_blocks\.\d+", name)})
+    if len(listener.attention) == n_layers:
+        heard |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(listener.attention)}
+    heard[LOGITS] = logits
+    return heard
+
+
+@contextmanager
+def written_out_attention(module: nn.Module) -> Iterator[None]:
+    """Transformers' models compute attention in one kernel, where nothing can be heard; here written out."""
+    config = getattr(module, "config", None)
+    used = getattr(config, "_attn_implementation", None)
+    if used is None or not hasattr(module, "set_attn_implementation"):
+        yield
+        return
+    module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(used)
+
+
+@contextmanager
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The module in another floating dtype; float32 comes back from float64 bit for bit."""
+    kept = {p.dtype for p in module.parameters()}
+    module.to(dtype)
+    try:
+        yield
+    finally:
+        module.to(kept.pop() if len(kept) == 1 else torch.float32)
+
+
+def double_trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool) -> dict[str, torch.Tensor] | None:
+    """The trace in float64; None if the model cannot, or computes in float32 on the way."""
+    try:
+        with in_dtype(subject.module, torch.float64):
+            heard = trace(subject, input_ids, dropout=dropout)
+    except LabError:
+        return None
+    return heard if all(tensor.dtype == torch.float64 for tensor in heard.values()) else None
+
+
+# Measuring
+
+
+def aligned(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Both in float64 and one shape, or None. One may lack the batch, or have the last tokens alone."""
+    a, b = reference.double(), candidate.double()
+    if a.shape != b.shape and a.numel() == b.numel() and a.shape[-1] == b.shape[-1]:
+        b = b.reshape(a.shape)
+    if a.ndim != b.ndim or a.shape[0] != b.shape[0]:  # a position embedding is (T, E), (1, T, E) or (B, T, E)
+        smaller, larger = sorted((a, b), key=torch.Tensor.numel)
+        if smaller.shape[-2:] == larger.shape[-2:] and smaller.numel() == math.prod(smaller.shape[-2:]):
+            a, b = a.expand_as(larger), b.expand_as(larger)
+    if a.ndim == b.ndim == 3 and a.shape[0::2] == b.shape[0::2] and a.shape[1] != b.shape[1]:
+        kept = min(a.shape[1], b.shape[1])
+        a, b = a[:, -kept:], b[:, -kept:]
+    return (a, b) if a.shape == b.shape else None
+
+
+def errors(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[float, float, float, str]:
+    """max|a − b|, √mean(a − b)², max|a − b| / max|a|, and a note; inf where shapes or the places of NaNs differ."""
+    pair = aligned(reference, candidate)
+    if pair is None:
+        note = f"shape {tuple(candidate.shape)} instead of {tuple(reference.shape)}"
+        return math.inf, math.inf, math.inf, note
+    a, b = pair
+    sound = a.isfinite()
+    if not torch.equal(sound, b.isfinite()):
+        broken = (~b.isfinite()).double().mean().item()
+        return math.inf, math.inf, math.inf, f"{broken:.0%} of the candidate's numbers are NaN or infinite"
+    difference = (a - b)[sound].abs()
+    if not difference.numel():
+        return 0.0, 0.0, 0.0, "nothing but NaN in both"
+    largest, off = a[sound].abs().max().item(), difference.max().item()
+    return off, difference.square().mean().sqrt().item(), off / largest if largest else off, ""
+
+
+def distribution(reference: torch.Tensor, candidate: torch.Tensor) -> Distribution:
+    """The figures of two models' logits (B, T, V).
+
+    Raises:
+        LabError: the vocabularies differ.
+    """
+    pair = aligned(reference, candidate)
+    if pair is None:
+        raise LabError(
+            f"the logits have shapes {tuple(reference.shape)} and {tuple(candidate.shape)}: other vocabularies"
+        )
+    a, b = pair
+    off, _, relative, _ = errors(a, b)
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+    return Distribution(
+        tokens=kl.numel(),
+        max_abs_logit=a.abs().max().item(),
+        max_abs_error=off,
+        relative_error=relative,
+        mean_kl=kl.mean().item(),
+        max_kl=kl.max().item(),
+        top1_agreement=(a.argmax(-1) == b.argmax(-1)).double().mean().item(),
+    )
+
+
+@torch.no_grad()
+def compare_models(
+    reference: Subject,
+    candidate: Subject,
+    input_ids: torch.Tensor,
+    *,
+    text_ids: torch.Tensor | None = None,
+    gradients: bool = False,
+) -> Comparison:
+    """Runs both models on `input_ids` (B, T) in float32 and, if they can, in float64, and compares all stages.
+
+    Args:
+        text_ids: (1, any length), for the perplexity of both.
+        gradients: compare those of the mean loss on `input_ids` too.
+
+    Raises:
+        LabError: a model does not run on the tokens.
+    """
+    torch.manual_seed(0)
+    single = [trace(subject, input_ids) for subject in (reference, candidate)]
+    again = trace(candidate, input_ids)[LOGITS]
+    deterministic = errors(single[1][LOGITS], again)[2] <= FP32_LOGITS
+    double = [double_trace(subject, input_ids, dropout=True) for subject in (reference, candidate)]
+    exact = all(double)
+    used = [heard for heard in double if heard] if exact else single
+    order = [stage for stage in used[0] if stage in used[1]]
+    measured = []
+    for stage in order:
+        off, rms, relative, note = errors(used[0][stage], used[1][stage])
+        float32 = errors(single[0][stage], single[1][stage])[2]
+        measured.append(StageError(stage, meaning(stage), off, rms, relative, float32, note))
+    places = stages(sum(bool(re.fullmatch(r"trf_blocks\.\d+\.input", stage)) for stage in used[0]))
+    measured.sort(key=lambda error: places.index(error.stage))
+    result = Comparison(
+        reference=reference.name,
+        candidate=candidate.name,
+        tokens=input_ids.tolist(),
+        dtype="float64" if exact else "float32",
+        bound=stage_bound("float64" if exact else "float32"),
+        stages=measured,
+        logits=distribution(used[0][LOGITS], used[1][LOGITS]),
+        logits_float32=distribution(single[0][LOGITS], single[1][LOGITS]),
+        matches={s: m.matches for s, m in (("reference", reference), ("candidate", candidate)) if m.guessed},
+        notes=[*reference.notes, *candidate.notes],
+        deterministic=deterministic,
+        traces=(used[0], used[1]),
+    )
+    if text_ids is not None:
+        result.perplexity = {
+            side: perplexity(subject, text_ids, input_ids.shape[1])
+            for side, subject in (("reference", reference), ("candidate", candidate))
+        }
+    if gradients:
+        result.gradients = gradient_errors(reference, candidate, input_ids)
+    return result
+
+
+def perplexity(subject: Subject, text_ids: torch.Tensor, window: int) -> float:
+    """exp of the mean loss of each next token of a text (1, N), in windows of so many tokens one after the other."""
+    loss, tokens = 0.0, 0
+    for ids in text_ids.split(window, dim=1):
+        logits = trace(subject, ids)[LOGITS][:, :-1]
+        if ids.shape[1] > 1 and logits.shape[1] == ids.shape[1] - 1:
+            loss += F.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="sum").item()
+            tokens += ids.shape[1] - 1
+    return math.exp(loss / tokens) if tokens and loss / tokens < 700 else math.nan
+
+
+@torch.enable_grad()
+def gradient_errors(reference: Subject, candidate: Subject, input_ids: torch.Tensor) -> dict[str, float]:
+    """The relative error of the gradient of each parameter that both have, by the book's names, in float32."""
+    found = []
+    for subject in (reference, candidate):
+        subject.module.zero_grad()
+        output = subject.module(input_ids)
+        logits = first_tensor(output.logits if hasattr(output, "logits") else output)
+        if logits is None or logits.shape[1] != input_ids.shape[1]:
+            raise LabError(f"{subject.name} gives no logits for each token, so there is no loss to take gradients of")
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
+        gradients = {name: p.grad for name, p in parameters(subject.module).items() if p.grad is not None}
+        found.append(subject.in_book_names(gradients))
+        subject.module.zero_grad()
+    shared = [name for name in found[0] if name in found[1] and found[0][name].shape == found[1][name].shape]
+    theirs, ours = ({name: tensors[name] for name in shared} for tensors in found)
+    return relative_errors(theirs, ours) if shared else {}

@@ -1,0 +1,518 @@
+"""A sabotaged copy goes in, the name of the mistake comes out. No sabotage here uses the diagnosis's own switches."""
+
+import json
+import math
+
+import pytest
+import torch
+from pairs import LAYERS, VOCAB, random_gpt2, random_ids
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
+
+from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM
+from hf_gpt_scratch.compare import compare_models
+from hf_gpt_scratch.diagnose import Mistakes, diagnose, hypotheses, simulate
+from hf_gpt_scratch.layers import causal_mask
+from hf_gpt_scratch.parity import FLOAT64_STAGE, relative_error
+from hf_gpt_scratch.subjects import copy_weights, subject
+
+
+@pytest.fixture(scope="module")
+def official():
+    return subject(random_gpt2(), name="official")
+
+
+@pytest.fixture(scope="module")
+def untied():
+    return subject(random_gpt2(tie_word_embeddings=False), name="official, untied")
+
+
+def book_copy(reference, model_class=GPTModel, **changes):
+    """The book's model with the reference's weights, as a reader would have it."""
+    cfg = {name: getattr(reference.config, name) for name in ("vocab_size", "context_length", "emb_dim", "n_heads")}
+    cfg |= dict(n_layers=LAYERS, drop_rate=0.1, qkv_bias=True, **changes)
+    model = model_class(cfg).eval()
+    copy_weights(reference, subject(model, reference.config))
+    return model
+
+
+def diagnosis_of(reference, model, length=20):
+    candidate = subject(model, reference.config, "candidate")
+    comparison = compare_models(reference, candidate, random_ids(length=length))
+    return diagnose(comparison, reference, candidate)
+
+
+def each_block(change):
+    def sabotage(model):
+        for block in model.trf_blocks:
+            change(block)
+
+    return sabotage
+
+
+def each_norm(model, forward):
+    for module in model.modules():
+        if type(module).__name__ == "LayerNorm":
+            module.forward = forward.__get__(module)
+
+
+def attend(block, weights_of):
+    """Replaces the attention by one in which `weights_of(module, scores)` makes weights (B, H, T, T) of raw scores."""
+
+    def forward(self, x, attention_mask=None, past_key_values=None, return_weights=False, **kwargs):
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            layer(x).view(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
+            for layer in (self.W_query, self.W_key, self.W_value)
+        )
+        weights = weights_of(self, q @ k.transpose(2, 3))
+        context = (weights @ v).transpose(1, 2).reshape(batch, tokens, -1)
+        return self.out_proj(context), weights
+
+    block.att.forward = forward.__get__(block.att)
+
+
+def future(scores):
+    return ~causal_mask(*scores.shape[-2:])
+
+
+def hiding(diagonal, fill=-math.inf):
+    def weights(module, scores):
+        hidden = torch.ones(scores.shape[-2:]).triu(diagonal).bool()
+        return (scores / module.head_dim**0.5).masked_fill(hidden, fill).softmax(-1)
+
+    return weights
+
+
+def scaled_by(factor):
+    return each_block(lambda block: setattr(block.att, "scaling", factor(block.att)))
+
+
+def attention(weights_of):
+    return each_block(lambda block: attend(block, weights_of))
+
+
+def permuted(model):
+    for block in model.trf_blocks:
+        q, k = block.att.W_query, block.att.W_key
+        block.att.W_query, block.att.W_key = k, q
+
+
+def loaded_permuted(model):
+    for block in model.trf_blocks:
+        for a, b in zip(block.att.W_query.parameters(), block.att.W_value.parameters(), strict=True):
+            a.data, b.data = b.data, a.data
+
+
+def not_transposed(model):
+    for block in model.trf_blocks:
+        block.att.out_proj.weight.data = block.att.out_proj.weight.data.T.contiguous()
+
+
+def reshaped(model):
+    for block in model.trf_blocks:
+        matrix = block.ff.layers[0].weight.data
+        block.ff.layers[0].weight.data = matrix.T.reshape(matrix.shape)
+
+
+def exact_gelu(block):
+    block.ff.layers[1] = nn.GELU()
+
+
+def relu(block):
+    block.ff.layers[1] = nn.ReLU()
+
+
+def wrong_eps(value):
+    def sabotage(model):
+        for module in model.modules():
+            if hasattr(module, "eps"):
+                module.eps = value
+
+    return sabotage
+
+
+def unbiased(model):
+    def forward(self, x):
+        variance = x.var(-1, keepdim=True)
+        return self.scale * (x - x.mean(-1, keepdim=True)) / torch.sqrt(variance + self.eps) + self.shift
+
+    each_norm(model, forward)
+
+
+def eps_on_std(model):
+    def forward(self, x):
+        deviation = x.var(-1, keepdim=True, unbiased=False).sqrt()
+        return self.scale * (x - x.mean(-1, keepdim=True)) / (deviation + self.eps) + self.shift
+
+    each_norm(model, forward)
+
+
+def torch_std(model):
+    def forward(self, x):
+        return self.scale * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + self.eps) + self.shift
+
+    each_norm(model, forward)
+
+
+def block_forward(forward):
+    return each_block(lambda block: setattr(block, "forward", forward.__get__(block)))
+
+
+def post_norm(self, x, mask=None, cache=None):
+    x = self.norm1(x + self.att(x, mask))
+    return self.norm2(x + self.ff(x))
+
+
+def shortcut_after_norm(self, x, mask=None, cache=None):
+    x = self.norm1(x)
+    x = x + self.att(x, mask)
+    x = self.norm2(x)
+    return x + self.ff(x)
+
+
+def no_shortcut(self, x, mask=None, cache=None):
+    x = self.att(self.norm1(x), mask)
+    return x + self.ff(self.norm2(x))
+
+
+def norm1_twice(self, x, mask=None, cache=None):
+    x = x + self.att(self.norm1(x), mask)
+    return x + self.ff(self.norm1(x))
+
+
+def final_norm_forgotten(model):
+    model.final_norm.forward = lambda x: x
+
+
+def final_norm_never_built(model):
+    model.final_norm = nn.Identity()
+
+
+def positions_from(offset):
+    def sabotage(model):
+        look_up = model.pos_emb.forward
+        model.pos_emb.forward = lambda positions: look_up(positions + offset)
+
+    return sabotage
+
+
+def no_positions(model):
+    model.pos_emb.forward = lambda positions: model.pos_emb.weight.new_zeros(len(positions), 1)
+
+
+def positions_loaded_off_by_one(model):
+    model.pos_emb.weight.data = model.pos_emb.weight.data.roll(1, 0)
+
+
+def embeddings_scaled(model):
+    look_up = model.tok_emb.forward
+    model.tok_emb.forward = lambda ids: look_up(ids) * model.tok_emb.embedding_dim**0.5
+
+
+def zero_biases(model):
+    for block in model.trf_blocks:
+        block.ff.layers[0].bias.data.zero_()
+
+
+def biases_not_added(model):
+    for block in model.trf_blocks:
+        layer = block.att.out_proj
+        layer.forward = lambda x, layer=layer: x @ layer.weight.T
+
+
+def fresh_head(model):
+    torch.manual_seed(1)
+    nn.init.normal_(model.out_head.weight, std=0.02)
+
+
+def returns(function):
+    def sabotage(model):
+        head = model.out_head.forward
+        model.out_head.forward = lambda x: function(head(x))
+
+    return sabotage
+
+
+def blocks_in_text_order(model):
+    first, second = model.trf_blocks[1], model.trf_blocks[2]
+    model.trf_blocks[1], model.trf_blocks[2] = second, first
+
+
+def norms_not_loaded(model):
+    for block in model.trf_blocks:
+        nn.init.ones_(block.norm2.scale)
+
+
+def dropout_always(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.forward = lambda x: F.dropout(x, 0.1)
+
+
+SABOTAGES = {
+    "attention output not transposed": ("not-transposed", not_transposed),
+    "feed-forward reshaped": ("not-transposed", reshaped),
+    "query and key swapped": ("qkv-order", permuted),
+    "query and value loaded the other way": ("qkv-order", loaded_permuted),
+    "exact GELU": ("exact-gelu", each_block(exact_gelu)),
+    "ReLU": ("wrong-activation", each_block(relu)),
+    "unbiased variance": ("unbiased-variance", unbiased),
+    "eps 1e-6": ("wrong-eps", wrong_eps(1e-6)),
+    "an eps that nobody would guess": ("wrong-eps", wrong_eps(3.3e-5)),
+    "eps beside the standard deviation": ("eps-outside-root", eps_on_std),
+    "no scale": ("missing-scale", scaled_by(lambda att: 1.0)),
+    "scale twice": ("doubled-scale", scaled_by(lambda att: 1 / att.head_dim)),
+    "scale by emb_dim": ("scale-by-emb-dim", scaled_by(lambda att: att.d_out**-0.5)),
+    "scale by n_heads": ("scale-by-n-heads", scaled_by(lambda att: att.num_heads**-0.5)),
+    "scores multiplied": ("inverted-scale", scaled_by(lambda att: att.head_dim**0.5)),
+    "post-norm": ("post-norm", block_forward(post_norm)),
+    "shortcut of the normed": ("shortcut-after-norm", block_forward(shortcut_after_norm)),
+    "no shortcut around attention": ("missing-shortcut", block_forward(no_shortcut)),
+    "norm1 twice": ("one-norm-for-both", block_forward(norm1_twice)),
+    "final norm forgotten": ("missing-final-norm", final_norm_forgotten),
+    "final norm never built": ("missing-final-norm", final_norm_never_built),
+    "positions from 1": ("off-by-one-positions", positions_from(1)),
+    "positions loaded one off": ("off-by-one-positions", positions_loaded_off_by_one),
+    "no positions": ("no-positions", no_positions),
+    "embeddings scaled": ("embedding-scale", embeddings_scaled),
+    "no mask": ("no-mask", attention(lambda m, s: (s / m.head_dim**0.5).softmax(-1))),
+    "mask over the diagonal": ("mask-hides-diagonal", attention(hiding(0, -1e30))),
+    "mask over the diagonal, NaN": ("mask-hides-diagonal", attention(hiding(0))),
+    "mask one off": ("mask-sees-ahead", attention(hiding(2))),
+    "mask after softmax": (
+        "mask-after-softmax",
+        attention(lambda m, s: (s / m.head_dim**0.5).softmax(-1).masked_fill(future(s), 0.0)),
+    ),
+    "scores zeroed": (
+        "mask-zero-scores",
+        attention(lambda m, s: (s / m.head_dim**0.5).masked_fill(future(s), 0.0).softmax(-1)),
+    ),
+    "dropout in evaluation mode": ("dropout-on", dropout_always),
+    "training mode": ("dropout-on", nn.Module.train),
+    "biases zero": ("missing-bias", zero_biases),
+    "biases not added": ("missing-bias", biases_not_added),
+    "head never loaded": ("untied-head", fresh_head),
+    "log-probabilities": ("not-logits", returns(lambda x: x.log_softmax(-1))),
+    "blocks in the wrong order": ("block-order", blocks_in_text_order),
+    "norms not loaded": ("not-loaded", norms_not_loaded),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGES)
+def test_names_the_mistake_and_nothing_else(official, sabotage):
+    name, change = SABOTAGES[sabotage]
+    model = book_copy(official)
+    change(model)
+    found = diagnosis_of(official, model)
+    assert found.names == [name], found
+    assert found.explained
+    assert found.error > 10 * FLOAT64_STAGE or math.isnan(found.error)
+    assert found.unexplained <= FLOAT64_STAGE
+    assert found.faults[-1].error <= FLOAT64_STAGE
+
+
+@pytest.mark.parametrize(("n_heads", "says"), [(8, "8 heads instead of 4"), (1, "1 heads instead of 4")])
+def test_names_a_wrong_number_of_heads(official, n_heads, says):
+    found = diagnosis_of(official, rebuilt(official, n_heads=n_heads))
+    assert found.names == ["wrong-n-heads"]
+    assert says in found.faults[0].says
+
+
+def rebuilt(reference, **changes):
+    model = book_copy(reference)
+    other = GPTModel({**cfg_of(reference), **changes}).eval()
+    other.load_state_dict(model.state_dict(), strict=changes.get("qkv_bias", True))
+    return other
+
+
+def cfg_of(reference):
+    names = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
+    return {name: getattr(reference.config, name) for name in names} | {"drop_rate": 0.1, "qkv_bias": True}
+
+
+def test_names_missing_qkv_biases(official):
+    model = book_copy(official)
+    for block in model.trf_blocks:
+        for name in ("W_query", "W_key", "W_value"):
+            getattr(block.att, name).bias = None
+    found = diagnosis_of(official, model)
+    assert found.names == ["missing-bias"]
+    assert "att.W_query.bias" in found.faults[0].where
+
+
+def test_names_a_head_that_is_tied_where_the_checkpoint_has_its_own(untied):
+    model = book_copy(untied)
+    model.out_head.weight = model.tok_emb.weight
+    found = diagnosis_of(untied, model)
+    assert found.explained
+    assert found.names in (["wrong-head"], ["wrong-tensor"])
+    assert "tok_emb" in found.faults[0].says
+
+
+def sabotaged(*changes):
+    def sabotage(model):
+        for change in changes:
+            change(model)
+
+    return sabotage
+
+
+# Pairs at one place (the attention weights) have no stage between them that could agree: there pairs are searched.
+TWO = {
+    "weights and forward": ([not_transposed, each_block(exact_gelu)], ["not-transposed", "exact-gelu"]),
+    "two in the weights": ([zero_biases, not_transposed], ["not-transposed", "missing-bias"]),
+    "two in the forward pass": ([wrong_eps(1e-6), scaled_by(lambda att: 1.0)], ["wrong-eps", "missing-scale"]),
+    "both in one norm": ([torch_std], ["unbiased-variance", "eps-outside-root"]),
+    "both in one softmax": (
+        [attention(lambda m, s: s.masked_fill(torch.ones(s.shape[-2:]).triu(2).bool(), -math.inf).softmax(-1))],
+        ["missing-scale", "mask-sees-ahead"],
+    ),
+    "dropout and another": ([nn.Module.train, each_block(exact_gelu)], ["dropout-on", "exact-gelu"]),
+    "early and late": ([positions_from(1), final_norm_forgotten], ["off-by-one-positions", "missing-final-norm"]),
+    "three": (
+        [wrong_eps(1e-6), not_transposed, returns(lambda x: x.log_softmax(-1))],
+        ["wrong-eps", "not-transposed", "not-logits"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("faults", TWO)
+def test_names_several_mistakes_in_execution_order(official, faults):
+    changes, names = TWO[faults]
+    model = book_copy(official)
+    sabotaged(*changes)(model)
+    found = diagnosis_of(official, model)
+    assert found.names == names, found
+    assert found.explained
+    assert found.faults[-1].error <= FLOAT64_STAGE
+    assert not found.faults[0].error <= FLOAT64_STAGE
+
+
+class BlackBox(nn.Module):
+    """A model of which nothing can be heard but the logits: its parameters lie in one flat list of names."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = [model]
+        self.mine = nn.ParameterDict({n.replace(".", "/"): p for n, p in model.named_parameters()})
+
+    def forward(self, ids):
+        return torch.func.functional_call(self.inner[0], {n.replace("/", "."): p for n, p in self.mine.items()}, (ids,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ([each_block(exact_gelu)], ["exact-gelu"]),
+        ([scaled_by(lambda att: 1.0)], ["missing-scale"]),
+        ([each_block(exact_gelu), unbiased], ["unbiased-variance", "exact-gelu"]),
+    ],
+)
+def test_black_boxes_are_diagnosed_by_their_logits(official, changes, names):
+    model = book_copy(official)
+    sabotaged(*changes)(model)
+    box = BlackBox(model)
+    mapping = {f"mine.{name.replace('.', '/')}": name for name in model.state_dict()}
+    candidate = subject(box, official.config, "box", mapping)
+    comparison = compare_models(official, candidate, random_ids(1, 12))
+    assert [stage.stage for stage in comparison.stages] == ["out_head"]
+    assert diagnose(comparison, official, candidate).names == names
+
+
+def renormalised(module, scores):
+    """The book's first way to mask, which is right: after softmax, and each row divided by its sum."""
+    weights = (scores / module.head_dim**0.5).softmax(-1).masked_fill(future(scores), 0.0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def test_a_healthy_stage_that_differs_hides_no_mistake(official):
+    model = book_copy(official)
+    attention(renormalised)(model)
+    assert diagnosis_of(official, model) is None
+    each_block(exact_gelu)(model)
+    assert diagnosis_of(official, model).names == ["exact-gelu"]
+
+
+def test_a_healthy_model_gives_no_diagnosis(official, untied):
+    for reference in (official, untied):
+        assert diagnosis_of(reference, book_copy(reference)) is None
+        assert diagnosis_of(reference, GPTScratchForCausalLM.from_gpt2(reference.module)) is None
+        assert diagnosis_of(reference, reference.module) is None
+
+
+def test_an_unknown_mistake_is_not_given_a_name(official):
+    model = book_copy(official)
+    each_block(lambda block: setattr(block.att, "scaling", 0.123))(model)
+    found = diagnosis_of(official, model)
+    assert found.names == []
+    assert not found.explained
+    assert "trf_blocks.0.att.weights" in found.note
+
+
+def test_weights_of_another_checkpoint_are_called_so(official):
+    found = diagnosis_of(official, book_copy(subject(random_gpt2(seed=1))))
+    assert found.names == ["other-weights"]
+    assert found.explained
+
+
+def test_a_model_that_is_random_without_dropout_is_called_random(official):
+    model = book_copy(official)
+    returns(lambda x: x + torch.randn_like(x))(model)
+    found = diagnosis_of(official, model)
+    assert (found.names, found.explained) == ([], False)
+    assert "random" in found.note
+
+
+def test_a_reference_that_is_no_gpt2_is_refused(official):
+    model = book_copy(official)
+    returns(torch.tanh)(model)
+    reference = subject(model, official.config, "reference")
+    reference.config = official.config
+    candidate = subject(book_copy(official), official.config, "candidate")
+    comparison = compare_models(reference, candidate, random_ids())
+    found = diagnose(comparison, reference, candidate)
+    assert (found.names, found.explained) == ([], False)
+    assert "reference" in found.note
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(activation_function="relu", layer_norm_epsilon=1e-3),
+        dict(scale_attn_weights=False, n_inner=100),
+        dict(scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False),
+    ],
+)
+def test_the_simulation_without_mistakes_is_the_official_model(changes):
+    gpt2 = random_gpt2(**changes).double()
+    reference = subject(gpt2)
+    weights = reference.weights()
+    ids = random_ids()
+    with torch.no_grad():
+        *_, (stage, logits) = simulate(weights, reference.config, ids, Mistakes())
+        assert stage == "out_head"
+        assert relative_error(gpt2(ids).logits, logits) < 1e-12
+        for hypothesis in hypotheses(reference.config):
+            *_, (_, wrong) = simulate(weights, reference.config, ids, Mistakes(**hypothesis.changes))
+            harmless = hypothesis.name in ("wrong-head",) and reference.config.tie_word_embeddings
+            harmless |= not reference.config.scale_attn_weights and "scale" in hypothesis.name
+            assert harmless or not relative_error(logits, wrong) < FLOAT64_STAGE, hypothesis
+
+
+def test_two_official_models_are_diagnosed_too(official):
+    other = random_gpt2(n_head=8)
+    other.load_state_dict(official.module.state_dict())
+    found = diagnosis_of(official, other)
+    assert found.names == ["wrong-n-heads"]
+    assert isinstance(other, GPT2LMHeadModel)
+
+
+def test_a_diagnosis_becomes_json(official):
+    model = book_copy(official)
+    not_transposed(model)
+    figures = json.loads(json.dumps(diagnosis_of(official, model).to_dict()))
+    assert figures["faults"][0]["where"] == "trf_blocks.{0…2}.att.out_proj.weight"
+    assert GPTScratchConfig.from_gpt2(official.module.config).vocab_size == VOCAB
