@@ -130,12 +130,25 @@ class Comparison:
         if not self.deterministic:
             return "different: the candidate gives other logits each time it runs"
         if self.dtype == "float64":
-            return f"different: relative logit error {rounding:.1e} in float32 and {bug:.1e} in float64: no rounding"
+            return f"different: relative logit error {rounding:.1e} in float32 and {bug:.1e} in float64, so no rounding"
         return f"different: relative logit error {rounding:.1e} in float32; float64 cannot be had of these models"
 
+    @property
+    def last_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of both models, (B, T, V), of the last tokens that both have."""
+        return aligned(self.traces[0][LOGITS], self.traces[1][LOGITS]) or (torch.empty(0, 0, 0), torch.empty(0, 0, 0))
+
+    @property
+    def worst_token(self) -> tuple[int, int]:
+        """Row and place of the token after which the two next-token distributions differ most."""
+        kl = kl_divergence(*self.last_logits).nan_to_num(-1.0)  # (B, T)
+        row, place = divmod(int(kl.argmax()), kl.shape[1])
+        return row, place + len(self.tokens[0]) - kl.shape[1]
+
     def top_tokens(self, k: int = 8) -> list[dict[str, Any]]:
-        """The k most probable tokens after the last one of the first row, by rank, of both models."""
-        both = [trace[LOGITS][0, -1].double().softmax(-1) for trace in self.traces]
+        """The k most probable tokens after `worst_token`, by rank, of both models."""
+        row, place = self.worst_token
+        both = [logits[row, place - len(self.tokens[0])].softmax(-1) for logits in self.last_logits]
         tops = [probabilities.topk(min(k, len(probabilities))) for probabilities in both]
         return [
             {
@@ -168,6 +181,7 @@ class Comparison:
                 "stages": [asdict(stage) for stage in self.stages],
                 "growth": self.growth,
                 "gradients": self.gradients,
+                "worst_token": list(self.worst_token),
                 "top_tokens": self.top_tokens(),
                 "mapping": {side: [match.to_dict() for match in matches] for side, matches in self.matches.items()},
                 "notes": self.notes,
@@ -374,6 +388,12 @@ def errors(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[float, flo
     return off, difference.square().mean().sqrt().item(), off / largest if largest else off, ""
 
 
+def kl_divergence(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """KL(reference ‖ candidate) of two models' logits (B, T, V), in nats (B, T)."""
+    p, q = reference.log_softmax(-1), candidate.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
+
+
 def distribution(reference: torch.Tensor, candidate: torch.Tensor) -> Distribution:
     """The figures of two models' logits (B, T, V).
 
@@ -387,8 +407,7 @@ def distribution(reference: torch.Tensor, candidate: torch.Tensor) -> Distributi
         )
     a, b = pair
     off, _, relative, _ = errors(a, b)
-    p, q = a.log_softmax(-1), b.log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+    kl = kl_divergence(a, b)
     return Distribution(
         tokens=kl.numel(),
         max_abs_logit=a.abs().max().item(),
@@ -468,6 +487,12 @@ def perplexity(subject: Subject, text_ids: torch.Tensor, window: int) -> float:
     return math.exp(loss / tokens) if tokens and loss / tokens < 700 else math.nan
 
 
+def tied(subject: Subject) -> bool:
+    """Whether one matrix is both the token embedding and the head."""
+    own = {ours: parameters(subject.module)[m.row.gpt2] for m in subject.matches for ours in m.row.scratch}
+    return own.get(f"{LOGITS}.weight", own.get("tok_emb.weight")) is own.get("tok_emb.weight")
+
+
 @torch.enable_grad()
 def gradient_errors(reference: Subject, candidate: Subject, input_ids: torch.Tensor) -> dict[str, float]:
     """The relative error of the gradient of each parameter that both have, by the book's names, in float32."""
@@ -482,6 +507,12 @@ def gradient_errors(reference: Subject, candidate: Subject, input_ids: torch.Ten
         gradients = {name: p.grad for name, p in parameters(subject.module).items() if p.grad is not None}
         found.append(subject.in_book_names(gradients))
         subject.module.zero_grad()
+    if any(tied(subject) for subject in (reference, candidate)):
+        # The one matrix has the sum of both gradients, so the sum is what two matrices are compared by.
+        for subject, ours in zip((reference, candidate), found, strict=True):
+            head = ours.pop(f"{LOGITS}.weight", None)
+            if head is not None and not tied(subject):
+                ours["tok_emb.weight"] = ours["tok_emb.weight"] + head
     shared = [name for name in found[0] if name in found[1] and found[0][name].shape == found[1][name].shape]
     theirs, ours = ({name: tensors[name] for name in shared} for tensors in found)
     return relative_errors(theirs, ours) if shared else {}

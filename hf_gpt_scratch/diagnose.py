@@ -322,7 +322,7 @@ def hypotheses(config: GPTScratchConfig, eps_found: Iterable[float] = ()) -> lis
         suppose(
             "wrong-n-heads",
             first + "att.weights",
-            f"attention has {heads} heads instead of {config.n_heads}",
+            f"attention has {heads} head{'s' * (heads > 1)} instead of {config.n_heads}",
             f"build the model with n_heads={config.n_heads}; no tensor tells it",
             n_heads=heads,
         )

@@ -52,6 +52,7 @@ FUSED = tuple(f"att.{name}" for name in ("W_query", "W_key", "W_value"))
 SHIFT_NAMES = ("shift", "bias", "beta", "b", "offset")
 # difflib's ratio above which a name that is no alias still counts as alike, and its lead over the next best slot.
 ALIKE, LEAD = 0.6, 0.15
+SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 # What a model may lack and still be looked at; the lab then finds out what that does.
 OPTIONAL = ("pos_emb", "final_norm", "out_head")
 
@@ -379,12 +380,15 @@ class Settings(dict):
 
 def book_settings(config: GPTScratchConfig) -> Settings:
     """The config under the book's names, GPT-2's and nanoGPT's."""
-    values = {
-        name: getattr(config, name) for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
-    }
+    values = {name: getattr(config, name) for name in SIZES}
     theirs = {TO_GPT2.get(name, name): value for name, value in values.items()}
     others = {"block_size": config.context_length, "dropout": config.drop_rate, "bias": True}
-    return Settings(**values, **theirs | others, drop_rate=config.drop_rate, qkv_bias=config.qkv_bias)
+    return Settings(values | theirs | others, drop_rate=config.drop_rate, qkv_bias=config.qkv_bias)
+
+
+def names_a_class(source: str) -> bool:
+    """Whether a source is `file.py:Name` or `package.module:Name`, which no hub id can be."""
+    return bool(re.fullmatch(r".+:\w+", source))
 
 
 def load(
@@ -408,8 +412,8 @@ def load(
     Raises:
         LabError: it cannot be had, or its parameters cannot be paired.
     """
-    file, colon, attribute = source.rpartition(":")
-    if colon and attribute.isidentifier():
+    if names_a_class(source):
+        file, _, attribute = source.rpartition(":")
         return load_class(source, file, attribute, weights, cfg, mapping or {}, like)
     if weights or cfg or mapping:
         raise LabError(f"weights, cfg and map are for a class of your own, file.py:Name, but this is {source!r}")
@@ -442,9 +446,7 @@ def load_class(source, file, attribute, weights, cfg, mapping, like) -> Subject:
     if settings is None and like is not None and like.config is not None:
         settings = book_settings(like.config)
         if not isinstance(made, nn.Module):
-            shown = {
-                name: settings[name] for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
-            }
+            shown = {name: settings[name] for name in SIZES}
             notes.append(f"cfg: none given, so the other model's: {json.dumps(shown)}, qkv_bias {settings.qkv_bias}")
     if settings is None:
         raise LabError(f"{source} needs a cfg: JSON, a JSON file, or the name of a dict in {file}")
@@ -525,11 +527,11 @@ def sizes(settings: Settings, source: str) -> GPTScratchConfig:
     """The sizes in a cfg, in the book's names or GPT-2's."""
     aliases = {"context_length": "block_size", "drop_rate": "dropout"}
     values: dict[str, Any] = {}
-    for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "drop_rate", "n_inner", "qkv_bias"):
+    for name in (*SIZES, "drop_rate", "n_inner", "qkv_bias"):
         for known in (name, TO_GPT2.get(name), aliases.get(name)):
             if known in settings:
                 values.setdefault(name, settings[known])
-    missing = {"vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"} - values.keys()
+    missing = set(SIZES) - values.keys()
     if missing:
         raise LabError(f"the cfg of {source} lacks {', '.join(sorted(missing))}, in the book's names or GPT-2's")
     try:

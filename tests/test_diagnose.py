@@ -313,7 +313,7 @@ def test_names_the_mistake_and_nothing_else(official, sabotage):
     assert found.faults[-1].error <= FLOAT64_STAGE
 
 
-@pytest.mark.parametrize(("n_heads", "says"), [(8, "8 heads instead of 4"), (1, "1 heads instead of 4")])
+@pytest.mark.parametrize(("n_heads", "says"), [(8, "8 heads instead of 4"), (1, "1 head instead of 4")])
 def test_names_a_wrong_number_of_heads(official, n_heads, says):
     found = diagnosis_of(official, rebuilt(official, n_heads=n_heads))
     assert found.names == ["wrong-n-heads"]

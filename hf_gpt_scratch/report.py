@@ -1,0 +1,331 @@
+"""A comparison for people: tables on a terminal, and one self-contained HTML page.
+
+Shapes: B batch, T tokens, H heads.
+"""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from .compare import BLOCK_STAGES, Comparison, StageError
+from .diagnose import Diagnosis
+from .subjects import LabError, Match
+
+# Stages on the terminal that are told even when all is well.
+ALWAYS = (BLOCK_STAGES[""], "logits")
+HEADS_SHOWN, TOKENS_SHOWN = 6, 24
+# What an error that is no number counts as on a logarithmic scale, and what is no error at all.
+WORST, LEAST = 10.0, 1e-17
+SAME, DIFFERENT, FAINT = "#2f7d4f", "#c23b22", "#8a8f98"
+
+
+def number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else "∞"
+
+
+def decoder(tokenizer: Any) -> Callable[[int], str]:
+    """Token id -> what to show for it."""
+    return (lambda token: repr(tokenizer.decode([token]))[1:-1]) if tokenizer else str
+
+
+# On the terminal
+
+
+def stage_table(comparison: Comparison) -> Table:
+    """The stages from the first that differs on to the end of its block, and the blocks' ends."""
+    table = Table(box=box.SIMPLE_HEAD, title="Error by stage, in execution order", title_justify="left")
+    for heading in ("stage", "what"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("max |a−b|", "RMS", "relative", "float32"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    first = comparison.first_divergence
+    at = comparison.stages.index(first) if first else -1
+    for place, stage in enumerate(comparison.stages):
+        near = first is not None and at - 1 <= place <= at + len(BLOCK_STAGES)
+        if not near and stage.meaning not in ALWAYS:
+            continue
+        bad = not stage.relative <= comparison.bound
+        style = "bold red" if stage is first else "red" if bad else "green"
+        what = stage.meaning + (" ← the first that differs" if stage is first else "")
+        figures = [number(value) for value in (stage.max_abs, stage.rms, stage.relative, stage.float32)]
+        table.add_row(stage.stage, escape(what + (f" ({stage.note})" if stage.note else "")), *figures, style=style)
+    return table
+
+
+def mapping_table(matches: list[Match]) -> RenderableType:
+    """The guessed mapping, the blocks' parameters told once, and those with the book's own names not at all."""
+    guessed = once(matches)
+    if not guessed:
+        return f"Parameters: all {len(matches)} have the book's names and shapes."
+    table = Table(box=box.SIMPLE_HEAD, title="Parameters, as guessed: check them", title_justify="left")
+    for heading in ("yours", "the book's", "layout", "sure", "because"):
+        table.add_column(heading, overflow="fold")
+    for match in guessed:
+        style = "yellow" if match.confidence < 0.9 else ""
+        names = ", ".join(match.row.scratch)
+        row = (match.row.gpt2, names, match.row.layout, f"{match.confidence:.0%}", match.reason)
+        table.add_row(*map(escape, row), style=style)
+    return table
+
+
+def once(matches: list[Match]) -> list[Match]:
+    """The matches that are a guess, as the book's own names are not; in the blocks those of the first alone."""
+    guessed = [match for match in matches if match.row.scratch != (match.row.gpt2,)]
+    return [match for match in guessed if not re.match(r"trf_blocks\.[1-9]", match.row.scratch[0])]
+
+
+def diagnosis_panel(comparison: Comparison) -> Panel:
+    diagnosis: Diagnosis | None = comparison.diagnosis
+    if comparison.same:
+        return Panel(escape(comparison.verdict), title="The same model", border_style="green")
+    lines = [escape(comparison.verdict)]
+    if diagnosis is None:
+        return Panel("\n".join(lines), title="Different", border_style="red")
+    for i, fault in enumerate(diagnosis.faults, 1):
+        then = f"Repaired, the relative logit error is {number(fault.error)}."
+        lines.append(
+            f"\n[bold red]{i}. {fault.name}[/]: [bold]{escape(fault.says)}[/]\n   where: {escape(fault.where)}"
+        )
+        lines.append(f"   do: {escape(fault.remedy)}\n   {then}")
+    if diagnosis.explained and diagnosis.faults:
+        found = "this mistake" if len(diagnosis.faults) == 1 else "these mistakes"
+        lines.append(
+            f"\nThe reference with {found} reproduces the candidate to {number(diagnosis.unexplained)} "
+            f"({diagnosis.tried} experiments)."
+        )
+    lines += [f"As good an explanation: {escape(says)}" for says in diagnosis.also]
+    lines += [f"\n[yellow]{escape(diagnosis.note)}[/]"] if diagnosis.note else []
+    names = ", ".join(diagnosis.names) or "no known mistake"
+    return Panel("\n".join(lines), title=f"Different: {names}", border_style="red")
+
+
+def figures(comparison: Comparison) -> list[tuple[str, str]]:
+    """What the logits say, by name."""
+    logits = comparison.logits
+    told = [
+        ("max |logit error|", f"{number(logits.max_abs_error)} of {logits.max_abs_logit:.4g}"),
+        ("relative", f"{number(logits.relative_error)} in {comparison.dtype}"),
+        ("relative, float32", number(comparison.logits_float32.relative_error)),
+        ("KL divergence", f"mean {number(logits.mean_kl)}, max {number(logits.max_kl)} nats"),
+        ("top-1 agreement", f"{logits.top1_agreement:.1%} of {logits.tokens} tokens"),
+    ]
+    if comparison.perplexity:
+        told.append(("perplexity", "{reference:.4f} and {candidate:.4f}".format(**comparison.perplexity)))
+    if comparison.gradients:
+        name, worst = max(comparison.gradients.items(), key=lambda item: item[1])
+        told.append(("gradients", f"worst {number(worst)}, of {name} ({len(comparison.gradients)} compared)"))
+    return told
+
+
+def after(comparison: Comparison) -> str:
+    row, place = comparison.worst_token
+    return f"token {place} of row {row}, where the models differ most"
+
+
+def token_table(comparison: Comparison, tokenizer: Any = None, k: int = 5) -> Table:
+    show = decoder(tokenizer)
+    table = Table(box=box.SIMPLE_HEAD, title=f"Most probable tokens after {after(comparison)}", title_justify="left")
+    for heading in ("", "reference", "", "candidate", ""):
+        table.add_column(heading, justify="right" if not heading else "left")
+    for row in comparison.top_tokens(k):
+        cells = [(show(row[side]["token"]), f"{row[side]['probability']:.2%}") for side in ("reference", "candidate")]
+        same = row["reference"]["token"] == row["candidate"]["token"]
+        table.add_row(str(row["rank"]), *map(escape, cells[0] + cells[1]), style="" if same else "red")
+    return table
+
+
+def terminal_report(comparison: Comparison, tokenizer: Any = None) -> RenderableType:
+    """All that a terminal shows."""
+    head = Table(box=None, show_header=False)
+    for name, value in (
+        ("reference", comparison.reference),
+        ("candidate", comparison.candidate),
+        *figures(comparison),
+        *(("note", note) for note in comparison.notes),
+    ):
+        head.add_row(f"[dim]{name}[/]", escape(value))
+    guessed = [mapping_table(matches) for matches in comparison.matches.values()]
+    parts: list[Any] = [
+        *guessed,
+        head,
+        stage_table(comparison),
+        token_table(comparison, tokenizer),
+        diagnosis_panel(comparison),
+    ]
+    return Group(*parts)
+
+
+def print_report(comparison: Comparison, console: Console, tokenizer: Any = None) -> None:
+    console.print(terminal_report(comparison, tokenizer))
+
+
+# On a page
+
+
+def html_report(comparison: Comparison, tokenizer: Any = None) -> str:
+    """One page with everything in it: no scripts, no fonts, no images from elsewhere.
+
+    Raises:
+        LabError: matplotlib is not installed.
+    """
+    environment = Environment(loader=PackageLoader(__package__, "templates"), autoescape=True, trim_blocks=True)
+    environment.globals |= {"number": number, "show": decoder(tokenizer)}
+    environment.filters["shade"] = shade
+    return environment.get_template("report.html").render(
+        comparison=comparison,
+        figures=figures(comparison),
+        depth=Markup(depth_figure(comparison)),
+        heat=heat_map(comparison),
+        attention=attention_figure(comparison),
+        tokens=comparison.top_tokens(8),
+        after=after(comparison),
+        matches={side: once(matches) for side, matches in comparison.matches.items()},
+    )
+
+
+def drawing() -> Any:
+    """matplotlib's pyplot, drawing without a screen."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise LabError('the HTML report is drawn by matplotlib; pip install "hf-gpt-scratch[examples]"') from error
+    matplotlib.use("agg")
+    import matplotlib.pyplot
+
+    matplotlib.rcParams |= {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "hf_gpt_scratch",
+        "font.family": ["sans-serif"],
+    }
+    return matplotlib.pyplot
+
+
+def logarithmic(value: float) -> float:
+    return min(max(value, LEAST), WORST) if not math.isnan(value) else WORST
+
+
+def depth_figure(comparison: Comparison) -> str:
+    """Relative error after each stage, in execution order, as SVG."""
+    pyplot = drawing()
+    figure, axes = pyplot.subplots(figsize=(11, 3.6), layout="constrained")
+    for name, colour, values in (
+        ("float32", FAINT, [stage.float32 for stage in comparison.stages]),
+        (comparison.dtype, DIFFERENT if not comparison.same else SAME, [stage.relative for stage in comparison.stages]),
+    ):
+        if name == "float32" and comparison.dtype == "float32":
+            continue
+        axes.plot([logarithmic(value) for value in values], color=colour, label=name, marker=".", markersize=4, lw=1.4)
+    axes.axhline(comparison.bound, color="#333", lw=0.8, ls=":", label=f"bound {comparison.bound:.0e}")
+    first = comparison.first_divergence
+    if first:
+        at = comparison.stages.index(first)
+        axes.axvline(at, color=DIFFERENT, lw=0.8, ls="--")
+        right = at > 0.6 * len(comparison.stages)
+        axes.annotate(
+            f"first differs:\n{first.stage}",
+            (at, 0.04),
+            xycoords=("data", "axes fraction"),
+            xytext=(-6 if right else 6, 0),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            color=DIFFERENT,
+        )
+    blocks: dict[str, list[int]] = {}
+    for i, stage in enumerate(comparison.stages):
+        if layer := re.match(r"trf_blocks\.(\d+)", stage.stage):
+            blocks.setdefault(layer[1], []).append(i)
+    for n, places in blocks.items():
+        if int(n) % 2 == 0:
+            axes.axvspan(places[0] - 0.5, places[-1] + 0.5, color="#f0f2f5", lw=0, zorder=0)
+    every = math.ceil(len(blocks) / 24)
+    marked = {n: sum(places) / len(places) for n, places in blocks.items() if int(n) % every == 0}
+    axes.set_xticks(list(marked.values()), [f"block {n}" if len(blocks) < 13 else n for n in marked])
+    axes.tick_params(axis="x", length=0)
+    axes.set(yscale="log", ylabel="relative error", xlim=(-1, len(comparison.stages)), ylim=(LEAST / 2, WORST * 2))
+    axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    pyplot.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def heat_map(comparison: Comparison) -> dict[str, Any]:
+    """Layers × stages: rows of (layer, cells), a cell being a `StageError` or None where nothing was heard."""
+    found = {stage.stage: stage for stage in comparison.stages}
+    layers = sorted({int(m[1]) for name in found if (m := re.match(r"trf_blocks\.(\d+)", name))})
+    columns = [(key, what) for key, what in BLOCK_STAGES.items() if key != "input"]
+    rows = [(n, [found.get(f"trf_blocks.{n}.{key}".rstrip(".")) for key, _ in columns]) for n in layers]
+    others = [stage for name, stage in found.items() if not name.startswith("trf_blocks")]
+    return {"columns": columns, "rows": rows, "others": others}
+
+
+def shade(stage: StageError | None) -> str:
+    """A colour for an error: green below 1e-7, through yellow, to red at 1; empty is grey."""
+    if stage is None:
+        return "background:#eceef1"
+    depth = (math.log10(logarithmic(stage.relative)) + 7) / 7
+    depth = min(max(depth, 0.0), 1.0)
+    hue = 140 * (1 - depth) ** 1.5
+    return f"background:hsl({hue:.0f} {45 + 30 * depth:.0f}% {88 - 33 * depth:.0f}%)"
+
+
+def attention_figure(comparison: Comparison) -> dict[str, Any] | None:
+    """The attention maps of both models and their difference, in the first layer where they differ, as PNG.
+
+    None where they cannot be heard, or have other shapes.
+    """
+    pairs: list[tuple[StageError, torch.Tensor, torch.Tensor]] = []
+    for stage in comparison.stages:
+        if stage.stage.endswith("att.weights"):
+            maps = [heard[stage.stage][0, :, :TOKENS_SHOWN, :TOKENS_SHOWN] for heard in comparison.traces]
+            pairs.append((stage, maps[0], maps[1]))  # (H, T, T)
+    if not pairs:
+        return None
+    differing = [pair for pair in pairs if not pair[0].relative <= comparison.bound]
+    stage, reference, candidate = (differing or pairs)[0]
+    heads = min(len(reference), len(candidate), HEADS_SHOWN)
+    comparable = reference.shape == candidate.shape
+    pyplot = drawing()
+    rows: list[tuple[str, torch.Tensor, str, float | None]]
+    rows = [("reference", reference, "Blues", 1.0), ("candidate", candidate, "Blues", 1.0)]
+    if comparable:
+        rows.append(("candidate − reference", candidate - reference, "RdBu_r", None))
+    figure, axes = pyplot.subplots(
+        len(rows), heads, figsize=(1.75 * heads + 1, 1.75 * len(rows) + 0.3), squeeze=False, layout="constrained"
+    )
+    for line, (name, maps, colours, top) in zip(axes, rows, strict=True):
+        largest = top or max(torch.nan_to_num(maps).abs().max().item(), 1e-12)
+        for head, axis in enumerate(line):
+            low = 0.0 if top else -largest
+            image = axis.imshow(maps[head], cmap=colours, vmin=low, vmax=largest, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(visible=True, color="#c8ccd2", linewidth=0.6)
+            if name == "reference":
+                axis.set_title(f"head {head}", fontsize=9)
+        line[0].set_ylabel(name)
+        figure.colorbar(image, ax=list(line), shrink=0.8, aspect=14)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
+    pyplot.close(figure)
+    return {
+        "stage": stage,
+        "png": base64.b64encode(picture.getvalue()).decode(),
+        "heads": (heads, len(reference), len(candidate)),
+        "tokens": reference.shape[-1],
+        "differs": bool(differing),
+    }
