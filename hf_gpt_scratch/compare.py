@@ -136,7 +136,7 @@ class Comparison:
     @property
     def last_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits of both models, (B, T, V), of the last tokens that both have."""
-        return aligned(self.traces[0][LOGITS], self.traces[1][LOGITS]) or (torch.empty(0, 0, 0), torch.empty(0, 0, 0))
+        return aligned_logits(self.traces[0][LOGITS], self.traces[1][LOGITS])
 
     @property
     def worst_token(self) -> tuple[int, int]:
@@ -394,8 +394,8 @@ def kl_divergence(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Ten
     return (p.exp() * (p - q)).sum(-1).clamp(min=0)
 
 
-def distribution(reference: torch.Tensor, candidate: torch.Tensor) -> Distribution:
-    """The figures of two models' logits (B, T, V).
+def aligned_logits(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits (B, T, V) of two models in float64, of the last tokens that both have.
 
     Raises:
         LabError: the vocabularies differ.
@@ -403,9 +403,19 @@ def distribution(reference: torch.Tensor, candidate: torch.Tensor) -> Distributi
     pair = aligned(reference, candidate)
     if pair is None:
         raise LabError(
-            f"the logits have shapes {tuple(reference.shape)} and {tuple(candidate.shape)}: other vocabularies"
+            f"the logits have shapes {tuple(reference.shape)} and {tuple(candidate.shape)}; compare models of one "
+            "vocabulary"
         )
-    a, b = pair
+    return pair
+
+
+def distribution(reference: torch.Tensor, candidate: torch.Tensor) -> Distribution:
+    """The figures of two models' logits (B, T, V).
+
+    Raises:
+        LabError: the vocabularies differ.
+    """
+    a, b = aligned_logits(reference, candidate)
     off, _, relative, _ = errors(a, b)
     kl = kl_divergence(a, b)
     return Distribution(

@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -175,9 +174,15 @@ def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mappi
     """
     own = parameters(module)
     told = mapped(own, config, mapping)
+    told |= beside(told, own)
+    for match in filter(None, told.values()):
+        check_shape(match.row, own, config)
     rest = {name: p for name, p in own.items() if name not in told}
     taken = {ours for match in told.values() if match for ours in match.row.scratch}
-    container = block_container(rest, config.n_layers) if rest else ""
+    unnamed = [n for n in range(config.n_layers) if not any(name.startswith(f"trf_blocks.{n}.") for name in taken)]
+    container = ""
+    if unnamed or any(re.search(r"\.\d+\.", name) for name in rest):
+        container = block_container(rest, config.n_layers)
     outside, inside = shapes(config)
     matches = [match for match in told.values() if match]
     places: list[tuple[str, str, dict[str, tuple[int, ...]]]] = [("", "", outside)]
@@ -190,7 +195,7 @@ def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mappi
             if (name.startswith(prefix) if prefix else not (container and name.startswith(container)))
         }
         free = {slot: shape for slot, shape in slots.items() if not any(t.startswith(f"{ours}{slot}.") for t in taken)}
-        found, unknown = match_units(here, free)
+        found, unknown = match_units(here, free, {name: layout_of(module, prefix + name) for name in here})
         for unit, (slot, confidence, reason) in found.items():
             names = FUSED if slot == "att.c_attn" else (slot,)
             for kind, local in units(here)[unit].items():
@@ -198,10 +203,11 @@ def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mappi
                 row = Row(prefix + local, tuple(f"{ours}{name}.{which}" for name in names), False, "")
                 matches.append(Match(row, confidence, reason))
         problems += [prefix + local for unit in unknown for local in units(here)[unit].values()]
-        filled = {slot for slot, _, _ in found.values()} | {slot for slot in slots if slot not in free}
-        filled |= set(FUSED) if "att.c_attn" in filled else set()
-        filled |= {"att.c_attn"} if filled & set(FUSED) else set()
-        problems += [f"nothing for {ours}{slot}" for slot in slots if slot not in filled and slot not in OPTIONAL]
+    have = {name for match in matches for name in match.row.scratch}
+    for _, ours, slots in places:
+        for slot in (slot for slot in slots if slot not in (*OPTIONAL, "att.c_attn")):
+            if f"{ours}{slot}.{'scale' if 'norm' in slot else 'weight'}" not in have:
+                problems.append(f"nothing for {ours}{slot}")
     if problems:
         listed = ", ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise LabError(
@@ -209,28 +215,53 @@ def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mappi
             'what they are by --map FILE, JSON such as {"blocks.{n}.proj.weight": '
             '"trf_blocks.{n}.att.out_proj.weight", "unused.weight": null}'
         )
+    targets = [name for match in matches for name in match.row.scratch]
+    if twice := {name for name in targets if targets.count(name) > 1}:
+        raise LabError(f"several parameters are mapped to {', '.join(sorted(twice))}; map each to one name")
     return [with_layout(match, module, own, config, matches) for match in matches]
 
 
 def mapped(own, config, mapping) -> dict[str, Match | None]:
-    known = {name.split(":")[0]: row for row in TABLE for name in (row.gpt2, *row.scratch)}
+    """The matches that a map gives, `{n}` being every layer; None for what it says is no parameter of GPT-2's.
+
+    Raises:
+        LabError: a name that the model, or the table, does not have.
+    """
+    known = {name: row for row in TABLE for name in (row.gpt2, *row.scratch)}
     told: dict[str, Match | None] = {}
-    for theirs, name in mapping.items():
+    for theirs, target in mapping.items():
+        name = (target or "").removesuffix(".T")
+        layer = re.search(r"(?<=\bh\.)\d+|(?<=\btrf_blocks\.)\d+", name)
+        general = re.sub(r"(?<=\bh\.)\d+|(?<=\btrf_blocks\.)\d+", "{n}", name)
+        if target is not None and general not in known:
+            raise LabError(f"the map sends {theirs!r} to {target!r}, which is no name of the book's or GPT-2's")
         for n in range(config.n_layers if "{n}" in theirs else 1):
             numbered = theirs.replace("{n}", str(n))
-            layer = re.search(r"(?<=\bh\.)\d+|(?<=\btrf_blocks\.)\d+", name or "")
-            general = re.sub(r"(?<=\bh\.)\d+|(?<=\btrf_blocks\.)\d+", "{n}", name or "")
             if numbered not in own:
                 raise LabError(f"the map names {numbered!r}, which the model does not have; it has {', '.join(own)}")
-            if name is None:
+            if target is None:
                 told[numbered] = None
                 continue
-            if general not in known:
-                raise LabError(f"the map sends {theirs!r} to {name!r}, which is no name of the book's or GPT-2's")
             row = known[general]
+            turned = target.endswith(".T") or (general == row.gpt2 and row.transposed)
             ours = row.scratch if general == row.gpt2 else (general,)
-            told[numbered] = Match(Row(numbered, ours, False, "").at(int(layer[0]) if layer else n), 1.0, "your map")
+            row = Row(numbered, ours, turned and own[numbered].ndim > 1, "").at(int(layer[0]) if layer else n)
+            told[numbered] = Match(row, 1.0, "your map")
     return told
+
+
+def beside(told: Mapping[str, Match | None], own) -> dict[str, Match | None]:
+    """The other parameter of each module of which the map tells one: a weight's bias, or a bias's weight."""
+    found: dict[str, Match | None] = {}
+    for name, match in told.items():
+        owner = name.rpartition(".")[0]
+        others = [other for other in own if other.rpartition(".")[0] == owner and other != name]
+        if match and len(others) == 1 and others[0] not in told:
+            kinds = {"weight": "bias", "bias": "weight", "scale": "shift", "shift": "scale"}
+            names = [ours.rpartition(".") for ours in match.row.scratch]
+            scratch = tuple(f"{module}.{kinds[kind]}" for module, _, kind in names)
+            found[others[0]] = Match(Row(others[0], scratch, False, ""), 1.0, f"beside {name}")
+    return found
 
 
 def block_container(names, n_layers: int) -> str:
@@ -273,12 +304,23 @@ def units(own: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
     return result
 
 
-def match_units(own, slots) -> tuple[dict[str, tuple[str, float, str]], list[str]]:
+def layout_of(module: nn.Module, name: str) -> str | None:
+    """How the module that owns a parameter stores its matrix; None if it does not say."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, Conv1D):
+        return "[in, out]"
+    return "[out, in]" if isinstance(owner, nn.Linear | nn.Embedding) else None
+
+
+def match_units(own, slots, layouts) -> tuple[dict[str, tuple[str, float, str]], list[str]]:
     """Each unit's slot, confidence and reason; and the units without one."""
     pending = {}
     for unit, kinds in units(own).items():
-        shape = tuple(own[kinds.get("weight", next(iter(kinds.values())))].shape)
-        pending[unit] = [slot for slot in slots if shape in (slots[slot], slots[slot][::-1])]
+        name = kinds.get("weight", next(iter(kinds.values())))
+        shape, straight, turned = tuple(own[name].shape), layouts[name] != "[in, out]", layouts[name] != "[out, in]"
+        pending[unit] = [
+            slot for slot in slots if (straight and shape == slots[slot]) or (turned and shape == slots[slot][::-1])
+        ]
     found: dict[str, tuple[str, float, str]] = {}
 
     def take(claims: dict[str, tuple[str, float, str]]) -> None:
@@ -332,31 +374,41 @@ def alikeness(unit: str, slot: str) -> float:
 
 def with_layout(match: Match, module: nn.Module, own, config, matches: list[Match]) -> Match:
     """The match with its matrix's layout: by shape; a square one by its module or the other matrices."""
-    tensor = own[match.row.gpt2]
-    if tensor.ndim < 2:
+    shape, straight = tuple(own[match.row.gpt2].shape), shape_of(match.row, config)
+    if len(shape) < 2:
         return match
-    straight = shape_of(match.row, config)
-    if math.prod(tensor.shape) != math.prod(straight) or tuple(tensor.shape) not in (straight, straight[::-1]):
-        raise LabError(
-            f"{match.row.gpt2} has shape {tuple(tensor.shape)}, but {' + '.join(match.row.scratch)} is {straight}; "
-            "build both models with the same sizes (--cfg)"
-        )
     if straight[0] != straight[1]:
-        return replace(match, row=replace(match.row, transposed=tuple(tensor.shape) != straight))
-    owner = module.get_submodule(match.row.gpt2.rpartition(".")[0])
-    if isinstance(owner, nn.Linear | nn.Embedding | Conv1D):
-        transposed, reason = isinstance(owner, Conv1D), f"[{'in, out' if isinstance(owner, Conv1D) else 'out, in'}]"
-        reason = f"{reason} as {type(owner).__name__} has it"
-    else:
-        layouts = [
-            tuple(own[other.row.gpt2].shape) != shape_of(other.row, config)
-            for other in matches
-            if own[other.row.gpt2].ndim > 1 and own[other.row.gpt2].shape[0] != own[other.row.gpt2].shape[1]
-            if "emb" not in other.row.scratch[0] and "head" not in other.row.scratch[0]
-        ]
-        transposed = sum(layouts) * 2 > len(layouts)
-        reason = f"square: [{'in, out' if transposed else 'out, in'}] as most other matrices"
+        return replace(match, row=replace(match.row, transposed=shape != straight))
+    if known := layout_of(module, match.row.gpt2):
+        transposed, reason = known == "[in, out]", f"{known} as its module has it"
+        return replace(match, row=replace(match.row, transposed=transposed), reason=f"{match.reason}; {reason}")
+    if match.reason == "your map":
+        return match
+    inside = [other.row for other in matches if other.row.scratch[0].startswith("trf_blocks")]
+    bare = [row for row in inside if not layout_of(module, row.gpt2)]
+    straights = {
+        tuple(own[row.gpt2].shape) == shape_of(row, config)
+        for row in bare
+        if own[row.gpt2].ndim > 1 and own[row.gpt2].shape[0] != own[row.gpt2].shape[1]
+    }
+    if len(straights) != 1:
+        name = match.row.scratch[0]
+        raise LabError(
+            f"{match.row.gpt2} is square, and nothing tells whether it is stored [out, in], as in nn.Linear, or "
+            f'[in, out]; say so by --map FILE: {{"{match.row.gpt2}": "{name}"}} or "{name}.T"'
+        )
+    transposed = not straights.pop()
+    reason = f"square: {'[in, out]' if transposed else '[out, in]'} as the other bare matrices"
     return replace(match, row=replace(match.row, transposed=transposed), reason=f"{match.reason}; {reason}")
+
+
+def check_shape(row: Row, own, config: GPTScratchConfig) -> None:
+    shape, straight = tuple(own[row.gpt2].shape), shape_of(row, config)
+    if shape not in ((straight, straight[::-1]) if len(shape) > 1 else (straight[:1],)):
+        raise LabError(
+            f"{row.gpt2} has shape {shape}, but {' + '.join(row.scratch)} is {straight}; build both models with the "
+            "same sizes (--cfg), or map it elsewhere"
+        )
 
 
 def shape_of(row: Row, config: GPTScratchConfig) -> tuple[int, ...]:
@@ -450,8 +502,8 @@ def load_class(source, file, attribute, weights, cfg, mapping, like) -> Subject:
             notes.append(f"cfg: none given, so the other model's: {json.dumps(shown)}, qkv_bias {settings.qkv_bias}")
     if settings is None:
         raise LabError(f"{source} needs a cfg: JSON, a JSON file, or the name of a dict in {file}")
-    model = made if isinstance(made, nn.Module) else build(made, settings, source)
     config = sizes(settings, source)
+    model = made if isinstance(made, nn.Module) else build(made, settings, source)
     result = subject(model, config, source, mapping)
     if not result.guessed:
         return result
