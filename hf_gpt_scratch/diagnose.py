@@ -24,8 +24,8 @@ from .configuration_gpt_scratch import GPTScratchConfig
 from .subjects import Subject
 
 QKV = ("W_query", "W_key", "W_value")
-# Forward mistakes that are looked for at once.
-MOST = 4
+# Forward mistakes that are looked for at once, and the tokens on which: enough for any mask, and quick.
+MOST, SHORT = 4, 12
 
 
 @dataclass(frozen=True)
@@ -483,10 +483,8 @@ def search(
     return sorted(found, key=lambda h: h.place)
 
 
-def forward_mistakes(
-    bench: Bench, weights: Mapping[str, torch.Tensor], known: list[Hypothesis]
-) -> tuple[list[Hypothesis], bool]:
-    """The forward mistakes, and whether they explain the candidate.
+def forward_mistakes(bench: Bench, weights: Mapping[str, torch.Tensor], known: list[Hypothesis]) -> list[Hypothesis]:
+    """The forward mistakes that explain the candidate, or as many of them as could be found.
 
     A mistake may sit inside a module, so that the module's own output shows it, or behind it. So the first stage that
     differs is believed at first, then not, in any block; at last no stage is, but the logits.
@@ -503,11 +501,11 @@ def forward_mistakes(
         explained = part.explains(part.agreement(weights, with_changes(Mistakes(), *found)))
         bench.tried += part.tried
         if explained:
-            return found, True
+            return found
         first = first or found
         if shared == [LOGITS]:
             break
-    return first, False
+    return first
 
 
 # What was done to the weights
@@ -690,20 +688,25 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
         heard = quiet
         mode = [replace(dropout_fault(candidate.module.training), error=errors(target, heard[LOGITS])[2])]
 
-    bench = Bench(config, input_ids, heard, bound)
+    short = input_ids[:1, :SHORT]
+    brief = run(candidate, short, comparison.dtype, dropout=comparison.deterministic)
+    bench = Bench(config, short, brief, bound)
     given = {name: w.to(dtype) for name, w in candidate.weights().items()}
+    # Tensors that are equal are kept once: in float64 a large model is large.
+    given = {name: right[name] if name in right and torch.equal(w, right[name]) else w for name, w in given.items()}
     own = complete(given, right)
     changes = grouped(weight_changes(right, given))
     eps_found = {m.eps for m in candidate.module.modules() if isinstance(getattr(m, "eps", None), float)}
     known = hypotheses(config, sorted(eps_found))
-    forward, explained = forward_mistakes(bench, own, known)
-    wrong = with_changes(Mistakes(), *forward)
-    faults = [*mode, *undone(bench, target, right, own, changes, forward)]
+    forward = forward_mistakes(bench, own, known)
+    whole = Bench(config, input_ids, heard, bound)
+    unexplained = errors(whole.logits(own, with_changes(Mistakes(), *forward)), heard[LOGITS])[2]
+    explained = unexplained <= bound
+    faults = [*mode, *undone(whole, target, right, own, changes, forward)]
     also = []
     if explained and len(forward) == 1:
         others = [h for h in known if h.name != forward[0].name]
         also = [h.says for h in others if bench.explains(bench.agreement(own, with_changes(Mistakes(), h)))]
-    unexplained = errors(bench.logits(own, wrong), heard[LOGITS])[2]
     note = "" if explained else unexplained_note(comparison, faults)
     return Diagnosis(faults, explained, before, unexplained, bench.tried + check.tried, note, also)
 
@@ -749,12 +752,15 @@ def unexplained_note(comparison: Comparison, faults: list[Fault]) -> str:
     return f"{known}; {where}: look there"
 
 
+def run(candidate: Subject, input_ids: torch.Tensor, dtype: str, *, dropout: bool) -> dict[str, torch.Tensor]:
+    """The candidate's trace in a dtype that it has been seen to run in."""
+    exact = double_trace(candidate, input_ids, dropout=dropout) if dtype == "float64" else None
+    return exact or trace(candidate, input_ids, dropout=dropout)
+
+
 def without_dropout(candidate: Subject, input_ids: torch.Tensor, dtype: str) -> dict[str, torch.Tensor] | None:
     """The candidate's trace with dropout switched off; None if that does not make it deterministic."""
-    run = double_trace if dtype == "float64" else trace
-    first, second = (run(candidate, input_ids, dropout=False) for _ in range(2))
-    if first is None or second is None:
-        return None
+    first, second = (run(candidate, input_ids, dtype, dropout=False) for _ in range(2))
     return first if errors(first[LOGITS], second[LOGITS])[2] <= logit_bound(dtype) else None
 
 

@@ -312,7 +312,7 @@ def attention_figure(comparison: Comparison) -> dict[str, Any] | None:
         largest = top or max(torch.nan_to_num(maps).abs().max().item(), 1e-12)
         for head, axis in enumerate(line):
             low = 0.0 if top else -largest
-            image = axis.imshow(maps[head], cmap=colours, vmin=low, vmax=largest, interpolation="nearest")
+            image = axis.imshow(maps[head].numpy(), cmap=colours, vmin=low, vmax=largest, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set(visible=True, color="#c8ccd2", linewidth=0.6)
             if name == "reference":

@@ -1,0 +1,313 @@
+"""The command, its tables and its page."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from pairs import random_gpt2, random_ids, random_pair
+from readers import RAW_MAP
+from rich.console import Console
+from torch import nn
+from typer.testing import CliRunner
+
+from hf_gpt_scratch import GPTModel
+from hf_gpt_scratch.compare import compare_models
+from hf_gpt_scratch.compare_command import compare
+from hf_gpt_scratch.diagnose import diagnose
+from hf_gpt_scratch.report import HEADS_SHOWN, heat_map, html_report, logarithmic, number, shade, terminal_report
+from hf_gpt_scratch.subjects import copy_weights, subject
+
+TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
+READERS = Path(__file__).parent / "readers.py"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# A reader's file: the book's model, with one mistake.
+MINE = """
+from torch import nn
+from hf_gpt_scratch import GPTModel
+
+class MyGPT(GPTModel):
+    pass
+
+class MyWrongGPT(GPTModel):
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        for block in self.trf_blocks:
+            block.ff.layers[1] = nn.GELU()
+"""
+
+
+def compared(sabotage=None, **options):
+    reference = subject(random_gpt2(), name="official")
+    config = reference.config
+    model = GPTModel({**config.to_dict(), "qkv_bias": True}).eval()
+    copy_weights(reference, subject(model, config))
+    if sabotage:
+        sabotage(model)
+    candidate = subject(model, config, "my <b>model</b> [red]")
+    comparison = compare_models(reference, candidate, random_ids(), **options)
+    comparison.diagnosis = diagnose(comparison, reference, candidate)
+    return comparison
+
+
+def exact_gelu(model):
+    for block in model.trf_blocks:
+        block.ff.layers[1] = nn.GELU()
+
+
+def broken_norm(model):
+    with torch.no_grad():
+        model.trf_blocks[1].norm1.scale[0] = float("nan")
+
+
+@pytest.fixture(scope="module")
+def different():
+    return compared(exact_gelu, gradients=True, text_ids=random_ids(1, 60))
+
+
+def terminal_text(comparison, width=150):
+    console = Console(width=width, file=io.StringIO())
+    console.print(terminal_report(comparison))
+    return console.file.getvalue()
+
+
+class Page(HTMLParser):
+    """Whether all tags close, what the page fetches, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.fetched, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+        assert tag not in ("script", "link", "iframe")
+
+    def handle_startendtag(self, tag, attrs):
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_terminal_names_the_mistake_and_the_first_stage(different):
+    text = terminal_text(different)
+    assert "Different: exact-gelu" in text
+    assert re.search(r"trf_blocks\.0\.ff\.layers\.2\.input .*the first that differs", text)
+    assert "GELU is the exact" in text
+    assert 'nn.GELU(approximate="tanh")' in text
+    for told in ("KL divergence", "top-1 agreement", "perplexity", "gradients", "float32", "Most probable tokens"):
+        assert told in text
+    assert "my <b>model</b> [red]" in text, "names are no markup"
+
+
+def test_the_terminal_calls_a_healthy_model_the_same():
+    text = terminal_text(compared())
+    assert "The same model" in text
+    assert "Different" not in text
+    assert "differs\n" not in text
+
+
+def test_the_page_stands_alone_and_names_the_mistake(different):
+    page = Page(html_report(different))
+    text = " ".join(page.words)
+    assert not page.open
+    assert all(fetched.startswith(("data:image/png;base64,", "#")) for fetched in page.fetched)
+    assert "Mistake found: exact-gelu" in text
+    assert "first differs" in text
+    assert "my <b>model</b> [red]" in text
+    assert sum(fetched.startswith("data:image") for fetched in page.fetched) == 1
+
+
+@pytest.mark.parametrize("sabotage", [None, broken_norm])
+def test_the_page_is_drawn_of_healthy_and_of_broken_models(sabotage):
+    comparison = compared(sabotage)
+    text = html_report(comparison)
+    assert ("<strong>The same model</strong>" in text) is (sabotage is None)
+    assert ("∞" in re.sub(r"<p.*?</p>", "", text, flags=re.DOTALL)) is (sabotage is not None)
+    assert "NaN" in terminal_text(comparison) or sabotage is None
+
+
+def test_another_number_of_heads_is_drawn():
+    reference = subject(random_gpt2(), name="official")
+    other = random_gpt2(n_head=2 * HEADS_SHOWN, n_embd=48)
+    other.load_state_dict(reference.module.state_dict())
+    candidate = subject(other)
+    comparison = compare_models(reference, candidate, random_ids())
+    comparison.diagnosis = diagnose(comparison, reference, candidate)
+    assert comparison.diagnosis.names == ["wrong-n-heads"]
+    text = html_report(comparison)
+    assert "and of 12 of the candidate" in text
+    assert "candidate − reference" not in text
+
+
+def test_the_heat_map_has_a_cell_for_every_layer_and_stage(different):
+    heat = heat_map(different)
+    assert [layer for layer, _ in heat["rows"]] == [0, 1, 2]
+    cells = [cell for _, row in heat["rows"] for cell in row]
+    assert len(cells) == 3 * len(heat["columns"])
+    assert all(cell is not None for cell in cells)
+    colours = {shade(cell) for cell in cells}
+    assert len(colours) > 3
+    assert shade(None) not in colours
+
+
+def test_figures_that_are_no_numbers_have_a_place():
+    assert logarithmic(float("nan")) == logarithmic(float("inf")) > 1
+    assert logarithmic(0.0) > 0
+    assert number(float("inf")) == "∞"
+    assert number(0.0) == "0"
+
+
+def test_the_worst_token_is_that_of_the_largest_divergence(different):
+    row, place = different.worst_token
+    a, b = (trace["out_head"].double().log_softmax(-1) for trace in different.traces)
+    divergence = (a.exp() * (a - b)).sum(-1)
+    assert divergence[row, place] == divergence.max() == pytest.approx(different.logits.max_kl)
+    top = different.top_tokens(3)
+    assert top[0]["reference"]["probability"] == pytest.approx(a[row, place].max().exp().item())
+    assert [row["rank"] for row in top] == [1, 2, 3]
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("compare")
+    gpt2, scratch = random_pair()
+    gpt2.save_pretrained(directory / "official")
+    scratch.save_pretrained(directory / "ours")
+    (directory / "mine.py").write_text(MINE)
+    config = scratch.config
+    model = GPTModel({**config.to_dict(), "qkv_bias": True})
+    copy_weights(subject(gpt2), subject(model, config))
+    torch.save(model.state_dict(), directory / "model.pth")
+    return directory
+
+
+def run(*arguments):
+    app = typer.Typer()
+    app.command()(compare)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "150"})
+
+
+def test_the_command_exits_0_on_the_same_model(files):
+    result = run(files / "official", files / "ours")
+    assert result.exit_code == 0, result.output
+    assert "The same model" in result.output
+    result = run(files / "official", f"{files / 'mine.py'}:MyGPT", "--weights", files / "model.pth")
+    assert result.exit_code == 0, result.output
+    assert run(f"{files / 'mine.py'}:MyGPT", files / "ours", "--weights", files / "model.pth").exit_code == 0
+
+
+def test_the_command_names_the_mistake_and_exits_3(files, tmp_path):
+    result = run(
+        files / "official",
+        f"{files / 'mine.py'}:MyWrongGPT",
+        *("--weights", files / "model.pth", "--tokens", "1,2,3,4,5 6 7", "--gradients"),
+        *("--html", tmp_path / "report.html", "--json", tmp_path / "report.json"),
+    )
+    assert result.exit_code == 3, result.output
+    assert "exact-gelu" in result.output
+    assert "exact-gelu" in (tmp_path / "report.html").read_text()
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert [fault["name"] for fault in figures["diagnosis"]["faults"]] == ["exact-gelu"]
+    assert figures["tokens"] == [[1, 2, 3, 4, 5, 6, 7]]
+    assert figures["same"] is False
+
+
+def test_json_alone_on_standard_output(files):
+    result = run(files / "official", files / "ours", "--json", "-")
+    assert json.loads(result.stdout)["same"] is True
+
+
+def test_texts_are_read_by_the_models_tokenizer(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was a bright cold day, and the clocks were striking thirteen. " * 10)
+    result = run(TRAINED, TRAINED, "--text", text)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.output
+    text.write_text("")
+    assert "a text has at least 2" in run(TRAINED, TRAINED, "--text", text).output
+
+
+def test_a_map_and_a_cfg_are_read_from_files(files, tmp_path):
+    official = files / "official"
+    sizes = {"vocab_size": 211, "context_length": 64, "emb_dim": 48, "n_heads": 4, "n_layers": 3}
+    (tmp_path / "map.json").write_text(json.dumps(RAW_MAP))
+    (tmp_path / "cfg.json").write_text(json.dumps(sizes))
+    raw = f"{READERS}:RawGPT"
+    result = run(official, raw, "--map", tmp_path / "map.json", "--cfg", tmp_path / "cfg.json")
+    assert result.exit_code == 0, result.output
+    assert "Parameters, as guessed" in result.output
+    assert "only place left" in result.output
+    wrong = run(official, raw, "--map", tmp_path / "map.json", "--cfg", json.dumps(sizes | {"n_heads": 6}))
+    assert wrong.exit_code == 3
+    assert "wrong-n-heads" in wrong.output
+    assert run(official, raw).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere", "/nowhere"], "no directory"),
+        (["official", "ours", "--tokens", "a,b"], "token ids are numbers"),
+        (["official", "ours", "--tokens", "211"], "ids from 0 to 210"),
+        (["official", "ours", "--tokens", ""], "ids from 0 to 210"),
+        (["official", "ours", "--tokens", "1 " * 65], "only 64 positions"),
+        (["official", "ours", "--text", "model.pth"], "no tokenizer"),
+        (["official", "ours", "--weights", "model.pth"], "are for a class of your own"),
+        (["official", "mine.py:MyGPT", "--map", "mine.py"], "cannot read the map"),
+        (["official", "ours", "--html", "/nowhere/report.html"], "No such file"),
+    ],
+)
+def test_the_command_exits_1_with_a_reason(files, arguments, message):
+    def there(argument):
+        known = argument.split(":")[0] in ("official", "ours", "mine.py", "model.pth")
+        return f"{files}/{argument}" if known else argument
+
+    result = run(*map(there, arguments))
+    assert result.exit_code == 1, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_wrong_command_line_exits_2():
+    assert run("only one").exit_code == 2
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
+def test_a_browser_draws_the_page(different, tmp_path):
+    (tmp_path / "report.html").write_text(html_report(different), encoding="utf-8")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    page = (tmp_path / "report.html").as_uri()
+    text = subprocess.run([BROWSER, *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120).stdout
+    assert "Mistake found: exact-gelu" in text
+    shot = tmp_path / "report.png"
+    subprocess.run(
+        [BROWSER, *flags, "--window-size=1200,2600", f"--screenshot={shot}", page], capture_output=True, timeout=120
+    )
+    from matplotlib.image import imread
+
+    pixels = imread(shot)
+    assert pixels.shape[:2] == (2600, 1200)
+    assert len({tuple(colour) for colour in (pixels[::7, ::7, :3].reshape(-1, 3) * 15).astype(int)}) > 50
