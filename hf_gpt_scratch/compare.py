@@ -44,7 +44,7 @@ OTHER_STAGES = {
     LOGITS: "logits",
 }
 SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
-DROPOUT = (F.dropout, torch.dropout)
+DROPOUT, KERNEL = (F.dropout, torch.dropout), F.scaled_dot_product_attention
 
 
 def meaning(stage: str) -> str:
@@ -222,7 +222,7 @@ class Listener(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if not self.dropout and func in DROPOUT:
             return args[0] if args else kwargs["input"]
-        if not self.dropout and func is F.scaled_dot_product_attention:
+        if not self.dropout and func is KERNEL:
             args, kwargs = (
                 args[:4],
                 {name: value for name, value in kwargs.items() if name != "dropout_p"}
@@ -309,8 +309,8 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
     logits = first_tensor(output.logits if hasattr(output, "logits") else output)
     if logits is None or logits.ndim != 3:
         raise LabError(f"{subject.name} returns no logits (B, T, V) but {type(output).__name__}; return them first")
-    n_layers = len({name for name in heard if re.fullmatch(r"trf_blocks\.\d+", name)})
-    if len(listener.attention) == n_layers:
+    layers = {match.row.scratch[0].split(".")[1] for match in subject.matches if match.row.scratch[0].startswith("trf")}
+    if len(listener.attention) == len(layers):
         heard |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(listener.attention)}
     heard[LOGITS] = logits
     return heard

@@ -24,6 +24,8 @@ from .configuration_gpt_scratch import GPTScratchConfig
 from .subjects import Subject
 
 QKV = ("W_query", "W_key", "W_value")
+# Mistakes in the weights that are one mistake in however many tensors.
+COLLECTIVE = ("qkv-order", "block-order", "wrong-tensor", "not-loaded", "rounded-weights", "other-weights")
 # Forward mistakes that are looked for at once, and the tokens on which: enough for any mask, and quick.
 MOST, SHORT = 4, 12
 
@@ -602,8 +604,8 @@ def grouped(changes: list[Change]) -> list[tuple[Change, list[str]]]:
     groups: dict[tuple[str, str], list[Change]] = {}
     for change in changes:
         role = re.sub(r"trf_blocks\.\d+", "trf_blocks.{n}", change.tensor)
-        if change.name in ("qkv-order", "other-weights", "not-loaded", "block-order", "rounded-weights"):
-            role = ""  # one mistake in many tensors
+        if change.name in COLLECTIVE:
+            role = ""
         elif change.name == "missing-bias":
             role = role if "W_" not in role else "qkv"
         groups.setdefault((change.name, role), []).append(change)

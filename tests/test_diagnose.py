@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from pairs import LAYERS, VOCAB, random_gpt2, random_ids
+from readers import RAW_MAP, FusedGPT, RawGPT
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
@@ -15,7 +16,7 @@ from hf_gpt_scratch.compare import compare_models
 from hf_gpt_scratch.diagnose import Mistakes, diagnose, hypotheses, simulate
 from hf_gpt_scratch.layers import causal_mask
 from hf_gpt_scratch.parity import FLOAT64_STAGE, relative_error
-from hf_gpt_scratch.subjects import copy_weights, subject
+from hf_gpt_scratch.subjects import SIZES, book_settings, copy_weights, subject
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,19 @@ def hiding(diagonal, fill=-math.inf):
         return (scores / module.head_dim**0.5).masked_fill(hidden, fill).softmax(-1)
 
     return weights
+
+
+def heads_cut_without_transpose(block):
+    def forward(self, x, attention_mask=None, past_key_values=None, **kwargs):
+        batch, tokens, width = x.shape
+        q, k, v = (
+            layer(x).view(batch, self.num_heads, tokens, self.head_dim)
+            for layer in (self.W_query, self.W_key, self.W_value)
+        )
+        scores = (q @ k.transpose(2, 3) / self.head_dim**0.5).masked_fill(future(q @ k.transpose(2, 3)), -math.inf)
+        return self.out_proj((scores.softmax(-1) @ v).reshape(batch, tokens, width)), None
+
+    block.att.forward = forward.__get__(block.att)
 
 
 def scaled_by(factor):
@@ -267,6 +281,7 @@ SABOTAGES = {
     "scale by emb_dim": ("scale-by-emb-dim", scaled_by(lambda att: att.d_out**-0.5)),
     "scale by n_heads": ("scale-by-n-heads", scaled_by(lambda att: att.num_heads**-0.5)),
     "scores multiplied": ("inverted-scale", scaled_by(lambda att: att.head_dim**0.5)),
+    "heads cut without transpose": ("heads-not-transposed", each_block(heads_cut_without_transpose)),
     "post-norm": ("post-norm", block_forward(post_norm)),
     "shortcut of the normed": ("shortcut-after-norm", block_forward(shortcut_after_norm)),
     "no shortcut around attention": ("missing-shortcut", block_forward(no_shortcut)),
@@ -391,7 +406,7 @@ def test_names_several_mistakes_in_execution_order(official, faults):
 
 
 class BlackBox(nn.Module):
-    """A model of which nothing can be heard but the logits: its parameters lie in one flat list of names."""
+    """A model none of whose modules can be listened to: it hides them, and has its parameters in one flat list."""
 
     def __init__(self, model):
         super().__init__()
@@ -399,7 +414,18 @@ class BlackBox(nn.Module):
         self.mine = nn.ParameterDict({n.replace(".", "/"): p for n, p in model.named_parameters()})
 
     def forward(self, ids):
-        return torch.func.functional_call(self.inner[0], {n.replace("/", "."): p for n, p in self.mine.items()}, (ids,))
+        mine = {name.replace("/", "."): p for name, p in self.mine.items()}
+        return torch.func.functional_call(self.inner[0], mine, (ids, ids) if self.takes_targets else (ids,))
+
+    @property
+    def takes_targets(self):
+        return isinstance(self.inner[0], FusedGPT)
+
+
+def boxed(reference, model, names):
+    """The black box of a model whose parameters' names are `names` -> those of the table."""
+    mapping = {f"mine.{name.replace('.', '/')}": target for name, target in names.items()}
+    return subject(BlackBox(model), reference.config, "box", mapping)
 
 
 @pytest.mark.parametrize(
@@ -410,15 +436,33 @@ class BlackBox(nn.Module):
         ([each_block(exact_gelu), unbiased], ["unbiased-variance", "exact-gelu"]),
     ],
 )
-def test_black_boxes_are_diagnosed_by_their_logits(official, changes, names):
+def test_black_boxes_are_diagnosed_by_attention_weights_and_logits(official, changes, names):
     model = book_copy(official)
     sabotaged(*changes)(model)
-    box = BlackBox(model)
-    mapping = {f"mine.{name.replace('.', '/')}": name for name in model.state_dict()}
-    candidate = subject(box, official.config, "box", mapping)
-    comparison = compare_models(official, candidate, random_ids(1, 12))
-    assert [stage.stage for stage in comparison.stages] == ["out_head"]
+    candidate = boxed(official, model, {name: name for name in model.state_dict()})
+    comparison = compare_models(official, candidate, random_ids())
+    assert {stage.meaning for stage in comparison.stages} == {"attention weights", "logits"}
     assert diagnose(comparison, official, candidate).names == names
+
+
+def test_black_boxes_are_diagnosed_by_logits_alone(official, monkeypatch):
+    reader = readers_model(official, FusedGPT)
+    # A fused tensor goes by GPT-2's name; the others by the book's, which says that they are stored [out, in].
+    names = {m.row.gpt2: m.row.scratch[0] for m in reader.matches if len(m.row.scratch) == 1}
+    names |= {m.row.gpt2: m.row.gpt2.removeprefix("transformer.") for m in reader.matches if len(m.row.scratch) == 3}
+    del names["lm_head.weight"]
+    candidate = boxed(official, reader.module, names)
+    assert verdict_of(official, candidate) is None
+    gelu, kernel = F.gelu, F.scaled_dot_product_attention
+    monkeypatch.setattr("readers.F.gelu", lambda x, approximate="none": gelu(x))
+    comparison = compare_models(official, candidate, random_ids())
+    assert [stage.stage for stage in comparison.stages] == ["out_head"]
+    assert diagnose(comparison, official, candidate).names == ["exact-gelu"]
+    changed = lambda q, k, v, is_causal: kernel(q, k, v, is_causal=False)  # noqa: E731
+    monkeypatch.setattr("readers.F.scaled_dot_product_attention", changed)
+    found = verdict_of(official, candidate)
+    assert found.names == ["no-mask", "exact-gelu"]
+    assert found.explained
 
 
 def renormalised(module, scores):
@@ -433,6 +477,56 @@ def test_a_healthy_stage_that_differs_hides_no_mistake(official):
     assert diagnosis_of(official, model) is None
     each_block(exact_gelu)(model)
     assert diagnosis_of(official, model).names == ["exact-gelu"]
+
+
+def readers_model(reference, model_class, mapping=None):
+    cfg = book_settings(reference.config)
+    model = (model_class(**{name: cfg[name] for name in SIZES}) if model_class is RawGPT else model_class(cfg)).eval()
+    candidate = subject(model, reference.config, model_class.__name__, mapping)
+    copy_weights(reference, candidate)
+    return candidate
+
+
+def verdict_of(reference, candidate):
+    comparison = compare_models(reference, candidate, random_ids())
+    return diagnose(comparison, reference, candidate)
+
+
+def test_a_bare_matrix_that_is_multiplied_the_wrong_way_round(official):
+    right = {name: target.removesuffix(".T") for name, target in RAW_MAP.items()}
+    assert verdict_of(official, readers_model(official, RawGPT, RAW_MAP)) is None
+    # Loaded as nn.Linear has them, but x @ w is what the class computes.
+    found = verdict_of(official, readers_model(official, RawGPT, right))
+    assert found.names == ["not-transposed"]
+    assert found.explained
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (dict(is_causal=False), ["no-mask"]),
+        (dict(scale=1.0), ["missing-scale"]),
+        (dict(is_causal=False, scale=1.0), ["missing-scale", "no-mask"]),
+        (dict(dropout_p=0.1), ["dropout-on"]),
+    ],
+)
+def test_what_happens_inside_a_fused_kernel_is_told_from_what_comes_out(official, monkeypatch, options, names):
+    candidate = readers_model(official, FusedGPT)
+    kernel = F.scaled_dot_product_attention
+    changed = lambda q, k, v, **told: kernel(q, k, v, **told | options)  # noqa: E731
+    monkeypatch.setattr("readers.F.scaled_dot_product_attention", changed)
+    found = verdict_of(official, candidate)
+    assert sorted(found.names) == sorted(names)
+    assert found.explained
+
+
+def test_swapped_parts_of_a_fused_matrix_are_named(official):
+    candidate = readers_model(official, FusedGPT)
+    for block in candidate.module.transformer["h"]:
+        for parameter in block.attn["c_attn"].parameters():
+            q, k, v = parameter.data.chunk(3)
+            parameter.data = torch.cat([k, q, v])
+    assert verdict_of(official, candidate).names == ["qkv-order"]
 
 
 def test_a_healthy_model_gives_no_diagnosis(official, untied):
