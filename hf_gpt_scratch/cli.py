@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import inspection
+from .compare_command import compare
 from .conversion import gpt2_to_scratch, scratch_to_gpt2
 from .inspection_report import explanation, report
 from .terminal import convert_and_report, verify_and_report
@@ -73,7 +74,7 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL)], as_json: AsJson =
 
 
 # The parts of the command; a new one is imported above and named here.
-COMMANDS = (convert, export, verify, explain, inspect)
+COMMANDS = (convert, export, verify, compare, explain, inspect)
 
 app = typer.Typer(no_args_is_help=True, help="GPT-2 in the layers of the book: converted, verified, explained.")
 for command in COMMANDS:
