@@ -1,0 +1,99 @@
+"""Generation, token by token: python benchmarks/decode.py
+
+Greedy `.generate()` of a prompt and new tokens, prefill included; milliseconds a new token. The ids of every row are
+compared with those of transformers' GPT-2; ours in float32 must have the same, or the exit status is 3.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import harness
+import torch
+import typer
+from engines import build
+from harness import REFERENCE, Checkpoint, Only, Output, Quick, Report, Rounds, Size, Threads
+
+CASES = "1x32+64,8x32+64,1x928+64"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table: so many prompts of so many tokens, and as many new ones for each."""
+
+    batch: int
+    prompt: int
+    new_tokens: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.prompt}+{self.new_tokens} tokens"
+
+    @property
+    def slow(self) -> str:
+        """The rows to leave out, as they would take minutes."""
+        return "no cache|eager" if self.batch * self.prompt > 128 else "$^"
+
+
+def parsed(text: str) -> list[Case]:
+    """`1x32+64,8x32+64`: batch, prompt, new tokens.
+
+    Raises:
+        typer.BadParameter: it is written otherwise.
+    """
+    found = [re.fullmatch(r"(\d+)x(\d+)\+(\d+)", case) for case in text.split(",")]
+    if not all(found):
+        raise typer.BadParameter(f"--cases {text!r}: write BATCHxPROMPT+NEW and commas between, as in {CASES}")
+    return [Case(*map(int, case.groups())) for case in found if case]
+
+
+@torch.inference_mode()
+def measure(report: Report, case: Case, engines: dict[str, Any], vocab_size: int, rounds: int) -> bool:
+    """Adds the case's table to the report; whether ours made the same ids as the reference."""
+    ids = harness.random_ids(case.batch, case.prompt, vocab_size)
+    torch._dynamo.reset()  # or the compiled rows would run code that is general enough for the case before
+    measured = harness.interleaved(
+        {
+            name: partial(engine.generate, ids, case.new_tokens)
+            for name, engine in engines.items()
+            if not re.search(case.slow, name)
+        },
+        rounds,
+    )
+    expected, passed = measured[REFERENCE].output, True
+    for name, row in measured.items():
+        figures: dict[str, Any] = {"first call, s": row.first}
+        if row.output is not None:
+            same = (row.output == expected).all(0)[case.prompt :].long().cumprod(0).sum().item()
+            figures["equal ids"] = f"{same} of {case.new_tokens}"
+            passed &= same == case.new_tokens or not harness.must_be_exact(name)
+        report.add(str(case), name, [taken / case.new_tokens for taken in row.times], name == REFERENCE, **figures)
+    return passed
+
+
+def main(
+    size: Size = "124M",
+    checkpoint: Checkpoint = None,
+    cases: Annotated[str, typer.Option(help="Tables, each BATCHxPROMPT+NEW tokens.")] = CASES,
+    rounds: Rounds = 7,
+    only: Only = "",
+    threads: Threads = 0,
+    output: Output = harness.RESULTS,
+    quick: Quick = False,
+) -> None:
+    """Milliseconds a token of greedy generation: batch 1 and 8, short and long prompts, all engines."""
+    harness.use_threads(threads)
+    if quick:
+        size, rounds, only, cases = "tiny", 2, only or harness.UNCOMPILED, "1x5+6,2x9+4"
+    report = Report("decode", "Greedy generation, a token", {"model": checkpoint or size, "rounds": rounds})
+    with harness.official_checkpoint(size, checkpoint) as directory:
+        engines = build(directory, only, report)
+        vocab_size = engines[REFERENCE].model.config.vocab_size
+        passed = [measure(report, case, engines, vocab_size, rounds) for case in parsed(cases)]
+    report.write(output)
+    sys.exit(0 if all(passed) else 3)
+
+
+if __name__ == "__main__":
+    typer.run(main)

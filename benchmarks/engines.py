@@ -1,0 +1,266 @@
+"""What decode.py, prefill.py and scaling.py compare: one official checkpoint run by each engine.
+
+An engine that needs a package which is not installed is left out, and the tables name it as missing.
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import REFERENCE, Report, selected
+from torch import nn
+from transformers import (
+    AutoConfig,
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    TorchAoConfig,
+)
+
+from hf_gpt_scratch import GPTScratchForCausalLM
+
+
+@functools.cache
+def load(model_class: type[PreTrainedModel], checkpoint: Path, **options: Any) -> PreTrainedModel:
+    """What a user gets from `from_pretrained`; rows of the same options share it."""
+    return model_class.from_pretrained(checkpoint, **options).eval()
+
+
+class Transformers:
+    """A Transformers model through plain `.generate()`, greedy.
+
+    Args:
+        static: with a static cache instead of a growing one.
+        compiled: prefill, and the decoding step of a static cache, by `torch.compile`.
+    """
+
+    backend = "inductor"
+
+    def __init__(self, model_class, checkpoint, static=False, compiled=False, **options):
+        self.model = load(model_class, checkpoint, **options)
+        self.static, self.compiled = static, compiled
+        self.forward = torch.compile(self.model, backend=self.backend) if compiled else self.model
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T)
+        return self.forward(ids, use_cache=False, logits_to_keep=1).logits[:, -1]  # (B, V)
+
+    def generate(self, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:  # (B, T)
+        # The checkpoint's own settings would stop at its end-of-text token.
+        settings = GenerationConfig(max_new_tokens=new_tokens, pad_token_id=0, disable_compile=not self.compiled)
+        if self.static:
+            settings.cache_implementation = "static"
+        if self.compiled:
+            settings.compile_config = CompileConfig(mode="default", fullgraph=True, backend=self.backend)
+            settings.compile_config._compile_all_devices = True  # transformers compiles on GPUs alone unless told so
+        self.model.generation_config = settings
+        return self.model.generate(ids, attention_mask=torch.ones_like(ids))  # (B, T + new_tokens)
+
+
+class NoCache(Transformers):
+    """All tokens again for each new one, as nanoGPT and the book's `generate_text_simple` do."""
+
+    def generate(self, ids, new_tokens):
+        for _ in range(new_tokens):
+            ids = torch.cat((ids, self.prefill(ids).argmax(-1, keepdim=True)), dim=1)
+        return ids
+
+
+class Int8(Transformers):
+    """Ours with int8 weights by torchao, through transformers' quantization config."""
+
+    def __init__(self, model_class, checkpoint, **options):
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        # Quantized while loading, an official checkpoint loses the keys' and values' parts of c_attn.
+        with tempfile.TemporaryDirectory() as directory:
+            load(model_class, checkpoint).save_pretrained(directory)
+            quantized = model_class.from_pretrained(
+                directory, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+            )
+        self.model = self.forward = quantized.eval()
+        self.static = self.compiled = False
+
+
+class CTranslate2:
+    """OpenNMT's inference engine in C++; its logits are those of all positions."""
+
+    def __init__(self, checkpoint, width):
+        import ctranslate2
+        from ctranslate2.converters import TransformersConverter
+
+        if width not in ctranslate2.get_supported_compute_types("cpu"):
+            raise ImportError(f"CTranslate2 has no {width} on this CPU")
+        vocabulary = {str(i): i for i in range(AutoConfig.from_pretrained(checkpoint).vocab_size)}
+
+        class Numbers:
+            """A tokenizer whose tokens are the ids."""
+
+            unk_token = bos_token = eos_token = str(len(vocabulary) - 1)
+
+            def get_vocab(self):
+                return vocabulary
+
+        class Converter(TransformersConverter):
+            def load_tokenizer(self, *args, **kwargs):
+                return Numbers()
+
+        with tempfile.TemporaryDirectory() as directory:
+            Converter(str(checkpoint)).convert(directory, quantization=width, force=True)
+            self.generator = ctranslate2.Generator(directory, compute_type=width, intra_threads=torch.get_num_threads())
+
+    def prefill(self, ids):
+        output = self.generator.forward_batch(tokens(ids))
+        if str(output.dtype) == "DataType.bfloat16":  # which numpy lacks
+            import ctranslate2
+
+            output = output.to(ctranslate2.DataType.float32)
+        return torch.from_numpy(np.array(output))[:, -1]
+
+    def generate(self, ids, new_tokens):
+        results = self.generator.generate_batch(
+            tokens(ids),
+            max_length=new_tokens,
+            min_length=new_tokens,
+            sampling_topk=1,
+            include_prompt_in_result=False,  # else it reads the prompt token by token
+        )
+        return torch.cat((ids, torch.tensor([result.sequences_ids[0] for result in results])), dim=1)
+
+
+def tokens(ids: torch.Tensor) -> list[list[str]]:
+    return [[str(i) for i in row] for row in ids.tolist()]
+
+
+class Step(nn.Module):
+    """The official model as a function of ids and cached keys and values, which is what ONNX can express."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask, positions, past):  # past: (layers, 2, B, H, S, D)
+        cache = DynamicCache(list(zip(past[:, 0], past[:, 1], strict=True)))
+        output = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        return output.logits[:, -1], torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])
+
+
+class OnnxRuntime:
+    """The official model exported by torch, with a cache that grows by concatenation."""
+
+    def __init__(self, checkpoint):
+        import onnxruntime
+        import onnxscript  # noqa: F401  the exporter needs it
+
+        model = load(GPT2LMHeadModel, checkpoint)
+        config = model.config
+        self.sizes = config.n_layer, config.n_head, config.n_embd // config.n_head
+        example = {
+            "ids": torch.zeros(2, 4, dtype=torch.long),
+            "mask": torch.ones(2, 7, dtype=torch.long),
+            "positions": torch.arange(3, 7).expand(2, -1),
+            "past": torch.from_numpy(self.cache(2, 3)),
+        }
+        free = {"ids": (0, 1), "mask": (0, 1), "positions": (0, 1), "past": (2, 4)}
+        with tempfile.TemporaryDirectory() as directory:
+            target = Path(directory) / "model.onnx"
+            torch.onnx.export(
+                Step(model).eval(),
+                kwargs=example,
+                f=target,
+                dynamo=True,
+                verbose=False,
+                output_names=["logits", "present"],
+                dynamic_shapes={name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in free.items()},
+            )
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            self.session = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
+
+    def cache(self, batch: int, length: int) -> np.ndarray:
+        layers, heads, dim = self.sizes
+        return np.zeros((layers, 2, batch, heads, length, dim), np.float32)
+
+    def step(self, ids: np.ndarray, past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        batch, length = ids.shape
+        seen = past.shape[4]
+        inputs = {
+            "ids": ids,
+            "mask": np.ones((batch, seen + length), np.int64),
+            "positions": np.broadcast_to(np.arange(seen, seen + length), (batch, length)),
+            "past": past,
+        }
+        logits, present = self.session.run(None, inputs)
+        return logits, present
+
+    def prefill(self, ids):
+        return torch.from_numpy(self.step(ids.numpy(), self.cache(len(ids), 0))[0])
+
+    def generate(self, ids, new_tokens):
+        new, past, result = ids.numpy(), self.cache(len(ids), 0), [ids]
+        for _ in range(new_tokens):
+            logits, past = self.step(new, past)
+            new = logits.argmax(-1, keepdims=True)
+            result.append(torch.from_numpy(new))
+        return torch.cat(result, dim=1)
+
+
+class Floor:
+    """Reads as many bytes as the model's weights have, once a token: what no engine of that width can undercut.
+
+    At batch 1 memory is the bound; with many tokens at once arithmetic is, and this row says nothing.
+    """
+
+    def __init__(self, checkpoint):
+        self.weights = torch.rand(load(GPT2LMHeadModel, checkpoint).num_parameters())
+
+    def generate(self, ids, new_tokens):
+        for _ in range(new_tokens):
+            self.weights.sum()
+
+
+BFLOAT16 = dict(dtype=torch.bfloat16)
+STATIC, COMPILED = dict(static=True), dict(static=True, compiled=True)
+OURS, THEIRS = (
+    functools.partial(Transformers, model_class) for model_class in (GPTScratchForCausalLM, GPT2LMHeadModel)
+)
+# In float32 unless the name says another width: those change the numbers, and nobody gets them without asking.
+ENGINES: dict[str, Callable[[Path], Any]] = {
+    REFERENCE: THEIRS,
+    "transformers GPT-2, eager attention": functools.partial(THEIRS, attn_implementation="eager"),
+    "transformers GPT-2, static cache": functools.partial(THEIRS, **STATIC),
+    "transformers GPT-2, compiled": functools.partial(THEIRS, **COMPILED),
+    "transformers GPT-2, no cache": functools.partial(NoCache, GPT2LMHeadModel),
+    "transformers GPT-2, bf16": functools.partial(THEIRS, **BFLOAT16),
+    "transformers GPT-2, bf16, compiled": functools.partial(THEIRS, **BFLOAT16, **COMPILED),
+    "ours, sdpa": OURS,
+    "ours, eager attention": functools.partial(OURS, attn_implementation="eager"),
+    "ours, static cache": functools.partial(OURS, **STATIC),
+    "ours, compiled": functools.partial(OURS, **COMPILED),
+    "ours, no cache": functools.partial(NoCache, GPTScratchForCausalLM),
+    "ours, bf16": functools.partial(OURS, **BFLOAT16),
+    "ours, bf16, compiled": functools.partial(OURS, **BFLOAT16, **COMPILED),
+    "ours, int8": functools.partial(Int8, GPTScratchForCausalLM),
+    "CTranslate2": functools.partial(CTranslate2, width="float32"),
+    "CTranslate2, bf16": functools.partial(CTranslate2, width="bfloat16"),
+    "CTranslate2, int8": functools.partial(CTranslate2, width="int8"),
+    "onnxruntime": OnnxRuntime,
+    "floor: all weights read once a token": Floor,
+}
+
+
+def build(checkpoint: Path, only: str, report: Report) -> dict[str, Any]:
+    """The reference and the engines whose names match; what cannot run here goes into the report as missing."""
+    engines = {}
+    for name in selected(ENGINES, only):
+        try:
+            engines[name] = ENGINES[name](checkpoint)
+        except ImportError as error:
+            report.missing[name] = str(error)
+    return engines

@@ -1,0 +1,350 @@
+"""What all benchmarks share: models to measure, interleaved timing, memory of child processes, reports.
+
+A report is results/NAME.json (every single measurement), NAME.md (the table) and NAME.png.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import Progress
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import logging as transformers_logging
+
+from hf_gpt_scratch import GPTScratchConfig
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "hf-gpt-scratch", "torchao", "ctranslate2", "onnx", "onnxruntime")
+REFERENCE = "transformers GPT-2, sdpa"
+UNCOMPILED = "^(?!.*compiled)"  # the rows that --quick measures: compiling takes seconds, whatever the size
+
+# What the scripts' command lines have in common.
+Size = Annotated[str, typer.Option(help="124M, 355M, 774M, 1558M or tiny.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Official checkpoint to measure instead of random weights.")]
+Rounds = Annotated[int, typer.Option(help="Measurements of each row, after one to warm up.")]
+Threads = Annotated[int, typer.Option(help="Of torch and of the other engines; 0: all cores, or OMP_NUM_THREADS.")]
+Only = Annotated[str, typer.Option(help="Regular expression: the rows to measure, beside the reference.")]
+Quick = Annotated[bool, typer.Option(help="Tiny model, few measurements: shows that all runs, measures nothing.")]
+Output = Annotated[Path, typer.Option(help="Where the report goes.")]
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+def gpt2_config(size: str) -> GPT2Config:
+    """The official config of that size; `tiny` has 2 layers and 512 tokens."""
+    if size == "tiny":
+        end = dict(bos_token_id=511, eos_token_id=511)
+        return GPT2Config(vocab_size=512, n_positions=128, n_embd=64, n_head=4, n_layer=2, **end)
+    return GPTScratchConfig.preset(size).to_gpt2()
+
+
+@contextmanager
+def official_checkpoint(size: str, checkpoint: Path | None = None) -> Iterator[Path]:
+    """A directory with an official checkpoint: the one given, or seeded random weights, biases and norms."""
+    if checkpoint is not None:
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        set_seed(0)
+        model = GPT2LMHeadModel(gpt2_config(size))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
+                else:  # with GPT-2's own initialisation the greedy ids are one id over and over, whoever computes them
+                    parameter.normal_(0, 1.6 * model.config.n_embd**-0.5)
+        model.save_pretrained(directory)
+        del model
+        yield Path(directory)
+
+
+def random_ids(batch: int, length: int, vocab_size: int) -> torch.Tensor:
+    """Token ids (batch, length), the same on every call."""
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def use_threads(threads: int) -> None:
+    """Makes torch use as many; 0 leaves its choice, the number of cores or OMP_NUM_THREADS."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@dataclass
+class Measured:
+    """Repeated calls of one function: seconds of the first, seconds of the others, what the last one returned."""
+
+    first: float = 0.0
+    times: list[float] = field(default_factory=list)
+    output: Any = None
+
+
+def interleaved(rows: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Measured]:
+    """Calls every function in turn, A B C A B C ..., so that what else the machine does meets all rows alike.
+
+    The first round warms up and is kept apart.
+    """
+    measured = {name: Measured() for name in rows}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("", total=len(rows) * (rounds + 1))
+        for count in range(rounds + 1):
+            for name, function in rows.items():
+                progress.update(task, description=name)
+                start = time.perf_counter()
+                measured[name].output = function()
+                taken = time.perf_counter() - start
+                if count:
+                    measured[name].times.append(taken)
+                else:
+                    measured[name].first = taken
+                progress.advance(task)
+    return measured
+
+
+def in_child(function: Callable, *arguments: Any) -> Any:
+    """What `function` returns in a process of its own, so that its peak memory is its own too."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_memory() -> int:
+    """The most bytes that this process had in memory, since `Cost` was entered last."""
+    if sys.platform == "linux":  # where ru_maxrss counts the parent before exec too
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Cost:
+    """What the code in its `with` block took: seconds, and bytes at the peak above what was in memory before."""
+
+    def __enter__(self):
+        if sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in memory now
+        self.memory = -peak_memory()
+        self.seconds = -time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds += time.perf_counter()
+        self.memory += peak_memory()
+
+
+def costs_in_children(
+    function: Callable[..., Cost], names: list[str], rounds: int, *arguments: Any
+) -> dict[str, list[Cost]]:
+    """`function(name, *arguments)`, each in a process of its own, interleaved; a first round warms up uncounted.
+
+    Without rounds: once, in this process, where the memory of one row is left over for the next.
+    """
+    if not rounds:
+        return {name: [function(name, *arguments)] for name in names}
+    costs: dict[str, list[Cost]] = {name: [] for name in names}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("", total=len(names) * (rounds + 1))
+        for count in range(rounds + 1):
+            for name in names:
+                progress.update(task, description=name)
+                cost = in_child(function, name, *arguments)
+                if count:
+                    costs[name].append(cost)
+                progress.advance(task)
+    return costs
+
+
+def selected(rows: Iterable[str], only: str) -> list[str]:
+    """The reference, which is the first row, and the rows whose names match."""
+    return [name for i, name in enumerate(rows) if i == 0 or re.search(only, name)]
+
+
+def must_be_exact(name: str) -> bool:
+    """Whether the row is ours and float32, so held to the reference's ids, logits and loss."""
+    return name.startswith("ours") and not re.search("bf16|int8", name)
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    packages: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": ", ".join(sorted(models)) or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "load": os.getloadavg()[0],  # of the last minute: above the number of threads, others were at work
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+    }
+
+
+@dataclass
+class Row:
+    """One line of a table."""
+
+    group: str  # rows of one group were measured together
+    name: str
+    times: list[float]  # seconds
+    figures: dict[str, Any] = field(default_factory=dict)  # further columns
+    reference: bool = False  # the row that the others of its group are compared with
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.times) < 2:
+            return self.times[0], self.times[0]
+        first, _, third = statistics.quantiles(self.times, n=4, method="inclusive")
+        return first, third
+
+
+@dataclass
+class Report:
+    """All rows of one benchmark."""
+
+    name: str
+    title: str
+    settings: dict[str, Any]
+    unit: str = "ms"  # of the table; s or ms
+    rows: list[Row] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)  # row: why it was not measured
+
+    def add(self, group: str, name: str, times: list[float], reference: bool = False, **figures: Any) -> None:
+        self.rows.append(Row(group, name, times, figures, reference))
+
+    def add_costs(self, group: str, costs: Mapping[str, list[Cost]]) -> None:
+        """Rows of `costs_in_children`, with memory as a further column; the first is the reference."""
+        memory = {name: statistics.median(cost.memory for cost in row) for name, row in costs.items()}
+        first = next(iter(costs))
+        for name, row in costs.items():
+            figures = {
+                "peak memory, MB": round(memory[name] / 1e6),
+                "memory": f"{memory[name] / max(1, memory[first]):.2f}×",
+            }
+            self.add(group, name, [cost.seconds for cost in row], name == first, **figures)
+
+    def groups(self) -> dict[str, list[Row]]:
+        return {
+            group: [row for row in self.rows if row.group == group] for group in {row.group: 0 for row in self.rows}
+        }
+
+    def speed(self, row: Row) -> float | None:
+        """How many times as fast as the reference of its group the row is."""
+        return next((other.median / row.median for other in self.groups()[row.group] if other.reference), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            {**asdict(row), "median": row.median, "quartiles": row.quartiles, "speed": self.speed(row)}
+            for row in self.rows
+        ]
+        about = {"name": self.name, "title": self.title, "settings": self.settings, "environment": environment()}
+        return {**about, "rows": rows, "missing": self.missing}
+
+    def markdown(self, environment: Mapping[str, Any]) -> str:
+        """The tables, with what they were measured on below them."""
+        factor = {"s": 1, "ms": 1e3}[self.unit]
+        lines = []
+        for group, rows in self.groups().items():
+            further = list(dict.fromkeys(name for row in rows for name in row.figures))
+            lines += [
+                "| " + " | ".join([group, f"median, {self.unit}", "quartiles", "speed", *further]) + " |",
+                "| --- " * (4 + len(further)) + "|",
+            ]
+            for row in rows:
+                first, third = (f"{factor * quartile:.4g}" for quartile in row.quartiles)
+                speed = self.speed(row)
+                cells = [
+                    row.name,
+                    f"{factor * row.median:.4g}",
+                    f"{first} to {third}",
+                    f"{speed:.2f}×" if speed else "",
+                ]
+                lines.append("| " + " | ".join(cells + [shown(row.figures.get(name)) for name in further]) + " |")
+            lines.append("")
+        lines += [f"Not measured: {name} ({reason}).\n" for name, reason in self.missing.items()]
+        packages = ", ".join(f"{name} {found}" for name, found in environment["packages"].items() if found)
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        lines.append(
+            f"Measured on {environment['date'][:10]}: {environment['cpu']}, {environment['threads']} threads on "
+            f"{environment['cores']} cores, {environment['capability']}, load {environment['load']:.1f}; {packages}; "
+            f"{settings}."
+        )
+        return "\n".join(lines) + "\n"
+
+    def plot(self, target: Path) -> None:
+        """Bars of the medians, with quartiles and speeds; one diagram a group."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        factor = {"s": 1, "ms": 1e3}[self.unit]
+        groups = self.groups()
+        figure, axes = plt.subplots(
+            len(groups),
+            figsize=(9, 1.2 * len(groups) + 0.3 * len(self.rows)),
+            height_ratios=[2 + len(rows) for rows in groups.values()],
+            layout="constrained",
+            squeeze=False,
+        )
+        figure.suptitle(self.title)
+        for axis, (group, rows) in zip(axes[:, 0], groups.items(), strict=True):
+            for y, row in enumerate(rows):
+                median, (first, third) = row.median, row.quartiles
+                spread = [[factor * (median - first)], [factor * (third - median)]]
+                color = "tab:orange" if row.name.startswith("ours") else "tab:gray"
+                axis.barh(y, factor * median, xerr=spread, color=color)
+                speed = self.speed(row)
+                axis.text(factor * third, y, f"  {speed:.2f}×" if speed else "", va="center", fontsize=8)
+            axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+            axis.invert_yaxis()
+            axis.margins(x=0.1)
+            axis.set_xlabel(f"{group}: {self.unit}, median and quartiles")
+        figure.savefig(target, dpi=110)
+        plt.close(figure)
+
+    def write(self, output: Path) -> None:
+        """Writes JSON, markdown and plot, and prints the table."""
+        output.mkdir(parents=True, exist_ok=True)
+        figures = self.to_dict()
+        (output / f"{self.name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        table = self.markdown(figures["environment"])
+        (output / f"{self.name}.md").write_text(table, encoding="utf-8")
+        self.plot(output / f"{self.name}.png")
+        print(f"{self.title}\n\n{table}")
+
+
+def shown(value: Any) -> str:
+    """A cell of a table."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

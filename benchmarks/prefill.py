@@ -1,0 +1,57 @@
+"""A prompt read at once: python benchmarks/prefill.py
+
+The logits of the last position only, as generation needs them (CTranslate2 computes those of all). They are compared
+with those of transformers' GPT-2; ours in float32 must be within FP32_LOGITS, or the exit status is 3.
+"""
+
+import sys
+from functools import partial
+from typing import Annotated
+
+import harness
+import torch
+import typer
+from engines import build
+from harness import REFERENCE, Checkpoint, Only, Output, Quick, Report, Rounds, Size, Threads
+
+from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
+
+# These only differ in how they generate.
+SAME = "no cache|static cache|floor"
+
+
+@torch.inference_mode()
+def main(
+    size: Size = "124M",
+    checkpoint: Checkpoint = None,
+    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 1024,
+    rounds: Rounds = 7,
+    only: Only = "",
+    threads: Threads = 0,
+    output: Output = harness.RESULTS,
+    quick: Quick = False,
+) -> None:
+    """Milliseconds to the logits after a prompt, all engines."""
+    harness.use_threads(threads)
+    if quick:
+        size, rounds, only, length = "tiny", 2, only or harness.UNCOMPILED, 20
+    settings = {"model": checkpoint or size, "batch": batch, "length": length, "rounds": rounds}
+    report = Report("prefill", "Prefill, last logits", settings)
+    group, passed = f"batch {batch}, {length} tokens", True
+    with harness.official_checkpoint(size, checkpoint) as directory:
+        engines = build(directory, f"^(?!.*(?:{SAME})).*(?:{only})", report)
+        ids = harness.random_ids(batch, length, engines[REFERENCE].model.config.vocab_size)
+        rows = {name: partial(engine.prefill, ids) for name, engine in engines.items()}
+        measured = harness.interleaved(rows, rounds)
+    for name, row in measured.items():
+        error = relative_error(measured[REFERENCE].output, row.output)
+        passed &= error <= FP32_LOGITS or not harness.must_be_exact(name)
+        figures = {"first call, s": row.first, "relative error": error}
+        report.add(group, name, row.times, name == REFERENCE, **figures)
+    report.write(output)
+    sys.exit(0 if passed else 3)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,130 @@
+"""How the cost grows with the model, the prompt and the batch: python benchmarks/scaling.py
+
+Ours against transformers' GPT-2, both in float32 with sdpa; --only adds other rows of decode.py. 1558M needs 14 GB of
+memory and 7 GB of disk. The ids and logits are held to those of transformers' GPT-2 as in decode.py and prefill.py.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import harness
+import torch
+import typer
+from engines import build, load
+from harness import REFERENCE, Only, Output, Quick, Report, Rounds, Threads
+
+from hf_gpt_scratch.configuration_gpt_scratch import PRESETS
+from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
+
+OURS = "ours, sdpa"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of one curve."""
+
+    curve: str
+    x: float
+    batch: int
+    length: int
+    new_tokens: int = 0  # 0: prefill
+
+    def __str__(self) -> str:
+        new = f"+{self.new_tokens}" if self.new_tokens else ""
+        return f"batch {self.batch}, {self.length}{new} tokens"
+
+
+def cases(size: str, parameters: int, quick: bool) -> list[Case]:
+    """The points measured with a model of this size; the curves over length and batch are the smallest model's."""
+    length, new_tokens = (8, 4) if quick else (32, 32)
+    points = [
+        Case("decode over parameters", parameters, 1, length, new_tokens),
+        Case("prefill over parameters", parameters, 1, 4 * length),
+    ]
+    if size in ("124M", "tiny"):
+        lengths, batches = ((16, 32), (1, 2)) if quick else ((128, 256, 512, 1024), (1, 2, 4, 8, 16, 32))
+        points += [Case("prefill over length", length, 1, length) for length in lengths]
+        points += [Case("decode over batch", batch, batch, length, new_tokens) for batch in batches]
+    return points
+
+
+class Scaling(Report):
+    """A report whose plot has a diagram for each curve."""
+
+    def plot(self, target: Path) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        curves = list(dict.fromkeys(row.figures["curve"] for row in self.rows))
+        figure, axes = plt.subplots(1, len(curves), figsize=(3.5 * len(curves), 3.5), layout="constrained")
+        for axis, curve in zip(axes, curves, strict=True):
+            rows = [row for row in self.rows if row.figures["curve"] == curve]
+            for name in dict.fromkeys(row.name for row in rows):
+                points = [row for row in rows if row.name == name]
+                axis.loglog(
+                    [row.figures["x"] for row in points], [1e3 * row.median for row in points], "o-", label=name
+                )
+            axis.set_title(curve, fontsize=10)
+            axis.set_ylabel("ms a token" if "decode" in curve else "ms")
+        axes[0].legend(fontsize=8)
+        figure.savefig(target, dpi=110)
+        plt.close(figure)
+
+
+@torch.inference_mode()
+def measure(report: Report, size: str, case: Case, engines: dict[str, Any], vocab_size: int, rounds: int) -> bool:
+    """Adds one point's rows; whether ours gave what the reference gave."""
+    ids = harness.random_ids(case.batch, case.length, vocab_size)
+    torch._dynamo.reset()
+    rows = {
+        name: partial(engine.generate, ids, case.new_tokens) if case.new_tokens else partial(engine.prefill, ids)
+        for name, engine in engines.items()
+    }
+    measured, passed = harness.interleaved(rows, rounds), True
+    expected = measured[REFERENCE].output
+    for name, row in measured.items():
+        same = (
+            torch.equal(expected, row.output)
+            if case.new_tokens
+            else relative_error(expected, row.output) <= FP32_LOGITS
+        )
+        passed &= same or not harness.must_be_exact(name)
+        times = [taken / max(1, case.new_tokens) for taken in row.times]
+        figures = {"curve": case.curve, "x": case.x, "same": same}
+        report.add(f"{case.curve}: {size}, {case}", name, times, name == REFERENCE, **figures)
+    return passed
+
+
+def main(
+    sizes: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(PRESETS),
+    rounds: Rounds = 3,
+    only: Only = f"^{OURS}$",
+    threads: Threads = 0,
+    output: Output = harness.RESULTS,
+    quick: Quick = False,
+) -> None:
+    """Milliseconds over parameters, prompt length and batch size."""
+    harness.use_threads(threads)
+    if quick:
+        sizes, rounds = "tiny", 1
+    report = Scaling("scaling", "Cost over size", {"rounds": rounds})
+    passed = True
+    for size in sizes.split(","):
+        with harness.official_checkpoint(size) as directory:
+            engines = build(directory, only, report)
+        model = engines[REFERENCE].model
+        for case in cases(size, model.num_parameters(), quick):
+            passed &= measure(report, size, case, engines, model.config.vocab_size, rounds)
+        del engines, model
+        load.cache_clear()
+    report.write(output)
+    sys.exit(0 if passed else 3)
+
+
+if __name__ == "__main__":
+    typer.run(main)
