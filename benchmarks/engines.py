@@ -29,7 +29,7 @@ from hf_gpt_scratch import GPTScratchForCausalLM
 
 @functools.cache
 def load(model_class: type[PreTrainedModel], checkpoint: Path, **options: Any) -> PreTrainedModel:
-    """What a user gets from `from_pretrained`; rows of the same options share it."""
+    """What a user gets from `from_pretrained`; rows with the same options share it."""
     return model_class.from_pretrained(checkpoint, **options).eval()
 
 
@@ -44,9 +44,12 @@ class Transformers:
     backend = "inductor"
 
     def __init__(self, model_class, checkpoint, static=False, compiled=False, **options):
-        self.model = load(model_class, checkpoint, **options)
+        self.model = self.loaded(model_class, checkpoint, **options)
         self.static, self.compiled = static, compiled
         self.forward = torch.compile(self.model, backend=self.backend) if compiled else self.model
+
+    def loaded(self, model_class, checkpoint, **options):
+        return load(model_class, checkpoint, **options)
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T)
         return self.forward(ids, use_cache=False, logits_to_keep=1).logits[:, -1]  # (B, V)
@@ -75,17 +78,14 @@ class NoCache(Transformers):
 class Int8(Transformers):
     """Ours with int8 weights by torchao, through transformers' quantization config."""
 
-    def __init__(self, model_class, checkpoint, **options):
+    def loaded(self, model_class, checkpoint, **options):
         from torchao.quantization import Int8WeightOnlyConfig
 
         # Quantized while loading, an official checkpoint loses the keys' and values' parts of c_attn.
         with tempfile.TemporaryDirectory() as directory:
-            load(model_class, checkpoint).save_pretrained(directory)
-            quantized = model_class.from_pretrained(
-                directory, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
-            )
-        self.model = self.forward = quantized.eval()
-        self.static = self.compiled = False
+            model_class.from_pretrained(checkpoint).save_pretrained(directory)
+            int8 = TorchAoConfig(Int8WeightOnlyConfig())
+            return model_class.from_pretrained(directory, quantization_config=int8, **options).eval()
 
 
 class CTranslate2:
@@ -247,6 +247,8 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "ours, bf16": functools.partial(OURS, **BFLOAT16),
     "ours, bf16, compiled": functools.partial(OURS, **BFLOAT16, **COMPILED),
     "ours, int8": functools.partial(Int8, GPTScratchForCausalLM),
+    "ours, int8, compiled": functools.partial(Int8, GPTScratchForCausalLM, **COMPILED),
+    "ours, int8 and bf16, compiled": functools.partial(Int8, GPTScratchForCausalLM, **BFLOAT16, **COMPILED),
     "CTranslate2": functools.partial(CTranslate2, width="float32"),
     "CTranslate2, bf16": functools.partial(CTranslate2, width="bfloat16"),
     "CTranslate2, int8": functools.partial(CTranslate2, width="int8"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import GPT2LMHeadModel
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -158,6 +159,12 @@ def test_cost_counts_the_peak_above_what_was_there():
         # The kernel counts in batches, and what the allocator kept from before may be used again.
         assert 0.5 * megabytes < cost.memory / 2**20 < megabytes + 50
     assert len(before) == 200 << 18
+
+
+@pytest.mark.parametrize("cases", ["1x32", "32+64", "1x2+3;4x5+6", ""])
+def test_cases_that_cannot_be_read_are_refused_with_the_rule(cases):
+    with pytest.raises(typer.BadParameter, match=r"BATCHxPROMPT\+NEW"):
+        importlib.import_module("decode").parsed(cases)
 
 
 def test_every_benchmark_is_in_the_readme_and_in_all():
