@@ -212,7 +212,7 @@ class OnnxRuntime:
 
 
 class Floor:
-    """Reads as many bytes as the model's weights have, once a token: what no engine of that width can undercut.
+    """Reads as many bytes as the model's weights have, once a token: about what an engine of that width needs.
 
     At batch 1 memory is the bound; with many tokens at once arithmetic is, and this row says nothing.
     """
