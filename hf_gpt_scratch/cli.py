@@ -3,42 +3,77 @@
 Exit status: 0 done, 1 not done, 2 wrong command line, 3 the models differ, 130 interrupted.
 """
 
+import functools
 import json
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.markup import escape
 
-from . import inspection
+from . import formats, inspection
 from .compare_command import compare
-from .conversion import gpt2_to_scratch, scratch_to_gpt2
+from .conversion import MAX_SHARD_SIZE, ConversionError, gpt2_to_scratch, scratch_to_gpt2
 from .inspection_report import explanation, report
 from .terminal import convert_and_report, verify_and_report
+from .verify_receipt_command import verify_receipt_command
 
 Source = Annotated[str, typer.Argument(help="Directory or hub id of the checkpoint.")]
 Target = Annotated[str, typer.Argument(help="Directory to write; it appears only when complete and verified.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Verify = Annotated[bool, typer.Option(help="Compare with GPT2LMHeadModel before publishing.")]
+Verify = Annotated[bool, typer.Option(help="Compare with the official model before publishing; both are in memory.")]
+WeightsOnly = Annotated[bool, typer.Option(help="Compare the weights bit for bit, and run no model.")]
+ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5GB.")]
+Format = Literal["gpt2", "book", "nanogpt", "gguf"]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing target.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
 MODEL = "124M, 355M, 774M or 1558M; book, for the book's GPT_CONFIG_124M; a directory or hub id; a config.json."
 
 
 def convert(
-    source: Source, target: Target, revision: Revision = None, verify: Verify = True, overwrite: Overwrite = False
+    source: Annotated[str, typer.Argument(help="Directory or hub id of an official checkpoint, or another program's.")],
+    target: Target,
+    revision: Revision = None,
+    verify: Verify = True,
+    weights_only: WeightsOnly = False,
+    max_shard_size: ShardSize = MAX_SHARD_SIZE,
+    n_heads: Annotated[int | None, typer.Option(help="Attention heads, if the file does not tell: the book's.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Converts an official GPT-2 checkpoint into the book's layers, weights unchanged."""
-    convert_and_report(gpt2_to_scratch, source, target, revision=revision, check=verify, overwrite=overwrite)
+    """Converts a GPT-2 checkpoint into the book's layers, weights unchanged.
+
+    Reads official ones, and the book's model.pth, nanoGPT's and minGPT's, OpenAI's TensorFlow directories and GGUF.
+    """
+    if Path(source).exists() and (n_heads is not None or _or_fail(formats.detect, source) not in ("gpt2", "native")):
+        options: dict[str, Any] = dict(n_heads=n_heads, overwrite=overwrite)
+        convert_and_report(_without_progress(formats.import_checkpoint), source, target, **options)
+    else:
+        check = "weights" if verify and weights_only else verify
+        options = dict(revision=revision, check=check, overwrite=overwrite, max_shard_size=max_shard_size)
+        convert_and_report(gpt2_to_scratch, source, target, **options)
 
 
 def export(
-    source: Source, target: Target, revision: Revision = None, verify: Verify = True, overwrite: Overwrite = False
+    source: Source,
+    target: Target,
+    format: Annotated[Format, typer.Option(help="Whose checkpoint to write.")] = "gpt2",
+    revision: Revision = None,
+    verify: Verify = True,
+    weights_only: WeightsOnly = False,
+    max_shard_size: ShardSize = MAX_SHARD_SIZE,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Converts a GPTScratch checkpoint into an official GPT-2 one, weights unchanged."""
-    convert_and_report(scratch_to_gpt2, source, target, revision=revision, check=verify, overwrite=overwrite)
+    """Converts a GPTScratch checkpoint into an official GPT-2 one, or another program's, weights unchanged."""
+    if format != "gpt2":
+        write = functools.partial(_without_progress(formats.export_checkpoint), format=format)
+        convert_and_report(write, source, target, overwrite=overwrite)
+    else:
+        check = "weights" if verify and weights_only else verify
+        options: dict[str, Any] = dict(revision=revision, check=check, overwrite=overwrite)
+        convert_and_report(scratch_to_gpt2, source, target, max_shard_size=max_shard_size, **options)
 
 
 def verify(
@@ -79,11 +114,17 @@ COMMANDS = (convert, export, verify, compare, explain, inspect)
 app = typer.Typer(no_args_is_help=True, help="GPT-2 in the layers of the book: converted, verified, explained.")
 for command in COMMANDS:
     app.command()(command)
+app.command("verify-receipt")(verify_receipt_command)
+
+
+def _without_progress(function):
+    """For `convert_and_report`: these are too quick to have any."""
+    return lambda *arguments, progress, **options: function(*arguments, **options)
 
 
 def _or_fail(function, *arguments) -> Any:
     try:
         return function(*arguments)
-    except (ValueError, StrictDataclassError) as error:
+    except (ValueError, StrictDataclassError, ConversionError) as error:
         Console(stderr=True).print(f"[bold red]Failed:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

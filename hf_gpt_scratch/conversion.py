@@ -1,20 +1,19 @@
-"""Checkpoints from official GPT-2 to ours and back: checked, converted by transformers' loader, verified, published.
+"""Checkpoints from official GPT-2 to ours and back: checked, streamed through the weight map, verified, published.
 
 A conversion either ends with the complete, verified target under its final name or leaves things as they were.
 """
 
 import datetime
-import hashlib
+import functools
 import json
 import os
 import platform
 import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import huggingface_hub
 import torch
@@ -24,36 +23,66 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from .checkpoint import Checkpoint, ConversionError, Progress, check_files, read_json, write_safetensors
 from .configuration_gpt_scratch import GPTScratchConfig
 from .model_card import model_card
-from .modeling_gpt_scratch import GPTScratchForCausalLM
-from .parity import verify
-from .weight_map import DROPPED_PATTERNS, GPT2_PREFIX, LM_HEAD, SCRATCH_PREFIX
+from .modeling_gpt_scratch import (
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForCausalLM,
+    GPTScratchForQuestionAnswering,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchModel,
+    GPTScratchPreTrainedModel,
+)
+from .parity import FP32_LOGITS, ParityError, Verification, compare_logits, probe_ids, verify, weights_equal
+from .publish import (
+    RECEIPT,
+    atomic_directory,
+    check_space,
+    digests,
+    hashed_meanwhile,
+    verify_receipt,
+    write_receipt,
+)
+from .weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, Row, rows
 
-RECEIPT = "conversion_receipt.json"
+__all__ = [
+    "RECEIPT",
+    "ConversionError",
+    "Progress",
+    "atomic_directory",
+    "check_checkpoint",
+    "find_source",
+    "gpt2_to_scratch",
+    "scratch_to_gpt2",
+    "verify_receipt",
+]
+
 CARD = "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+# What `save_pretrained` takes too.
+MAX_SHARD_SIZE = "50GB"
+# transformers makes a name for each label of a classifier; no checkpoint has more.
+MAX_LABELS = 1_000_000
+# Whether the result is compared with the source: as models in float32, or the weights alone, or not.
+Check = bool | Literal["weights"]
+
+MODELS: tuple[type[GPTScratchPreTrainedModel], ...] = (
+    GPTScratchForCausalLM,  # what a config without `architectures` is of
+    GPTScratchModel,
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchForQuestionAnswering,
+)
 _DROPPED = [re.compile(pattern) for pattern in DROPPED_PATTERNS]
-
-
-class ConversionError(Exception):
-    """What stands in the way of a conversion: the value, the rule and the remedy."""
-
-
-class Progress:
-    """Hears how far a conversion is; this one says nothing."""
-
-    def step(self, what: str, total: int | None = None) -> None:
-        """A new step begins; `total` bytes if they are known."""
-
-    def advance(self, done: int) -> None:
-        """So many bytes more are done."""
+_PREFIXES = {"gpt2": GPT2_PREFIX, "gpt_scratch": SCRATCH_PREFIX}
 
 
 def gpt2_to_scratch(
@@ -61,26 +90,31 @@ def gpt2_to_scratch(
     target: str | os.PathLike,
     *,
     revision: str | None = None,
-    check: bool = True,
+    check: Check = True,
     overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Converts an official `GPT2LMHeadModel` checkpoint into ours, weights unchanged, in the same dtype.
+    """Converts an official GPT-2 checkpoint, with whatever head, into ours, weights unchanged, in the same dtype.
+
+    The weights stream: memory holds about two of the largest tensors, unless `check` is True.
 
     Args:
         source: directory or hub id.
         target: directory to be; must not exist unless `overwrite`.
         revision: branch, tag or commit of a hub id.
-        check: compare the result with `GPT2LMHeadModel` in float32 before it is published.
+        check: before the result is published, compare it with the official model in float32, for which both models
+            are in memory; "weights": compare only the weights, bit for bit, streaming; False: compare nothing.
+        max_shard_size: as in `save_pretrained`: bytes, or a string such as "5GB".
 
     Returns:
-        the receipt, which also lies in the target: source files with their sha256, parity figures, versions.
+        the receipt, which also lies in the target: files with their sha256, parity figures, versions.
 
     Raises:
         ConversionError: source or target is not as it must be.
         ParityError: the result is not the same model.
     """
-    return _convert("gpt2", "gpt_scratch", source, target, revision, check, overwrite, progress or Progress())
+    return _convert("gpt2", source, target, revision, check, overwrite, max_shard_size, progress or Progress())
 
 
 def scratch_to_gpt2(
@@ -88,15 +122,17 @@ def scratch_to_gpt2(
     target: str | os.PathLike,
     *,
     revision: str | None = None,
-    check: bool = True,
+    check: Check = True,
     overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Converts our checkpoint into an official one; the inverse of `gpt2_to_scratch`, with the same arguments."""
-    return _convert("gpt_scratch", "gpt2", source, target, revision, check, overwrite, progress or Progress())
+    return _convert("gpt_scratch", source, target, revision, check, overwrite, max_shard_size, progress or Progress())
 
 
-def _convert(source_type, target_type, source, target, revision, check, overwrite, progress):
+def _convert(source_type, source, target, revision, check, overwrite, max_shard_size, progress):
+    target_type = "gpt_scratch" if source_type == "gpt2" else "gpt2"
     target = Path(target).expanduser().resolve()
     step = "reading the source"
     try:
@@ -104,35 +140,31 @@ def _convert(source_type, target_type, source, target, revision, check, overwrit
         directory = find_source(source, revision)
         if directory.resolve() == target:
             raise ConversionError(f"source and target are both {target}; choose another target")
-        hashes = check_checkpoint(directory, source_type, progress)
-        _check_space(target, sum(file["bytes"] for file in hashes.values()))
+        weights = Weights(directory, source_type)
+        check_space(target, sum(spec.nbytes for spec in weights.checkpoint.specs.values()))
         step = "writing the target"
-        with atomic_directory(target, overwrite) as staging, quiet_transformers():
-            progress.step("Converting")
-            model = GPTScratchForCausalLM.from_pretrained(directory)
-            if target_type == "gpt2":
-                model = model.to_gpt2()
-            model.save_pretrained(staging)
-            del model
+        with (
+            atomic_directory(target, overwrite) as staging,
+            hashed_meanwhile(weights.files()) as source_hashes,
+            quiet_transformers(),
+        ):
+            target_hashes = _write(weights, staging, max_shard_size, progress)
+            tokenizer = _copy_tokenizer(directory, staging)
             receipt = {
                 "what": f"{source_type} converted to {target_type} by hf_gpt_scratch",
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "source": {"name": str(source), "revision": revision, "files": hashes},
-                "tokenizer": _copy_tokenizer(directory, staging),
-                "parity": _verify(directory, staging, source_type, progress) if check else None,
+                "source": {"name": str(source), "revision": revision, "files": _by_name(source_hashes.result())},
+                "tokenizer": tokenizer,
+                "parity": _verify(weights, Weights(staging, target_type), check, progress) if check else None,
                 "versions": {m.__name__: m.__version__ for m in (torch, transformers)}
                 | {"python": platform.python_version()},
             }
             if target_type == "gpt_scratch":
-                with torch.device("meta"):
-                    model = GPTScratchForCausalLM(GPTScratchConfig.from_pretrained(staging))
                 hub_id = None if directory == Path(source).expanduser() else str(source)
-                model_card(model, receipt, hub_id).save(staging / CARD)
-            progress.step("Hashing the result", sum(path.stat().st_size for path in staging.iterdir()))
-            receipt["target"] = {
-                "files": {p.name: _digest(p, progress) for p in sorted(staging.iterdir()) if p.is_file()}
-            }
-            (staging / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
+                model_card(Weights(staging, target_type).model, receipt, hub_id).save(staging / CARD)
+            rest = digests(path for path in staging.iterdir() if path.name not in target_hashes)
+            receipt["target"] = {"files": dict(sorted({**target_hashes, **_by_name(rest)}.items()))}
+            write_receipt(staging, receipt)
     except (OSError, SafetensorError) as error:
         raise ConversionError(
             f"failed while {step}: {error}; {target} is as it was before; free disk space, check permissions or choose "
@@ -180,207 +212,313 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
 
 
 def check_checkpoint(directory: Path, model_type: str, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
-    """Reads all of a checkpoint before anything trusts it.
+    """Reads all of a checkpoint, one tensor at a time, before anything trusts it.
 
     Returns:
         sha256 and size of each file that was read.
 
     Raises:
         ConversionError: another kind of model; a file that is missing, truncated or corrupt; a tensor that is missing,
-            unexpected, of the wrong shape or not finite.
+            unexpected, of the wrong shape or dtype, or not finite.
     """
     progress = progress or Progress()
-    config = _read_config(directory, model_type)
-    files = _weight_files(directory)
-    progress.step("Hashing the source", sum(path.stat().st_size for path in files))
-    hashes = {path.name: _digest(path, progress) for path in [directory / "config.json", *files]}
-
-    expected, optional = _expected_shapes(config)
-    prefix = GPT2_PREFIX if model_type == "gpt2" else SCRATCH_PREFIX
-    progress.step("Checking the tensors", sum(path.stat().st_size for path in files))
-    seen: dict[str, str] = {}
-    for path in files:
-        for name, tensor in _tensors(path):
-            progress.advance(tensor.nbytes)
-            bare = name.removeprefix(prefix)
-            if model_type == "gpt2" and any(pattern.search(bare) for pattern in _DROPPED):
-                continue
-            if bare in seen:
-                raise ConversionError(f"{path.name} holds {name!r}, which is there already as {seen[bare]!r}; keep one")
-            seen[bare] = name
-            if bare not in expected:
-                raise ConversionError(
-                    f"{path.name} holds the tensor {name!r}, which a {model_type} language model of this config.json "
-                    "does not have; take weights and config from the same language model"
-                )
-            if tensor.shape != expected[bare]:
-                raise ConversionError(
-                    f"{name!r} in {path.name} has shape {list(tensor.shape)}, but by config.json it must be "
-                    f"{list(expected[bare])}; take weights and config from the same model"
-                )
-            if not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise ConversionError(
-                    f"{name!r} in {path.name} has {bad} values that are NaN or infinite, but weights are finite; "
-                    "take an earlier checkpoint"
-                )
-    missing = sorted(expected.keys() - seen.keys() - optional)
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ConversionError(
-            f"{directory} lacks {', '.join(repr(name) for name in missing[:5])}{more}, which config.json promises; "
-            "take weights and config from the same model, and all shards"
-        )
-    return hashes
+    weights = Weights(directory, model_type)
+    progress.step("Checking the tensors", sum(spec.nbytes for spec in weights.checkpoint.specs.values()))
+    for name in weights.names:
+        progress.advance(weights.read(name).nbytes)
+    progress.step("Hashing the files", sum(path.stat().st_size for path in weights.files()))
+    return _by_name(digests(weights.files(), progress))
 
 
-@contextmanager
-def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` when the block ends well and disappears when it does not.
+class Weights:
+    """A checkpoint whose names, shapes and dtypes are what its config promises, by the names of the weight map.
 
     Raises:
-        ConversionError: there is something at `target`, and `overwrite` is not set.
+        ConversionError: another kind of model; a file that is missing, truncated or corrupt; a tensor that is missing,
+            unexpected or of the wrong shape or dtype; a second copy of a tied tensor that is not equal.
     """
-    if target.exists() and not target.is_dir():
-        raise ConversionError(f"{target} is a file, but the target is a directory; choose another name")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise ConversionError(f"{target} exists already; choose another target, or pass --overwrite to replace it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.incomplete")
-    replaced = staging.with_suffix(".replaced")
-    try:
-        staging.mkdir()
-        yield staging
-        for path in (*staging.rglob("*"), staging):
-            _fsync(path)
-        if target.exists():
-            target.rename(replaced)
-        staging.rename(target)
-        _fsync(target.parent)
-    finally:  # an interruption may come between any two of the lines above
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        for rest in (replaced, staging):
-            shutil.rmtree(rest, ignore_errors=True)
+
+    def __init__(self, directory: Path, model_type: str):
+        self.directory, self.model_type = directory, model_type
+        check_files(directory)
+        values = _config_values(directory, model_type)
+        self.checkpoint = Checkpoint(directory)
+        self.config = _config(directory, model_type, values, len(self.checkpoint.specs))
+        self.ours = _architecture(directory, self.config)
+        self.model = _meta_model(self.ours.gpt2_class if model_type == "gpt2" else self.ours, self.config)
+        self.names = self._match()
+        dtypes = [self.checkpoint.specs[name].dtype for name in self.names.values()]
+        self.dtype = self.config.dtype or dtypes[0]
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ConversionError(f"{directory} has dtype {self.dtype} in its config.json, but weights are floats")
+
+    def files(self) -> list[Path]:
+        return [self.directory / "config.json", *self.checkpoint.paths]
+
+    def _match(self) -> dict[str, str]:
+        """The names in the files, by the names in the table."""
+        prefix = _PREFIXES[self.model_type]
+        shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in self.model.state_dict().items()}
+        tied = {
+            second.removeprefix(prefix): first.removeprefix(prefix) for second, first in _tied_names(self.model).items()
+        }
+        names: dict[str, str] = {}
+        for name, spec in self.checkpoint.specs.items():
+            bare, file = name.removeprefix(prefix), spec.file.path.name
+            if self.model_type == "gpt2" and any(pattern.search(bare) for pattern in _DROPPED):
+                continue
+            if bare in names:
+                raise ConversionError(f"{file} holds {name!r}, which is there already as {names[bare]!r}; keep one")
+            if bare not in shapes:
+                raise ConversionError(
+                    f"{file} holds the tensor {name!r}, which a {type(self.model).__name__} of this config.json does "
+                    "not have; take weights and config from the same model"
+                )
+            if spec.shape != shapes[bare]:
+                raise ConversionError(
+                    f"{name!r} in {file} has shape {list(spec.shape)}, but by config.json it must be "
+                    f"{list(shapes[bare])}; take weights and config from the same model"
+                )
+            names[bare] = name
+        if missing := sorted(shapes.keys() - names.keys() - tied.keys()):
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise ConversionError(
+                f"{self.directory} lacks {', '.join(repr(name) for name in missing[:5])}{more}, which config.json "
+                "promises; take weights and config from the same model, and all shards"
+            )
+        for second, first in tied.items():
+            if second in names and not _same_bits(*(self.checkpoint.read(names[name]) for name in (first, second))):
+                raise ConversionError(
+                    f"{names[second]!r} is not equal to {names[first]!r}, to which config.json ties it; set "
+                    "tie_word_embeddings to false if both are meant"
+                )
+            names.pop(second, None)
+        return names
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read(self.names[name])
+
+    def spec_dtype(self, names: tuple[str, ...]) -> torch.dtype:
+        """The dtype of tensors that become one.
+
+        Raises:
+            ConversionError: they have several.
+        """
+        found = {name: self.checkpoint.specs[self.names[name]].dtype for name in names}
+        if len(set(found.values())) > 1:
+            raise ConversionError(
+                f"{', '.join(f'{name!r} is {dtype}' for name, dtype in found.items())}, but they become one tensor; "
+                "convert them to one dtype first"
+            )
+        return found[names[0]]
+
+    def translated(self) -> dict[str, tuple[torch.dtype, Callable[[], torch.Tensor]]]:
+        """The other model's tensors, by the names of the table: dtype, and a function that reads it."""
+
+        @functools.lru_cache(maxsize=2)  # weight and bias of one layer, of which three tensors in a row are made
+        def fused(row: Row) -> tuple[torch.Tensor, ...]:
+            return row.to_scratch(self.read(row.gpt2))
+
+        def part(row: Row, i: int) -> torch.Tensor:
+            return (fused(row) if len(row.scratch) > 1 else row.to_scratch(self.read(row.gpt2)))[i]
+
+        def whole(row: Row) -> torch.Tensor:
+            return row.to_gpt2(map(self.read, row.scratch))
+
+        tensors: dict[str, tuple[torch.dtype, Callable[[], torch.Tensor]]] = {}
+        for row in rows(self.config.num_hidden_layers):
+            if self.model_type == "gpt2" and row.gpt2 in self.names:
+                dtype = self.spec_dtype((row.gpt2,))
+                for i, name in enumerate(row.scratch):
+                    tensors[name] = dtype, functools.partial(part, row, i)
+            elif self.model_type == "gpt_scratch" and row.scratch[0] in self.names:
+                tensors[row.gpt2] = self.spec_dtype(row.scratch), functools.partial(whole, row)
+            elif self.model_type == "gpt_scratch" and row.gpt2.endswith("attn.c_attn.bias"):  # without `qkv_bias`
+                dtype = tensors[row.gpt2.removesuffix("bias") + "weight"][0]
+                tensors[row.gpt2] = dtype, functools.partial(torch.zeros, 3 * self.config.emb_dim, dtype=dtype)
+        return tensors
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return same and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
-def _check_space(target: Path, needed: int) -> None:
-    existing = next(parent for parent in target.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ConversionError(
-            f"{existing} has {free / 1e9:.2f} GB free, but the target needs {needed / 1e9:.2f} GB; free some space or "
-            "choose a target on another disk"
-        )
+def _tied_names(model: PreTrainedModel) -> Mapping[str, str]:
+    """Second names of tensors, and the first."""
+    return (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
 
 
-def _read_config(directory: Path, model_type: str) -> GPT2Config | GPTScratchConfig:
+def _config_values(directory: Path, model_type: str) -> dict[str, Any]:
     path = directory / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{directory} has no config.json; give the directory of a whole checkpoint") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} is no valid JSON ({error}); download it again") from error
+    if not path.is_file():
+        raise ConversionError(f"{directory} has no config.json; give the directory of a whole checkpoint")
+    values = read_json(path)
     found = str(values.get("model_type")) if isinstance(values, dict) else "none"
     if found != model_type:
         other = {"gpt2": "convert/gpt2_to_scratch.py", "gpt_scratch": "convert/scratch_to_gpt2.py"}.get(found)
         remedy = f"{other} converts those" if other else "this converter reads no other models"
         raise ConversionError(f"{directory} holds a model of type {found!r}, but {model_type!r} is wanted; {remedy}")
+    labels = values.get("num_labels")
+    if isinstance(labels, int) and labels > MAX_LABELS:
+        raise ConversionError(f"{path} is not usable: num_labels={labels}, but at most {MAX_LABELS} can be; correct it")
+    return values
+
+
+def _config(directory: Path, model_type: str, values: dict[str, Any], tensors: int) -> GPT2Config | GPTScratchConfig:
+    path = directory / "config.json"
     try:
         if model_type == "gpt2":
             config = GPT2Config.from_dict(values)
             GPTScratchConfig.from_gpt2(config)  # refuses what our model does not do
-            return config
-        return GPTScratchConfig.from_dict(values)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ConversionError(f"{path} is not usable: {error}") from error
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if (directory / single).is_file():
-            return [directory / single]
-        if (directory / index).is_file():
-            return _shards(directory / index)
-    raise ConversionError(f"{directory} has no {SAFE_WEIGHTS_NAME}, nor any other weights; give a whole checkpoint")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConversionError(f"{index} is no valid shard index ({error!r}); download it again") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-            raise ConversionError(
-                f"{index} names the shard {name!r}, but a shard lies beside its index; do not trust it"
-            )
-        if not (index.parent / name).is_file():
-            raise ConversionError(f"{index} names the shard {name!r}, which is missing; download it again")
-    return [index.parent / name for name in names]
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of a weights file, one at a time."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 -- not a dict
-                    yield name, file.get_tensor(name)
         else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-    except (SafetensorError, RuntimeError, EOFError, AttributeError, OSError) as error:
-        raise ConversionError(f"{path} is truncated or corrupt ({error}); download it again") from error
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        raise ConversionError(f"{path} is a pickle of more than weights ({error}); do not trust it") from error
+            config = GPTScratchConfig.from_dict(values)
+    except Exception as error:  # transformers takes what it finds there in many ways, and fails in as many
+        raise ConversionError(f"{path} is not usable: {error}; take the config.json that came with the weights") from (
+            error
+        )
+    if config.num_hidden_layers > tensors:
+        raise ConversionError(
+            f"{path} promises {config.num_hidden_layers} layers, but {directory} lacks them: it holds {tensors} "
+            "tensors in all; take weights and config from the same model"
+        )
+    return config
 
 
-def _expected_shapes(config: GPT2Config | GPTScratchConfig) -> tuple[Mapping[str, torch.Size], set[str]]:
-    """Names without prefix and shapes that the weights must have, and the names that may be missing."""
-    with torch.device("meta"):
-        if isinstance(config, GPT2Config):
-            model, prefix, head = GPT2LMHeadModel(config), GPT2_PREFIX, LM_HEAD.gpt2
-        else:
-            model, prefix, head = GPTScratchForCausalLM(config), SCRATCH_PREFIX, LM_HEAD.scratch[0]
-    shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in model.state_dict().items()}
-    return shapes, {head} if config.tie_word_embeddings else set()
+def _architecture(directory: Path, config: GPT2Config | GPTScratchConfig) -> type[GPTScratchPreTrainedModel]:
+    """Our class of the model; the official one is its `gpt2_class`."""
+    known = {(ours.gpt2_class if config.model_type == "gpt2" else ours).__name__: ours for ours in MODELS}
+    names = config.architectures or list(known)
+    name = str(names[0] if isinstance(names, list) else names)
+    if name not in known:
+        raise ConversionError(
+            f"{directory / 'config.json'} names the architecture {name!r}, but known are {', '.join(known)}; "
+            "correct it if the weights are those of one of them"
+        )
+    return known[name]
 
 
-def _digest(path: Path, progress: Progress) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            progress.advance(len(chunk))
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+def _meta_model(model_class: type[PreTrainedModel], config: GPT2Config | GPTScratchConfig) -> PreTrainedModel:
+    """A model without weights."""
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except Exception as error:  # sizes that overflow, options of the heads that do not exist, and what else there is
+        raise ConversionError(f"no {model_class.__name__} can be built from its config: {error}; correct it") from error
+
+
+def _write(weights: Weights, staging: Path, max_shard_size: int | str, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Writes the other model as its `save_pretrained` would; returns sha256 and size of the files with the weights."""
+    if isinstance(weights.config, GPT2Config):
+        target_type, model = "gpt_scratch", _meta_model(weights.ours, GPTScratchConfig.from_gpt2(weights.config))
+    else:
+        target_type, model = "gpt2", _meta_model(weights.ours.gpt2_class, weights.config.to_gpt2())
+    model.to(weights.dtype)
+    generation = weights.directory / GENERATION_CONFIG_NAME
+    try:
+        if model.can_generate() and generation.exists():
+            read_json(generation)
+            model.generation_config = GenerationConfig.from_pretrained(weights.directory)
+        model.save_pretrained(staging, state_dict={})  # config, generation config and code, but no weights
+    except (OSError, ConversionError):
+        raise
+    except Exception as error:  # as many kinds as there are settings
+        raise ConversionError(f"the settings in {weights.directory} cannot be saved: {error}; correct them") from error
+
+    tensors = weights.translated()
+    specs, readers = {}, {}
+    for name, tensor in model.state_dict().items():
+        if name not in _tied_names(model):
+            dtype, readers[name] = tensors[name.removeprefix(_PREFIXES[target_type])]
+            specs[name] = torch.empty(tensor.shape, dtype=dtype, device="meta")
+    try:
+        split = huggingface_hub.split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ConversionError(f"max_shard_size={max_shard_size!r}: {error}; give a size such as 5GB") from error
+    progress.step("Converting", sum(tensor.nbytes for tensor in specs.values()))
+    hashes = {}
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: (specs[name].shape, specs[name].dtype) for name in names}
+        sha256 = write_safetensors(staging / file, shard, lambda name: readers[name](), progress)
+        hashes[file] = {"sha256": sha256, "bytes": (staging / file).stat().st_size}
+    if split.is_sharded:
+        metadata = {"total_parameters": model.num_parameters(), **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        (staging / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return hashes
+
+
+def _by_name(hashes: Mapping[Path, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {path.name: figures for path, figures in hashes.items()}
 
 
 def _copy_tokenizer(directory: Path, staging: Path) -> str | None:
     """The class of the tokenizer that travelled along, or None if the source has none."""
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.save_pretrained(staging)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer.save_pretrained(staging)
+    except Exception as error:  # the files are the tokenizers library's, and so are the kinds of errors
+        raise ConversionError(
+            f"the tokenizer in {directory} cannot be read: {error}; take its files from where the weights came from, "
+            "or take them out of the directory"
+        ) from error
     return type(tokenizer).__name__
 
 
-def _verify(directory: Path, staging: Path, source_type: str, progress: Progress) -> dict[str, Any]:
-    progress.step("Verifying against GPT2LMHeadModel")
-    gpt2_directory, scratch_directory = (directory, staging) if source_type == "gpt2" else (staging, directory)
-    gpt2 = GPT2LMHeadModel.from_pretrained(gpt2_directory, dtype=torch.float32)
-    scratch = GPTScratchForCausalLM.from_pretrained(scratch_directory, dtype=torch.float32)
-    return verify(gpt2, scratch).to_dict()
+def _verify(source: Weights, result: Weights, check: Check, progress: Progress) -> dict[str, Any]:
+    if check == "weights":
+        return _verify_weights(source, result, progress)
+    gpt2_directory, scratch_directory = (w.directory for w in sorted((source, result), key=lambda w: w.model_type))
+    progress.step(f"Verifying against {source.ours.gpt2_class.__name__}")
+    gpt2 = source.ours.gpt2_class.from_pretrained(gpt2_directory, dtype=torch.float32)
+    scratch = source.ours.from_pretrained(scratch_directory, dtype=torch.float32)
+    if isinstance(gpt2, GPT2LMHeadModel):
+        return verify(gpt2, scratch).to_dict()
+    ids = probe_ids(gpt2.config.vocab_size, gpt2.config.n_positions, batch=1)  # no padding, so no more at once
+    verification = Verification(
+        logits=compare_logits(*map(_all_outputs, (gpt2, scratch)), ids),
+        logit_bound=FP32_LOGITS,
+        greedy_tokens=0,
+        greedy_equal=True,
+        tensors=len(gpt2.state_dict()),
+        weights_equal=weights_equal(gpt2, scratch),
+    )
+    if not verification.passed:
+        raise ParityError(f"the two models differ: {verification}")
+    return verification.to_dict()
+
+
+def _all_outputs(model: PreTrainedModel) -> Callable[..., SimpleNamespace]:
+    """All that a model computes from tokens, one after the other, as if it were logits."""
+
+    def run(input_ids: torch.Tensor) -> SimpleNamespace:
+        outputs = [value for value in model(input_ids).values() if isinstance(value, torch.Tensor)]
+        return SimpleNamespace(logits=torch.cat([output.flatten() for output in outputs])[None])
+
+    return run
+
+
+def _verify_weights(source: Weights, result: Weights, progress: Progress) -> dict[str, Any]:
+    """Reads the result, maps it back, and compares each tensor with the source's.
+
+    Raises:
+        ParityError: one is different; the message names it.
+    """
+    back = result.translated()
+    progress.step("Verifying the weights", sum(spec.nbytes for spec in source.checkpoint.specs.values()))
+    for name in sorted(source.names.keys() | back.keys()):
+        tensor = back[name][1]() if name in back else None
+        if name in source.names:
+            original = source.read(name)
+            equal = tensor is not None and _same_bits(original, tensor)
+            progress.advance(original.nbytes)
+        else:  # a query, key or value bias that only GPT-2 has
+            equal = tensor is not None and not tensor.any()
+        if not equal:
+            raise ParityError(f"{name!r} is not the source's, bit for bit")
+    return {"passed": True, "tensors": len(source.names), "weights_equal": True}
 
 
 @contextmanager

@@ -1,0 +1,27 @@
+"""`verify-receipt`: whether a converted directory is still what its conversion left."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .publish import ConversionError, verify_receipt
+from .terminal import FAILED
+
+
+def verify_receipt_command(
+    directory: Annotated[Path, typer.Argument(help="Directory that a conversion has written.")],
+) -> None:
+    """Compares every file of a converted directory with the sha256 in its receipt."""
+    try:
+        receipt = verify_receipt(directory)
+    except ConversionError as error:
+        Console(stderr=True).print(f"[bold red]Not as it was:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(FAILED) from error
+    Console().print(
+        f"[bold green]As it was:[/] {escape(str(directory))}, {len(receipt['target']['files'])} files, "
+        f"{escape(receipt['what'])} on {escape(receipt['created'])}",
+        soft_wrap=True,
+    )
