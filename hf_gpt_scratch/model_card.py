@@ -70,17 +70,13 @@ model.save_as_gpt2("official")  # an official checkpoint again
 """
 
 PARITY = """
-## Parity with `GPT2LMHeadModel`
+## Parity with `{official}`
 
-Measured in float32 when the checkpoint was converted{versions}:
+Measured {how}when the checkpoint was converted{versions}:
 
 | | |
 | --- | --- |
-| logits, max \\|error\\| of max \\|logit\\| | {logits[max_abs_error]:.1e} of {logits[max_abs_logit]:.4g} |
-| relative error, and its bound | {logits[relative_error]:.1e}, {logit_bound:.0e} |
-| top-1 agreement on {logits[tokens]} random tokens | {logits[top1_agreement]:.2%} |
-| greedy continuation | {greedy_tokens} of {greedy_tokens} token ids equal |
-| weights | {tensors} of {tensors} tensors equal bit for bit |
+{rows}
 """
 
 
@@ -108,9 +104,8 @@ def model_card(
         tags=["gpt2", model.config.model_type, "custom_code", "pytorch"],
     )
     if source:
-        link = f"[{source}](https://huggingface.co/{source})"
-        made_of = f"with the weights of {link}"
-        weights = f"those of {link}, `{license}`" if license else f"see {link}"
+        made_of = f"with the weights of `{source}`"
+        weights = f"those of `{source}`, `{license}`" if license else f"see `{source}`"
     else:
         made_of = "with the weights of an official checkpoint" if receipt else "with weights of its own"
         weights = f"`{license}`" if license else "not stated"
@@ -124,15 +119,31 @@ def model_card(
         architecture="\n".join(
             f"| `{name}` | {getattr(model.config, name)} | {meaning} |" for name, meaning in ARCHITECTURE.items()
         ),
-        parity=_parity(receipt),
+        parity=_parity(receipt, type(model).gpt2_class.__name__),
         licence=f"The code: `apache-2.0`. The weights: {weights}.",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def _parity(receipt: Mapping[str, Any] | None) -> str:
+def _parity(receipt: Mapping[str, Any] | None, official: str) -> str:
     figures = (receipt or {}).get("parity")
     if not figures or not figures["passed"]:
         return ""
+    rows = [f"weights | {figures['tensors']} of {figures['tensors']} tensors equal bit for bit"]
+    if logits := figures.get("logits"):  # the models were run, and not the weights alone compared
+        rows = [
+            "logits, max \\|error\\| of max \\|logit\\| | "
+            f"{logits['max_abs_error']:.1e} of {logits['max_abs_logit']:.4g}",
+            f"relative error, and its bound | {logits['relative_error']:.1e}, {figures['logit_bound']:.0e}",
+            f"top-1 agreement on {logits['tokens']} random tokens | {logits['top1_agreement']:.2%}",
+            *rows,
+        ]
+    if tokens := figures.get("greedy_tokens"):
+        rows.append(f"greedy continuation | {tokens} of {tokens} token ids equal")
     versions = ", ".join(f"{name} {version}" for name, version in (receipt or {}).get("versions", {}).items())
-    return PARITY.format(versions=f" ({versions})" if versions else "", **figures)
+    return PARITY.format(
+        official=official,
+        how="in float32 " if logits else "",
+        versions=f" ({versions})" if versions else "",
+        rows="\n".join(f"| {row} |" for row in rows),
+    )

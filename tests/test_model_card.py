@@ -61,7 +61,7 @@ def test_a_hub_id_becomes_the_base_model(tmp_path, monkeypatch):
     assert card.data.base_model == "openai-community/gpt2-medium"
     assert card.data.license == "mit"
     assert "parameters (bfloat16)" in card.text
-    assert "https://huggingface.co/openai-community/gpt2-medium" in card.text
+    assert "`openai-community/gpt2-medium`" in card.text
 
 
 def test_licence_and_source_are_what_was_given():
@@ -71,7 +71,7 @@ def test_licence_and_source_are_what_was_given():
     assert "with weights of its own" in model_card(model).text
     card = model_card(model, source="someone/model", license="cc-by-4.0")
     assert (card.data.license, card.data.base_model) == ("cc-by-4.0", "someone/model")
-    assert "someone/model), `cc-by-4.0`" in card.text
+    assert "`someone/model`, `cc-by-4.0`" in card.text
     assert model_card(model, source="someone/model").data.license is None
     assert model_card(model, source="openai-community/gpt2", license="other").data.license == "other"
 

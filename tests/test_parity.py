@@ -259,11 +259,14 @@ LM_ROWS = [row for row in (*BASE, LM_HEAD) if ".act." not in row.gpt2]
 
 @pytest.mark.parametrize("row", LM_ROWS, ids=lambda row: row.gpt2)
 def test_any_row_read_wrongly_is_noticed(row):
-    gpt2, scratch = random_pair(tie_word_embeddings=False)
+    cross = "cross" in row.gpt2
+    gpt2, scratch = random_pair(tie_word_embeddings=False, add_cross_attention=cross)
+    states = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(1))
+    inputs = {"encoder_hidden_states": states[: len(ids_for(gpt2))]} if cross else {}
     set_row(scratch, row.at(1), lambda tensor: tensor)
-    assert logit_error(gpt2, scratch) <= FP32_LOGITS
+    assert logit_error(gpt2, scratch, **inputs) <= FP32_LOGITS
     set_row(scratch, row.at(1), not_transposed)
-    assert logit_error(gpt2, scratch) > 100 * FP32_LOGITS
+    assert logit_error(gpt2, scratch, **inputs) > 100 * FP32_LOGITS
     assert not weights_equal(gpt2, scratch)
 
 

@@ -24,7 +24,7 @@ from hf_gpt_scratch.model_card import model_card
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "push_to_hub.py"
-CODE = {"configuration_gpt_scratch.py", "layers.py", "modeling_gpt_scratch.py", "weight_map.py"}
+CODE = {"configuration_gpt_scratch.py", "layers.py", "modeling_gpt_scratch.py", "parallel.py", "weight_map.py"}
 
 LOAD = """
 import json

@@ -12,12 +12,12 @@ from test_conversion import rewrite, sha256
 from torch import nn
 
 from hf_gpt_scratch.checkpoint import Checkpoint, ConversionError, Progress, write_safetensors
-from hf_gpt_scratch.conversion import MODELS, RECEIPT, gpt2_to_scratch, scratch_to_gpt2, verify_receipt
+from hf_gpt_scratch.conversion import CARD, MODELS, RECEIPT, gpt2_to_scratch, scratch_to_gpt2, verify_receipt
 from hf_gpt_scratch.parity import ParityError
 
 
 def files(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != RECEIPT}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in (RECEIPT, CARD)}
 
 
 def official(model_class, **changes):

@@ -179,6 +179,7 @@ def test_arguments_old_and_wrong_are_taken_or_refused_as_by_the_official_class(s
 
 def test_the_old_name_of_dtype_is_taken_with_the_same_warning():
     gpt2, scratch = random_pair()
+    logging.Logger.warning_once.cache_clear()  # it is said once in a process
     theirs, ours = (
         outcome(partial(type(model)._from_config, model.config), type(model), {"torch_dtype": torch.bfloat16})
         for model in (gpt2, scratch)
