@@ -2,12 +2,14 @@
 
     python -m pytest --support-table outputs/support/5.23.0.json     # on each version
     python tests/support.py outputs/support/*.json                   # writes the README's table
+    python tests/support.py --check outputs/support/*.json           # or compares it
 
 A row is supported by a version if all its tests passed there.
 """
 
 import fnmatch
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -143,8 +145,25 @@ def markdown(runs):
     return "\n".join([*lines, "", "; ".join(counts) + ".", ""])
 
 
-if __name__ == "__main__":
-    runs = sorted((json.loads(Path(name).read_text()) for name in sys.argv[1:]), key=lambda run: run["order"])
+def verdicts(table):
+    """Row and cells of each line, without the numbers of the notes."""
+    return [re.sub(r" \[\d+\]", "", line) for line in table.splitlines() if line.startswith("|")]
+
+
+def main(arguments):
+    check = "--check" in arguments
+    runs = [json.loads(Path(name).read_text()) for name in arguments if name != "--check"]
+    runs.sort(key=lambda run: run["order"])
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    README.write_text(before + BEGIN + markdown(runs) + END + rest.split(END)[1], encoding="utf-8")
+    shown, after = rest.split(END)
+    if not check:
+        README.write_text(before + BEGIN + markdown(runs) + END + after, encoding="utf-8")
+    elif wrong := sorted(set(verdicts(markdown(runs))) ^ set(verdicts(shown))):
+        print("the README's support table is not what the tests said:", *wrong, sep="\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

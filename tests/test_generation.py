@@ -107,8 +107,10 @@ def test_ids_are_the_officials(pair, row, attention):
 def test_quantized_cache(pair, backend):
     axis = 0 if backend == "quanto" else 1
     settings = dict(backend=backend, nbits=4, residual_length=8, q_group_size=16, axis_key=axis, axis_value=axis)
-    inputs = dict(input_ids=random_ids(2, 30), cache_implementation="quantized", cache_config=settings)
-    theirs, ours = (generated(model, **inputs) for model in pair)
+    theirs, ours = (
+        generated(model, input_ids=random_ids(2, 30), cache_implementation="quantized", cache_config=dict(settings))
+        for model in pair
+    )
     assert torch.equal(theirs, ours)
 
 

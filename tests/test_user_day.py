@@ -132,6 +132,8 @@ def outcome(make, model_class, arguments):
     handler = logging.Handler()
     handler.emit = lambda record: told.append((record.levelname, record.getMessage()))
     transformers_logging.warning_once.cache_clear()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
     logger = transformers_logging.get_logger("transformers")
     logger.addHandler(handler)
     try:
@@ -142,6 +144,7 @@ def outcome(make, model_class, arguments):
         came = (type(error), text.partition("The only possible")[0])  # ours has flex_attention, too
     finally:
         logger.removeHandler(handler)
+        transformers_logging.set_verbosity(verbosity)
     return came, [(level, text.replace(model_class.__name__, "MODEL")) for level, text in told]
 
 
@@ -179,7 +182,6 @@ def test_arguments_old_and_wrong_are_taken_or_refused_as_by_the_official_class(s
 
 def test_the_old_name_of_dtype_is_taken_with_the_same_warning():
     gpt2, scratch = random_pair()
-    logging.Logger.warning_once.cache_clear()  # it is said once in a process
     theirs, ours = (
         outcome(partial(type(model)._from_config, model.config), type(model), {"torch_dtype": torch.bfloat16})
         for model in (gpt2, scratch)

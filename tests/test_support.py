@@ -1,0 +1,50 @@
+"""The README's support table names tests that exist, and says what they said."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import BEGIN, END, README, TABLE, cell, collected, markdown
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def names():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    return [line.split("/")[-1] for line in out.splitlines() if "::" in line]
+
+
+def run_of(names, outcome="passed", reason=None):
+    tests = {name: {"outcome": outcome, "reason": reason} for name in names}
+    return {"transformers": "5.99.0", "torch": "2.99", "date": "2026-01-01", "tests": tests}
+
+
+def test_every_row_has_tests(names):
+    for table in TABLE.values():
+        for patterns in table.values():
+            assert collected(patterns, names)
+
+
+def test_the_readme_has_these_rows():
+    shown = README.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    rows = re.findall(r"^\| (?!\*\*|---|\|)(\S.*?) \|", shown, re.M)
+    assert rows == [row for table in TABLE.values() for row in table]
+    assert "**no**" not in shown
+
+
+def test_a_failure_and_a_skip_show(names):
+    run = run_of(names)
+    assert "**no**" not in markdown([run]) and "[1]" not in markdown([run])
+    run["tests"][next(name for name in names if "test_prompt_lookup" in name)] = {"outcome": "failed", "reason": None}
+    assert "| prompt lookup | **no** |" in markdown([run])
+    assert "| prompt lookup | not run [1] |" in markdown([run_of(names, "skipped", "no GPU")])
+    assert cell({"passed", "skipped"}) == "yes"
+
+
+def test_a_row_without_tests_is_refused(names):
+    with pytest.raises(ValueError, match="test_nothing"):
+        collected(["test_nothing*"], names)
