@@ -31,15 +31,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from .checkpoint import Checkpoint, ConversionError, Progress, check_files, read_json, write_safetensors
 from .configuration_gpt_scratch import GPTScratchConfig
 from .model_card import model_card
-from .modeling_gpt_scratch import (
-    GPTScratchDoubleHeadsModel,
-    GPTScratchForCausalLM,
-    GPTScratchForQuestionAnswering,
-    GPTScratchForSequenceClassification,
-    GPTScratchForTokenClassification,
-    GPTScratchModel,
-    GPTScratchPreTrainedModel,
-)
+from .modeling_gpt_scratch import MODELS, GPTScratchPreTrainedModel
 from .parity import FP32_LOGITS, ParityError, Verification, compare_logits, probe_ids, verify, weights_equal
 from .publish import (
     RECEIPT,
@@ -73,14 +65,6 @@ MAX_LABELS = 1_000_000
 # Whether the result is compared with the source: as models in float32, or the weights alone, or not.
 Check = bool | Literal["weights"]
 
-MODELS: tuple[type[GPTScratchPreTrainedModel], ...] = (
-    GPTScratchForCausalLM,  # what a config without `architectures` is of
-    GPTScratchModel,
-    GPTScratchDoubleHeadsModel,
-    GPTScratchForSequenceClassification,
-    GPTScratchForTokenClassification,
-    GPTScratchForQuestionAnswering,
-)
 _DROPPED = [re.compile(pattern) for pattern in DROPPED_PATTERNS]
 _PREFIXES = {"gpt2": GPT2_PREFIX, "gpt_scratch": SCRATCH_PREFIX}
 

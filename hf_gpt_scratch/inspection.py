@@ -22,25 +22,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
 from .layers import GELU, GPT_CONFIG_124M, MultiHeadAttention
-from .modeling_gpt_scratch import (
-    GPTScratchDoubleHeadsModel,
-    GPTScratchForCausalLM,
-    GPTScratchForQuestionAnswering,
-    GPTScratchForSequenceClassification,
-    GPTScratchForTokenClassification,
-    GPTScratchModel,
-    GPTScratchPreTrainedModel,
-)
+from .modeling_gpt_scratch import MODELS, GPTScratchForCausalLM, GPTScratchPreTrainedModel
 from .weight_map import DROPPED, GPT2_PREFIX, HEADS, LM_HEAD, SCRATCH_PREFIX, TABLE, Row
 
-MODELS: tuple[type[GPTScratchPreTrainedModel], ...] = (
-    GPTScratchForCausalLM,
-    GPTScratchForSequenceClassification,
-    GPTScratchForTokenClassification,
-    GPTScratchForQuestionAnswering,
-    GPTScratchDoubleHeadsModel,
-    GPTScratchModel,
-)
 BOOK = "book"  # a name for the book's GPT_CONFIG_124M beside the official sizes
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 # What the base model's place in a head, PEFT, DistributedDataParallel and torch.compile put before a name.

@@ -571,6 +571,16 @@ class GPTScratchForQuestionAnswering(GenericForQuestionAnswering, GPTScratchPreT
         self.post_init()
 
 
+# The language model first: it is what a config that names no architecture is of.
+MODELS: tuple[type[GPTScratchPreTrainedModel], ...] = (
+    GPTScratchForCausalLM,
+    GPTScratchModel,
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchForQuestionAnswering,
+)
+
 # Trainer and the pipelines look class names up here; Trainer's label smoothing shifts the labels of those it finds.
 for _names, _model_class in (
     (modeling_auto.MODEL_MAPPING_NAMES, GPTScratchModel),
