@@ -317,9 +317,9 @@ class Weights:
                     tensors[name] = dtype, functools.partial(part, row, i)
             elif self.model_type == "gpt_scratch" and row.scratch[0] in self.names:
                 tensors[row.gpt2] = self.spec_dtype(row.scratch), functools.partial(whole, row)
-            elif self.model_type == "gpt_scratch" and row.gpt2.endswith("attn.c_attn.bias"):  # without `qkv_bias`
-                dtype = tensors[row.gpt2.removesuffix("bias") + "weight"][0]
-                tensors[row.gpt2] = dtype, functools.partial(torch.zeros, 3 * self.config.emb_dim, dtype=dtype)
+            elif self.model_type == "gpt_scratch" and row.zeros_for in tensors:
+                dtype, size = tensors[row.zeros_for][0], len(row.scratch) * self.config.emb_dim
+                tensors[row.gpt2] = dtype, functools.partial(torch.zeros, size, dtype=dtype)
         return tensors
 
 

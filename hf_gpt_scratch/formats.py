@@ -46,7 +46,7 @@ from .modeling_gpt_scratch import GPTScratchForCausalLM
 from .parity import ParityError
 from .tf_checkpoint import read_tensorflow
 from .torch_files import read_torch_file, write_book, write_nanogpt
-from .weight_map import SCRATCH_PREFIX, without_prefix
+from .weight_map import SCRATCH_PREFIX, rows, without_prefix
 
 LAYOUTS = {"book": BOOK, "nanogpt": NANOGPT, "mingpt": NANOGPT, "tensorflow": TENSORFLOW, "gguf": GGUF}
 # What a written format is called within its target directory; directories have no name of their own.
@@ -447,6 +447,7 @@ def _check_plain(config: GPTScratchConfig, format: str) -> None:
     rules: dict[str, tuple] = {
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
         "activation_function": (*TANH_GELU, "gelu") if format == "nanogpt" else TANH_GELU,
     }
     if format != "gguf":
@@ -461,11 +462,10 @@ def _check_plain(config: GPTScratchConfig, format: str) -> None:
 
 def _with_qkv_biases(state_dict: Mapping[str, torch.Tensor], config: GPTScratchConfig) -> dict[str, torch.Tensor]:
     """With zeros for the biases that a model without `qkv_bias` does not have, and most formats demand."""
+    names = [name for row in rows(config.n_layers) if row.zeros_for for name in row.scratch]
     zeros = state_dict["tok_emb.weight"].new_zeros(config.emb_dim)
-    names = [
-        f"trf_blocks.{n}.att.{name}.bias" for n in range(config.n_layers) for name in ("W_query", "W_key", "W_value")
-    ]
-    return {**dict.fromkeys(names, zeros), **state_dict}
+    there = [name for name in names if name.removesuffix("bias") + "weight" in state_dict]
+    return {**dict.fromkeys(there, zeros), **state_dict}
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:

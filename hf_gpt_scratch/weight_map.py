@@ -46,6 +46,12 @@ class Row:
         return replace(self, gpt2=self.gpt2.replace("{n}", str(layer)), scratch=names)
 
     @property
+    def zeros_for(self) -> str | None:
+        """GPT-2's weight whose bias this is, if GPT-2 has zeros there where ours, without `qkv_bias`, has none."""
+        name = self.gpt2.removesuffix("bias")
+        return name + "weight" if self.gpt2.endswith(("c_attn.bias", "q_attn.bias")) else None
+
+    @property
     def layout(self) -> str:
         """What becomes of GPT-2's tensor, in words."""
         words = ["transposed"] if self.transposed else []
@@ -156,9 +162,10 @@ def to_gpt2_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) ->
             theirs[row.gpt2 if row in HEADS else GPT2_PREFIX + row.gpt2] = row.to_gpt2(found)
     if ours:
         raise ValueError(f"no GPT-2 name for {', '.join(sorted(ours))}; the model has {n_layers} layers")
-    for name, weight in list(theirs.items()):
-        if name.endswith(("c_attn.weight", "q_attn.weight")):  # without qkv_bias they come alone
-            theirs.setdefault(name.removesuffix("weight") + "bias", weight.new_zeros(weight.shape[1]))
+    for row in rows(n_layers):
+        weight = theirs.get(f"{GPT2_PREFIX}{row.zeros_for}")
+        if weight is not None:
+            theirs.setdefault(GPT2_PREFIX + row.gpt2, weight.new_zeros(weight.shape[1]))
     return theirs
 
 

@@ -14,6 +14,8 @@ from transformers import (
 )
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
+from hf_gpt_scratch.conversion import ConversionError, scratch_to_gpt2
+from hf_gpt_scratch.formats import export_checkpoint
 from hf_gpt_scratch.parity import FP32_GRADIENTS, FP32_LOGITS, FP32_LOSS, gradient_errors, greedy_ids, relative_error
 
 
@@ -122,6 +124,28 @@ def test_without_biases_the_official_ones_are_zeros():
     ids = random_ids(vocab_size=97, length=9)
     theirs = gpt2(ids, encoder_hidden_states=states()).logits
     assert relative_error(theirs, ours(ids, encoder_hidden_states=states()).logits) < FP32_LOGITS
+
+
+def test_converted_without_biases_the_official_ones_are_zeros(tmp_path):
+    config = GPTScratchConfig(
+        vocab_size=97, context_length=16, emb_dim=48, n_heads=4, n_layers=2, add_cross_attention=True
+    )
+    ours = randomize(GPTScratchForCausalLM(config)).eval()
+    ours.save_pretrained(tmp_path / "ours")
+    scratch_to_gpt2(tmp_path / "ours", tmp_path / "official")
+    gpt2 = GPT2LMHeadModel.from_pretrained(tmp_path / "official")
+    assert not gpt2.transformer.h[1].crossattention.c_attn.bias.any()
+    ids = random_ids(vocab_size=97, length=9)
+    theirs = gpt2(ids, encoder_hidden_states=states()).logits
+    assert relative_error(theirs, ours(ids, encoder_hidden_states=states()).logits) < FP32_LOGITS
+
+
+@pytest.mark.parametrize("format", ["book", "nanogpt", "gguf"])
+def test_formats_without_cross_attention_refuse_it_by_name(pair, tmp_path, format):
+    pair[1].save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConversionError, match="add_cross_attention=True"):
+        export_checkpoint(tmp_path / "ours", tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
 
 
 def test_states_for_a_model_without_cross_attention_are_refused():
