@@ -3,11 +3,9 @@
 A conversion either ends with the complete, verified target under its final name or leaves things as they were.
 """
 
-import datetime
 import functools
 import json
 import os
-import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,9 +34,11 @@ from .parity import FP32_LOGITS, ParityError, Verification, compare_logits, prob
 from .publish import (
     RECEIPT,
     atomic_directory,
+    by_name,
     check_space,
     digests,
     hashed_meanwhile,
+    new_receipt,
     verify_receipt,
     write_receipt,
 )
@@ -134,20 +134,18 @@ def _convert(source_type, source, target, revision, check, overwrite, max_shard_
         ):
             target_hashes = _write(weights, staging, max_shard_size, progress)
             tokenizer = _copy_tokenizer(directory, staging)
-            receipt = {
-                "what": f"{source_type} converted to {target_type} by hf_gpt_scratch",
-                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "source": {"name": str(source), "revision": revision, "files": _by_name(source_hashes.result())},
-                "tokenizer": tokenizer,
-                "parity": _verify(weights, Weights(staging, target_type), check, progress) if check else None,
-                "versions": {m.__name__: m.__version__ for m in (torch, transformers)}
-                | {"python": platform.python_version()},
-            }
+            result = Weights(staging, target_type)
+            receipt = new_receipt(
+                f"{source_type} converted to {target_type}",
+                source={"name": str(source), "revision": revision, "files": by_name(source_hashes.result())},
+                tokenizer=tokenizer,
+                parity=_verify(weights, result, check, progress) if check else None,
+            )
             if target_type == "gpt_scratch":
                 hub_id = None if directory == Path(source).expanduser() else str(source)
-                model_card(Weights(staging, target_type).model, receipt, hub_id).save(staging / CARD)
+                model_card(result.model, receipt, hub_id).save(staging / CARD)
             rest = digests(path for path in staging.iterdir() if path.name not in target_hashes)
-            receipt["target"] = {"files": dict(sorted({**target_hashes, **_by_name(rest)}.items()))}
+            receipt["target"] = {"files": dict(sorted({**target_hashes, **by_name(rest)}.items()))}
             write_receipt(staging, receipt)
     except (OSError, SafetensorError) as error:
         raise ConversionError(
@@ -211,7 +209,7 @@ def check_checkpoint(directory: Path, model_type: str, progress: Progress | None
     for name in weights.names:
         progress.advance(weights.read(name).nbytes)
     progress.step("Hashing the files", sum(path.stat().st_size for path in weights.files()))
-    return _by_name(digests(weights.files(), progress))
+    return by_name(digests(weights.files(), progress))
 
 
 class Weights:
@@ -271,7 +269,7 @@ class Weights:
                 "promises; take weights and config from the same model, and all shards"
             )
         for second, first in tied.items():
-            if second in names and not _same_bits(*(self.checkpoint.read(names[name]) for name in (first, second))):
+            if second in names and not same_bits(*(self.checkpoint.read(names[name]) for name in (first, second))):
                 raise ConversionError(
                     f"{names[second]!r} is not equal to {names[first]!r}, to which config.json ties it; set "
                     "tie_word_embeddings to false if both are meant"
@@ -323,7 +321,8 @@ class Weights:
         return tensors
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether shape, dtype and every bit are equal; −0 is not 0."""
     same = a.shape == b.shape and a.dtype == b.dtype
     return same and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
@@ -432,10 +431,6 @@ def _write(weights: Weights, staging: Path, max_shard_size: int | str, progress:
     return hashes
 
 
-def _by_name(hashes: Mapping[Path, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {path.name: figures for path, figures in hashes.items()}
-
-
 def _copy_tokenizer(directory: Path, staging: Path) -> str | None:
     """The class of the tokenizer that travelled along, or None if the source has none."""
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
@@ -496,7 +491,7 @@ def _verify_weights(source: Weights, result: Weights, progress: Progress) -> dic
         tensor = back[name][1]() if name in back else None
         if name in source.names:
             original = source.read(name)
-            equal = tensor is not None and _same_bits(original, tensor)
+            equal = tensor is not None and same_bits(original, tensor)
             progress.advance(original.nbytes)
         else:  # a query, key or value bias that only GPT-2 has
             equal = tensor is not None and not tensor.any()

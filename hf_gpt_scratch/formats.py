@@ -12,11 +12,8 @@
 """
 
 import copy
-import datetime
-import hashlib
 import json
 import os
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -32,18 +28,19 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
 from .conversion import (
-    RECEIPT,
     TOKENIZER_FILES,
     ConversionError,
     atomic_directory,
     check_checkpoint,
     gpt2_to_scratch,
+    same_bits,
     scratch_to_gpt2,
 )
 from .gguf_file import read_gguf, write_gguf
 from .layouts import BOOK, GGUF, NANOGPT, READABLE, TENSORFLOW
 from .modeling_gpt_scratch import GPTScratchForCausalLM
 from .parity import ParityError
+from .publish import by_name, digests, new_receipt, write_receipt
 from .tf_checkpoint import read_tensorflow
 from .torch_files import read_torch_file, write_book, write_nanogpt
 from .weight_map import SCRATCH_PREFIX, rows, without_prefix
@@ -210,18 +207,15 @@ def _convert(opened: _Source, target, format, n_heads, bias, overwrite):
                     "nanoGPT's files do not tell the activation; taken is today's, the exact GELU. If an early nanoGPT "
                     "with the tanh GELU trained this model, write 'gelu_new' as activation_function into config.json"
                 )
-            receipt = {
-                "what": f"{opened.format} converted to {format} by hf_gpt_scratch",
-                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "source": {"name": str(opened.path), "revision": None, "files": _digests(path)},
-                "tokenizer": type(tokenizer).__name__ if tokenizer is not None else None,
-                "parity": {"passed": True, "weights_equal": True, "tensors": len(state_dict)},
-                "notes": notes,
-                "versions": {m.__name__: m.__version__ for m in (torch, transformers)}
-                | {"python": platform.python_version()},
-                "target": {"files": _digests(staging)},
-            }
-            (staging / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
+            receipt = new_receipt(
+                f"{opened.format} converted to {format}",
+                source={"name": str(opened.path), "revision": None, "files": _digests(path)},
+                tokenizer=type(tokenizer).__name__ if tokenizer is not None else None,
+                parity={"passed": True, "weights_equal": True, "tensors": len(state_dict)},
+                notes=notes,
+                target={"files": _digests(staging)},
+            )
+            write_receipt(staging, receipt)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError to a full disk
         raise ConversionError(
             f"failed while writing the target: {error}; {target} is as it was before; free disk space, check "
@@ -248,11 +242,7 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         there = one if other is None else other
         return there is not None and not there.any()
-    return one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    return same_bits(one, other)
 
 
 # Reading
@@ -481,10 +471,5 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _digests(path: Path) -> dict[str, dict[str, Any]]:
-    digests = {}
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb") as stream:
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            digests[file.name] = {"sha256": sha256, "bytes": file.stat().st_size}
-    return digests
+    """sha256 and size of a file, or of the files in a directory."""
+    return by_name(digests(file for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()))

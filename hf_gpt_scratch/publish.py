@@ -1,16 +1,21 @@
 """A directory that appears complete or not at all, and the receipt by which it can be checked later."""
 
+import datetime
 import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 from .checkpoint import ConversionError, Progress, read_json
 
@@ -146,6 +151,21 @@ def hashed_meanwhile(paths: Iterable[Path]) -> Iterator[Future[dict[Path, dict[s
             yield pool.submit(digests, paths, None, stop)
         finally:
             stop.set()
+
+
+def by_name(hashes: Mapping[Path, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The figures of `digests`, sorted by the files' names."""
+    return {path.name: hashes[path] for path in sorted(hashes, key=lambda path: path.name)}
+
+
+def new_receipt(what: str, **entries: Any) -> dict[str, Any]:
+    """What was converted, when, and with which versions; `entries` in between."""
+    return {
+        "what": f"{what} by hf_gpt_scratch",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **entries,
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": platform.python_version()},
+    }
 
 
 def write_receipt(directory: Path, receipt: dict[str, Any]) -> None:
