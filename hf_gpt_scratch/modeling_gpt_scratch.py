@@ -43,7 +43,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_gpt_scratch import GPTScratchConfig
+from .decoding import growing_cache, order_for_decoding, order_for_training
 from .layers import GELU, LayerNorm, MultiHeadAttention, TransformerBlock, causal_attention, check_length
+from .loss import LazyLogitsOutput, can_skip_logits, head_loss
 from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
 from .weight_map import DROPPED_PATTERNS, conversions, to_gpt2_state_dict
 
@@ -306,7 +308,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.tok_emb(input_ids)  # (B, T, E)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = growing_cache(self.config)
         if use_cache and self.config.add_cross_attention and not isinstance(past_key_values, EncoderDecoderCache):
             past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
 
@@ -375,6 +377,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 
     gpt2_class = GPT2LMHeadModel
     _tied_weights_keys = {"out_head.weight": "model.tok_emb.weight"}
+    chunked_loss = True  # set it to False on a model whose loss is to be differentiated twice
     _tp_plan, _pp_plan = HEAD_TP_PLAN, HEAD_PP_PLAN
 
     def __init__(self, config: GPTScratchConfig):
@@ -389,6 +392,30 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         if mesh_manager is not None and distributed_config.tp_size == 1 and model.config.tie_word_embeddings:
             model.out_head.weight = model.model.tok_emb.weight
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
+    def generate(self, *args, **kwargs):
+        """transformers' `generate`; on a CPU it first orders the weights in memory, see `order_for_decoding`."""
+        if not self.training:
+            order_for_decoding(self)
+        return super().generate(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, with contiguous weights, or evaluation mode."""
+        if mode:
+            order_for_training(self)
+        return super().train(mode)
+
+    def state_dict(self, *args, **kwargs):
+        """As in torch, with contiguous weights, which files want."""
+        order_for_training(self)
+        return super().state_dict(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if made is not given and generation_config.cache_implementation in (None, "dynamic"):
+            model_kwargs["past_key_values"] = growing_cache(self.config)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.out_head
@@ -419,7 +446,8 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last so many tokens, or of these indices; 0 is all.
 
         Returns:
-            `logits` (B, T, V), and `loss`, the mean over the labels, if there are any.
+            `logits` (B, T, V), and `loss`, the mean over the labels, if there are any. In training, with labels, the
+            loss does without the logits (`loss.py`), which are computed when somebody asks for them.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -433,19 +461,23 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        further = {
+            name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions", "cross_attentions")
+        }
+        x = outputs.last_hidden_state  # (B, T, E)
+        training = labels is not None and self.training and torch.is_grad_enabled()
+        if training and self.chunked_loss and logits_to_keep == 0 and can_skip_logits(self):
+            loss = head_loss(x, self.out_head.weight, labels, **kwargs)
+            output = LazyLogitsOutput(loss=loss, logits=x, **further)
+            output["logits"] = lambda: self.out_head(x)
+            return output
+
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.out_head(outputs.last_hidden_state[:, kept, :])  # (B, T, V)
+        logits = self.out_head(x[:, kept, :])  # (B, T, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
+        return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **further)
 
 
 class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):

@@ -1,0 +1,89 @@
+"""What makes a token of `.generate()` cheap and changes none: a cache with room to grow, weights in reading order.
+
+Shapes: B batch, H heads, T new tokens, S tokens so far, D head dimension.
+"""
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 128  # tokens that a layer of the cache has room for beyond those that it was made for
+
+
+class GrowingLayer(DynamicLayer):
+    """transformers' growing layer of a cache, with room for later tokens, so that adding one does not copy the others.
+
+    What else transformers does with a layer (crop, reorder, repeat) replaces `keys`; the next update then makes room
+    anew. With gradients, or compiled, it is the plain layer.
+    """
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Adds (B, H, T, D) each and returns all keys and values so far, (B, H, S, D)."""
+        if torch.compiler.is_compiling() or key_states.requires_grad or value_states.requires_grad:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        seen = self.get_seq_length()
+        total = seen + key_states.shape[-2]
+        keys, values = getattr(self, "room", (None, None))
+        if keys is None or self.keys is not self.handed_out or total > keys.shape[-2]:
+            keys, values = (self._with_room(states, total) for states in (key_states, value_states))
+            if seen:
+                keys[:, :, :seen], values[:, :, :seen] = self.keys, self.values
+        keys[:, :, seen:total], values[:, :, seen:total] = key_states, value_states
+        self.room = keys, values
+        self.keys, self.values = keys[:, :, :total], values[:, :, :total]
+        self.handed_out = self.keys
+        return self.keys, self.values
+
+    def __reduce__(self):  # a copy, or what another program reads, is transformers' layer without the room
+        state = {name: value for name, value in vars(self).items() if name not in ("room", "handed_out")}
+        if self.is_initialized:
+            state["keys"], state["values"] = self.keys.clone(), self.values.clone()
+        return DynamicLayer, (), state
+
+    @staticmethod
+    def _with_room(states: torch.Tensor, total: int) -> torch.Tensor:
+        batch, heads, _, dim = states.shape
+        return states.new_empty(batch, heads, total + ROOM, dim)
+
+
+def growing_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A `DynamicCache` of growing layers."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() for _ in cache.layers]
+    return cache
+
+
+def _matrices(model: nn.Module):
+    """Weights of linear layers that are ours alone to move: plain float32 tensors in this process's memory."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if (
+            isinstance(module, nn.Linear)
+            and type(weight.data) is torch.Tensor
+            and (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+            and not weight.is_shared()
+        ):
+            yield weight
+
+
+def order_for_decoding(model: nn.Module) -> None:
+    """Lays the weights of linear layers out in memory as `[in, out]`, the way Conv1D does.
+
+    Their shape, `[out, in]`, and their numbers stay. On a CPU products of few rows by float32 weights are faster so
+    (`benchmarks/memory_order.py`); one weight at a time is copied.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for weight in _matrices(model):
+            if weight.is_contiguous():
+                weight.data = weight.data.t().contiguous().t()
+
+
+def order_for_training(model: nn.Module) -> None:
+    """Undoes `order_for_decoding`: optimizers, wrappers and files may want contiguous weights."""
+    with torch.inference_mode(False), torch.no_grad():
+        for weight in _matrices(model):
+            if not weight.is_contiguous():
+                weight.data = weight.data.contiguous()

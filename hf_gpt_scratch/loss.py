@@ -1,0 +1,133 @@
+"""The language model's loss without its logits: head and cross-entropy a few tokens at a time.
+
+At GPT-2's 50,257 tokens the logits and their gradients are the peak of a training step's memory. Here each chunk of
+them lives only until its part of the loss and of the gradients is known, so nothing is computed twice.
+
+Shapes: N tokens of all sequences together, E emb_dim, V vocabulary.
+"""
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+
+CHUNK = 256  # tokens whose logits are in memory together: 51 MB at V = 50257 in float32
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of `x @ weight.T` (N, V) and the targets, ÷ `num_items`.
+
+    The gradients are made beside the loss, while a chunk's logits are there; backward scales them.
+
+    Args:
+        x: (N, E).
+        weight: (V, E).
+        targets: (N,), the right tokens; `ignore_index` for none.
+        num_items: number, or tensor of one, that the sum is divided by.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, num_items, ignore_index):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        loss = x.new_zeros((), dtype=torch.float32)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        with torch.autocast(device, enabled=False):
+            x, head = x.to(dtype), weight.to(dtype)
+            for start in range(0, len(x), CHUNK):
+                rows = slice(start, start + CHUNK)
+                logits = F.linear(x[rows], head).float()  # (CHUNK, V)
+                counted = targets[rows] != ignore_index  # (CHUNK,)
+                target_ids = targets[rows].where(counted, 0)[:, None]  # (CHUNK, 1)
+                log_sums = logits.logsumexp(-1, keepdim=True)  # (CHUNK, 1)
+                losses = (log_sums - logits.gather(1, target_ids))[:, 0]
+                loss += losses.where(counted, 0).sum()
+                # d loss / d logits = (softmax(logits) - one_hot(target)) / num_items, in the logits' own memory
+                grad_logits = logits.sub_(log_sums).exp_()
+                grad_logits.scatter_add_(1, target_ids, torch.full_like(log_sums, -1))
+                grad_logits = grad_logits.mul_((counted / num_items)[:, None]).to(dtype)
+                if grad_x is not None:
+                    grad_x[rows] = grad_logits @ head
+                if grad_weight is not None and grad_weight.dtype == dtype:
+                    grad_weight.addmm_(grad_logits.T, x[rows])
+                elif grad_weight is not None:
+                    grad_weight += grad_logits.T @ x[rows]
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss / num_items
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        grads = ctx.saved_tensors
+        if grad_loss.device.type != "cpu" or grad_loss != 1:  # a GPU would have to be waited for
+            grads = [None if grad is None else grad * grad_loss for grad in grads]
+        return *grads, None, None, None
+
+
+def shifted(labels, ignore_index):
+    """What each token is to predict: the label one further on, nothing for the last."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def head_loss(x, weight, labels, *, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_):
+    """`ForCausalLMLoss` of the logits `x @ weight.T`, exact but for the order of summation.
+
+    Args:
+        x: (B, T, E).
+        weight: (V, E).
+        labels: (B, T); `shift_labels`, (B, T), are ready targets instead.
+        num_items_in_batch: what the sum is divided by; default: the number of labels that count.
+    """
+    targets = (shifted(labels, ignore_index) if shift_labels is None else shift_labels).reshape(-1).to(x.device)
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != ignore_index).sum()
+    elif torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(x.device)
+    return HeadLoss.apply(x.flatten(0, -2), weight, targets, num_items_in_batch, ignore_index)
+
+
+def can_skip_logits(model: nn.Module) -> bool:
+    """Whether `head_loss` computes what the model's own head and loss function would, hooks and wrappers and all."""
+    head = model.out_head
+    weight = head.weight
+    autocast = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else None
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(weight) is nn.Parameter
+        and weight.shape == (head.out_features, head.in_features)  # not when its shards are elsewhere
+        and not (head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
+        and torch.float16 not in (weight.dtype, autocast)  # its gradients need scaling before they are made
+        and model.loss_function is ForCausalLMLoss
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+class LazyLogitsOutput(CausalLMOutputWithCrossAttentions):
+    """An output whose `logits` are a function until they are asked for, by whatever route; gradients flow."""
+
+    @property
+    def logits(self):
+        logits = self.__dict__.get("logits")
+        if not callable(logits):
+            return logits
+        computed = logits()
+        if torch.is_grad_enabled():
+            self["logits"] = computed
+        return computed
+
+    @logits.setter
+    def logits(self, value):
+        self.__dict__["logits"] = value
+
+    def __reduce__(self):  # what another program reads is transformers' output
+        return CausalLMOutputWithCrossAttentions(**{name: self[name] for name in self}).__reduce__()
+
+    def __getitem__(self, k):
+        if k == 0:
+            return self.loss
+        return self.logits if k == "logits" else super().__getitem__(k)

@@ -1,0 +1,232 @@
+"""The loss without logits is the loss with them: value, gradients, every option, and logits for whoever asks."""
+
+import pickle
+
+import pytest
+import torch
+from pairs import VOCAB, random_ids, random_pair
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+
+from hf_gpt_scratch import loss as loss_module
+from hf_gpt_scratch.loss import LazyLogitsOutput, can_skip_logits
+from hf_gpt_scratch.parity import FP32_GRADIENTS, relative_error
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 7)  # several of them, the last one short
+
+
+@pytest.fixture
+def pair():
+    gpt2, ours = random_pair(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return gpt2.train(), ours.train()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def loss_and_gradients(model, **inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+IDS = random_ids()
+MASKED = IDS.clone()
+MASKED[0, :9] = -100
+OPTIONS = {
+    "mean": dict(labels=IDS),
+    "labels left out": dict(labels=MASKED),
+    "a whole batch's number of items": dict(labels=MASKED, num_items_in_batch=torch.tensor(77)),
+    "the same, a number": dict(labels=MASKED, num_items_in_batch=77),
+    "shifted labels": dict(labels=IDS, shift_labels=MASKED.roll(-1, 1)),
+    "another ignore_index": dict(labels=IDS.where(IDS > 50, 7), ignore_index=7),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_loss_and_gradients_equal_those_of_the_logits(pair, options):
+    _, ours = pair
+    got, got_gradients = loss_and_gradients(ours, input_ids=IDS, **options)
+    ours.chunked_loss = False
+    expected, expected_gradients = loss_and_gradients(ours, input_ids=IDS, **options)
+    torch.testing.assert_close(got, expected)
+    assert got_gradients.keys() == expected_gradients.keys()
+    scale = max(gradient.abs().max() for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        assert (got_gradients[name] - gradient).abs().max() < FP32_GRADIENTS * scale, name
+
+
+def test_a_wrong_target_would_be_seen(pair):
+    _, ours = pair
+    wrong = IDS.clone()
+    wrong[1, 5] = (wrong[1, 5] + 1) % VOCAB
+    losses = [loss_and_gradients(ours, input_ids=IDS, labels=labels)[0] for labels in (IDS, wrong)]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_it_equals_transformers_own_training(pair):
+    gpt2, ours = pair
+    expected = gpt2(IDS, labels=MASKED).loss
+    torch.testing.assert_close(ours(IDS, labels=MASKED).loss, expected)
+
+
+@pytest.mark.parametrize("factor", [1, 0.25])
+def test_a_scaled_loss_and_a_second_backward_have_their_gradients(pair, factor):
+    _, ours = pair
+    results = []
+    for chunked in (True, False):
+        ours.chunked_loss = chunked
+        ours.zero_grad()
+        loss = factor * ours(IDS, labels=IDS).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+        results.append(gradients(ours)["model.tok_emb.weight"])
+    assert relative_error(*results) < FP32_GRADIENTS
+
+
+def test_no_tensor_as_large_as_the_logits_is_made(pair):
+    _, ours = pair
+    ids = random_ids(batch=4, length=60)
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape[-1:] == (VOCAB,):
+                sizes.append(result.numel() // VOCAB)
+            return result
+
+    for chunked in (True, False):
+        ours.chunked_loss = chunked
+        sizes.clear()
+        with Sizes():
+            ours(ids, labels=ids).loss.backward()
+        assert (max(sizes) < ids.numel()) == chunked  # the weight is among them, 48 × V
+
+
+def test_logits_come_when_asked_for_by_any_route_with_their_gradients(pair):
+    _, ours = pair
+    with torch.no_grad():
+        expected = ours(IDS).logits
+    routes = {
+        "attribute": lambda output: output.logits,
+        "key": lambda output: output["logits"],
+        "index": lambda output: output[1],
+        "slice": lambda output: output[:2][1],
+        "tuple": lambda output: output.to_tuple()[1],
+        "get": lambda output: CausalLMOutputWithCrossAttentions(**{k: output[k] for k in output}).logits,
+    }
+    for route, ask in routes.items():
+        output = ours(IDS, labels=IDS)
+        assert isinstance(output, LazyLogitsOutput)
+        logits = ask(output)
+        torch.testing.assert_close(logits, expected, msg=route)
+        assert logits.requires_grad and output.logits is logits or route == "get"
+    tuple_output = ours(IDS, labels=IDS, return_dict=False)
+    torch.testing.assert_close(tuple_output[1], expected)
+
+
+def test_the_loss_is_the_first_and_costs_no_logits(pair, monkeypatch):
+    _, ours = pair
+    monkeypatch.setattr(ours.out_head, "forward", lambda x: pytest.fail("computed the logits"))
+    output = ours(IDS, labels=IDS)
+    assert output[0] is output.loss is output["loss"]
+
+
+def test_a_loss_of_ones_own_on_the_logits_adds_its_gradients(pair):
+    _, ours = pair
+    results = []
+    for chunked in (True, False):
+        ours.chunked_loss = chunked
+        ours.zero_grad()
+        output = ours(IDS, labels=IDS)
+        (output.loss + output.logits.square().mean()).backward()
+        results.append(gradients(ours))
+    for name, gradient in results[1].items():
+        assert relative_error(results[0][name], gradient) < 1e-3 or gradient.abs().max() < 1e-5, name
+
+
+def test_asked_without_gradients_then_with_them(pair):
+    _, ours = pair
+    output = ours(IDS, labels=IDS)
+    with torch.no_grad():
+        assert not output.logits.requires_grad
+    assert output.logits.requires_grad
+
+
+def test_a_pickled_output_is_transformers_own(pair):
+    _, ours = pair
+    output = ours(IDS, labels=IDS, use_cache=False)
+    with torch.no_grad():
+        output["loss"] = output.loss.detach()
+        read = pickle.loads(pickle.dumps(output))
+    assert type(read) is CausalLMOutputWithCrossAttentions and read.logits.shape == (*IDS.shape, VOCAB)
+
+
+def test_evaluation_has_its_logits_at_once(pair):
+    _, ours = pair
+    assert type(ours.eval()(IDS, labels=IDS)) is CausalLMOutputWithCrossAttentions
+    with torch.no_grad():
+        assert type(ours.train()(IDS, labels=IDS)) is CausalLMOutputWithCrossAttentions
+
+
+def test_a_frozen_head_gets_no_gradient(pair):
+    _, ours = pair
+    ours.out_head.weight.requires_grad_(False)
+    _, got = loss_and_gradients(ours, input_ids=IDS, labels=IDS)
+    assert "model.tok_emb.weight" not in got and got["model.final_norm.scale"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_autocast_and_half_models_train_as_with_logits(pair, dtype):
+    _, ours = pair
+    losses = []
+    for chunked in (True, False):
+        ours.chunked_loss = chunked
+        with torch.autocast("cpu", dtype):
+            loss, grads = loss_and_gradients(ours, input_ids=IDS, labels=IDS)
+        losses.append((loss, grads["model.tok_emb.weight"]))
+    torch.testing.assert_close(losses[0][0], losses[1][0], rtol=1e-3, atol=1e-3)
+    assert relative_error(losses[0][1], losses[1][1]) < 0.03
+    assert losses[0][1].dtype == torch.float32
+    half = ours.to(dtype)
+    half.chunked_loss = True
+    loss, grads = loss_and_gradients(half, input_ids=IDS, labels=IDS)
+    torch.testing.assert_close(loss, losses[1][0], rtol=0.02, atol=0.02)
+    assert grads["model.tok_emb.weight"].dtype == dtype
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def changed_head(model):
+    head = Doubled(model.config.emb_dim, VOCAB, bias=False)
+    head.weight = model.out_head.weight
+    model.out_head = head
+
+
+CHANGES = {
+    "a head of one's own": changed_head,
+    "a hook on the head": lambda model: model.out_head.register_forward_hook(lambda m, args, out: 2 * out),
+    "a loss of one's own": lambda model: setattr(model, "loss_function", lambda logits, labels, **_: logits.sum()),
+    "float16": lambda model: model.half(),
+    "switched off": lambda model: setattr(model, "chunked_loss", False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_whatever_changes_the_head_or_the_loss_is_obeyed(pair, change):
+    _, ours = pair
+    assert can_skip_logits(ours)
+    change(ours)
+    output = ours(IDS, labels=IDS)
+    assert type(output) is CausalLMOutputWithCrossAttentions
+    expected = ours.loss_function(logits=output.logits, labels=IDS, vocab_size=VOCAB)
+    torch.testing.assert_close(output.loss, expected)
