@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Mistakes:
     output: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hypothesis:
     """A mistake in the forward pass: its family's name, what it says, where it acts first, and the switch."""
 
@@ -74,7 +74,8 @@ class Hypothesis:
 class Fault:
     """A mistake that the experiment confirms.
 
-    `error` is the relative error of the logits against the reference with this fault and those before it repaired.
+    `error` is the relative error of the logits against the reference with this fault and those before it repaired,
+    `blocks` the blocks that have it, where not all of the model does.
     """
 
     name: str
@@ -83,6 +84,11 @@ class Fault:
     remedy: str
     kind: str  # "forward", "weights" or "mode"
     error: float = math.nan
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} in {blocks_told(self.blocks)}" if self.blocks else self.name
 
 
 @dataclass
@@ -149,93 +155,125 @@ def masked_softmax(scores: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch
 
 
 def simulate(
-    weights: Mapping[str, torch.Tensor], config: GPTScratchConfig, input_ids: torch.Tensor, wrong: Mistakes
+    weights: Mapping[str, torch.Tensor],
+    config: GPTScratchConfig,
+    input_ids: torch.Tensor,
+    wrong: Mapping[int, Mistakes],
+    places: Iterable[int] | None = None,
+    x: torch.Tensor | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """GPT-2's forward pass with mistakes, stage after stage under the names of `compare.stages`; lazily.
 
     Args:
         weights: in the book's names and layout.
         input_ids: (B, T).
+        wrong: the mistakes by place: -1 is what comes before the blocks, n block n, n_layers what comes behind.
+        places: those to run; default: all.
+        x: what goes into the first of them (B, T, E).
     """
-    batch, tokens = input_ids.shape
-    width, heads = config.emb_dim, wrong.n_heads or config.n_heads
-    activation = ACT2FN[wrong.activation or config.activation_function]
+    for n in places if places is not None else everywhere(config.n_layers):
+        here = wrong.get(n, Mistakes())
+        if n < 0:
+            x = yield from embedded(weights, input_ids, here)
+        elif n < config.n_layers:
+            x = yield from through_block(weights, config, n, x, here)
+        else:
+            x = yield from headed(weights, config, x, here)
+        if n + 1 < config.n_layers:
+            yield f"trf_blocks.{n + 1}.input", x
 
-    def linear(x, name):
-        matrix = weights[f"{name}.weight"]
-        short = re.sub(r"^trf_blocks\.\d+\.(att\.)?", "", name)
-        matrix = matrix.T if short in wrong.transposed else matrix
-        return F.linear(x, matrix, None if short in wrong.no_bias else weights.get(f"{name}.bias"))
 
-    def normed(x, name):
-        return norm(x, weights, name, config.layer_norm_epsilon, wrong)
+def everywhere(n_layers: int) -> range:
+    """All places: before the blocks, each block, and behind them."""
+    return range(-1, n_layers + 1)
 
+
+def embedded(weights, input_ids, wrong):
     x = weights["tok_emb.weight"][input_ids]  # (B, T, E)
     yield "tok_emb", x
     if wrong.embedding_scale:
-        x = x * width**0.5
+        x = x * x.shape[-1] ** 0.5
     if wrong.positions != "none":
         offset = wrong.positions if isinstance(wrong.positions, int) else 0
-        rows = (torch.arange(tokens) + offset).clamp(0, len(weights["pos_emb.weight"]) - 1)
+        rows = (torch.arange(input_ids.shape[1]) + offset).clamp(0, len(weights["pos_emb.weight"]) - 1)
         positions = weights["pos_emb.weight"][rows]  # (T, E)
         yield "pos_emb", positions
         x = x + positions
-    for n in range(config.n_layers):
-        block = f"trf_blocks.{n}"
-        yield f"{block}.input", x
+    return x
+
+
+def through_block(weights, config, n, x, wrong):
+    batch, tokens, width = x.shape
+    heads, block = wrong.n_heads or config.n_heads, f"trf_blocks.{n}"
+
+    def linear(x, name):
+        matrix = weights[f"{block}.{name}.weight"]
+        short = name.removeprefix("att.")
+        matrix = matrix.T if short in wrong.transposed else matrix
+        return F.linear(x, matrix, None if short in wrong.no_bias else weights.get(f"{block}.{name}.bias"))
+
+    def normed(x, name):
+        return norm(x, weights, f"{block}.{name}", config.layer_norm_epsilon, wrong)
+
+    shortcut = x
+    if wrong.norm_order != "post":
+        x = normed(x, "norm1")
+        yield f"{block}.norm1", x
+        shortcut = x if wrong.norm_order else shortcut
+    projected = [linear(x, f"att.{name}") for name in QKV]  # 3 of (B, T, E)
+    yield from ((f"{block}.att.{name}", part) for name, part in zip(QKV, projected, strict=True))
+    if wrong.qkv_order:
+        projected = [projected[i] for i in wrong.qkv_order]
+    if wrong.heads_not_moved:
+        q, k, v = (part.view(batch, heads, tokens, -1) for part in projected)
+    else:
+        q, k, v = (part.view(batch, tokens, heads, -1).transpose(1, 2) for part in projected)  # (B, H, T, D)
+    scale = scale_of(wrong.scale, width // heads, width, heads) if config.scale_attn_weights else 1.0
+    scale = scale / (n + 1) if config.scale_attn_by_inverse_layer_idx else scale
+    soft, used = masked_softmax(q @ k.transpose(2, 3) * scale, wrong.mask)
+    yield f"{block}.att.weights", soft
+    context = used @ v
+    context = (context if wrong.heads_not_moved else context.transpose(1, 2)).reshape(batch, tokens, width)
+    yield f"{block}.att.out_proj.input", context
+    x = linear(context, "att.out_proj")
+    yield f"{block}.att.out_proj", x
+    x = x if "attention" in wrong.shortcuts else x + shortcut
+    if wrong.norm_order == "post":
+        x = normed(x, "norm1")
+        yield f"{block}.norm1", x
         shortcut = x
-        if wrong.norm_order != "post":
-            x = normed(x, f"{block}.norm1")
-            yield f"{block}.norm1", x
-            shortcut = x if wrong.norm_order else shortcut
-        projected = [linear(x, f"{block}.att.{name}") for name in QKV]  # 3 of (B, T, E)
-        yield from ((f"{block}.att.{name}", part) for name, part in zip(QKV, projected, strict=True))
-        if wrong.qkv_order:
-            projected = [projected[i] for i in wrong.qkv_order]
-        if wrong.heads_not_moved:
-            q, k, v = (part.view(batch, heads, tokens, -1) for part in projected)
-        else:
-            q, k, v = (part.view(batch, tokens, heads, -1).transpose(1, 2) for part in projected)  # (B, H, T, D)
-        scale = scale_of(wrong.scale, width // heads, width, heads) if config.scale_attn_weights else 1.0
-        scale = scale / (n + 1) if config.scale_attn_by_inverse_layer_idx else scale
-        soft, used = masked_softmax(q @ k.transpose(2, 3) * scale, wrong.mask)
-        yield f"{block}.att.weights", soft
-        context = used @ v
-        context = (context if wrong.heads_not_moved else context.transpose(1, 2)).reshape(batch, tokens, width)
-        yield f"{block}.att.out_proj.input", context
-        x = linear(context, f"{block}.att.out_proj")
-        yield f"{block}.att.out_proj", x
-        x = x if "attention" in wrong.shortcuts else x + shortcut
-        if wrong.norm_order == "post":
-            x = normed(x, f"{block}.norm1")
-            yield f"{block}.norm1", x
-            shortcut = x
-        else:
-            if not wrong.single_norm:
-                yield f"{block}.norm2.input", x
-            shortcut = x
-            x = normed(x, f"{block}.norm1" if wrong.single_norm else f"{block}.norm2")
-            if not wrong.single_norm:
-                yield f"{block}.norm2", x
-            shortcut = x if wrong.norm_order else shortcut
-        x = linear(x, f"{block}.ff.layers.0")
-        yield f"{block}.ff.layers.0", x
-        x = activation(x)  # (B, T, I)
-        yield f"{block}.ff.layers.2.input", x
-        x = linear(x, f"{block}.ff.layers.2")
-        yield f"{block}.ff.layers.2", x
-        x = x if "feed-forward" in wrong.shortcuts else x + shortcut
-        if wrong.norm_order == "post":
+    else:
+        if not wrong.single_norm:
             yield f"{block}.norm2.input", x
-            x = normed(x, f"{block}.norm2")
+        shortcut = x
+        x = normed(x, "norm1" if wrong.single_norm else "norm2")
+        if not wrong.single_norm:
             yield f"{block}.norm2", x
-        yield block, x
+        shortcut = x if wrong.norm_order else shortcut
+    x = linear(x, "ff.layers.0")
+    yield f"{block}.ff.layers.0", x
+    x = ACT2FN[wrong.activation or config.activation_function](x)  # (B, T, I)
+    yield f"{block}.ff.layers.2.input", x
+    x = linear(x, "ff.layers.2")
+    yield f"{block}.ff.layers.2", x
+    x = x if "feed-forward" in wrong.shortcuts else x + shortcut
+    if wrong.norm_order == "post":
+        yield f"{block}.norm2.input", x
+        x = normed(x, "norm2")
+        yield f"{block}.norm2", x
+    yield block, x
+    return x
+
+
+def headed(weights, config, x, wrong):
     if wrong.final_norm != "missing":
-        x = normed(x, "final_norm")
+        x = norm(x, weights, "final_norm", config.layer_norm_epsilon, wrong)
         yield "final_norm", x
     x = F.linear(x, weights["tok_emb.weight" if wrong.tied_head else f"{LOGITS}.weight"])
     outputs: dict[str, Callable[..., torch.Tensor]] = {"log_softmax": torch.log_softmax, "softmax": torch.softmax}
-    yield LOGITS, outputs[wrong.output](x, -1) if wrong.output else x
+    x = outputs[wrong.output](x, -1) if wrong.output else x
+    yield LOGITS, x
+    return x
 
 
 def hypotheses(config: GPTScratchConfig, eps_found: Iterable[float] = ()) -> list[Hypothesis]:
@@ -420,21 +458,53 @@ def hypotheses(config: GPTScratchConfig, eps_found: Iterable[float] = ()) -> lis
 # The experiment
 
 
+# Mistakes, each with the places that have it.
+Findings = list[tuple[Hypothesis, frozenset[int]]]
+
+
+def placed(findings: Findings) -> dict[int, Mistakes]:
+    """All mistakes of each place."""
+    wrong: dict[int, Mistakes] = {}
+    for hypothesis, places in findings:
+        for place in places:
+            wrong[place] = replace(wrong.get(place, Mistakes()), **hypothesis.changes)
+    return wrong
+
+
+def place_of(stage: str, n_layers: int) -> int:
+    """The place that a stage shows; the input of block n is what the place before it gives."""
+    if number := re.match(r"trf_blocks\.(\d+)(\.input$)?", stage):
+        return int(number[1]) - bool(number[2])
+    return -1 if stage in ("tok_emb", "pos_emb") else n_layers
+
+
 @dataclass
 class Bench:
-    """The candidate's trace and everything to reproduce it with."""
+    """The candidate's trace and everything to reproduce it with, in some places in a row.
+
+    `start` is what goes into the first of them (B, T, E), `tried` all experiments so far.
+    """
 
     config: GPTScratchConfig
     input_ids: torch.Tensor
     heard: Mapping[str, torch.Tensor]
     bound: float
-    tried: int = 0
+    weights: Mapping[str, torch.Tensor]
+    places: range
+    start: torch.Tensor | None = None
+    tried: list[Findings] = field(default_factory=list)
 
-    def agreement(self, weights: Mapping[str, torch.Tensor], wrong: Mistakes) -> tuple[int, float]:
-        """How many of the heard stages agree before the first that does not, and the logits' error (inf until then)."""
-        self.tried += 1
+    @property
+    def shared(self) -> list[str]:
+        """The stages here that were heard, in execution order."""
+        n_layers = self.config.n_layers
+        return [s for s in stages(n_layers) if s in self.heard and place_of(s, n_layers) in self.places]
+
+    def agreement(self, findings: Findings) -> tuple[int, float]:
+        """How many of the heard stages agree before the first that does not, and the last's error (inf until then)."""
+        self.tried.append(findings)
         agreed, error = 0, math.inf
-        for stage, tensor in simulate(weights, self.config, self.input_ids, wrong):
+        for stage, tensor in self.simulated(findings):
             if stage in self.heard:
                 error = errors(tensor, self.heard[stage])[2]
                 if not error <= self.bound:
@@ -442,72 +512,170 @@ class Bench:
                 agreed += 1
         return agreed, error
 
-    def logits(self, weights: Mapping[str, torch.Tensor], wrong: Mistakes) -> torch.Tensor:
-        *_, (_, logits) = simulate(weights, self.config, self.input_ids, wrong)
-        return logits
+    def explained_by(self, findings: Findings) -> bool:
+        return self.agreement(findings)[1] <= self.bound
 
-    def explains(self, result: tuple[int, float]) -> bool:
-        return result[1] <= self.bound
+    def simulated(self, findings: Findings) -> Iterator[tuple[str, torch.Tensor]]:
+        return simulate(self.weights, self.config, self.input_ids, placed(findings), self.places, self.start)
+
+    def outcome(self, findings: Findings) -> torch.Tensor:
+        """What the last place gives: the logits, or what goes into the next block (B, T, E)."""
+        *_, (_, x) = self.simulated(findings)
+        return x
+
+    def throughout(self, *hypotheses: Hypothesis) -> Findings:
+        return [(hypothesis, frozenset(self.places)) for hypothesis in hypotheses]
+
+    def without(self, doubted: frozenset[str]) -> "Bench":
+        """The same without the stages of these meanings, but for the last."""
+        kept = [stage for stage in self.shared if meaning(stage) not in doubted or stage == self.shared[-1]]
+        return replace(self, heard={stage: self.heard[stage] for stage in kept})
+
+    def parts(self) -> list[range]:
+        """The places, cut wherever it was heard what one gives to the next: each block is a part if all was."""
+        between = [stage for stage in self.heard if re.fullmatch(r"trf_blocks\.\d+(\.input)?", stage)]
+        cuts = {self.places.start, self.places.stop, *(place_of(s, self.config.n_layers) + 1 for s in between)}
+        return [range(*pair) for pair in pairwise(sorted(cuts))]
+
+    def heard_before(self, place: int) -> torch.Tensor | None:
+        """What the candidate itself gave to a place (B, T, E); None where that was not heard."""
+        names = (f"trf_blocks.{place}.input", f"trf_blocks.{place - 1}")
+        shape = (*self.input_ids.shape, self.config.emb_dim)
+        return next(
+            (self.heard[name] for name in names if name in self.heard and self.heard[name].shape == shape), None
+        )
 
 
-def with_changes(wrong: Mistakes, *supposed: Hypothesis) -> Mistakes:
-    for hypothesis in supposed:
-        wrong = replace(wrong, **hypothesis.changes)
-    return wrong
-
-
-def search(
-    bench: Bench, weights: Mapping[str, torch.Tensor], known: list[Hypothesis], *, pairs: bool = True
-) -> list[Hypothesis]:
+def search(bench: Bench, known: list[Hypothesis], *, thorough: bool = True) -> Findings:
     """The forward mistakes that reproduce the candidate with its own weights, found greedily.
 
-    At each step the mistake wins that makes the run agree with the candidate furthest down the graph; where no single
-    one gets further, pairs are tried.
+    At each step the mistake wins that makes the run agree with the candidate furthest down the graph. All places of
+    the bench have it; where no such one gets further and `thorough`, single ones may, and then pairs are tried.
     """
-    found: list[Hypothesis] = []
-    reached = bench.agreement(weights, Mistakes())
-    while not bench.explains(reached) and len(found) < MOST:
-        taken = {name for hypothesis in found for name in hypothesis.changes}
+    found: Findings = []
+    reached, shared = bench.agreement([]), bench.shared
+    while not reached[1] <= bench.bound and len(found) < MOST:
+        taken = {name for hypothesis, _ in found for name in hypothesis.changes}
         free = [hypothesis for hypothesis in known if not taken & hypothesis.changes.keys()]
-        singles = ((hypothesis,) for hypothesis in free)
-        both = ((a, b) for a, b in combinations(free if pairs else [], 2) if not a.changes.keys() & b.changes.keys())
-        for group in (singles, both):
-            best: tuple[tuple[int, float], tuple[Hypothesis, ...]] | None = None
+        # It lies behind the last stage that agrees, and not behind the first that does not.
+        agreed, differs = (place_of(shared[i], bench.config.n_layers) for i in (max(reached[0] - 1, 0), reached[0]))
+        alone = range(agreed if reached[0] else bench.places.start, differs + 1) if len(bench.places) > 1 else ()
+        two = (pair for pair in combinations(free, 2) if not pair[0].changes.keys() & pair[1].changes.keys())
+        groups: list[Iterable[Findings]] = [(bench.throughout(hypothesis) for hypothesis in free)]
+        if thorough:
+            groups.append([(hypothesis, frozenset({n}))] for n in alone for hypothesis in known)
+            groups.append(bench.throughout(*pair) for pair in two)
+        for group in groups:
+            best: tuple[tuple[int, float], Findings] | None = None
             for supposed in group:
-                result = bench.agreement(weights, with_changes(Mistakes(), *found, *supposed))
+                result = bench.agreement([*found, *supposed])
                 if best is None or (result[0], -result[1]) > (best[0][0], -best[0][1]):
                     best = result, supposed
-            if best and (best[0][0] > reached[0] or bench.explains(best[0])):
+            if best and (best[0][0] > reached[0] or best[0][1] <= bench.bound):
                 reached, found = best[0], [*found, *best[1]]
                 break
         else:
             break
-    return sorted(found, key=lambda h: h.place)
+    return found
 
 
-def forward_mistakes(bench: Bench, weights: Mapping[str, torch.Tensor], known: list[Hypothesis]) -> list[Hypothesis]:
-    """The forward mistakes that explain the candidate, or as many of them as could be found.
+@dataclass
+class Part:
+    """Places looked at by themselves: what was found in them, and whether that explains them.
+
+    `bench` has no stages of the meanings in `doubted`.
+    """
+
+    bench: Bench
+    findings: Findings
+    doubted: frozenset[str]
+    explained: bool
+
+
+def explain_part(bench: Bench, known: list[Hypothesis], earlier: list[Part], *, thorough: bool) -> Part:
+    """The forward mistakes of some places: those of an earlier part, or what the search finds.
 
     A mistake may sit inside a module, so that the module's own output shows it, or behind it. So the first stage that
-    differs is believed at first, then not, in any block; at last no stage is, but the logits.
+    differs is believed at first, then not; at last no stage is, but the last.
     """
-    agreed, _ = bench.agreement(weights, Mistakes())
-    shared = [stage for stage in stages(bench.config.n_layers) if stage in bench.heard]
-    doubted = meaning(shared[min(agreed, len(shared) - 1)])
-    trusted = [shared, [stage for stage in shared if meaning(stage) != doubted or stage == LOGITS], [LOGITS]]
-    first: list[Hypothesis] = []
-    for attempt, names in enumerate(trusted):
-        part = replace(bench, heard={name: bench.heard[name] for name in names}, tried=0)
-        # Without stages each experiment is a whole forward pass: pairs only where there never was a stage.
-        found = search(part, weights, known, pairs=attempt < 2)
-        explained = part.explains(part.agreement(weights, with_changes(Mistakes(), *found)))
-        bench.tried += part.tried
-        if explained:
-            return found
-        first = first or found
-        if shared == [LOGITS]:
+    ways = {((), frozenset[str]()): None}  # a set in order
+    for part in earlier:
+        ways |= {(told, part.doubted): None for told in (tuple(h for h, _ in part.findings), ()) if part.explained}
+    for told, doubted in ways:
+        judge, findings = bench.without(doubted), bench.throughout(*told)
+        if judge.explained_by(findings):
+            return Part(judge, findings, doubted, True)
+    shared, (agreed, _) = bench.shared, bench.agreement([])
+    first: Findings = []
+    trials = [frozenset[str](), frozenset({meaning(shared[agreed])}), frozenset(map(meaning, shared))]
+    for trial, doubted in enumerate(trials):
+        judge = bench.without(doubted)
+        if trial and judge.shared == shared:
+            continue
+        # With one stage left, each experiment runs to the end: singles only, where there were more.
+        findings = search(judge, known, thorough=thorough and (trial < 2 or len(bench.places) == 1))
+        if judge.explained_by(findings):
+            return Part(judge, findings, doubted, True)
+        first = first or findings
+    return Part(bench, first, trials[0], False)
+
+
+@dataclass
+class Forward:
+    """The forward mistakes.
+
+    `moot` are the other blocks that could have a mistake as well without a difference, `strange` the places that no
+    mistake explains, `also` what else would explain a single one.
+    """
+
+    findings: Findings
+    moot: dict[Hypothesis, list[int]]
+    strange: list[range]
+    also: list[str]
+
+
+def forward_mistakes(bench: Bench, known: list[Hypothesis]) -> Forward:
+    """The forward mistakes that explain the candidate, or as many of them as could be found.
+
+    Each block is looked at by itself, fed with what the candidate gave it, so that no mistake hides another's place.
+    A mistake that all parts could have is one of the whole model.
+    """
+    parts: list[Part] = []
+    start: torch.Tensor | None = None
+    for places in bench.parts():
+        here = replace(bench, places=places, start=start)
+        part = explain_part(here, known, parts, thorough=all(part.explained for part in parts))
+        parts.append(part)
+        start = part.bench.outcome(part.findings) if part.explained else bench.heard_before(places.stop)
+        if start is None:
             break
-    return first
+    strange = [part.bench.places for part in parts if not part.explained]
+    if strange and len(bench.parts()) > 1:
+        blind = bench.without(frozenset(map(meaning, bench.shared)))
+        findings = search(blind, known, thorough=False)
+        if blind.explained_by(findings):
+            parts, strange = [Part(blind, findings, frozenset(), True)], []
+    sure = [part for part in parts if part.explained]
+    found: Findings = []
+    moot: dict[Hypothesis, list[int]] = {}
+    for hypothesis in dict.fromkeys(hypothesis for part in parts for hypothesis, _ in part.findings):
+        places = frozenset[int]().union(*(p for part in parts for other, p in part.findings if other is hypothesis))
+        fits = [p for p in sure if p.bench.explained_by([*p.findings, *p.bench.throughout(hypothesis)])]
+        if len(fits) == len(sure):
+            places = frozenset(bench.places)
+        found.append((hypothesis, places))
+        possible = {n for part in fits for n in part.bench.places if 0 <= n < bench.config.n_layers}
+        moot[hypothesis] = sorted(possible - places)
+    also = []
+    if not strange and len(found) == 1:
+        ((named, places),) = found
+        others = [hypothesis for hypothesis in known if hypothesis.name != named.name]
+        also = [
+            other.says
+            for other in others
+            if all(part.bench.explained_by([(other, places & frozenset(part.bench.places))]) for part in parts)
+        ]
+    return Forward(found, moot, strange, also)
 
 
 # What was done to the weights
@@ -676,80 +844,120 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
     input_ids, target = torch.tensor(comparison.tokens), comparison.traces[0][LOGITS]
     dtype, bound = getattr(torch, comparison.dtype), stage_bound(comparison.dtype)
     right = in_order({name: w.to(dtype) for name, w in reference.weights().items()}, config.n_layers)
-    check = Bench(config, input_ids, comparison.traces[0], bound)
-    if not check.explains(check.agreement(right, Mistakes())):
+    check = Bench(config, input_ids, comparison.traces[0], bound, right, everywhere(config.n_layers))
+    if not check.explained_by([]):
         note = "the reference is itself no GPT-2 as its config says, so that nothing can be told by comparison with it"
-        return Diagnosis([], False, before, before, check.tried, note)
+        return Diagnosis([], False, before, before, len(check.tried), note)
 
     mode, heard = [], comparison.traces[1]
     if not comparison.deterministic:
         quiet = without_dropout(candidate, input_ids, comparison.dtype)
         if quiet is None:
             note = "the candidate is random even with dropout switched off; make it deterministic first"
-            return Diagnosis([], False, before, before, check.tried, note)
+            return Diagnosis([], False, before, before, len(check.tried), note)
         heard = quiet
         mode = [replace(dropout_fault(candidate.module.training), error=errors(target, heard[LOGITS])[2])]
 
     short = input_ids[:1, :SHORT]
     brief = run(candidate, short, comparison.dtype, dropout=comparison.deterministic)
-    bench = Bench(config, short, brief, bound)
     given = {name: w.to(dtype) for name, w in candidate.weights().items()}
     # Tensors that are equal are kept once: in float64 a large model is large.
     given = {name: right[name] if name in right and torch.equal(w, right[name]) else w for name, w in given.items()}
     own = complete(given, right)
     changes = grouped(weight_changes(right, given))
     eps_found = {m.eps for m in candidate.module.modules() if isinstance(getattr(m, "eps", None), float)}
-    known = hypotheses(config, sorted(eps_found))
-    forward = forward_mistakes(bench, own, known)
-    whole = Bench(config, input_ids, heard, bound)
-    unexplained = errors(whole.logits(own, with_changes(Mistakes(), *forward)), heard[LOGITS])[2]
+    bench = Bench(config, short, brief, bound, own, everywhere(config.n_layers))
+    forward = forward_mistakes(bench, hypotheses(config, sorted(eps_found)))
+    whole = Bench(config, input_ids, heard, bound, own, everywhere(config.n_layers))
+    unexplained = errors(whole.outcome(forward.findings), heard[LOGITS])[2]
     explained = unexplained <= bound
-    faults = [*mode, *undone(whole, target, right, own, changes, forward)]
-    also = []
-    if explained and len(forward) == 1:
-        others = [h for h in known if h.name != forward[0].name]
-        also = [h.says for h in others if bench.explains(bench.agreement(own, with_changes(Mistakes(), h)))]
-    note = "" if explained else unexplained_note(comparison, faults)
-    return Diagnosis(faults, explained, before, unexplained, bench.tried + check.tried, note, also)
+    faults = [*mode, *undone(whole, target, right, changes, forward)]
+    note = "" if explained else unexplained_note(comparison, faults, forward.strange)
+    tried = len(check.tried) + len(bench.tried)
+    return Diagnosis(faults, explained, before, unexplained, tried, note, forward.also if explained else [])
 
 
 def undone(
     bench: Bench,
     target: torch.Tensor,
     right: Mapping[str, torch.Tensor],
-    own: Mapping[str, torch.Tensor],
     changes: list[tuple[Change, list[str]]],
-    forward: list[Hypothesis],
+    forward: Forward,
 ) -> list[Fault]:
     """All faults in execution order, each with the error against the reference once it and those before it are undone.
 
     Args:
         target: the reference's logits.
-        right, own: the weights of the reference and the candidate's.
+        right: the reference's weights.
     """
-    order = stages(bench.config.n_layers)
+    n_layers = bench.config.n_layers
+    order = stages(n_layers)
     found: list[tuple[int, Fault, list[str], Hypothesis | None]] = []
     for change, tensors in changes:
-        says = f"{len(tensors)} tensors: each {change.says}" if len(tensors) > 1 else f"{tensors[0]} {change.says}"
-        fault = Fault(change.name, says, listed(tensors), change.remedy, "weights")
+        fault = weight_fault(change, tensors, n_layers)
         found.append((order.index(tensors[0].rpartition(".")[0]), fault, tensors, None))
-    for supposed in forward:
-        where = supposed.stage.replace("trf_blocks.0", "trf_blocks.{n}")
-        fault = Fault(supposed.name, supposed.says, where, supposed.remedy, "forward")
-        found.append((order.index(supposed.stage), fault, [], supposed))
+    for supposed, places in forward.findings:
+        first, fault = forward_fault(supposed, places, forward.moot[supposed], n_layers)
+        found.append((order.index(first), fault, [], supposed))
     found.sort(key=lambda item: item[0])
-    weights, left, faults = dict(own), list(forward), []
+    left, faults = list(forward.findings), []
+    weights = dict(bench.weights)
     for _, fault, tensors, hypothesis in found:
         weights |= {name: right[name] for name in tensors}
-        left = [other for other in left if other is not hypothesis]
-        error = errors(target, bench.logits(weights, with_changes(Mistakes(), *left)))[2]
+        left = [finding for finding in left if finding[0] is not hypothesis]
+        error = errors(target, replace(bench, weights=weights).outcome(left))[2]
         faults.append(replace(fault, error=error))
     return faults
 
 
-def unexplained_note(comparison: Comparison, faults: list[Fault]) -> str:
+def weight_fault(change: Change, tensors: list[str], n_layers: int) -> Fault:
+    """The fault of tensors that were changed alike."""
+    numbers = [re.match(r"trf_blocks\.(\d+)\.", tensor) for tensor in tensors]
+    blocks = sorted({int(number[1]) for number in numbers if number})
+    blocks = blocks if all(numbers) and len(blocks) < n_layers else []
+    what = f"{len(tensors)} tensors: each" if len(tensors) > 1 else tensors[0]
+    if blocks and len(roles := {re.sub(r"^trf_blocks\.\d+\.", "", tensor) for tensor in tensors}) == 1:
+        what = roles.pop()
+    says = f"{what} {change.says}" + (f", in {blocks_told(blocks)}{' only' * (len(blocks) == 1)}" if blocks else "")
+    return Fault(change.name, says, listed(tensors), change.remedy, "weights", blocks=blocks)
+
+
+def forward_fault(supposed: Hypothesis, places: frozenset[int], moot: list[int], n_layers: int) -> tuple[str, Fault]:
+    """The stage where a mistake in the forward pass acts first, and the fault.
+
+    Args:
+        moot: the other blocks where it would make no difference.
+    """
+    if len(places) == len(everywhere(n_layers)):
+        where = supposed.stage.replace("trf_blocks.0", "trf_blocks.{n}")
+        return supposed.stage, Fault(supposed.name, supposed.says, where, supposed.remedy, "forward")
+    blocks = sorted(places & set(range(n_layers)))
+    acts = [supposed.stage.replace("trf_blocks.0", f"trf_blocks.{n}") for n in blocks]
+    acts += ["final_norm"] if n_layers in places else []
+    names = [blocks_told(blocks)] if blocks else []
+    told = ", in " + " and ".join([*names, "the final norm"] if n_layers in places else names)
+    if moot:
+        told += f"; in {blocks_told(moot)} it makes no difference"
+    elif len(blocks) + (n_layers in places) == 1:
+        told += " only"
+    return acts[0], Fault(supposed.name, supposed.says + told, listed(acts), supposed.remedy, "forward", blocks=blocks)
+
+
+def blocks_told(blocks: list[int]) -> str:
+    """block 3; blocks 3 and 7; blocks 2, 3 and 7; blocks 2 to 7."""
+    if len(blocks) > 2 and blocks == list(range(blocks[0], blocks[-1] + 1)):
+        return f"blocks {blocks[0]} to {blocks[-1]}"
+    *most, last = map(str, blocks)
+    return f"blocks {', '.join(most)} and {last}" if most else f"block {last}"
+
+
+def unexplained_note(comparison: Comparison, faults: list[Fault], strange: list[range]) -> str:
     first = comparison.first_divergence
     where = f"the first stage that differs is {first.stage} ({first.meaning})" if first else "only the logits differ"
+    if faults and strange and len(strange[0]) == 1:
+        n, last = strange[0][0], len(comparison.growth)
+        place = "before the blocks" if n < 0 else f"in block {n}" if n < last else "behind the blocks"
+        where = f"what goes wrong besides is {place}"
     known = "what is named is wrong, but it does not explain all" if faults else "no known mistake explains it"
     return f"{known}; {where}: look there"
 

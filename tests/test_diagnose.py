@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM
 from hf_gpt_scratch.compare import compare_models
-from hf_gpt_scratch.diagnose import Mistakes, diagnose, hypotheses, simulate
+from hf_gpt_scratch.diagnose import Mistakes, diagnose, everywhere, hypotheses, simulate
 from hf_gpt_scratch.layers import causal_mask
 from hf_gpt_scratch.parity import FLOAT64_STAGE, relative_error
 from hf_gpt_scratch.subjects import SIZES, book_settings, copy_weights, subject
@@ -32,7 +32,7 @@ def untied():
 def book_copy(reference, model_class=GPTModel, **changes):
     """The book's model with the reference's weights, as a reader would have it."""
     cfg = {name: getattr(reference.config, name) for name in ("vocab_size", "context_length", "emb_dim", "n_heads")}
-    cfg |= dict(n_layers=LAYERS, drop_rate=0.1, qkv_bias=True, **changes)
+    cfg |= dict(n_layers=reference.config.n_layers, drop_rate=0.1, qkv_bias=True, **changes)
     model = model_class(cfg).eval()
     copy_weights(reference, subject(model, reference.config))
     return model
@@ -366,6 +366,60 @@ def test_names_a_head_that_is_tied_where_the_checkpoint_has_its_own(untied):
     assert "tok_emb" in found.faults[0].says
 
 
+# In one block's copy or in several's: what is done to the blocks, the norm behind them left alone.
+OUTSIDE = (
+    "final norm",
+    "positions",
+    "no positions",
+    "embeddings",
+    "head never",
+    "log-",
+    "dropout",
+    "training",
+    "blocks in",
+)
+IN_BLOCKS = [name for name in SABOTAGES if not name.startswith(OUTSIDE)]
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """What each block adds is small, so that a wrong eps shows in the last as in the first."""
+    model = random_gpt2(n_layer=5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "c_proj" in name or "wte" in name or "wpe" in name:
+                parameter *= 0.1
+    return subject(model, name="official, 5 blocks")
+
+
+def with_blocks_of(reference, change, blocks):
+    """The book's copy of the reference, with these blocks taken from a sabotaged copy."""
+    model, wrong = book_copy(reference), book_copy(reference)
+    change(wrong)
+    for n in blocks:
+        model.trf_blocks[n] = wrong.trf_blocks[n]
+    return model
+
+
+WHICH = {"middle": [2], "last": [4], "two": [1, 3]}
+# NaN hides all that comes after it.
+CASES = [(name, which) for name in IN_BLOCKS for which in WHICH if "NaN" not in name or which != "two"]
+
+
+@pytest.mark.parametrize(("sabotage", "which"), CASES)
+def test_names_the_mistake_and_the_blocks_that_have_it(deep, sabotage, which):
+    (name, change), blocks = SABOTAGES[sabotage], WHICH[which]
+    found = diagnosis_of(deep, with_blocks_of(deep, change, blocks))
+    assert found.names == [name], found
+    assert found.faults[0].blocks == blocks
+    told, number = ("in blocks 1 and 3", "{1,3}") if which == "two" else (f"in block {blocks[0]} only", blocks[0])
+    if "NaN" not in sabotage or which == "last":
+        assert found.faults[0].says.endswith(told)
+    assert f"trf_blocks.{number}" in found.faults[0].where
+    assert found.explained
+    assert found.faults[-1].error <= FLOAT64_STAGE
+
+
 def sabotaged(*changes):
     def sabotage(model):
         for change in changes:
@@ -586,11 +640,12 @@ def test_the_simulation_without_mistakes_is_the_official_model(changes):
     weights = reference.weights()
     ids = random_ids()
     with torch.no_grad():
-        *_, (stage, logits) = simulate(weights, reference.config, ids, Mistakes())
+        *_, (stage, logits) = simulate(weights, reference.config, ids, {})
         assert stage == "out_head"
         assert relative_error(gpt2(ids).logits, logits) < 1e-12
         for hypothesis in hypotheses(reference.config):
-            *_, (_, wrong) = simulate(weights, reference.config, ids, Mistakes(**hypothesis.changes))
+            wrong = dict.fromkeys(everywhere(reference.config.n_layers), Mistakes(**hypothesis.changes))
+            *_, (_, wrong) = simulate(weights, reference.config, ids, wrong)
             harmless = hypothesis.name in ("wrong-head",) and reference.config.tie_word_embeddings
             harmless |= not reference.config.scale_attn_weights and "scale" in hypothesis.name
             assert harmless or not relative_error(logits, wrong) < FLOAT64_STAGE, hypothesis
