@@ -545,12 +545,18 @@ class Bench:
             (self.heard[name] for name in names if name in self.heard and self.heard[name].shape == shape), None
         )
 
+    def differing_blocks(self, findings: Findings) -> list[int]:
+        """The blocks that do not give what the mistakes let them give, each fed with what the candidate gave it."""
+        parts = [replace(self, places=places, start=self.heard_before(places.start)) for places in self.parts()]
+        differ = [part for part in parts if part.start is not None and not part.explained_by(findings)]
+        return [n for part in differ for n in part.places if n < self.config.n_layers]
+
 
 def search(bench: Bench, known: list[Hypothesis], *, thorough: bool = True) -> Findings:
     """The forward mistakes that reproduce the candidate with its own weights, found greedily.
 
-    At each step the mistake wins that makes the run agree with the candidate furthest down the graph. All places of
-    the bench have it; where no such one gets further and `thorough`, single ones may, and then pairs are tried.
+    At each step the mistake wins that makes the run agree with the candidate furthest down the graph, be it in all
+    places of the bench or, if `thorough`, in one; where no single one gets further, pairs are tried if `thorough`.
     """
     found: Findings = []
     reached, shared = bench.agreement([]), bench.shared
@@ -561,9 +567,11 @@ def search(bench: Bench, known: list[Hypothesis], *, thorough: bool = True) -> F
         agreed, differs = (place_of(shared[i], bench.config.n_layers) for i in (max(reached[0] - 1, 0), reached[0]))
         alone = range(agreed if reached[0] else bench.places.start, differs + 1) if len(bench.places) > 1 else ()
         two = (pair for pair in combinations(free, 2) if not pair[0].changes.keys() & pair[1].changes.keys())
-        groups: list[Iterable[Findings]] = [(bench.throughout(hypothesis) for hypothesis in free)]
+        singles = [bench.throughout(hypothesis) for hypothesis in free]
         if thorough:
-            groups.append([(hypothesis, frozenset({n}))] for n in alone for hypothesis in known)
+            singles += [[(hypothesis, frozenset({n}))] for n in alone for hypothesis in known]
+        groups: list[Iterable[Findings]] = [singles]
+        if thorough:
             groups.append(bench.throughout(*pair) for pair in two)
         for group in groups:
             best: tuple[tuple[int, float], Findings] | None = None
@@ -598,7 +606,7 @@ def explain_part(bench: Bench, known: list[Hypothesis], earlier: list[Part], *, 
     A mistake may sit inside a module, so that the module's own output shows it, or behind it. So the first stage that
     differs is believed at first, then not; at last no stage is, but the last.
     """
-    ways = {((), frozenset[str]()): None}  # a set in order
+    ways: dict[tuple[tuple[Hypothesis, ...], frozenset[str]], None] = {((), frozenset()): None}  # a set in order
     for part in earlier:
         ways |= {(told, part.doubted): None for told in (tuple(h for h, _ in part.findings), ()) if part.explained}
     for told, doubted in ways:
@@ -659,21 +667,20 @@ def forward_mistakes(bench: Bench, known: list[Hypothesis]) -> Forward:
     found: Findings = []
     moot: dict[Hypothesis, list[int]] = {}
     for hypothesis in dict.fromkeys(hypothesis for part in parts for hypothesis, _ in part.findings):
-        places = frozenset[int]().union(*(p for part in parts for other, p in part.findings if other is hypothesis))
+        having = frozenset[int]().union(*(p for part in parts for other, p in part.findings if other is hypothesis))
         fits = [p for p in sure if p.bench.explained_by([*p.findings, *p.bench.throughout(hypothesis)])]
-        if len(fits) == len(sure):
-            places = frozenset(bench.places)
-        found.append((hypothesis, places))
+        having = frozenset(bench.places) if len(fits) == len(sure) else having
+        found.append((hypothesis, having))
         possible = {n for part in fits for n in part.bench.places if 0 <= n < bench.config.n_layers}
-        moot[hypothesis] = sorted(possible - places)
+        moot[hypothesis] = sorted(possible - having)
     also = []
     if not strange and len(found) == 1:
-        ((named, places),) = found
+        ((named, having),) = found
         others = [hypothesis for hypothesis in known if hypothesis.name != named.name]
         also = [
             other.says
             for other in others
-            if all(part.bench.explained_by([(other, places & frozenset(part.bench.places))]) for part in parts)
+            if all(part.bench.explained_by([(other, having & frozenset(part.bench.places))]) for part in parts)
         ]
     return Forward(found, moot, strange, also)
 
@@ -689,6 +696,12 @@ class Change:
     name: str
     says: str
     remedy: str
+
+    @property
+    def owner(self) -> str:
+        """What holds something else: the block if it is all of it, else the module in any block."""
+        owner = self.tensor.rpartition(".")[0]
+        return ".".join(owner.split(".")[:2]) if self.name == "block-order" else in_any_block(owner)
 
 
 def weight_changes(reference: Mapping[str, torch.Tensor], candidate: Mapping[str, torch.Tensor]) -> list[Change]:
@@ -737,13 +750,13 @@ def what_happened(name, right, got, reference) -> tuple[str, str, str] | None:
         if rest and other.startswith(f"{block}.att.W_"):
             return (
                 "qkv-order",
-                f"holds {other.partition('.att.')[2]}{more}",
+                f"holds {in_any_block(other).rpartition('.')[0]}{more}",
                 "c_attn holds query, key, value in this order",
             )
         if re.sub(r"trf_blocks\.\d+", "", name) == re.sub(r"trf_blocks\.\d+", "", other):
             return (
                 "block-order",
-                f"holds {other.partition('.')[0]} {other.split('.')[1]}'s",
+                f"holds {'.'.join(other.split('.')[:2])}",
                 "sort the blocks by number: as text, 10 comes before 2",
             )
         if tensor.any():
@@ -767,17 +780,21 @@ def what_happened(name, right, got, reference) -> tuple[str, str, str] | None:
     return "other-weights", "holds other numbers", "load the reference's checkpoint, or train no further"
 
 
-def grouped(changes: list[Change]) -> list[tuple[Change, list[str]]]:
-    """The changes of one kind to one tensor in all blocks, together: the first of them and all tensors' names."""
+def grouped(changes: list[Change]) -> list[list[Change]]:
+    """The changes of one kind to one tensor in all blocks, together."""
     groups: dict[tuple[str, str], list[Change]] = {}
     for change in changes:
-        role = re.sub(r"trf_blocks\.\d+", "trf_blocks.{n}", change.tensor)
+        role = in_any_block(change.tensor)
         if change.name in COLLECTIVE:
             role = ""
         elif change.name == "missing-bias":
             role = role if "W_" not in role else "qkv"
         groups.setdefault((change.name, role), []).append(change)
-    return [(group[0], [change.tensor for change in group]) for group in groups.values()]
+    return list(groups.values())
+
+
+def in_any_block(tensor: str) -> str:
+    return re.sub(r"^trf_blocks\.\d+\.", "", tensor)
 
 
 def listed(tensors: list[str]) -> str:
@@ -849,14 +866,13 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
         note = "the reference is itself no GPT-2 as its config says, so that nothing can be told by comparison with it"
         return Diagnosis([], False, before, before, len(check.tried), note)
 
-    mode, heard = [], comparison.traces[1]
+    heard = comparison.traces[1]
     if not comparison.deterministic:
         quiet = without_dropout(candidate, input_ids, comparison.dtype)
         if quiet is None:
             note = "the candidate is random even with dropout switched off; make it deterministic first"
             return Diagnosis([], False, before, before, len(check.tried), note)
         heard = quiet
-        mode = [replace(dropout_fault(candidate.module.training), error=errors(target, heard[LOGITS])[2])]
 
     short = input_ids[:1, :SHORT]
     brief = run(candidate, short, comparison.dtype, dropout=comparison.deterministic)
@@ -871,7 +887,11 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
     whole = Bench(config, input_ids, heard, bound, own, everywhere(config.n_layers))
     unexplained = errors(whole.outcome(forward.findings), heard[LOGITS])[2]
     explained = unexplained <= bound
-    faults = [*mode, *undone(whole, target, right, changes, forward)]
+    faults = undone(whole, target, right, changes, forward)
+    if not comparison.deterministic:
+        blocks = replace(whole, heard=comparison.traces[1]).differing_blocks(forward.findings)
+        fault = dropout_fault(candidate.module.training, blocks, config.n_layers)
+        faults.insert(0, replace(fault, error=errors(target, heard[LOGITS])[2]))
     note = "" if explained else unexplained_note(comparison, faults, forward.strange)
     tried = len(check.tried) + len(bench.tried)
     return Diagnosis(faults, explained, before, unexplained, tried, note, forward.also if explained else [])
@@ -881,7 +901,7 @@ def undone(
     bench: Bench,
     target: torch.Tensor,
     right: Mapping[str, torch.Tensor],
-    changes: list[tuple[Change, list[str]]],
+    changes: list[list[Change]],
     forward: Forward,
 ) -> list[Fault]:
     """All faults in execution order, each with the error against the reference once it and those before it are undone.
@@ -893,9 +913,9 @@ def undone(
     n_layers = bench.config.n_layers
     order = stages(n_layers)
     found: list[tuple[int, Fault, list[str], Hypothesis | None]] = []
-    for change, tensors in changes:
-        fault = weight_fault(change, tensors, n_layers)
-        found.append((order.index(tensors[0].rpartition(".")[0]), fault, tensors, None))
+    for alike in changes:
+        tensors = [change.tensor for change in alike]
+        found.append((order.index(tensors[0].rpartition(".")[0]), weight_fault(alike, n_layers), tensors, None))
     for supposed, places in forward.findings:
         first, fault = forward_fault(supposed, places, forward.moot[supposed], n_layers)
         found.append((order.index(first), fault, [], supposed))
@@ -910,16 +930,20 @@ def undone(
     return faults
 
 
-def weight_fault(change: Change, tensors: list[str], n_layers: int) -> Fault:
+def weight_fault(changes: list[Change], n_layers: int) -> Fault:
     """The fault of tensors that were changed alike."""
+    tensors = [change.tensor for change in changes]
     numbers = [re.match(r"trf_blocks\.(\d+)\.", tensor) for tensor in tensors]
     blocks = sorted({int(number[1]) for number in numbers if number})
     blocks = blocks if all(numbers) and len(blocks) < n_layers else []
+    first, roles = changes[0], set(map(in_any_block, tensors))
     what = f"{len(tensors)} tensors: each" if len(tensors) > 1 else tensors[0]
-    if blocks and len(roles := {re.sub(r"^trf_blocks\.\d+\.", "", tensor) for tensor in tensors}) == 1:
-        what = roles.pop()
-    says = f"{what} {change.says}" + (f", in {blocks_told(blocks)}{' only' * (len(blocks) == 1)}" if blocks else "")
-    return Fault(change.name, says, listed(tensors), change.remedy, "weights", blocks=blocks)
+    says = f"{roles.pop() if blocks and len(roles) == 1 else what} {first.says}"
+    if len({change.says for change in changes}) > 1:
+        told = list(dict.fromkeys(f"{change.owner} {change.says}" for change in changes))
+        says = ", ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
+    says += f", in {told_only(blocks)}" if blocks and first.name != "block-order" else ""
+    return Fault(first.name, says, listed(tensors), first.remedy, "weights", blocks=blocks)
 
 
 def forward_fault(supposed: Hypothesis, places: frozenset[int], moot: list[int], n_layers: int) -> tuple[str, Fault]:
@@ -934,7 +958,9 @@ def forward_fault(supposed: Hypothesis, places: frozenset[int], moot: list[int],
     blocks = sorted(places & set(range(n_layers)))
     acts = [supposed.stage.replace("trf_blocks.0", f"trf_blocks.{n}") for n in blocks]
     acts += ["final_norm"] if n_layers in places else []
-    names = [blocks_told(blocks)] if blocks else []
+    names = (
+        [blocks_told(blocks) if len(blocks) < n_layers else "all blocks, but not in the final norm"] if blocks else []
+    )
     told = ", in " + " and ".join([*names, "the final norm"] if n_layers in places else names)
     if moot:
         told += f"; in {blocks_told(moot)} it makes no difference"
@@ -949,6 +975,10 @@ def blocks_told(blocks: list[int]) -> str:
         return f"blocks {blocks[0]} to {blocks[-1]}"
     *most, last = map(str, blocks)
     return f"blocks {', '.join(most)} and {last}" if most else f"block {last}"
+
+
+def told_only(blocks: list[int]) -> str:
+    return blocks_told(blocks) + " only" * (len(blocks) == 1)
 
 
 def unexplained_note(comparison: Comparison, faults: list[Fault], strange: list[range]) -> str:
@@ -974,9 +1004,18 @@ def without_dropout(candidate: Subject, input_ids: torch.Tensor, dtype: str) -> 
     return first if errors(first[LOGITS], second[LOGITS])[2] <= logit_bound(dtype) else None
 
 
-def dropout_fault(training: bool) -> Fault:
+def dropout_fault(training: bool, blocks: list[int], n_layers: int) -> Fault:
     says = "dropout is on: the model is in training mode" if training else "dropout is on even in evaluation mode"
     remedy = "call model.eval() before you compare or generate"
     if not training:
         remedy = "nn.Dropout, or F.dropout(x, p, training=self.training): plain F.dropout ignores model.eval()"
-    return Fault("dropout-on", says, "all of the model", remedy, "mode")
+    if not blocks or len(blocks) == n_layers:
+        return Fault("dropout-on", says, "all of the model", remedy, "mode")
+    return Fault(
+        "dropout-on",
+        f"{says}, in {told_only(blocks)}",
+        listed([f"trf_blocks.{n}" for n in blocks]),
+        remedy,
+        "mode",
+        blocks=blocks,
+    )

@@ -107,7 +107,7 @@ def diagnosis_panel(comparison: Comparison) -> Panel:
         )
     lines += [f"As good an explanation: {escape(says)}" for says in diagnosis.also]
     lines += [f"\n[yellow]{escape(diagnosis.note)}[/]"] if diagnosis.note else []
-    names = ", ".join(diagnosis.names) or "no known mistake"
+    names = ", ".join(fault.title for fault in diagnosis.faults) or "no known mistake"
     return Panel("\n".join(lines), title=f"Different: {names}", border_style="red")
 
 

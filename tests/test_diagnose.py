@@ -1,19 +1,20 @@
 """A sabotaged copy goes in, the name of the mistake comes out. No sabotage here uses the diagnosis's own switches."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
-from pairs import LAYERS, VOCAB, random_gpt2, random_ids
+from pairs import VOCAB, random_gpt2, random_ids
 from readers import RAW_MAP, FusedGPT, RawGPT
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM
-from hf_gpt_scratch.compare import compare_models
-from hf_gpt_scratch.diagnose import Mistakes, diagnose, everywhere, hypotheses, simulate
+from hf_gpt_scratch.compare import compare_models, stages
+from hf_gpt_scratch.diagnose import Bench, Mistakes, diagnose, everywhere, hypotheses, simulate
 from hf_gpt_scratch.layers import causal_mask
 from hf_gpt_scratch.parity import FLOAT64_STAGE, relative_error
 from hf_gpt_scratch.subjects import SIZES, book_settings, copy_weights, subject
@@ -147,12 +148,18 @@ def wrong_eps(value):
     return sabotage
 
 
-def unbiased(model):
+def unbiased_forward(norm):
     def forward(self, x):
         variance = x.var(-1, keepdim=True)
         return self.scale * (x - x.mean(-1, keepdim=True)) / torch.sqrt(variance + self.eps) + self.shift
 
-    each_norm(model, forward)
+    norm.forward = forward.__get__(norm)
+
+
+def unbiased(model):
+    for module in model.modules():
+        if type(module).__name__ == "LayerNorm":
+            unbiased_forward(module)
 
 
 def eps_on_std(model):
@@ -418,6 +425,112 @@ def test_names_the_mistake_and_the_blocks_that_have_it(deep, sabotage, which):
     assert f"trf_blocks.{number}" in found.faults[0].where
     assert found.explained
     assert found.faults[-1].error <= FLOAT64_STAGE
+
+
+def test_healthy_blocks_of_another_copy_are_no_mistake(deep):
+    assert diagnosis_of(deep, with_blocks_of(deep, lambda model: None, [1, 3])) is None
+
+
+def test_no_block_is_named_by_who_takes_all_blocks_together(deep, monkeypatch):
+    model = with_blocks_of(deep, each_block(exact_gelu), [2])
+    assert diagnosis_of(deep, model).faults[0].blocks == [2]
+    monkeypatch.setattr(Bench, "parts", lambda bench: [bench.places])
+    monkeypatch.setattr("hf_gpt_scratch.diagnose.place_of", lambda stage, n_layers: -1)
+    monkeypatch.setattr(Bench, "shared", property(lambda bench: [s for s in stages(5) if s in bench.heard]))
+    assert not diagnosis_of(deep, model).explained
+
+
+def moved(model, sabotage, blocks):
+    """Puts the named blocks of a sabotaged copy into the model."""
+    wrong = copy.deepcopy(model)
+    sabotage(wrong)
+    for n in blocks:
+        model.trf_blocks[n] = wrong.trf_blocks[n]
+
+
+gelu_everywhere, no_scale = each_block(exact_gelu), scaled_by(lambda att: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("mistakes", "titles"),
+    [
+        ([(gelu_everywhere, [1]), (no_scale, [3])], ["exact-gelu in block 1", "missing-scale in block 3"]),
+        ([(gelu_everywhere, [0]), (no_scale, [1])], ["exact-gelu in block 0", "missing-scale in block 1"]),
+        ([(gelu_everywhere, [0, 1, 2]), (each_block(relu), [4])],
+         ["exact-gelu in blocks 0 to 2", "wrong-activation in block 4"]),
+        ([(gelu_everywhere, range(5)), (no_scale, [3])], ["exact-gelu", "missing-scale in block 3"]),
+        ([(not_transposed, [1]), (unbiased, [3])], ["not-transposed in block 1", "unbiased-variance in block 3"]),
+        ([(loaded_permuted, [0, 4]), (reshaped, [2])], ["qkv-order in blocks 0 and 4", "not-transposed in block 2"]),
+        ([(block_forward(post_norm), [2]), (final_norm_forgotten, [])], ["post-norm in block 2", "missing-final-norm"]),
+    ],
+)  # fmt: skip
+def test_names_several_mistakes_of_several_blocks(deep, mistakes, titles):
+    model = book_copy(deep)
+    for sabotage, blocks in mistakes:
+        moved(model, sabotage, blocks) if blocks else sabotage(model)
+    found = diagnosis_of(deep, model)
+    assert sorted(fault.title for fault in found.faults) == sorted(titles)
+    assert found.explained
+    assert found.faults[-1].error <= FLOAT64_STAGE
+    assert not found.faults[0].error <= FLOAT64_STAGE
+
+
+def test_a_known_mistake_is_named_behind_a_block_with_an_unknown_one(deep):
+    model = book_copy(deep)
+    model.trf_blocks[1].att.scaling = 0.123
+    exact_gelu(model.trf_blocks[4])
+    found = diagnosis_of(deep, model)
+    assert [fault.title for fault in found.faults] == ["exact-gelu in block 4"]
+    assert not found.explained
+    assert "in block 1: look there" in found.note
+
+
+def test_a_norm_that_is_wrong_only_behind_the_blocks_or_only_in_them(deep):
+    model = book_copy(deep)
+    unbiased(model.final_norm)
+    assert diagnosis_of(deep, model).faults[0].says.endswith(", in the final norm only")
+    moved(model, unbiased, range(5))
+    assert diagnosis_of(deep, model).faults[0].title == "unbiased-variance"
+    found = diagnosis_of(deep, with_blocks_of(deep, unbiased, range(5)))
+    assert found.faults[0].says.endswith(", in all blocks, but not in the final norm")
+
+
+def test_a_mistake_that_cannot_show_in_some_blocks_is_not_said_to_be_missing_there(official, deep):
+    # Each block adds so much that the norms behind it hide such an eps: what all may have, the model has.
+    for blocks in ([0], range(3)):
+        found = diagnosis_of(official, with_blocks_of(official, wrong_eps(1e-6), blocks))
+        assert found.faults[0].title == "wrong-eps"
+    # NaN from block 1 on.
+    found = diagnosis_of(deep, with_blocks_of(deep, attention(hiding(0)), [1]))
+    assert found.faults[0].says.endswith(", in block 1; in blocks 2 to 4 it makes no difference")
+
+
+@pytest.mark.parametrize("blocks", [[3], [1, 2], range(5)])
+def test_dropout_that_was_left_on_in_some_blocks(deep, blocks):
+    model = book_copy(deep)
+    for n in blocks:
+        model.trf_blocks[n].train()
+    exact_gelu(model.trf_blocks[2])
+    found = diagnosis_of(deep, model)
+    titles = {(3,): "dropout-on in block 3", (1, 2): "dropout-on in blocks 1 and 2"}
+    assert [fault.title for fault in found.faults] == [titles.get(tuple(blocks), "dropout-on"), "exact-gelu in block 2"]
+
+
+@pytest.mark.parametrize("n", [0, 2, 4])
+def test_one_block_of_a_class_whose_blocks_are_no_calls(deep, n):
+    """Then nothing is heard between the blocks, and they are looked at together."""
+    candidate = readers_model(deep, RawGPT, RAW_MAP)
+    for norm in (candidate.module.stack[n].before, candidate.module.stack[n].behind):
+        norm.scale, norm.shift, norm.eps = norm.gain, norm.offset, 1e-5
+        unbiased_forward(norm)
+    found = verdict_of(deep, candidate)
+    assert [fault.title for fault in found.faults] == [f"unbiased-variance in block {n}"]
+
+
+def test_one_block_of_a_black_box(deep):
+    model = with_blocks_of(deep, each_block(exact_gelu), [3])
+    found = verdict_of(deep, boxed(deep, model, {name: name for name in model.state_dict()}))
+    assert [fault.title for fault in found.faults] == ["exact-gelu in block 3"]
 
 
 def sabotaged(*changes):
