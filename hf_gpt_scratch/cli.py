@@ -128,3 +128,7 @@ def _or_fail(function, *arguments) -> Any:
     except (ValueError, StrictDataclassError, ConversionError) as error:
         Console(stderr=True).print(f"[bold red]Failed:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    app()

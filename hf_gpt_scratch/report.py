@@ -52,8 +52,9 @@ def stage_table(comparison: Comparison) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     first = comparison.first_divergence
     at = comparison.stages.index(first) if first else -1
+    block = ".".join(first.stage.split(".")[:2]) + "." if first else ""
     for place, stage in enumerate(comparison.stages):
-        near = first is not None and at - 1 <= place <= at + len(BLOCK_STAGES)
+        near = first is not None and place >= at - 1 and (place <= at or stage.stage.startswith(block))
         if not near and stage.meaning not in ALWAYS:
             continue
         bad = not stage.relative <= comparison.bound
@@ -94,7 +95,8 @@ def diagnosis_panel(comparison: Comparison) -> Panel:
     if diagnosis is None:
         return Panel("\n".join(lines), title="Different", border_style="red")
     for i, fault in enumerate(diagnosis.faults, 1):
-        then = f"Repaired, the relative logit error is {number(fault.error)}."
+        and_above = " with the above" if i > 1 else ""
+        then = f"Repaired{and_above}, the relative logit error is {number(fault.error)}."
         lines.append(
             f"\n[bold red]{i}. {fault.name}[/]: [bold]{escape(fault.says)}[/]\n   where: {escape(fault.where)}"
         )

@@ -113,6 +113,22 @@ def test_the_terminal_names_the_mistake_and_the_first_stage(different):
     assert "my <b>model</b> [red]" in text, "names are no markup"
 
 
+def test_every_report_says_in_which_block_the_mistake_is():
+    different = compared(lambda model: setattr(model.trf_blocks[1].ff.layers, "1", nn.GELU()))
+    text = " ".join(terminal_text(different).split())
+    assert "Different: exact-gelu in block 1 " in text
+    assert "not the tanh approximation, in block 1 only" in text
+    assert "trf_blocks.1.ff.layers.2.input" in text
+    assert "trf_blocks.2.norm1" not in text, "of the stages behind the block with the first, the blocks' ends alone"
+    page = Page(html_report(different))
+    assert "Mistake found: exact-gelu in block 1" in " ".join(page.words)
+    fault = json.loads(json.dumps(different.to_dict()))["diagnosis"]["faults"][0]
+    assert (fault["name"], fault["blocks"]) == ("exact-gelu", [1])
+    everywhere = compared(exact_gelu)
+    assert "exact-gelu in block" not in terminal_text(everywhere)
+    assert everywhere.diagnosis.faults[0].blocks == []
+
+
 def test_the_terminal_calls_a_healthy_model_the_same():
     text = terminal_text(compared())
     assert "The same model" in text
