@@ -2,7 +2,8 @@
 
 Two questions are asked apart. Which tensors hold other numbers, and what was done to them? They are compared one by
 one. And does the candidate compute something else with its numbers? GPT-2's forward pass, written out here with one
-switch for each mistake, runs on the candidate's own weights until it gives what the candidate gives, stage by stage.
+switch for each mistake, runs on the candidate's own weights until it gives what the candidate gives, stage by stage;
+each block by itself where it can be heard, so that a mistake in one of them is found, and said to be there.
 The proof is the same run with the mistakes undone one after the other: the error against the reference vanishes.
 
 Shapes: B batch, T tokens, E emb_dim, H heads, D = E / H, I n_inner, V vocabulary.
