@@ -1,27 +1,32 @@
 """Everything, one after the other, and the tables in README.md: python benchmarks/all.py
 
-Takes about two hours on two cores; --only decode,prefill measures those. Run it on a machine that does nothing else.
+Takes about an hour on two cores; --only decode,prefill measures those. Run it on a machine that does nothing else.
 """
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 HERE = Path(__file__).parent
-BENCHMARKS = (
-    "decode",
-    "prefill",
-    "training",
-    "load",
-    "save",
-    "import_time",
-    "scaling",
-    "profile_decode",
-    "memory_order",
-)
+MINUTES = {  # about, on two cores
+    "decode": 20,
+    "prefill": 4,
+    "training": 6,
+    "quality": 4,
+    "load": 4,
+    "save": 6,
+    "import_time": 3,
+    "scaling": 8,
+    "profile_decode": 2,
+    "memory_order": 1,
+    "gpu": 0,
+}
+BENCHMARKS = tuple(MINUTES)
+ENDED = {0: "done", 2: "cannot run here", 3: "DONE, BUT A CHECK FAILED: its table shows which row's"}  # by exit status
 
 
 def with_tables(readme: str, results: Path) -> str:
@@ -38,21 +43,34 @@ def with_tables(readme: str, results: Path) -> str:
 
 def main(
     only: Annotated[str, typer.Option(help="Names separated by commas.")] = ",".join(BENCHMARKS),
+    rounds: Annotated[int, typer.Option(help="Measurements of each row; 0: as many as each script says.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the reports go.")] = HERE / "results",
     quick: Annotated[bool, typer.Option(help="Tiny models: shows that all runs, measures nothing.")] = False,
 ) -> None:
-    """Runs the benchmarks, each in its own process, and puts their tables into README.md."""
-    failed = []
-    for name in only.split(","):
-        command = [sys.executable, str(HERE / f"{name}.py"), "--output", str(output), *(["--quick"] if quick else [])]
+    """Runs the benchmarks, each in its own process, and puts their tables into README.md.
+
+    The exit status is 1 if one of them broke, 3 if a check failed, else 0.
+    """
+    names = only.split(",")
+    if unknown := set(names) - set(BENCHMARKS):
+        raise typer.BadParameter(f"--only {', '.join(sorted(unknown))}: choose from {', '.join(BENCHMARKS)}")
+    options = ["--output", str(output), *(["--rounds", str(rounds)] if rounds else []), *(["--quick"] if quick else [])]
+    if not quick:
+        print(f"About {sum(MINUTES[name] for name in names)} minutes with the scripts' own rounds, on two cores")
+    statuses, report = set(), []
+    for name in names:
         print(f"=== {name}", flush=True)
-        if subprocess.run(command).returncode:
-            failed.append(name)
+        start = time.perf_counter()
+        status = subprocess.run([sys.executable, str(HERE / f"{name}.py"), *options]).returncode
+        taken = time.perf_counter() - start
+        statuses.add(status)
+        report.append(f"{name}: {taken / 60:.1f} minutes, {ENDED.get(status, f'BROKE with status {status}')}")
+        print(report[-1], flush=True)
     if not quick:
         readme = HERE / "README.md"
         readme.write_text(with_tables(readme.read_text(encoding="utf-8"), output), encoding="utf-8")
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    print("===", *report, sep="\n")
+    sys.exit(1 if statuses - ENDED.keys() else 3 if 3 in statuses else 0)
 
 
 if __name__ == "__main__":

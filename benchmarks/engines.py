@@ -1,19 +1,24 @@
 """What decode.py, prefill.py and scaling.py compare: one official checkpoint run by each engine.
 
-An engine that needs a package which is not installed is left out, and the tables name it as missing.
+An engine that needs a package which is not installed is left out, and the tables name it as missing. Engines other than
+torch live in processes of their own: CTranslate2 brings an OpenMP of its own, and torch's decoding takes 1.4 times as
+long in a process that has imported it.
 Shapes: B batch, T tokens, V vocabulary.
 """
 
 import functools
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import REFERENCE, Report, selected
+from harness import REFERENCE, Report, Timed, Worker, selected, timed
 from torch import nn
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     CompileConfig,
@@ -39,13 +44,14 @@ class Transformers:
     Args:
         static: with a static cache instead of a growing one.
         compiled: prefill, and the decoding step of a static cache, by `torch.compile`.
+        mode: of that compilation of the decoding step.
     """
 
     backend = "inductor"
 
-    def __init__(self, model_class, checkpoint, static=False, compiled=False, **options):
-        self.model = self.loaded(model_class, checkpoint, **options)
-        self.static, self.compiled = static, compiled
+    def __init__(self, model_class, checkpoint, static=False, compiled=False, mode="default", device="cpu", **options):
+        self.model = self.loaded(model_class, checkpoint, **options).to(device)
+        self.static, self.compiled, self.mode = static, compiled, mode
         self.forward = torch.compile(self.model, backend=self.backend) if compiled else self.model
 
     def loaded(self, model_class, checkpoint, **options):
@@ -54,13 +60,16 @@ class Transformers:
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T)
         return self.forward(ids, use_cache=False, logits_to_keep=1).logits[:, -1]  # (B, V)
 
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T)
+        return self.forward(ids, use_cache=False).logits  # (B, T, V)
+
     def generate(self, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:  # (B, T)
         # The checkpoint's own settings would stop at its end-of-text token.
         settings = GenerationConfig(max_new_tokens=new_tokens, pad_token_id=0, disable_compile=not self.compiled)
         if self.static:
             settings.cache_implementation = "static"
         if self.compiled:
-            settings.compile_config = CompileConfig(mode="default", fullgraph=True, backend=self.backend)
+            settings.compile_config = CompileConfig(mode=self.mode, fullgraph=True, backend=self.backend)
             settings.compile_config._compile_all_devices = True  # transformers compiles on GPUs alone unless told so
         self.model.generation_config = settings
         return self.model.generate(ids, attention_mask=torch.ones_like(ids))  # (B, T + new_tokens)
@@ -88,10 +97,39 @@ class Int8(Transformers):
             return model_class.from_pretrained(directory, quantization_config=int8, **options).eval()
 
 
-class CTranslate2:
-    """OpenNMT's inference engine in C++; its logits are those of all positions."""
+class Foreign:
+    """An engine in a process of its own; ids and logits travel as numpy arrays, outside the time that is measured."""
 
-    def __init__(self, checkpoint, width):
+    def __init__(self, engine, checkpoint):
+        self.worker = Worker(engine, checkpoint)
+
+    def call(self, method, ids, *arguments):
+        call = self.worker.call(method, ids.numpy(), *arguments)
+        return Timed(call.seconds, torch.from_numpy(call.output))
+
+    def prefill(self, ids):
+        return self.call("prefill", ids)
+
+    def logits(self, ids):
+        return self.call("logits", ids).output
+
+    def generate(self, ids, new_tokens):
+        return self.call("generate", ids, new_tokens)
+
+    def close(self):
+        self.worker.close()
+
+
+class CTranslate2:
+    """OpenNMT's inference engine in C++; its logits are those of all positions.
+
+    Args:
+        width: of its numbers.
+        mkl: with the products of MKL, its choice on Intel's CPUs, instead of oneDNN's, which can be faster there too.
+    """
+
+    def __init__(self, checkpoint, width, mkl):
+        os.environ["CT2_USE_MKL"] = str(int(mkl))  # read when it is imported
         import ctranslate2
         from ctranslate2.converters import TransformersConverter
 
@@ -116,12 +154,15 @@ class CTranslate2:
             self.generator = ctranslate2.Generator(directory, compute_type=width, intra_threads=torch.get_num_threads())
 
     def prefill(self, ids):
+        return self.logits(ids)[:, -1]
+
+    def logits(self, ids):
         output = self.generator.forward_batch(tokens(ids))
         if str(output.dtype) == "DataType.bfloat16":  # which numpy lacks
             import ctranslate2
 
             output = output.to(ctranslate2.DataType.float32)
-        return torch.from_numpy(np.array(output))[:, -1]
+        return np.array(output)
 
     def generate(self, ids, new_tokens):
         results = self.generator.generate_batch(
@@ -131,10 +172,10 @@ class CTranslate2:
             sampling_topk=1,
             include_prompt_in_result=False,  # else it reads the prompt token by token
         )
-        return torch.cat((ids, torch.tensor([result.sequences_ids[0] for result in results])), dim=1)
+        return np.concatenate((ids, [result.sequences_ids[0] for result in results]), axis=1)
 
 
-def tokens(ids: torch.Tensor) -> list[list[str]]:
+def tokens(ids: np.ndarray) -> list[list[str]]:
     return [[str(i) for i in row] for row in ids.tolist()]
 
 
@@ -200,29 +241,42 @@ class OnnxRuntime:
         return logits, present
 
     def prefill(self, ids):
-        return torch.from_numpy(self.step(ids.numpy(), self.cache(len(ids), 0))[0])
+        return self.step(ids, self.cache(len(ids), 0))[0]
 
     def generate(self, ids, new_tokens):
-        new, past, result = ids.numpy(), self.cache(len(ids), 0), [ids]
+        new, past, result = ids, self.cache(len(ids), 0), [ids]
         for _ in range(new_tokens):
             logits, past = self.step(new, past)
             new = logits.argmax(-1, keepdims=True)
-            result.append(torch.from_numpy(new))
-        return torch.cat(result, dim=1)
+            result.append(new)
+        return np.concatenate(result, axis=1)
 
 
 class Floor:
     """Reads as many bytes as the model's weights have, once a token: about what an engine of that width needs.
 
+    By a sum and by one-row products with the numbers as one matrix in either memory order; the fastest of them counts.
     At batch 1 memory is the bound; with many tokens at once arithmetic is, and this row says nothing.
     """
 
     def __init__(self, checkpoint):
-        self.weights = torch.rand(load(GPT2LMHeadModel, checkpoint).num_parameters())
+        model = load(GPT2LMHeadModel, checkpoint)
+        width = model.config.n_embd
+        numbers = torch.rand(model.num_parameters() // width * width)
+        x = torch.rand(1, width)
+        self.readings = (
+            numbers.sum,
+            functools.partial(F.linear, x, numbers.view(-1, width)),  # [out, in]
+            functools.partial(F.linear, x, numbers.view(width, -1).t()),  # [in, out]
+        )
 
     def generate(self, ids, new_tokens):
-        for _ in range(new_tokens):
-            self.weights.sum()
+        return Timed(min(timed(repeated, reading, new_tokens).seconds for reading in self.readings))
+
+
+def repeated(function: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        function()
 
 
 BFLOAT16 = dict(dtype=torch.bfloat16)
@@ -249,20 +303,34 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "ours, int8": functools.partial(Int8, GPTScratchForCausalLM),
     "ours, int8, compiled": functools.partial(Int8, GPTScratchForCausalLM, **COMPILED),
     "ours, int8 and bf16, compiled": functools.partial(Int8, GPTScratchForCausalLM, **BFLOAT16, **COMPILED),
-    "CTranslate2": functools.partial(CTranslate2, width="float32"),
-    "CTranslate2, bf16": functools.partial(CTranslate2, width="bfloat16"),
-    "CTranslate2, int8": functools.partial(CTranslate2, width="int8"),
-    "onnxruntime": OnnxRuntime,
-    "floor: all weights read once a token": Floor,
+    **{
+        f"CTranslate2, {library}{name}": functools.partial(
+            Foreign, functools.partial(CTranslate2, width=width, mkl=library == "MKL")
+        )
+        for name, width in (("", "float32"), (", bf16", "bfloat16"), (", int8", "int8"))
+        for library in ("oneDNN", "MKL")
+    },
+    "onnxruntime": functools.partial(Foreign, OnnxRuntime),
+    "floor: all weights read once a token, the fastest way": Floor,
 }
 
 
-def build(checkpoint: Path, only: str, report: Report) -> dict[str, Any]:
-    """The reference and the engines whose names match; what cannot run here goes into the report as missing."""
-    engines = {}
-    for name in selected(ENGINES, only):
-        try:
-            engines[name] = ENGINES[name](checkpoint)
-        except ImportError as error:
-            report.missing[name] = str(error)
-    return engines
+@contextmanager
+def built(checkpoint: Path, only: str, report: Report) -> Iterator[dict[str, Any]]:
+    """The reference and the engines whose names match; what cannot run here goes into the report as missing.
+
+    Afterwards the engines' processes have ended, and the models are no longer kept.
+    """
+    engines: dict[str, Any] = {}
+    try:
+        for name in selected(ENGINES, only):
+            try:
+                engines[name] = ENGINES[name](checkpoint)
+            except ImportError as error:
+                report.missing[name] = str(error)
+        yield engines
+    finally:
+        for engine in engines.values():
+            if isinstance(engine, Foreign):
+                engine.close()
+        load.cache_clear()

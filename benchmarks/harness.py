@@ -33,7 +33,7 @@ from hf_gpt_scratch import GPTScratchConfig
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "hf-gpt-scratch", "torchao", "ctranslate2", "onnx", "onnxruntime")
 REFERENCE = "transformers GPT-2, sdpa"
-UNCOMPILED = "^(?!.*compiled)"  # the rows that --quick measures: compiling takes seconds, whatever the size
+QUICK = "^(?!.*(?:compiled|MKL))"  # the rows that --quick measures: the others take seconds, whatever the size
 
 # What the scripts' command lines have in common.
 Size = Annotated[str, typer.Option(help="124M, 355M, 774M, 1558M or tiny.")]
@@ -94,6 +94,28 @@ class Measured:
     first: float = 0.0
     times: list[float] = field(default_factory=list)
     output: Any = None
+    recompiled: int = 0  # graphs that torch.compile made after the first call
+
+
+@dataclass
+class Timed:
+    """What a function returns that knows better than its caller how long it took."""
+
+    seconds: float
+    output: Any = None
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> Timed:
+    """Calls it; what it says itself of its time goes before the clock."""
+    start = time.perf_counter()
+    output = function(*arguments)
+    taken = time.perf_counter() - start
+    return output if isinstance(output, Timed) else Timed(taken, output)
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def interleaved(rows: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Measured]:
@@ -107,13 +129,13 @@ def interleaved(rows: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
         for count in range(rounds + 1):
             for name, function in rows.items():
                 progress.update(task, description=name)
-                start = time.perf_counter()
-                measured[name].output = function()
-                taken = time.perf_counter() - start
+                graphs, call, row = compiled_graphs(), timed(function), measured[name]
+                row.output = call.output
                 if count:
-                    measured[name].times.append(taken)
+                    row.times.append(call.seconds)
+                    row.recompiled += compiled_graphs() - graphs
                 else:
-                    measured[name].first = taken
+                    row.first = call.seconds
                 progress.advance(task)
     return measured
 
@@ -122,6 +144,41 @@ def in_child(function: Callable, *arguments: Any) -> Any:
     """What `function` returns in a process of its own, so that its peak memory is its own too."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+class Worker:
+    """An object that lives in a process of its own; `call` times its methods there, so without the way to and fro.
+
+    Raises:
+        Exception: what its making raised, in this process.
+    """
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            self.pool.submit(_live, torch.get_num_threads(), make, arguments).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, method: str, *arguments: Any) -> Timed:
+        return self.pool.submit(_call, method, arguments).result()
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+inhabitant: Any = None  # of a worker's process
+
+
+def _live(threads: int, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    global inhabitant
+    use_threads(threads)
+    inhabitant = make(*arguments)
+
+
+def _call(method: str, arguments: tuple[Any, ...]) -> Timed:
+    return timed(getattr(inhabitant, method), *arguments)
 
 
 def peak_memory() -> int:
@@ -336,7 +393,7 @@ class Report:
         """Writes JSON, markdown and plot, and prints the table."""
         output.mkdir(parents=True, exist_ok=True)
         figures = self.to_dict()
-        (output / f"{self.name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        (output / f"{self.name}.json").write_text(json.dumps(figures, indent=1, default=str) + "\n", encoding="utf-8")
         table = self.markdown(figures["environment"])
         (output / f"{self.name}.md").write_text(table, encoding="utf-8")
         self.plot(output / f"{self.name}.png")

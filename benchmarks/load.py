@@ -39,7 +39,7 @@ def load(row: str, threads: int, directories: dict[str, Path]) -> harness.Cost:
 def main(
     size: Size = "124M",
     checkpoint: Checkpoint = None,
-    rounds: Rounds = 7,
+    rounds: Rounds = 5,
     only: Only = "",
     threads: Threads = 0,
     output: Output = harness.RESULTS,

@@ -11,7 +11,7 @@ from typing import Annotated
 import harness
 import torch
 import typer
-from engines import build
+from engines import built
 from harness import REFERENCE, Checkpoint, Only, Output, Quick, Report, Rounds, Size, Threads
 
 from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
@@ -35,12 +35,12 @@ def main(
     """Milliseconds to the logits after a prompt, all engines."""
     harness.use_threads(threads)
     if quick:
-        size, rounds, only, length = "tiny", 2, only or harness.UNCOMPILED, 20
+        size, rounds, only, length = "tiny", 2, only or harness.QUICK, 20
     settings = {"model": checkpoint or size, "batch": batch, "length": length, "rounds": rounds}
     report = Report("prefill", "Prefill, last logits", settings)
     group, passed = f"batch {batch}, {length} tokens", True
-    with harness.official_checkpoint(size, checkpoint) as directory:
-        engines = build(directory, f"^(?!.*(?:{SAME})).*(?:{only})", report)
+    only = f"^(?!.*(?:{SAME})).*(?:{only})"
+    with harness.official_checkpoint(size, checkpoint) as directory, built(directory, only, report) as engines:
         ids = harness.random_ids(batch, length, engines[REFERENCE].model.config.vocab_size)
         rows = {name: partial(engine.prefill, ids) for name, engine in engines.items()}
         measured = harness.interleaved(rows, rounds)

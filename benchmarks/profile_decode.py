@@ -15,7 +15,7 @@ from typing import Any
 import harness
 import torch
 import typer
-from engines import build
+from engines import built
 from harness import REFERENCE, Checkpoint, Output, Quick, Report, Rounds, Size, Threads
 from torch.profiler import ProfilerActivity, profile
 
@@ -49,8 +49,10 @@ def main(
         size, rounds = "tiny", 2
     steps = 4 if quick else 32
     report = Report("profile_decode", "A token's time", {"model": checkpoint or size, "rounds": rounds})
-    with harness.official_checkpoint(size, checkpoint) as directory:
-        engines = build(directory, f"^{OURS}$", report)
+    with (
+        harness.official_checkpoint(size, checkpoint) as directory,
+        built(directory, f"^{OURS}$", report) as engines,
+    ):
         ids = harness.random_ids(1, steps, engines[REFERENCE].model.config.vocab_size)
         # The prefill and the first token are taken off: the rest are decoding steps.
         generations = {
@@ -59,18 +61,18 @@ def main(
             for new_tokens in (1, steps + 1)
         }
         measured = harness.interleaved(generations, rounds)
-    for name, engine in engines.items():
-        short, long = (measured[f"{name}, {n} tokens"].times for n in (1, steps + 1))
-        token = [(whole - start) / steps for start, whole in zip(short, long, strict=True)]
-        report.add(name, "a token", token, reference=True, calls=1.0, share="100 %")
-        start, whole = operators(engine, ids, 1), operators(engine, ids, steps + 1)
-        calls = {key: (len(whole[key]) - len(start[key])) / steps for key in whole}
-        # Medians, as a call during which another process had the core tells nothing of the operator.
-        own = {key: calls[key] * statistics.median(whole[key]) / 1e6 for key in whole}
-        for key in sorted(own, key=own.__getitem__, reverse=True)[:16]:
-            report.add(name, key, [own[key]], calls=calls[key], share=f"{own[key] / statistics.median(token):.1%}")
-        everything = sum(own.values())
-        report.add(name, "all operators", [everything], share=f"{everything / statistics.median(token):.1%}")
+        for name, engine in engines.items():
+            short, long = (measured[f"{name}, {n} tokens"].times for n in (1, steps + 1))
+            token = [(whole - start) / steps for start, whole in zip(short, long, strict=True)]
+            report.add(name, "a token", token, reference=True, calls=1.0, share="100 %")
+            start, whole = operators(engine, ids, 1), operators(engine, ids, steps + 1)
+            calls = {key: (len(whole[key]) - len(start[key])) / steps for key in whole}
+            # Medians, as a call during which another process had the core tells nothing of the operator.
+            own = {key: calls[key] * statistics.median(whole[key]) / 1e6 for key in whole}
+            for key in sorted(own, key=own.__getitem__, reverse=True)[:16]:
+                report.add(name, key, [own[key]], calls=calls[key], share=f"{own[key] / statistics.median(token):.1%}")
+            everything = sum(own.values())
+            report.add(name, "all operators", [everything], share=f"{everything / statistics.median(token):.1%}")
     report.write(output)
 
 

@@ -56,7 +56,7 @@ def convert(row: str, threads: int, official: Path, ours: Path) -> harness.Cost:
 def main(
     size: Size = "124M",
     checkpoint: Checkpoint = None,
-    rounds: Rounds = 5,
+    rounds: Rounds = 3,
     only: Only = "",
     threads: Threads = 0,
     output: Output = harness.RESULTS,

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import harness
 import torch
 import typer
-from engines import build, load
+from engines import built
 from harness import REFERENCE, Only, Output, Quick, Report, Rounds, Threads
 
 from hf_gpt_scratch.configuration_gpt_scratch import PRESETS
@@ -115,13 +115,11 @@ def main(
     report = Scaling("scaling", "Cost over size", {"rounds": rounds})
     passed = True
     for size in sizes.split(","):
-        with harness.official_checkpoint(size) as directory:
-            engines = build(directory, only, report)
-        model = engines[REFERENCE].model
-        for case in cases(size, model.num_parameters(), quick):
-            passed &= measure(report, size, case, engines, model.config.vocab_size, rounds)
-        del engines, model
-        load.cache_clear()
+        with harness.official_checkpoint(size) as directory, built(directory, only, report) as engines:
+            model = engines[REFERENCE].model
+            for case in cases(size, model.num_parameters(), quick):
+                passed &= measure(report, size, case, engines, model.config.vocab_size, rounds)
+        del engines, model  # before the next size is loaded
     report.write(output)
     sys.exit(0 if passed else 3)
 

@@ -20,13 +20,23 @@ from hf_gpt_scratch import GPTScratchForCausalLM
 from hf_gpt_scratch.parity import FP32_LOSS
 
 
+def dropout_rates(model_class: type, dropout: float | None) -> dict[str, float]:
+    """Options of `from_pretrained` that set all rates; none if they are to be the checkpoint's."""
+    scratch, gpt2 = (
+        ("drop_rate_attn", "drop_rate_emb", "drop_rate_shortcut"),
+        ("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    )
+    names = scratch if model_class is GPTScratchForCausalLM else gpt2
+    return {} if dropout is None else dict.fromkeys(names, dropout)
+
+
 class Step:
     """A model, its optimizer and a batch; a call trains one step."""
 
     def __init__(
         self, model_class, checkpoint, batch, length, dropout, attention="sdpa", compiled=False, autocast=False
     ):
-        rates = {} if dropout is None else dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), dropout)
+        rates = dropout_rates(model_class, dropout)
         self.model = model_class.from_pretrained(checkpoint, attn_implementation=attention, **rates)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.forward = torch.compile(self.model) if compiled else self.model
@@ -85,7 +95,7 @@ def main(
     """Seconds and peak memory of a training step."""
     harness.use_threads(threads)
     if quick:
-        size, rounds, only, length = "tiny", 2, only or harness.UNCOMPILED, 20
+        size, rounds, only, length = "tiny", 2, only or harness.QUICK, 20
     settings = {"model": checkpoint or size, "batch": batch, "length": length, "dropout": dropout, "rounds": rounds}
     report = Report("training", "Training step", settings, unit="s")
     names = harness.selected(ROWS, only)
