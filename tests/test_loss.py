@@ -126,7 +126,7 @@ def test_logits_come_when_asked_for_by_any_route_with_their_gradients(pair):
         assert isinstance(output, LazyLogitsOutput)
         logits = ask(output)
         torch.testing.assert_close(logits, expected, msg=route)
-        assert logits.requires_grad and output.logits is logits or route == "get"
+        assert logits.requires_grad and (output.logits is logits or route == "get")
     tuple_output = ours(IDS, labels=IDS, return_dict=False)
     torch.testing.assert_close(tuple_output[1], expected)
 
