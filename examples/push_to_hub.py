@@ -15,10 +15,9 @@ from huggingface_hub import HfApi
 from rich import print
 from rich.filesize import decimal
 from rich.text import Text
-from transformers import AutoTokenizer
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
-from hf_gpt_scratch.conversion import CARD, RECEIPT, TOKENIZER_FILES
+from hf_gpt_scratch.conversion import CARD, RECEIPT, tokenizer_beside
 from hf_gpt_scratch.model_card import model_card
 
 
@@ -42,8 +41,8 @@ def main(
         if (model / RECEIPT).is_file():
             receipt = json.loads((model / RECEIPT).read_text())
     ours.save_pretrained(repository)
-    if model is not None and any((model / name).is_file() for name in TOKENIZER_FILES):
-        AutoTokenizer.from_pretrained(model).save_pretrained(repository)
+    if model is not None and (tokenizer := tokenizer_beside(model)) is not None:
+        tokenizer.save_pretrained(repository)
     card = model_card(ours, receipt, source, license)
     card.save(repository / CARD)
 

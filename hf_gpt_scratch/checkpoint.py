@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -130,14 +131,35 @@ class Checkpoint:
             ConversionError: it cannot be read, or a value is NaN or infinite.
         """
         file = self.specs[name].file
-        tensor = file.read(name)
-        if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # reads once and makes no copy
-            bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(1 << 20))
-            raise ConversionError(
-                f"{name!r} in {file.path.name} has {bad} values that are NaN or infinite, but weights are finite; "
-                "take an earlier checkpoint"
-            )
-        return tensor
+        return checked_finite(file.read(name), name, file.path.name)
+
+
+def checked_finite(tensor: torch.Tensor, name: str, place: str) -> torch.Tensor:
+    """The tensor itself.
+
+    Raises:
+        ConversionError: a value is NaN or infinite.
+    """
+    if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # reads once and makes no copy
+        bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(1 << 20))
+        raise ConversionError(
+            f"{name!r} in {place} has {bad} values that are NaN or infinite, but weights are finite; take an earlier "
+            "checkpoint"
+        )
+    return tensor
+
+
+def read_part(path: Path, offset: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor whose values lie in a file from `offset` on, as they are in memory.
+
+    Raises:
+        ConversionError: the file ends before them.
+    """
+    size = shape.numel() * dtype.itemsize
+    data = np.fromfile(path, dtype=np.uint8, count=size, offset=offset)
+    if len(data) != size:
+        raise _corrupt(path, EOFError(f"{len(data)} of {size} bytes from {offset} on"))
+    return torch.from_numpy(data).view(dtype).reshape(shape)
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
@@ -198,29 +220,11 @@ class _PickleFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.mapped = self._is_sound_archive()
-        self.tensors = self._load()
-        self.touched = 0
+        self.mapped = Mapped(self._load, is_sound_archive(path))
 
-    def _is_sound_archive(self) -> bool:
-        """torch looks at the archive's checksums in some of its ways to read, and not in that which maps memory."""
+    def _load(self, mapped: bool) -> dict[str, torch.Tensor]:
         try:
-            if not zipfile.is_zipfile(self.path):
-                return False
-            with zipfile.ZipFile(self.path) as archive:
-                entries = archive.infolist()
-                stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-                if not stored or sum(entry.file_size for entry in entries) > self.path.stat().st_size:
-                    raise zipfile.BadZipFile("compressed or overlapping entries, which torch does not write")
-                if bad := archive.testzip():
-                    raise zipfile.BadZipFile(f"the checksum of {bad!r} is wrong")
-            return True
-        except Exception as error:  # whatever the bytes of a corrupt archive lead to
-            raise _corrupt(self.path, error) from error
-
-    def _load(self) -> dict[str, torch.Tensor]:
-        try:
-            tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
+            tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             raise ConversionError(f"{self.path} is a pickle of more than weights ({error}); do not trust it") from error
         except Exception as error:  # whatever the bytes of a corrupt pickle lead to
@@ -230,10 +234,7 @@ class _PickleFile:
                 f"{self.path} holds a {type(tensors).__name__}, but weights are a dict of tensors; save "
                 "model.state_dict()"
             )
-        return tensors
-
-    def specs(self) -> dict[str, Spec]:
-        for name, tensor in self.tensors.items():
+        for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
                 raise ConversionError(
                     f"{self.path.name} holds {name!r} of type {type(tensor).__name__}, but weights are tensors by "
@@ -241,14 +242,58 @@ class _PickleFile:
                 )
             if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
                 raise _wrong_dtype(name, self.path, f"{tensor.dtype} ({tensor.layout}, {tensor.device})")
-        self.largest = max((tensor.nbytes for tensor in self.tensors.values()), default=0)
-        return {name: Spec(tensor.shape, tensor.dtype, self) for name, tensor in self.tensors.items()}
+        return tensors
+
+    def specs(self) -> dict[str, Spec]:
+        return {name: Spec(tensor.shape, tensor.dtype, self) for name, tensor in self.mapped.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        if self.mapped and self.touched > self.largest // 4:  # a new mapping has nothing of the file in memory
-            self.tensors, self.touched = self._load(), 0
+        return self.mapped.read(name)
+
+
+class Mapped:
+    """Tensors in mapped memory, which is mapped anew before much of it has been read.
+
+    What has been read of a mapping counts as memory of ours for as long as the mapping is there.
+
+    Args:
+        load: the tensors; told whether to map them.
+        mapped: whether they can be; if not, they are loaded once and held.
+    """
+
+    def __init__(self, load: Callable[[bool], dict[str, torch.Tensor]], mapped: bool):
+        self.load, self.mapped = load, mapped
+        self.tensors, self.touched = load(mapped), 0
+        self.largest = max((tensor.nbytes for tensor in self.tensors.values()), default=0)
+
+    def read(self, name: str) -> torch.Tensor:
+        if self.mapped and self.touched > self.largest // 4:
+            self.tensors, self.touched = self.load(True), 0
         self.touched += self.tensors[name].nbytes
         return self.tensors[name].detach()
+
+
+def is_sound_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, as torch.save writes them today.
+
+    torch looks at the archive's checksums in some of its ways to read, and not in that which maps memory.
+
+    Raises:
+        ConversionError: it is one, and damaged.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise zipfile.BadZipFile("compressed or overlapping entries, which torch does not write")
+            if bad := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {bad!r} is wrong")
+        return True
+    except Exception as error:  # whatever the bytes of a corrupt archive lead to
+        raise _corrupt(path, error) from error
 
 
 def _corrupt(path: Path, error: Exception) -> ConversionError:

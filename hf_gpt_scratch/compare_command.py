@@ -10,10 +10,10 @@ import transformers
 import typer
 from rich.console import Console
 from rich.markup import escape
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .compare import compare_models
-from .conversion import TOKENIZER_FILES, ConversionError, find_source
+from .conversion import ConversionError, find_source, tokenizer_beside
 from .diagnose import diagnose
 from .parity import probe_ids
 from .report import html_report, print_report
@@ -32,8 +32,8 @@ def tokenizer_of(sources: list[str], vocab_size: int) -> PreTrainedTokenizerBase
             directory = None if names_a_class(source) else find_source(source)
         except ConversionError:
             continue
-        if directory and any((directory / name).is_file() for name in TOKENIZER_FILES):
-            return AutoTokenizer.from_pretrained(directory)
+        if directory and (tokenizer := tokenizer_beside(directory)) is not None:
+            return tokenizer
     try:
         return gpt2_tokenizer() if vocab_size == 50257 else None
     except OSError:
@@ -142,7 +142,7 @@ def compare(
                 console.print(f"Written: {escape(str(file))}", soft_wrap=True)
         if str(json_) == "-":
             print(as_json(comparison))
-    except (LabError, OSError) as error:
+    except (LabError, ConversionError, OSError) as error:
         errors.print(f"[bold red]Not compared:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
     sys.exit(0 if comparison.same else DIFFERENT)

@@ -23,11 +23,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .checkpoint import Checkpoint, ConversionError, Progress, check_files, read_json, write_safetensors
 from .configuration_gpt_scratch import GPTScratchConfig
+from .lazy import Lazy, from_scratch, to_scratch, with_qkv_biases
 from .model_card import model_card
 from .modeling_gpt_scratch import MODELS, GPTScratchPreTrainedModel
 from .parity import FP32_LOGITS, ParityError, Verification, compare_logits, probe_ids, verify, weights_equal
@@ -42,7 +51,7 @@ from .publish import (
     verify_receipt,
     write_receipt,
 )
-from .weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, Row, rows
+from .weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, rows
 
 __all__ = [
     "RECEIPT",
@@ -58,6 +67,7 @@ __all__ = [
 
 CARD = "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+OPENAI_TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
 # What `save_pretrained` takes too.
 MAX_SHARD_SIZE = "50GB"
 # transformers makes a name for each label of a classifier; no checkpoint has more.
@@ -133,12 +143,14 @@ def _convert(source_type, source, target, revision, check, overwrite, max_shard_
             quiet_transformers(),
         ):
             target_hashes = _write(weights, staging, max_shard_size, progress)
-            tokenizer = _copy_tokenizer(directory, staging)
+            tokenizer = tokenizer_beside(directory)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
             result = Weights(staging, target_type)
             receipt = new_receipt(
                 f"{source_type} converted to {target_type}",
                 source={"name": str(source), "revision": revision, "files": by_name(source_hashes.result())},
-                tokenizer=tokenizer,
+                tokenizer=type(tokenizer).__name__ if tokenizer is not None else None,
                 parity=_verify(weights, result, check, progress) if check else None,
             )
             if target_type == "gpt_scratch":
@@ -227,7 +239,7 @@ class Weights:
         self.checkpoint = Checkpoint(directory)
         self.config = _config(directory, model_type, values, len(self.checkpoint.specs))
         self.ours = _architecture(directory, self.config)
-        self.model = _meta_model(self.ours.gpt2_class if model_type == "gpt2" else self.ours, self.config)
+        self.model = meta_model(self.ours.gpt2_class if model_type == "gpt2" else self.ours, self.config)
         self.names = self._match()
         dtypes = [self.checkpoint.specs[name].dtype for name in self.names.values()]
         self.dtype = self.config.dtype or dtypes[0]
@@ -280,45 +292,19 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         return self.checkpoint.read(self.names[name])
 
-    def spec_dtype(self, names: tuple[str, ...]) -> torch.dtype:
-        """The dtype of tensors that become one.
+    def tensors(self) -> dict[str, Lazy]:
+        """All of them, by the names of the table."""
+        specs = {name: self.checkpoint.specs[there] for name, there in self.names.items()}
+        return {
+            name: Lazy(spec.shape, spec.dtype, functools.partial(self.read, name)) for name, spec in specs.items()
+        }
 
-        Raises:
-            ConversionError: they have several.
-        """
-        found = {name: self.checkpoint.specs[self.names[name]].dtype for name in names}
-        if len(set(found.values())) > 1:
-            raise ConversionError(
-                f"{', '.join(f'{name!r} is {dtype}' for name, dtype in found.items())}, but they become one tensor; "
-                "convert them to one dtype first"
-            )
-        return found[names[0]]
-
-    def translated(self) -> dict[str, tuple[torch.dtype, Callable[[], torch.Tensor]]]:
-        """The other model's tensors, by the names of the table: dtype, and a function that reads it."""
-
-        @functools.lru_cache(maxsize=2)  # weight and bias of one layer, of which three tensors in a row are made
-        def fused(row: Row) -> tuple[torch.Tensor, ...]:
-            return row.to_scratch(self.read(row.gpt2))
-
-        def part(row: Row, i: int) -> torch.Tensor:
-            return (fused(row) if len(row.scratch) > 1 else row.to_scratch(self.read(row.gpt2)))[i]
-
-        def whole(row: Row) -> torch.Tensor:
-            return row.to_gpt2(map(self.read, row.scratch))
-
-        tensors: dict[str, tuple[torch.dtype, Callable[[], torch.Tensor]]] = {}
-        for row in rows(self.config.num_hidden_layers):
-            if self.model_type == "gpt2" and row.gpt2 in self.names:
-                dtype = self.spec_dtype((row.gpt2,))
-                for i, name in enumerate(row.scratch):
-                    tensors[name] = dtype, functools.partial(part, row, i)
-            elif self.model_type == "gpt_scratch" and row.scratch[0] in self.names:
-                tensors[row.gpt2] = self.spec_dtype(row.scratch), functools.partial(whole, row)
-            elif self.model_type == "gpt_scratch" and row.zeros_for in tensors:
-                dtype, size = tensors[row.zeros_for][0], len(row.scratch) * self.config.emb_dim
-                tensors[row.gpt2] = dtype, functools.partial(torch.zeros, size, dtype=dtype)
-        return tensors
+    def translated(self) -> dict[str, Lazy]:
+        """The other model's tensors, by the names of the table."""
+        n_layers = self.config.num_hidden_layers
+        if self.model_type == "gpt2":
+            return to_scratch(self.tensors(), rows(n_layers))
+        return from_scratch(with_qkv_biases(self.tensors(), n_layers), rows(n_layers))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -381,7 +367,7 @@ def _architecture(directory: Path, config: GPT2Config | GPTScratchConfig) -> typ
     return known[name]
 
 
-def _meta_model(model_class: type[PreTrainedModel], config: GPT2Config | GPTScratchConfig) -> PreTrainedModel:
+def meta_model(model_class: type[PreTrainedModel], config: GPT2Config | GPTScratchConfig) -> PreTrainedModel:
     """A model without weights."""
     try:
         with torch.device("meta"):
@@ -391,64 +377,90 @@ def _meta_model(model_class: type[PreTrainedModel], config: GPT2Config | GPTScra
 
 
 def _write(weights: Weights, staging: Path, max_shard_size: int | str, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Writes the other model as its `save_pretrained` would; returns sha256 and size of the files with the weights."""
     if isinstance(weights.config, GPT2Config):
-        target_type, model = "gpt_scratch", _meta_model(weights.ours, GPTScratchConfig.from_gpt2(weights.config))
+        model = meta_model(weights.ours, GPTScratchConfig.from_gpt2(weights.config))
     else:
-        target_type, model = "gpt2", _meta_model(weights.ours.gpt2_class, weights.config.to_gpt2())
+        model = meta_model(weights.ours.gpt2_class, weights.config.to_gpt2())
     model.to(weights.dtype)
     generation = weights.directory / GENERATION_CONFIG_NAME
     try:
         if model.can_generate() and generation.exists():
             read_json(generation)
             model.generation_config = GenerationConfig.from_pretrained(weights.directory)
-        model.save_pretrained(staging, state_dict={})  # config, generation config and code, but no weights
     except (OSError, ConversionError):
         raise
     except Exception as error:  # as many kinds as there are settings
-        raise ConversionError(f"the settings in {weights.directory} cannot be saved: {error}; correct them") from error
+        raise ConversionError(f"{generation} is not usable: {error}; correct it") from error
+    return write_model(model, weights.translated(), staging, max_shard_size, progress)
 
-    tensors = weights.translated()
-    specs, readers = {}, {}
-    for name, tensor in model.state_dict().items():
-        if name not in _tied_names(model):
-            dtype, readers[name] = tensors[name.removeprefix(_PREFIXES[target_type])]
-            specs[name] = torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+def write_model(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Lazy],
+    directory: Path,
+    max_shard_size: int | str,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Writes a model as its `save_pretrained` would, with one tensor in memory at a time.
+
+    Args:
+        model: an official one or ours, on the meta device.
+        tensors: its weights, by the names of the table.
+
+    Returns:
+        sha256 and size of the files with the weights.
+    """
+    try:
+        model.save_pretrained(directory, state_dict={})  # config, generation config and code, but no weights
+    except OSError:
+        raise
+    except Exception as error:  # as many kinds as there are settings
+        raise ConversionError(f"the model's settings cannot be saved: {error}; correct them") from error
+    prefix = _PREFIXES[model.config.model_type]
+    names = [name for name in model.state_dict() if name not in _tied_names(model)]
+    lazies = {name: tensors[name.removeprefix(prefix)] for name in names}
+    specs = {name: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for name, lazy in lazies.items()}
     try:
         split = huggingface_hub.split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
     except ValueError as error:
         raise ConversionError(f"max_shard_size={max_shard_size!r}: {error}; give a size such as 5GB") from error
-    progress.step("Converting", sum(tensor.nbytes for tensor in specs.values()))
+    progress.step("Converting", sum(lazy.nbytes for lazy in lazies.values()))
     hashes = {}
     for file, names in split.filename_to_tensors.items():
-        shard = {name: (specs[name].shape, specs[name].dtype) for name in names}
-        sha256 = write_safetensors(staging / file, shard, lambda name: readers[name](), progress)
-        hashes[file] = {"sha256": sha256, "bytes": (staging / file).stat().st_size}
+        shard = {name: (lazies[name].shape, lazies[name].dtype) for name in names}
+        sha256 = write_safetensors(directory / file, shard, lambda name: lazies[name].read(), progress)
+        hashes[file] = {"sha256": sha256, "bytes": (directory / file).stat().st_size}
     if split.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-        (staging / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return hashes
 
 
-def _copy_tokenizer(directory: Path, staging: Path) -> str | None:
-    """The class of the tokenizer that travelled along, or None if the source has none."""
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        return None
+def tokenizer_beside(directory: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies in a directory, in transformers' files or OpenAI's; None if there is none.
+
+    Raises:
+        ConversionError: it cannot be read.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        tokenizer.save_pretrained(staging)
+        if any((directory / name).is_file() for name in TOKENIZER_FILES):
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        if all((directory / name).is_file() for name in OPENAI_TOKENIZER_FILES):
+            vocab, merges = (str(directory / name) for name in OPENAI_TOKENIZER_FILES)
+            return GPT2Tokenizer(vocab=vocab, merges=merges)
     except Exception as error:  # the files are the tokenizers library's, and so are the kinds of errors
         raise ConversionError(
             f"the tokenizer in {directory} cannot be read: {error}; take its files from where the weights came from, "
             "or take them out of the directory"
         ) from error
-    return type(tokenizer).__name__
+    return None
 
 
 def _verify(source: Weights, result: Weights, check: Check, progress: Progress) -> dict[str, Any]:
     if check == "weights":
-        return _verify_weights(source, result, progress)
+        verify_weights(source.tensors(), result.translated(), progress)
+        return {"passed": True, "tensors": len(source.names), "weights_equal": True}
     gpt2_directory, scratch_directory = (w.directory for w in sorted((source, result), key=lambda w: w.model_type))
     progress.step(f"Verifying against {source.ours.gpt2_class.__name__}")
     gpt2 = source.ours.gpt2_class.from_pretrained(gpt2_directory, dtype=torch.float32)
@@ -479,25 +491,24 @@ def _all_outputs(model: PreTrainedModel) -> Callable[..., SimpleNamespace]:
     return run
 
 
-def _verify_weights(source: Weights, result: Weights, progress: Progress) -> dict[str, Any]:
-    """Reads the result, maps it back, and compares each tensor with the source's.
+def verify_weights(source: Mapping[str, Lazy], back: Mapping[str, Lazy], progress: Progress) -> None:
+    """Compares the source's tensors with the result's that were mapped back to their names.
 
     Raises:
         ParityError: one is different; the message names it.
     """
-    back = result.translated()
-    progress.step("Verifying the weights", sum(spec.nbytes for spec in source.checkpoint.specs.values()))
-    for name in sorted(source.names.keys() | back.keys()):
-        tensor = back[name][1]() if name in back else None
-        if name in source.names:
-            original = source.read(name)
-            equal = tensor is not None and same_bits(original, tensor)
-            progress.advance(original.nbytes)
-        else:  # a query, key or value bias that only GPT-2 has
-            equal = tensor is not None and not tensor.any()
-        if not equal:
-            raise ParityError(f"{name!r} is not the source's, bit for bit")
-    return {"passed": True, "tensors": len(source.names), "weights_equal": True}
+
+    def equal(name: str) -> bool:
+        both = [tensors[name].read() for tensors in (source, back) if name in tensors]
+        # A bias that only one of them has.
+        return same_bits(*both) if len(both) == 2 else not both[0].any()
+
+    progress.step("Verifying the weights", sum(lazy.nbytes for lazy in source.values()))
+    for name in sorted(source.keys() | back.keys()):
+        if not equal(name):
+            raise ParityError(f"{name!r} is not the source's, bit for bit; please report this")
+        if name in source:
+            progress.advance(source[name].nbytes)
 
 
 @contextmanager

@@ -1,0 +1,100 @@
+"""Tensors that are read when they are needed, and their way through the weight map.
+
+Memory holds the tensors that are being read, and not the model.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .checkpoint import ConversionError
+from .weight_map import Row, rows
+
+
+@dataclass(frozen=True, eq=False)
+class Lazy:
+    """What a tensor is, and how to get it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def held(tensors: Mapping[str, torch.Tensor]) -> dict[str, Lazy]:
+    """Tensors that are in memory already."""
+    return {name: Lazy(tensor.shape, tensor.dtype, functools.partial(_same, tensor)) for name, tensor in tensors.items()}
+
+
+def to_scratch(tensors: Mapping[str, Lazy], table: Iterable[Row]) -> dict[str, Lazy]:
+    """GPT-2's tensors as ours, made one at a time; those that no row knows are left out."""
+
+    @functools.lru_cache(maxsize=2)  # weight and bias of one layer, of which three tensors in a row are made
+    def parts(row: Row) -> tuple[torch.Tensor, ...]:
+        return row.to_scratch(tensors[row.gpt2].read())
+
+    def part(row: Row, i: int) -> torch.Tensor:
+        return (parts(row) if len(row.scratch) > 1 else row.to_scratch(tensors[row.gpt2].read()))[i]
+
+    ours = {}
+    for row in table:
+        if row.gpt2 in tensors:
+            dtype = tensors[row.gpt2].dtype
+            for i, (name, meta) in enumerate(zip(row.scratch, row.to_scratch(_meta(tensors[row.gpt2])), strict=True)):
+                ours[name] = Lazy(meta.shape, dtype, functools.partial(part, row, i))
+    return ours
+
+
+def from_scratch(tensors: Mapping[str, Lazy], table: Iterable[Row]) -> dict[str, Lazy]:
+    """Our tensors as GPT-2's, made one at a time; the inverse of `to_scratch`.
+
+    Raises:
+        ConversionError: tensors that become one have several dtypes.
+    """
+
+    def whole(row: Row) -> torch.Tensor:
+        return row.to_gpt2(tensors[name].read() for name in row.scratch)
+
+    theirs = {}
+    for row in table:
+        if row.scratch[0] not in tensors:
+            continue
+        if len(row.scratch) == 1 and not row.transposed:
+            theirs[row.gpt2] = tensors[row.scratch[0]]
+            continue
+        dtypes = {name: tensors[name].dtype for name in row.scratch}
+        if len(set(dtypes.values())) > 1:
+            raise ConversionError(
+                f"{', '.join(f'{name!r} is {dtype}' for name, dtype in dtypes.items())}, but they become one tensor; "
+                "convert them to one dtype first"
+            )
+        meta = row.to_gpt2(_meta(tensors[name]) for name in row.scratch)
+        theirs[row.gpt2] = Lazy(meta.shape, meta.dtype, functools.partial(whole, row))
+    return theirs
+
+
+def with_qkv_biases(tensors: Mapping[str, Lazy], n_layers: int) -> dict[str, Lazy]:
+    """With zeros for the biases that a model without `qkv_bias` does not have, and GPT-2 does."""
+    zeros = {}
+    for name in (name for row in rows(n_layers) if row.zeros_for for name in row.scratch):
+        weight = tensors.get(name.removesuffix("bias") + "weight")
+        if weight is not None:
+            zeros[name] = zero(weight.shape[:1], weight.dtype)
+    return {**zeros, **tensors}
+
+
+def zero(shape: torch.Size, dtype: torch.dtype) -> Lazy:
+    return Lazy(shape, dtype, functools.partial(torch.zeros, shape, dtype=dtype))
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _meta(tensor: Lazy) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
