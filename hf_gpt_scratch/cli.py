@@ -3,10 +3,8 @@
 Exit status: 0 done, 1 not done, 2 wrong command line, 3 the models differ, 130 interrupted.
 """
 
-import functools
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -16,7 +14,7 @@ from rich.markup import escape
 
 from . import formats, inspection
 from .compare_command import compare
-from .conversion import MAX_SHARD_SIZE, ConversionError, gpt2_to_scratch, scratch_to_gpt2
+from .conversion import MAX_SHARD_SIZE, ConversionError, scratch_to_gpt2
 from .inspection_report import explanation, report
 from .terminal import convert_and_report, verify_and_report
 from .verify_receipt_command import verify_receipt_command
@@ -47,13 +45,9 @@ def convert(
 
     Reads official ones, and the book's model.pth, nanoGPT's and minGPT's, OpenAI's TensorFlow directories and GGUF.
     """
-    if Path(source).exists() and (n_heads is not None or _or_fail(formats.detect, source) not in ("gpt2", "native")):
-        options: dict[str, Any] = dict(n_heads=n_heads, overwrite=overwrite)
-        convert_and_report(_without_progress(formats.import_checkpoint), source, target, **options)
-    else:
-        check = "weights" if verify and weights_only else verify
-        options = dict(revision=revision, check=check, overwrite=overwrite, max_shard_size=max_shard_size)
-        convert_and_report(gpt2_to_scratch, source, target, **options)
+    check = "weights" if verify and weights_only else verify
+    options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
+    convert_and_report(formats.import_checkpoint, source, target, max_shard_size=max_shard_size, **options)
 
 
 def export(
@@ -67,13 +61,12 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Converts a GPTScratch checkpoint into an official GPT-2 one, or another program's, weights unchanged."""
-    if format != "gpt2":
-        write = functools.partial(_without_progress(formats.export_checkpoint), format=format)
-        convert_and_report(write, source, target, overwrite=overwrite)
+    check = "weights" if verify and weights_only else verify
+    options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size)
+    if format == "gpt2":
+        convert_and_report(scratch_to_gpt2, source, target, revision=revision, **options)
     else:
-        check = "weights" if verify and weights_only else verify
-        options: dict[str, Any] = dict(revision=revision, check=check, overwrite=overwrite)
-        convert_and_report(scratch_to_gpt2, source, target, max_shard_size=max_shard_size, **options)
+        convert_and_report(formats.export_checkpoint, source, target, format=format, **options)
 
 
 def verify(
@@ -115,11 +108,6 @@ app = typer.Typer(no_args_is_help=True, help="GPT-2 in the layers of the book: c
 for command in COMMANDS:
     app.command()(command)
 app.command("verify-receipt")(verify_receipt_command)
-
-
-def _without_progress(function):
-    """For `convert_and_report`: these are too quick to have any."""
-    return lambda *arguments, progress, **options: function(*arguments, **options)
 
 
 def _or_fail(function, *arguments) -> Any:

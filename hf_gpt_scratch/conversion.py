@@ -295,9 +295,7 @@ class Weights:
     def tensors(self) -> dict[str, Lazy]:
         """All of them, by the names of the table."""
         specs = {name: self.checkpoint.specs[there] for name, there in self.names.items()}
-        return {
-            name: Lazy(spec.shape, spec.dtype, functools.partial(self.read, name)) for name, spec in specs.items()
-        }
+        return {name: Lazy(spec.shape, spec.dtype, functools.partial(self.read, name)) for name, spec in specs.items()}
 
     def translated(self) -> dict[str, Lazy]:
         """The other model's tensors, by the names of the table."""

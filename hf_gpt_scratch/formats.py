@@ -12,11 +12,10 @@
 """
 
 import copy
-import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,45 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from .checkpoint import Progress, checked_finite, read_json
 from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
 from .conversion import (
-    TOKENIZER_FILES,
+    CARD,
+    MAX_SHARD_SIZE,
+    Check,
     ConversionError,
+    Weights,
     atomic_directory,
-    check_checkpoint,
     gpt2_to_scratch,
-    same_bits,
+    meta_model,
+    quiet_transformers,
     scratch_to_gpt2,
+    tokenizer_beside,
+    verify_weights,
+    write_model,
 )
 from .gguf_file import read_gguf, write_gguf
-from .layouts import BOOK, GGUF, NANOGPT, READABLE, TENSORFLOW
+from .layouts import BOOK, GGUF, GPT2, NANOGPT, NATIVE, READABLE, TENSORFLOW
+from .lazy import Lazy, held, with_qkv_biases, zero
+from .model_card import model_card
 from .modeling_gpt_scratch import GPTScratchForCausalLM
-from .parity import ParityError
-from .publish import by_name, digests, new_receipt, write_receipt
+from .publish import by_name, check_space, digests, hashed_meanwhile, new_receipt, write_receipt
 from .tf_checkpoint import read_tensorflow
 from .torch_files import read_torch_file, write_book, write_nanogpt
-from .weight_map import SCRATCH_PREFIX, rows, without_prefix
+from .weight_map import SCRATCH_PREFIX, without_prefix
 
-LAYOUTS = {"book": BOOK, "nanogpt": NANOGPT, "mingpt": NANOGPT, "tensorflow": TENSORFLOW, "gguf": GGUF}
+LAYOUTS = {
+    "native": NATIVE,
+    "gpt2": GPT2,
+    "book": BOOK,
+    "nanogpt": NANOGPT,
+    "mingpt": NANOGPT,
+    "tensorflow": TENSORFLOW,
+    "gguf": GGUF,
+}
+DIRECTORIES = {"native": "gpt_scratch", "gpt2": "gpt2"}  # and their model types
 # What a written format is called within its target directory; directories have no name of their own.
 FILES = {"native": "", "gpt2": "", "book": "model.pth", "nanogpt": "ckpt.pt", "gguf": "model.gguf"}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -66,7 +82,7 @@ class _Source:
 
     path: Path
     format: str
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, Lazy] = field(default_factory=dict)
     told: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,7 +105,8 @@ def read(path: str | os.PathLike, n_heads: int | None = None) -> tuple[GPTScratc
     Raises:
         ConversionError: not a whole, finite GPT-2 of a known format.
     """
-    return _interpret(_open(path), n_heads)
+    config, tensors = _interpret(_open(path), n_heads)
+    return config, {name: tensor.read() for name, tensor in tensors.items()}
 
 
 def write(
@@ -124,31 +141,31 @@ def write(
     state_dict = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
     if config.tie_word_embeddings:
         state_dict.pop("out_head.weight", None)
-    _check(state_dict, _expected(config), "the state dict", "its config")
-    _check_plain(config, format)
-    if format in ("native", "gpt2"):
-        config = copy.deepcopy(config)
-        config.dtype = state_dict["tok_emb.weight"].dtype
-        model = GPTScratchForCausalLM.from_book(state_dict, config)
-        (model.save_pretrained if format == "native" else model.save_as_gpt2)(target)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
-        return []
-    if config.tie_word_embeddings and LAYOUTS[format].stores_tied_head:
-        state_dict["out_head.weight"] = state_dict["tok_emb.weight"]
-    if format == "book":
-        write_book(state_dict, config, target)
-        return []
-    tensors = LAYOUTS[format].from_scratch(_with_qkv_biases(state_dict, config), config.n_layers)
-    if format == "gguf":
-        return write_gguf(tensors, config, Path(target), tokenizer)
-    return write_nanogpt(tensors, config, target, bias)
+    tensors = held(state_dict)
+    _check(tensors, _expected(config), "the state dict", "its config")
+    for name, tensor in state_dict.items():
+        checked_finite(tensor, name, "the state dict")
+    return _write(tensors, config, Path(target), format, bias, tokenizer, MAX_SHARD_SIZE, Progress())[0]
 
 
 def import_checkpoint(
-    source: str | os.PathLike, target: str | os.PathLike, *, n_heads: int | None = None, overwrite: bool = False
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    n_heads: int | None = None,
+    revision: str | None = None,
+    check: Check = True,
+    overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Converts a checkpoint of any format, or of the hub, into a native directory, weights unchanged.
+
+    The weights stream, as those of an official checkpoint do; arguments as in `gpt2_to_scratch`. Other programs' models
+    are compared by their weights alone, whatever `check` is, unless it is False.
+
+    Args:
+        n_heads: as in `read`.
 
     Returns:
         the receipt, which also lies in the target.
@@ -158,12 +175,14 @@ def import_checkpoint(
         ParityError: what was written is not what was read.
     """
     path = Path(source).expanduser()
-    if not path.exists() and path.suffix not in (".pth", ".pt", ".gguf"):
-        return gpt2_to_scratch(source, target, overwrite=overwrite)  # a hub id
-    opened = _open(path)
-    if opened.format == "gpt2" and n_heads is None:
-        return gpt2_to_scratch(source, target, overwrite=overwrite)
-    return _convert(opened, target, "native", n_heads, None, overwrite)
+    there = path.exists() or path.suffix in (".pth", ".pt", ".gguf")
+    opened = _open(path) if there and revision is None else None
+    if opened is None or opened.format in DIRECTORIES:
+        if opened is not None and n_heads is not None:
+            _interpret(opened, n_heads)
+        options: dict[str, Any] = dict(overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
+        return gpt2_to_scratch(source, target, revision=revision, check=check, **options)
+    return _convert(opened, target, "native", n_heads, None, check, overwrite, max_shard_size, progress)
 
 
 def export_checkpoint(
@@ -173,35 +192,49 @@ def export_checkpoint(
     *,
     n_heads: int | None = None,
     bias: bool | None = None,
+    check: Check = True,
     overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Converts a native checkpoint, or one of any other format, into `format`; arguments as in `read` and `write`.
+    """Converts a native checkpoint, or one of any other format, into `format`; arguments as above and in `write`.
 
     The target is a directory: it holds `model.pth`, `ckpt.pt` or `model.gguf`, or is the checkpoint, and the receipt.
+    For the first two the disk must have room for the weights twice.
 
     Returns, raises: as `import_checkpoint`.
     """
     opened = _open(source)
-    if (opened.format, format) == ("native", "gpt2") and n_heads is None:
-        return scratch_to_gpt2(source, target, overwrite=overwrite)
-    return _convert(opened, target, format, n_heads, bias, overwrite)
+    if (opened.format, format) == ("native", "gpt2"):
+        if n_heads is not None:
+            _interpret(opened, n_heads)
+        options: dict[str, Any] = dict(overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
+        return scratch_to_gpt2(source, target, check=check, **options)
+    return _convert(opened, target, format, n_heads, bias, check, overwrite, max_shard_size, progress)
 
 
-def _convert(opened: _Source, target, format, n_heads, bias, overwrite):
+def _convert(opened: _Source, target, format, n_heads, bias, check, overwrite, max_shard_size, progress):
     if format not in FILES:
         raise ConversionError(f"got format {format!r}, but what can be written is {', '.join(FILES)}; choose one")
-    path, target = opened.path.resolve(), Path(target).expanduser().resolve()
+    path, target, progress = opened.path.resolve(), Path(target).expanduser().resolve(), progress or Progress()
     if target == path or target in path.parents:
         raise ConversionError(f"the target {target} is or holds the source {path}; choose another target")
     if opened.format == format:
         raise ConversionError(f"{opened.path} has the format {format!r} already; choose another one")
-    config, state_dict = _interpret(opened, n_heads)
+    config, tensors = _interpret(opened, n_heads)
+    check_space(target, sum(tensor.nbytes for tensor in tensors.values()) * (2 if format in ("book", "nanogpt") else 1))
+    files = [file for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
     try:
-        with atomic_directory(target, overwrite) as staging:
-            tokenizer = _tokenizer(path)
+        with (
+            atomic_directory(target, overwrite) as staging,
+            hashed_meanwhile(files) as source_hashes,
+            quiet_transformers(),
+        ):
+            tokenizer = tokenizer_beside(path)
             written = staging / FILES[format]
-            notes = write(state_dict, config, written, format, bias=bias, tokenizer=tokenizer)
-            _verify(opened, state_dict, config, written)
+            notes, target_hashes = _write(tensors, config, written, format, bias, tokenizer, max_shard_size, progress)
+            if check:
+                _verify(opened, config, written, progress)
             if opened.format == "nanogpt" and config.activation_function == "gelu":
                 notes.append(
                     "nanoGPT's files do not tell the activation; taken is today's, the exact GELU. If an early nanoGPT "
@@ -209,12 +242,21 @@ def _convert(opened: _Source, target, format, n_heads, bias, overwrite):
                 )
             receipt = new_receipt(
                 f"{opened.format} converted to {format}",
-                source={"name": str(opened.path), "revision": None, "files": _digests(path)},
+                source={
+                    "name": str(opened.path),
+                    "format": opened.format,
+                    "revision": None,
+                    "files": by_name(source_hashes.result()),
+                },
                 tokenizer=type(tokenizer).__name__ if tokenizer is not None else None,
-                parity={"passed": True, "weights_equal": True, "tensors": len(state_dict)},
+                parity={"passed": True, "weights_equal": True, "tensors": len(tensors)} if check else None,
                 notes=notes,
-                target={"files": _digests(staging)},
             )
+            if format == "native":
+                model = meta_model(GPTScratchForCausalLM, GPTScratchConfig.from_pretrained(staging))
+                model_card(model, receipt).save(staging / CARD)
+            rest = digests(file for file in staging.iterdir() if file.name not in target_hashes)
+            receipt["target"] = {"files": dict(sorted({**target_hashes, **by_name(rest)}.items()))}
             write_receipt(staging, receipt)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError to a full disk
         raise ConversionError(
@@ -224,25 +266,17 @@ def _convert(opened: _Source, target, format, n_heads, bias, overwrite):
     return receipt
 
 
-def _verify(opened: _Source, state_dict: Mapping[str, torch.Tensor], config: GPTScratchConfig, written: Path) -> None:
-    """Raises ParityError unless what was written reads as what was meant, and goes back to what was read."""
-    _, back = read(written, n_heads=config.n_heads)
-    back.setdefault("out_head.weight", back["tok_emb.weight"])
-    meant = {"out_head.weight": state_dict["tok_emb.weight"], **state_dict}
-    differing = [name for name in sorted(meant.keys() | back.keys()) if not _same(meant.get(name), back.get(name))]
-    if opened.format in LAYOUTS:
-        there = LAYOUTS[opened.format].from_scratch(_with_qkv_biases(back, config), config.n_layers)
-        differing += [name for name, tensor in opened.tensors.items() if not _same(tensor, there.get(name))]
-    if differing:
-        raise ParityError(f"{written.name} differs from its source in {_some(differing)}; please report this")
-
-
-def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """Equal in every bit; a tensor that is not there, which only biases may be, is zero."""
-    if one is None or other is None:
-        there = one if other is None else other
-        return there is not None and not there.any()
-    return same_bits(one, other)
+def _verify(opened: _Source, config: GPTScratchConfig, written: Path, progress: Progress) -> None:
+    """Raises ParityError unless what was written, read again, goes back to what was read."""
+    layout = LAYOUTS[opened.format]
+    _, back = _interpret(_open(written), config.n_heads)
+    source = opened.tensors
+    if opened.format != "tensorflow":  # which has no head
+        back.setdefault("out_head.weight", back["tok_emb.weight"])
+        embedding, head = (layout.named(name) for name in ("tok_emb.weight", "out_head.weight"))
+        source = {head: source[embedding], **source}
+    back = layout.from_scratch(with_qkv_biases(back, config.n_layers), config.n_layers)
+    verify_weights(source, back, progress)
 
 
 # Reading
@@ -267,56 +301,69 @@ def _open(path: str | os.PathLike) -> _Source:
 
 def _open_directory(path: Path) -> _Source:
     if (path / "config.json").is_file():
-        try:
-            model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError) as error:
-            raise ConversionError(f"{path / 'config.json'} is no valid config ({error}); download it again") from error
-        if model_type in ("gpt2", "gpt_scratch"):
-            return _Source(path, "gpt2" if model_type == "gpt2" else "native")
+        values = read_json(path / "config.json")
+        model_type = values.get("model_type") if isinstance(values, dict) else None
+        for format, known in DIRECTORIES.items():
+            if model_type == known:
+                return _Source(path, format)
         raise ConversionError(f"{path} holds a model of type {model_type!r}; what can be read is {READABLE}")
     if (path / "hparams.json").is_file():
+        hparams = read_json(path / "hparams.json")
         try:
-            hparams = json.loads((path / "hparams.json").read_text(encoding="utf-8"))
             told = {ours: hparams[name] for name, ours in HPARAMS.items()}
-        except (ValueError, LookupError, TypeError) as error:
+        except (LookupError, TypeError) as error:
             raise ConversionError(
-                f"{path / 'hparams.json'} must be JSON with {', '.join(HPARAMS)} ({error!r}); download it again"
+                f"{path / 'hparams.json'} must have {', '.join(HPARAMS)} ({error!r}); download it again"
             ) from error
         tensors = read_tensorflow(path)
         # OpenAI's matrices are those of a convolution of width 1, [1, in, out].
-        tensors = {name: tensor[0] if tensor.shape[:-2] == (1,) else tensor for name, tensor in tensors.items()}
+        tensors = {name: _first(tensor) if tensor.shape[:-2] == (1,) else tensor for name, tensor in tensors.items()}
         return _Source(path, "tensorflow", tensors, told)
     files = sorted(file.name for file in path.iterdir() if file.suffix in (".pth", ".pt", ".gguf"))
     remedy = f"give the file, {path / files[0]}" if files else f"what can be read is {READABLE}"
     raise ConversionError(f"{path} has neither config.json nor hparams.json; {remedy}")
 
 
-def _interpret(source: _Source, n_heads: int | None) -> tuple[GPTScratchConfig, dict[str, torch.Tensor]]:
-    if source.format not in LAYOUTS:
-        return _read_directory(source, n_heads)
+def _first(tensor: Lazy) -> Lazy:
+    return Lazy(tensor.shape[1:], tensor.dtype, lambda: tensor.read()[0])
+
+
+def _finite(tensor: Lazy, name: str, path: Path) -> Lazy:
+    """The same, but an error when a value is NaN or infinite."""
+    return replace(tensor, read=lambda: checked_finite(tensor.read(), name, path.name))
+
+
+def _interpret(source: _Source, n_heads: int | None) -> tuple[GPTScratchConfig, dict[str, Lazy]]:
+    """The config and the tensors in the book's names; `source.tensors` has those that were used, in its own."""
+    if source.format in DIRECTORIES:
+        return _interpret_directory(source, n_heads)
     path, layout, told = source.path, LAYOUTS[source.format], source.told
-    source.tensors = {name: t for name, t in source.tensors.items() if not re.fullmatch(layout.dropped, name)}
+    source.tensors = {
+        name: _finite(tensor, name, path)
+        for name, tensor in source.tensors.items()
+        if not re.fullmatch(layout.dropped, name)
+    }
     tensors = source.tensors
 
-    def tensor(ours: str) -> torch.Tensor:
+    def shape(ours: str) -> torch.Size:
         name = layout.named(ours).replace("{n}", "0")
         if name not in tensors:
             raise ConversionError(f"{path} lacks {name!r}; take the whole state dict")
-        if tensors[name].ndim != 2:
+        if len(tensors[name].shape) != 2:
             raise ConversionError(f"{name!r} in {path} has shape {list(tensors[name].shape)}, but it is a matrix")
-        return tensors[name]
+        return tensors[name].shape
 
     try:
         n_layers = layout.count_layers(tensors)
     except ValueError as error:
         raise ConversionError(f"{path}: {error}; take the whole state dict") from error
-    vocab_size, emb_dim = tensor("tok_emb.weight").shape
-    n_inner = tensor("trf_blocks.{n}.ff.layers.0.weight").numel() // max(emb_dim, 1)
+    vocab_size, emb_dim = shape("tok_emb.weight")
+    n_inner = shape("trf_blocks.{n}.ff.layers.0.weight").numel() // max(emb_dim, 1)
     biased = source.format != "nanogpt" or any(name.endswith(".bias") for name in tensors)
     qkv_bias = "trf_blocks.0.att.W_query.bias" in tensors if source.format == "book" else biased
     sizes = {
         "vocab_size": vocab_size,
-        "context_length": len(tensor("pos_emb.weight")),
+        "context_length": shape("pos_emb.weight")[0],
         "emb_dim": emb_dim,
         "n_layers": n_layers,
         "n_inner": n_inner,
@@ -344,15 +391,15 @@ def _interpret(source: _Source, n_heads: int | None) -> tuple[GPTScratchConfig, 
     if not biased:
         expected = {name: tensor for name, tensor in expected.items() if not name.endswith(".bias")}
     _check(tensors, expected, str(path), "the other tensors' sizes")
-    state_dict = layout.to_scratch(tensors, n_layers)
+    ours = layout.to_scratch(tensors, n_layers)
     if source.format == "nanogpt" and not tied:
-        config.tie_word_embeddings = torch.equal(tensors[head], state_dict["tok_emb.weight"])
+        config.tie_word_embeddings = torch.equal(tensors[head].read(), ours["tok_emb.weight"].read())
         if config.tie_word_embeddings:
-            del state_dict["out_head.weight"]
+            del ours["out_head.weight"]
     for name, meta in _expected(config).items():
-        if name not in state_dict:  # nanoGPT without biases
-            state_dict[name] = torch.zeros(meta.shape, dtype=state_dict["tok_emb.weight"].dtype)
-    return config, state_dict
+        if name not in ours:  # nanoGPT without biases
+            ours[name] = zero(meta.shape, ours["tok_emb.weight"].dtype)
+    return config, ours
 
 
 def _n_heads(source: _Source, emb_dim: int, given: int | None) -> int:
@@ -378,29 +425,29 @@ def _n_heads(source: _Source, emb_dim: int, given: int | None) -> int:
     return n_heads
 
 
-def _read_directory(source: _Source, n_heads: int | None) -> tuple[GPTScratchConfig, dict[str, torch.Tensor]]:
-    check_checkpoint(source.path, "gpt2" if source.format == "gpt2" else "gpt_scratch")
-    model = GPTScratchForCausalLM.from_pretrained(source.path)
-    if n_heads not in (None, model.config.n_heads):
-        raise ConversionError(
-            f"got n_heads={n_heads}, but {source.path} says {model.config.n_heads}; leave n_heads out"
-        )
-    state_dict = without_prefix(model.state_dict(), SCRATCH_PREFIX)
-    if model.config.tie_word_embeddings:
-        state_dict.pop("out_head.weight", None)
-    return model.config, state_dict
+def _interpret_directory(source: _Source, n_heads: int | None) -> tuple[GPTScratchConfig, dict[str, Lazy]]:
+    weights = Weights(source.path, DIRECTORIES[source.format])
+    config = weights.config
+    if source.format == "gpt2":
+        config = GPTScratchConfig.from_gpt2(config)
+    if n_heads not in (None, config.n_heads):
+        raise ConversionError(f"got n_heads={n_heads}, but {source.path} says {config.n_heads}; leave n_heads out")
+    source.tensors = weights.tensors()
+    tensors = source.tensors if source.format == "native" else weights.translated()
+    _check(tensors, _expected(config), str(source.path), "config.json")
+    return config, tensors
 
 
-def _expected(config: GPTScratchConfig) -> dict[str, torch.Tensor]:
-    """The state dict of a model with this config, without values; a tied head is left out."""
+def _expected(config: GPTScratchConfig) -> dict[str, Lazy]:
+    """The tensors of a model with this config, without values; a tied head is left out."""
     with torch.device("meta"):
         state_dict = without_prefix(GPTScratchForCausalLM(config).state_dict(), SCRATCH_PREFIX)
     if config.tie_word_embeddings:
         state_dict.pop("out_head.weight", None)
-    return state_dict
+    return held(state_dict)
 
 
-def _check(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str, whose: str) -> None:
+def _check(tensors: Mapping[str, Lazy], expected: Mapping[str, Lazy], what: str, whose: str) -> None:
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unknown:
         lacks = f"lacks {_some(sorted(missing))}" if missing else ""
@@ -416,8 +463,6 @@ def _check(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Ten
             )
         if tensor.dtype not in DTYPES:
             raise ConversionError(f"{name!r} of {what} is {tensor.dtype}, but weights are floats of 16 bits or more")
-        if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # 30 times as fast as to ask every value
-            raise ConversionError(f"{name!r} of {what} has values that are NaN or infinite; take an earlier checkpoint")
     dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
     if len(dtypes) > 1:
         raise ConversionError(f"{what} mixes {', '.join(dtypes)}, but a checkpoint has one dtype; cast it")
@@ -428,6 +473,48 @@ def _some(names: list[str]) -> str:
 
 
 # Writing
+
+
+def _write(
+    tensors: Mapping[str, Lazy],
+    config: GPTScratchConfig,
+    target: Path,
+    format: str,
+    bias: bool | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_shard_size: int | str,
+    progress: Progress,
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Writes tensors in the book's names, one at a time.
+
+    Returns:
+        notes, and sha256 and size of the files that were hashed on the way.
+    """
+    _check_plain(config, format)
+    layout = LAYOUTS[format]
+    if format in DIRECTORIES:
+        model = meta_model(GPTScratchForCausalLM, copy.deepcopy(config))
+        if format == "gpt2":
+            model = meta_model(GPT2LMHeadModel, config.to_gpt2())
+            tensors = layout.from_scratch(with_qkv_biases(tensors, config.n_layers), config.n_layers)
+        model.to(next(iter(tensors.values())).dtype)
+        hashes = write_model(model, tensors, target, max_shard_size, progress)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        return [], hashes
+    if config.tie_word_embeddings and layout.stores_tied_head:
+        tensors = {**tensors, "out_head.weight": tensors["tok_emb.weight"]}
+    if format != "book":
+        tensors = with_qkv_biases(tensors, config.n_layers)
+    tensors = layout.from_scratch(tensors, config.n_layers)
+    if format == "gguf":
+        return write_gguf(tensors, config, target, tokenizer, progress), {}
+    notes: list[str] = []
+    if format == "book":
+        sha256 = write_book(tensors, config, target, progress)
+    else:
+        notes, sha256 = write_nanogpt(tensors, config, target, bias, progress)
+    return notes, {target.name: {"sha256": sha256, "bytes": target.stat().st_size}}
 
 
 def _check_plain(config: GPTScratchConfig, format: str) -> None:
@@ -448,28 +535,3 @@ def _check_plain(config: GPTScratchConfig, format: str) -> None:
                 f"the model has {name}={getattr(config, name)!r}, but {format} knows only "
                 f"{' or '.join(map(repr, allowed))} and cannot say otherwise; export to 'gpt2' instead"
             )
-
-
-def _with_qkv_biases(state_dict: Mapping[str, torch.Tensor], config: GPTScratchConfig) -> dict[str, torch.Tensor]:
-    """With zeros for the biases that a model without `qkv_bias` does not have, and most formats demand."""
-    names = [name for row in rows(config.n_layers) if row.zeros_for for name in row.scratch]
-    zeros = state_dict["tok_emb.weight"].new_zeros(config.emb_dim)
-    there = [name for name in names if name.removesuffix("bias") + "weight" in state_dict]
-    return {**dict.fromkeys(there, zeros), **state_dict}
-
-
-def _tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies in a source directory, in our files or OpenAI's."""
-    try:
-        if any((path / name).is_file() for name in TOKENIZER_FILES):
-            return AutoTokenizer.from_pretrained(path)
-        if (path / "encoder.json").is_file() and (path / "vocab.bpe").is_file():
-            return GPT2Tokenizer(vocab=str(path / "encoder.json"), merges=str(path / "vocab.bpe"))
-    except Exception as error:  # the tokenizers package raises nothing more specific
-        raise ConversionError(f"the tokenizer in {path} cannot be read ({error}); repair or remove it") from error
-    return None
-
-
-def _digests(path: Path) -> dict[str, dict[str, Any]]:
-    """sha256 and size of a file, or of the files in a directory."""
-    return by_name(digests(file for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()))

@@ -1,6 +1,8 @@
 """GPT-2 in a GGUF file, as llama.cpp reads it; written and read by the `gguf` package."""
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .checkpoint import ConversionError, Progress, read_part
 from .configuration_gpt_scratch import GPTScratchConfig
-from .conversion import ConversionError
+from .lazy import Lazy
 
 # Our name of what the metadata say under `gpt2.…`.
 METADATA = {
@@ -21,6 +24,7 @@ METADATA = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 
 
 def _gguf():
@@ -32,7 +36,11 @@ def _gguf():
 
 
 def write_gguf(
-    tensors: dict[str, torch.Tensor], config: GPTScratchConfig, path: Path, tokenizer: PreTrainedTokenizerBase | None
+    tensors: Mapping[str, Lazy],
+    config: GPTScratchConfig,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    progress: Progress,
 ) -> list[str]:
     """Writes tensors in GGUF's names, and says what did not go along.
 
@@ -52,17 +60,28 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[DTYPES[dtype]])
     notes = _add_tokenizer(writer, config, tokenizer)
+    types = {
+        name: torch.float32 if len(tensor.shape) == 1 or name == "position_embd.weight" else dtype
+        for name, tensor in tensors.items()
+    }
     for name, tensor in tensors.items():
-        wide = tensor.ndim == 1 or name == "position_embd.weight"
-        tensor = tensor.detach().to(torch.float32 if wide else dtype).contiguous()
-        if tensor.dtype == torch.bfloat16:
-            raw = tensor.view(torch.uint8).numpy()
-            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
-        else:
-            writer.add_tensor(name, tensor.numpy())
+        # numpy has no bfloat16: gguf takes its bytes.
+        bf16 = types[name] == torch.bfloat16
+        shape = (*tensor.shape[:-1], 2 * tensor.shape[-1]) if bf16 else tensor.shape
+        writer.add_tensor_info(
+            name,
+            shape,
+            np.dtype(np.uint8 if bf16 else NUMPY[types[name]]),
+            tensor.shape.numel() * types[name].itemsize,
+            raw_dtype=gguf.GGMLQuantizationType.BF16 if bf16 else None,
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    progress.step(f"Writing {path.name}", sum(tensor.nbytes for tensor in tensors.values()))
+    for name, tensor in tensors.items():
+        writer.write_tensor_data(tensor.read().to(types[name]).contiguous().view(torch.uint8).numpy())
+        progress.advance(tensor.nbytes)
     writer.close()
     return notes
 
@@ -91,7 +110,7 @@ def _add_tokenizer(writer, config: GPTScratchConfig, tokenizer: PreTrainedTokeni
     return []
 
 
-def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_gguf(path: Path) -> tuple[dict[str, Lazy], dict[str, Any]]:
     """A GGUF file's tensors in its own names, and what its metadata say, in our names.
 
     All tensors have the dtype of the token embedding, or float32 if some would lose by it.
@@ -101,7 +120,7 @@ def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """
     gguf = _gguf()
     try:
-        reader = gguf.GGUFReader(path, "c")  # copy on write: torch takes no read-only arrays
+        reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the reader checks nothing: whatever numpy raises on a broken file
         raise ConversionError(f"{path} is truncated or corrupt ({error!r}); download it again") from error
@@ -109,26 +128,35 @@ def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if architecture != "gpt2":
         raise ConversionError(f"{path} holds a model of architecture {architecture!r}, but only 'gpt2' is read")
     tensors = {}
+    dtypes = {kind: dtype for dtype, kind in DTYPES.items()}
     for tensor in reader.tensors:
         kind = tensor.tensor_type.name
-        if kind not in DTYPES.values():
+        if kind not in dtypes:
             raise ConversionError(
                 f"{tensor.name!r} in {path} is quantised ({kind}), but only F32, F16 and BF16 are read bit for bit; "
                 "take the file that was not quantised"
             )
-        values = torch.from_numpy(np.asarray(tensor.data))
-        tensors[tensor.name] = values.view(torch.bfloat16) if kind == "BF16" else values
+        shape = torch.Size(reversed(tensor.shape.tolist()))
+        read = partial(read_part, path, int(tensor.data_offset), shape, dtypes[kind])
+        tensors[tensor.name] = Lazy(shape, dtypes[kind], read)
     told = {ours: fields[f"gpt2.{name}"] for name, ours in METADATA.items() if f"gpt2.{name}" in fields}
     if "layer_norm_epsilon" in told:
         told["layer_norm_epsilon"] = float(str(np.float32(told["layer_norm_epsilon"])))  # 1e-5, not 9.99999974e-06
     return _one_dtype(tensors), told
 
 
-def _one_dtype(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _one_dtype(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         return tensors
-    narrow = {name: tensor.to(embedding.dtype) for name, tensor in tensors.items()}
-    if all(torch.equal(narrow[name].to(tensor.dtype), tensor) for name, tensor in tensors.items()):
-        return narrow
-    return {name: tensor.float() for name, tensor in tensors.items()}
+
+    def loses(tensor: Lazy) -> bool:
+        values = tensor.read()
+        return not torch.equal(values.to(embedding.dtype).to(values.dtype), values)
+
+    def cast(tensor: Lazy) -> torch.Tensor:
+        return tensor.read().to(dtype)
+
+    wide = any(tensor.dtype != embedding.dtype and loses(tensor) for tensor in tensors.values())
+    dtype = torch.float32 if wide else embedding.dtype
+    return {name: Lazy(tensor.shape, dtype, partial(cast, tensor)) for name, tensor in tensors.items()}

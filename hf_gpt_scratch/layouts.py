@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
+from .lazy import Lazy, from_scratch, to_scratch
 from .weight_map import BASE, DROPPED, GPT2_PREFIX, LM_HEAD, Row, rows
 
 # What `formats` reads, for messages.
@@ -69,25 +68,18 @@ class Layout:
             raise ValueError(f"got the layers {numbers}, but layers are numbered from 0 without a gap")
         return len(numbers)
 
-    def to_scratch(self, tensors: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, torch.Tensor]:
+    def to_scratch(self, tensors: Mapping[str, Lazy], n_layers: int) -> dict[str, Lazy]:
         """The program's tensors in the book's names; those that the table does not know are left out."""
-        ours: dict[str, torch.Tensor] = {}
-        for row in rows(n_layers, self.table):
-            if row.gpt2 in tensors:
-                ours.update(zip(row.scratch, row.to_scratch(tensors[row.gpt2]), strict=True))
-        return ours
+        return to_scratch(tensors, rows(n_layers, self.table))
 
-    def from_scratch(self, state_dict: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, torch.Tensor]:
+    def from_scratch(self, tensors: Mapping[str, Lazy], n_layers: int) -> dict[str, Lazy]:
         """The book's tensors as the program has them; the inverse of `to_scratch`."""
-        there = [row for row in rows(n_layers, self.table) if row.scratch[0] in state_dict]
-        return {row.gpt2: row.to_gpt2([state_dict[name] for name in row.scratch]) for row in there}
+        return from_scratch(tensors, rows(n_layers, self.table))
 
 
-BOOK = Layout(
-    tuple(Row(name, (name,), False, row.meaning) for row in (*PLAIN, LM_HEAD) for name in row.scratch),
-    dropped=r"trf_blocks\.[0-9]+\.att\.mask",
-    stores_tied_head=True,
-)
+NATIVE = Layout(tuple(Row(name, (name,), False, row.meaning) for row in (*PLAIN, LM_HEAD) for name in row.scratch))
+GPT2 = Layout((*PLAIN, LM_HEAD))
+BOOK = replace(NATIVE, dropped=r"trf_blocks\.[0-9]+\.att\.mask", stores_tied_head=True)
 NANOGPT = Layout(
     (*(replace(row, gpt2=GPT2_PREFIX + row.gpt2, transposed=False) for row in PLAIN), LM_HEAD),
     dropped="|".join(re.escape(GPT2_PREFIX + name).replace(r"\{n\}", "[0-9]+") for name in DROPPED),

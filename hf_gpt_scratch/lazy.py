@@ -28,7 +28,7 @@ class Lazy:
 
 def held(tensors: Mapping[str, torch.Tensor]) -> dict[str, Lazy]:
     """Tensors that are in memory already."""
-    return {name: Lazy(tensor.shape, tensor.dtype, functools.partial(_same, tensor)) for name, tensor in tensors.items()}
+    return {name: Lazy(t.shape, t.dtype, functools.partial(_itself, t)) for name, t in tensors.items()}
 
 
 def to_scratch(tensors: Mapping[str, Lazy], table: Iterable[Row]) -> dict[str, Lazy]:
@@ -92,7 +92,7 @@ def zero(shape: torch.Size, dtype: torch.dtype) -> Lazy:
     return Lazy(shape, dtype, functools.partial(torch.zeros, shape, dtype=dtype))
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 

@@ -70,7 +70,7 @@ model.save_as_gpt2("official")  # an official checkpoint again
 """
 
 PARITY = """
-## Parity with `{official}`
+## Parity with {official}
 
 Measured {how}when the checkpoint was converted{versions}:
 
@@ -107,7 +107,7 @@ def model_card(
         made_of = f"with the weights of `{source}`"
         weights = f"those of `{source}`, `{license}`" if license else f"see `{source}`"
     else:
-        made_of = "with the weights of an official checkpoint" if receipt else "with weights of its own"
+        made_of = f"with the weights of {_origin(receipt)}" if receipt else "with weights of its own"
         weights = f"`{license}`" if license else "not stated"
     text = TEXT.format(
         title=f"{source.rpartition('/')[2]} in the layers of the book" if source else "GPT-2 in the layers of the book",
@@ -119,10 +119,15 @@ def model_card(
         architecture="\n".join(
             f"| `{name}` | {getattr(model.config, name)} | {meaning} |" for name, meaning in ARCHITECTURE.items()
         ),
-        parity=_parity(receipt, type(model).gpt2_class.__name__),
+        parity=_parity(receipt, f"`{type(model).gpt2_class.__name__}`"),
         licence=f"The code: `apache-2.0`. The weights: {weights}.",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _origin(receipt: Mapping[str, Any]) -> str:
+    format = receipt.get("source", {}).get("format")
+    return f"a `{format}` checkpoint" if format else "an official checkpoint"
 
 
 def _parity(receipt: Mapping[str, Any] | None, official: str) -> str:
@@ -142,7 +147,7 @@ def _parity(receipt: Mapping[str, Any] | None, official: str) -> str:
         rows.append(f"greedy continuation | {tokens} of {tokens} token ids equal")
     versions = ", ".join(f"{name} {version}" for name, version in (receipt or {}).get("versions", {}).items())
     return PARITY.format(
-        official=official,
+        official=official if logits else _origin(receipt or {}),
         how="in float32 " if logits else "",
         versions=f" ({versions})" if versions else "",
         rows="\n".join(f"| {row} |" for row in rows),

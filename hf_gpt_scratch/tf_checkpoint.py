@@ -5,17 +5,19 @@ Key "" holds a BundleHeaderProto; every other key is a tensor's name and holds a
 where in `NAME.data-*` its bytes lie. Blocks and tensors carry their CRC-32C, and both are checked here.
 """
 
+import math
 import re
 import struct
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .conversion import ConversionError
+from .checkpoint import ConversionError, read_part
+from .lazy import Lazy
 
 FOOTER_BYTES, MAGIC = 48, 0xDB4775248B80FB57
 LARGEST_INDEX = 1 << 26  # bytes; GPT-2 1558M has 54 kB
@@ -24,8 +26,8 @@ CRC_POLYNOMIAL = 0x82F63B78
 CRC_ROW, CRC_PIECE = 512, 1 << 20  # bytes; the piece stays in the processor's cache
 
 
-def read_tensorflow(directory: Path) -> dict[str, torch.Tensor]:
-    """The floating-point tensors of the directory's checkpoint by name, mapped from its files.
+def read_tensorflow(directory: Path) -> dict[str, Lazy]:
+    """The floating-point tensors of the directory's checkpoint by name; reading one checks its checksum.
 
     Raises:
         ConversionError: there is no checkpoint, or it is not whole.
@@ -40,7 +42,7 @@ def read_tensorflow(directory: Path) -> dict[str, torch.Tensor]:
         if header.get(2, [0])[0] != 0:
             raise ValueError("its tensors are big-endian, which only TensorFlow itself reads")
         return _tensors(prefix, entries, num_shards=header.get(1, [1])[0])
-    except (LookupError, TypeError, ValueError, struct.error) as error:
+    except (LookupError, OverflowError, TypeError, ValueError, struct.error) as error:
         raise ConversionError(
             f"{index} and its data are no whole TensorFlow checkpoint ({error}); download them again"
         ) from error
@@ -64,29 +66,27 @@ def _checkpoint_name(directory: Path) -> str:
     )
 
 
-def _tensors(prefix: Path, entries: dict[bytes, bytes], num_shards: int) -> dict[str, torch.Tensor]:
-    shards: dict[int, torch.Tensor] = {}
+def _tensors(prefix: Path, entries: dict[bytes, bytes], num_shards: int) -> dict[str, Lazy]:
     tensors, extents = {}, []
     for key, value in entries.items():
         name, entry = key.decode(), _message(value)
-        dtype, shard, offset, size = (entry.get(field, [0])[0] for field in (1, 3, 4, 5))
-        if dtype not in DTYPES:
+        number, shard, offset, size = (entry.get(field, [0])[0] for field in (1, 3, 4, 5))
+        if number not in DTYPES:
             continue  # counters of a training run
         if 7 in entry:
             raise ValueError(f"{name!r} is cut into slices, which only TensorFlow itself reads")
+        dtype = DTYPES[number]
         shape = [_message(dim).get(1, [0])[0] for dim in _message(entry.get(2, [b""])[0]).get(2, [])]
         if shard >= num_shards:
             raise ValueError(f"{name!r} lies in shard {shard} of {num_shards}")
-        if shard not in shards:
-            shards[shard] = _map(prefix.with_name(f"{prefix.name}.data-{shard:05}-of-{num_shards:05}"))
-        data = shards[shard][offset : offset + size]
-        if data.numel() != size or np.prod(shape, dtype=object) * DTYPES[dtype].itemsize != size:
+        path = prefix.with_name(f"{prefix.name}.data-{shard:05}-of-{num_shards:05}")
+        if not path.is_file() or path.stat().st_size == 0:
+            raise ValueError(f"{path.name} is missing or empty")
+        if offset + size > path.stat().st_size or math.prod(shape) * dtype.itemsize != size:
             raise ValueError(f"{name!r} of shape {shape} should have {size} bytes from {offset} on in its data file")
-        if masked_crc32c(data.numpy()) != entry[6][0]:
-            raise ValueError(f"the checksum of {name!r} is wrong")
         extents.append((shard, offset, size, name))
-        aligned = data if offset % DTYPES[dtype].itemsize == 0 else data.clone()
-        tensors[name] = aligned.view(DTYPES[dtype]).reshape(shape)
+        read = partial(_read, name, path, offset, torch.Size(shape), dtype, entry[6][0])
+        tensors[name] = Lazy(torch.Size(shape), dtype, read)
     extents.sort()
     for (shard, offset, size, name), (next_shard, next_offset, _, next_name) in pairwise(extents):
         if shard == next_shard and offset + size > next_offset:
@@ -94,10 +94,11 @@ def _tensors(prefix: Path, entries: dict[bytes, bytes], num_shards: int) -> dict
     return tensors
 
 
-def _map(path: Path) -> torch.Tensor:
-    if not path.is_file() or path.stat().st_size == 0:
-        raise ValueError(f"{path.name} is missing or empty")
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+def _read(name: str, path: Path, offset: int, shape: torch.Size, dtype: torch.dtype, checksum: int) -> torch.Tensor:
+    tensor = read_part(path, offset, shape, dtype)
+    if masked_crc32c(tensor.reshape(-1).view(torch.uint8).numpy()) != checksum:
+        raise ConversionError(f"{path} is corrupt: the checksum of {name!r} is wrong; download it again")
+    return tensor
 
 
 def _table(file: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -1,18 +1,22 @@
 """The files that torch.save writes: the book's, nanoGPT's and minGPT's; never more of a pickle than its weights."""
 
-import os
+import hashlib
+import io
+import mmap
 import re
+import tempfile
 import warnings
-import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .checkpoint import ConversionError, Mapped, Progress, is_sound_archive
 from .configuration_gpt_scratch import GPTScratchConfig
-from .conversion import ConversionError
-from .layouts import BOOK, READABLE
+from .layouts import READABLE
+from .lazy import Lazy, held
 
 # nanoGPT's `model_args`, in our names.
 MODEL_ARGS = {
@@ -25,15 +29,31 @@ MODEL_ARGS = {
 }
 
 
-def read_torch_file(path: Path) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
+def read_torch_file(path: Path) -> tuple[str, dict[str, Lazy], dict[str, Any]]:
     """The format of a file, its tensors in their own names, and what it tells, in our names.
+
+    A file from before 2020, which is no zip archive, is held in memory as a whole.
 
     Raises:
         ConversionError: not such a file, or a pickle of more than weights, of which nothing runs.
     """
+    told: dict[str, Any] = {}
+
+    def load(mapped: bool) -> dict[str, torch.Tensor]:
+        tensors, about = _load(path, mapped)
+        told.update(about)
+        return tensors
+
+    mapped = Mapped(load, is_sound_archive(path))
+    format = _format(path, mapped.tensors, told)
+    tensors = {n: Lazy(t.shape, t.dtype, partial(mapped.read, n)) for n, t in mapped.tensors.items()}
+    return format, tensors, told
+
+
+def _load(path: Path, mapped: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with warnings.catch_warnings(action="ignore"):  # of other pickle protocols and TorchScript; both fail below
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # on a broken file torch.load raises whatever its parts do
         if found := re.search(r"unsupported global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE):
             raise ConversionError(
@@ -64,7 +84,7 @@ def read_torch_file(path: Path) -> tuple[str, dict[str, torch.Tensor], dict[str,
         if name in bare:
             raise ConversionError(f"{path} holds {name!r} twice, with different prefixes; keep one")
         bare[name] = tensor.detach()
-    return _format(path, bare, told), bare, told
+    return bare, told
 
 
 def _read_model_args(path: Path, checkpoint: dict) -> dict[str, Any]:
@@ -112,22 +132,30 @@ def _format(path: Path, tensors: Mapping[str, torch.Tensor], told: dict[str, Any
     return "mingpt" if mingpt else "nanogpt"
 
 
-def write_book(state_dict: Mapping[str, torch.Tensor], config: GPTScratchConfig, target: str | os.PathLike) -> None:
-    """Writes a state dict that the book's own `GPTModel` loads with `strict=True`."""
+def write_book(tensors: Mapping[str, Lazy], config: GPTScratchConfig, target: Path, progress: Progress) -> str:
+    """Writes a state dict that the book's own `GPTModel` loads with `strict=True`; returns the file's sha256."""
     # The book's attention registers its mask as a buffer, so `load_state_dict` asks for it; one serves all layers.
-    mask = torch.ones(config.context_length, config.context_length).triu(1)
+    [mask] = held({"": torch.ones(config.context_length, config.context_length).triu(1)}).values()
     masks = {f"trf_blocks.{n}.att.mask": mask for n in range(config.n_layers)}
-    torch.save(_own_memory(BOOK.from_scratch(state_dict, config.n_layers)) | masks, target)
+    return _save({**tensors, **masks}, {}, None, target, progress)
 
 
-def write_nanogpt(tensors: dict[str, torch.Tensor], config: GPTScratchConfig, target, bias: bool | None) -> list[str]:
-    """Writes nanoGPT's tensors as the checkpoint that its `sample.py` loads; see `formats.write`."""
-    if not torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"]):
+def write_nanogpt(
+    tensors: Mapping[str, Lazy], config: GPTScratchConfig, target: Path, bias: bool | None, progress: Progress
+) -> tuple[list[str], str]:
+    """Writes nanoGPT's tensors as the checkpoint that its `sample.py` loads; see `formats.write`.
+
+    Returns:
+        notes, and the file's sha256.
+    """
+    head, embedding = tensors["lm_head.weight"], tensors["transformer.wte.weight"]
+    if head is not embedding and not torch.equal(head.read(), embedding.read()):
         raise ConversionError(
             "the model's out_head.weight differs from tok_emb.weight, but nanoGPT has one matrix for both; export to "
             "'book' or 'gpt2' instead"
         )
-    set_biases = [name for name, tensor in tensors.items() if name.endswith(".bias") and tensor.any()]
+    tensors = {**tensors, "lm_head.weight": embedding}
+    set_biases = [name for name, tensor in tensors.items() if name.endswith(".bias") and tensor.read().any()]
     if bias is None:
         bias = config.qkv_bias or bool(set_biases)
     if not bias:
@@ -137,25 +165,60 @@ def write_nanogpt(tensors: dict[str, torch.Tensor], config: GPTScratchConfig, ta
                 "with bias=True"
             )
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
-    checkpoint = {
-        "model": _own_memory(tensors),
+    about = {
         "model_args": {theirs: getattr(config, ours) for theirs, ours in MODEL_ARGS.items()} | {"bias": bias},
         "config": {"activation_function": config.activation_function},  # nanoGPT ignores it, `read` does not
     }
-    torch.save(checkpoint, target)
+    sha256 = _save(tensors, about, "model", target, progress)
     if config.activation_function == "gelu":
-        return []
-    return [
+        return [], sha256
+    note = (
         f"nanoGPT computes the exact GELU, this model {config.activation_function!r}, so its logits differ "
         "slightly there, as those of nanoGPT's own GPT-2 do; read here, the file is this model"
-    ]
+    )
+    return [note], sha256
 
 
-def _own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors with nothing else in their storage, because torch.save writes whole storages."""
-    copies: dict[int, torch.Tensor] = {}
-    for tensor in tensors.values():
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        copy = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-        copies.setdefault(id(tensor), copy.detach())
-    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
+def _save(
+    tensors: Mapping[str, Lazy], about: Mapping[str, Any], place: str | None, target: Path, progress: Progress
+) -> str:
+    """`torch.save` of tensors that are made one at a time, alone or under the key `place` beside `about`.
+
+    It takes all tensors at once, and writes one after the other. So their values go into a nameless file first; what it
+    takes are tensors in the mapped memory of that file, and of those that it has written nothing stays in memory.
+
+    Returns:
+        the file's sha256.
+    """
+    distinct = dict.fromkeys(tensors.values())  # what is one tensor with two names is saved once
+    progress.step(f"Writing {target.name}", 2 * sum(tensor.nbytes for tensor in distinct))
+    with tempfile.TemporaryFile(dir=target.parent) as staged:
+        for tensor in distinct:
+            staged.write(tensor.read().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            progress.advance(tensor.nbytes)
+        staged.flush()
+        memory = mmap.mmap(staged.fileno(), 0, access=mmap.ACCESS_COPY)
+    offset, mapped = 0, {}
+    for tensor in distinct:
+        values = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.shape.numel(), offset=offset)
+        mapped[tensor] = values.reshape(tensor.shape)
+        offset += tensor.nbytes
+    state_dict = {name: mapped[tensor] for name, tensor in tensors.items()}
+    with _Saved(target, memory, progress) as file:
+        torch.save(state_dict if place is None else {place: state_dict, **about}, file)
+    return file.digest.hexdigest()
+
+
+class _Saved(io.BufferedWriter):
+    """A file that is hashed while it is written, from mapped memory that is let go of."""
+
+    def __init__(self, path: Path, memory: mmap.mmap, progress: Progress):
+        super().__init__(io.FileIO(path, "w"))
+        self.memory, self.progress, self.digest = memory, progress, hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        count = super().write(data)
+        self.memory.madvise(mmap.MADV_DONTNEED)  # nobody has written to it: it is as the file when read again
+        self.progress.advance(count)
+        return count
