@@ -1,4 +1,4 @@
-"""Memory and time of a streamed conversion: python benchmarks/convert.py --preset 124M
+"""Memory and time of streamed conversions: python benchmarks/convert.py --preset 124M [--formats]
 
 Time is against copying the same bytes on the same disk, both until fsync; the two take turns. Memory is the peak of a
 process that converts, less that of one that only imports.
@@ -7,31 +7,40 @@ process that converts, less that of one that only imports.
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
 from transformers import GPT2LMHeadModel
 
-from hf_gpt_scratch import GPTScratchConfig
+from hf_gpt_scratch import GPTScratchConfig, formats
 from hf_gpt_scratch.checkpoint import Checkpoint, Progress, write_safetensors
+from hf_gpt_scratch.conversion import Weights, gpt2_to_scratch
+from hf_gpt_scratch.layouts import TENSORFLOW
+from hf_gpt_scratch.lazy import Lazy, with_qkv_biases
+from hf_gpt_scratch.tf_checkpoint import MAGIC, masked_crc32c
 
 # The peak is read from /proc: `ru_maxrss` of a child begins with that of its parent.
 CHILD = """
 import json, re, sys, time, warnings
 warnings.simplefilter("ignore")
-from hf_gpt_scratch.conversion import gpt2_to_scratch
+from hf_gpt_scratch import conversion, formats
 begin, cpu = time.perf_counter(), time.process_time()
 if sys.argv[1:]:
-    gpt2_to_scratch(sys.argv[1], sys.argv[2], check=json.loads(sys.argv[3]))
+    convert = getattr(conversion, sys.argv[1], None) or getattr(formats, sys.argv[1])
+    convert(*sys.argv[2:4], **json.loads(sys.argv[4]))
 figures = {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
 [peak] = re.findall(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
 print(json.dumps({**figures, "peak": int(peak) * 1024}))
@@ -46,6 +55,51 @@ def write_source(directory: Path, preset: str) -> None:
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     specs = {name: (shape, torch.float32) for name, shape in shapes.items()}
     write_safetensors(directory / "model.safetensors", specs, lambda name: torch.randn(shapes[name]), Progress())
+
+
+def write_tensorflow(directory: Path, tensors: Mapping[str, Lazy]) -> None:
+    """A TensorFlow checkpoint, by its names; OpenAI's `hparams.json` is not written."""
+
+    def varint(number: int) -> bytes:
+        return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+    def number(field: int, value: int) -> bytes:
+        return varint(field << 3) + varint(value)
+
+    def nested(field: int, value: bytes) -> bytes:
+        return varint(field << 3 | 2) + varint(len(value)) + value
+
+    def block(entries: Mapping[bytes, bytes]) -> bytes:
+        lines = [varint(0) + varint(len(key)) + varint(len(value)) + key + value for key, value in entries.items()]
+        data = b"".join(lines) + struct.pack("<II", 0, 1) + b"\0"
+        return data + struct.pack("<I", masked_crc32c(np.frombuffer(data, np.uint8)))
+
+    def handle(offset: int, block: bytes) -> bytes:
+        return varint(offset) + varint(len(block) - 5)
+
+    directory.mkdir()
+    entries, offset = {b"": number(1, 1)}, 0
+    with (directory / "model.ckpt.data-00000-of-00001").open("wb") as file:
+        for name, tensor in sorted(tensors.items()):
+            values = tensor.read().contiguous().reshape(-1).view(torch.uint8).numpy()
+            file.write(values)
+            shape = nested(2, b"".join(nested(2, number(1, size)) for size in tensor.shape))
+            checksum = varint(6 << 3 | 5) + struct.pack("<I", masked_crc32c(values))
+            entries[name.encode()] = number(1, 1) + shape + number(4, offset) + number(5, tensor.nbytes) + checksum
+            offset += tensor.nbytes
+    data = block(entries)
+    index = block({max(entries): handle(0, data)})
+    footer = (varint(0) * 2 + handle(len(data), index)).ljust(40, b"\0") + struct.pack("<Q", MAGIC)
+    (directory / "model.ckpt.index").write_bytes(data + index + footer)
+
+
+def write_openai(source: Path, directory: Path) -> None:
+    """OpenAI's directory with the weights of a native one."""
+    native = Weights(source, "gpt_scratch")
+    tensors = with_qkv_biases(native.tensors(), native.config.n_layers)
+    write_tensorflow(directory, TENSORFLOW.from_scratch(tensors, native.config.n_layers))
+    hparams = {name: getattr(native.config, ours) for name, ours in formats.HPARAMS.items()}
+    (directory / "hparams.json").write_text(json.dumps(hparams))
 
 
 def run_child(*arguments: object) -> dict[str, float]:
@@ -65,14 +119,52 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - begin
 
 
+def measure_formats(place: Path, preset: str, only: str) -> None:
+    """One run of every way out of a native directory and into one, verified by the weights."""
+    bare, native, n_heads = run_child()["peak"], place / "native", GPTScratchConfig.preset(preset).n_heads
+    write_source(place / "source", preset)
+    gpt2_to_scratch(place / "source", native, check=False)
+    shutil.rmtree(place / "source")
+    largest = max(spec.nbytes for spec in Checkpoint(native).specs.values())
+    print("| preset | conversion | peak memory | ÷ largest | time |\n| --- | --- | --- | --- | --- |", flush=True)
+
+    def measure(what: str, name: str, source: Path, target: Path, **options: object) -> None:
+        figures = run_child(name, source, target, json.dumps(options))
+        peak = figures["peak"] - bare
+        told = f"{peak / 1e6:.0f} MB | {peak / largest:.2f} | {figures['seconds']:.1f} s"
+        print(f"| {preset} | {what} | {told} |", flush=True)
+
+    for format in ("book", "nanogpt", "gguf", "tensorflow"):
+        if not re.search(only, format):
+            continue
+        if format == "tensorflow":
+            write_openai(native, place / format)
+            source = place / format
+        else:
+            measure(f"native to {format}", "export_checkpoint", native, place / format, format=format)
+            source = place / format / formats.FILES[format]
+        given = {"n_heads": n_heads} if format == "book" else {}
+        measure(f"{format} to native", "import_checkpoint", source, place / "back", **given)
+        shutil.rmtree(place / format)
+        shutil.rmtree(place / "back")
+
+
 def main(
     preset: Annotated[str, typer.Option(help="124M, 355M, 774M or 1558M.")] = "124M",
     runs: Annotated[int, typer.Option(help="Of each; the medians count.")] = 5,
     weights: Annotated[bool, typer.Option(help='Convert with check="weights" instead of check=False.')] = False,
     directory: Annotated[Path | None, typer.Option(help="A place on the disk to measure.")] = None,
+    other: Annotated[
+        bool, typer.Option("--formats", help="Measure other programs' formats instead, once each.")
+    ] = False,
+    only: Annotated[str, typer.Option(help="Regular expression: which of these.")] = "",
 ) -> None:
     """Measures a streamed conversion against copying the same bytes."""
     errors = Console(stderr=True)
+    if other:
+        with tempfile.TemporaryDirectory(dir=directory) as place:
+            measure_formats(Path(place), preset, only)
+        return
     with tempfile.TemporaryDirectory(dir=directory) as place:
         source, target, copied = (Path(place) / name for name in ("source", "target", "copied"))
         errors.print(f"Writing {preset}")
@@ -83,7 +175,8 @@ def main(
         for run in range(runs):
             copies.append(copy(source / "model.safetensors", copied))
             copied.unlink()
-            converted.append(run_child(source, target, json.dumps("weights" if weights else False)))
+            options = json.dumps({"check": "weights" if weights else False})
+            converted.append(run_child("gpt2_to_scratch", source, target, options))
             errors.print(
                 f"Run {run + 1} of {runs}: copied {copies[-1]:.2f} s, converted {converted[-1]['seconds']:.2f} s"
             )

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -313,9 +314,10 @@ def write_safetensors(
     read: Callable[[str], torch.Tensor],
     progress: Progress,
 ) -> str:
-    """Writes the file that `safetensors.torch.save_file` would, with one tensor in memory at a time.
+    """Writes the file that `safetensors.torch.save_file` would, and makes tensors while those before are written.
 
-    That function takes the data of all tensors at once, so the header is made here, before any of them is there.
+    Memory holds what is being made, and of what is being written no more than the largest tensor has. That function
+    takes the data of all tensors at once, so the header is made here, before any of them is there.
 
     Args:
         specs: shape and dtype of each tensor.
@@ -336,10 +338,16 @@ def write_safetensors(
     start = len(encoded).to_bytes(8, "little") + encoded
 
     digest = hashlib.sha256(start)
-    hashed: Future[None] | None = None
-    synced: Future[None] | None = None
+    largest = max((shape.numel() * dtype.itemsize for shape, dtype in specs.values()), default=0)
+    under_way: deque[tuple[int, list[Future]]] = deque()
+    synced: list[Future[None]] = []
     unsynced = 0
-    with path.open("wb") as file, ThreadPoolExecutor(2) as pool:
+    with (
+        path.open("wb") as file,
+        ThreadPoolExecutor(1) as hashing,
+        ThreadPoolExecutor(1) as writing,
+        ThreadPoolExecutor(1) as syncing,
+    ):
         file.write(start)
         for name in names:
             tensor = read(name)
@@ -347,16 +355,20 @@ def write_safetensors(
                 raise AssertionError(f"{name} is {tensor.dtype} {list(tensor.shape)}, the header says {specs[name]}")
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             del tensor
-            if hashed is not None:
-                hashed.result()
-            hashed = pool.submit(digest.update, data)
-            file.write(data)
-            progress.advance(data.nbytes)
+            while under_way and sum(size for size, _ in under_way) + data.nbytes > largest:
+                size, futures = under_way.popleft()
+                for future in futures:
+                    future.result()
+                progress.advance(size)
+            under_way.append((data.nbytes, [hashing.submit(digest.update, data), writing.submit(file.write, data)]))
             unsynced += data.nbytes
             if unsynced > _SYNCED_AT_ONCE:  # the disk works while the next tensors are made
-                if synced is not None:
-                    synced.result()
-                synced, unsynced = pool.submit(os.fdatasync, file.fileno()), 0
-        if synced is not None:
-            synced.result()
+                synced.append(syncing.submit(os.fdatasync, file.fileno()))
+                unsynced = 0
+        for size, futures in under_way:
+            for future in futures:
+                future.result()
+            progress.advance(size)
+        for future in synced:
+            future.result()
     return digest.hexdigest()

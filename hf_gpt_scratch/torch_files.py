@@ -7,6 +7,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -215,10 +216,12 @@ class _Saved(io.BufferedWriter):
     def __init__(self, path: Path, memory: mmap.mmap, progress: Progress):
         super().__init__(io.FileIO(path, "w"))
         self.memory, self.progress, self.digest = memory, progress, hashlib.sha256()
+        self.pool = ThreadPoolExecutor(1)
 
     def write(self, data) -> int:
-        self.digest.update(data)
+        hashed = self.pool.submit(self.digest.update, data)
         count = super().write(data)
+        hashed.result()
         self.memory.madvise(mmap.MADV_DONTNEED)  # nobody has written to it: it is as the file when read again
         self.progress.advance(count)
         return count
