@@ -3,6 +3,7 @@
 Nothing in a file is believed before it has been checked, and no code in one is run.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -264,14 +265,27 @@ class Mapped:
 
     def __init__(self, load: Callable[[bool], dict[str, torch.Tensor]], mapped: bool):
         self.load, self.mapped = load, mapped
-        self.tensors, self.touched = load(mapped), 0
+        self._load()
         self.largest = max((tensor.nbytes for tensor in self.tensors.values()), default=0)
 
     def read(self, name: str) -> torch.Tensor:
-        if self.mapped and self.touched > self.largest // 4:
-            self.tensors, self.touched = self.load(True), 0
-        self.touched += self.tensors[name].nbytes
+        size = self.tensors[name].nbytes
+        # A large one has a mapping of its own, because what is made of a small one may hold the mapping for long.
+        if self.mapped and self.touched and self.touched + size > self.largest // 4:
+            self._load()
+        self.touched += size
         return self.tensors[name].detach()
+
+    def _load(self) -> None:
+        # torch.load leaves a cycle of references that holds the mapping: it is collected while it is young.
+        usual = gc.isenabled()
+        gc.disable()
+        try:
+            self.tensors, self.touched = self.load(self.mapped), 0
+            gc.collect(0)
+        finally:
+            if usual:
+                gc.enable()
 
 
 def is_sound_archive(path: Path) -> bool:
@@ -316,7 +330,7 @@ def write_safetensors(
 ) -> str:
     """Writes the file that `safetensors.torch.save_file` would, and makes tensors while those before are written.
 
-    Memory holds what is being made, and of what is being written no more than the largest tensor has. That function
+    Memory holds what is being made, and of what is being written one tensor or half of what the largest has. That function
     takes the data of all tensors at once, so the header is made here, before any of them is there.
 
     Args:
@@ -355,7 +369,7 @@ def write_safetensors(
                 raise AssertionError(f"{name} is {tensor.dtype} {list(tensor.shape)}, the header says {specs[name]}")
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             del tensor
-            while under_way and sum(size for size, _ in under_way) + data.nbytes > largest:
+            while under_way and sum(size for size, _ in under_way) + data.nbytes > largest // 2:
                 size, futures = under_way.popleft()
                 for future in futures:
                     future.result()

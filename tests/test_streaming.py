@@ -1,19 +1,36 @@
 """The streamed files are the ones that the libraries write, and memory does not grow with the model."""
 
+import importlib
 import json
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
-from pairs import gpt2_config, random_gpt2, randomize
+from pairs import gpt2_config, random_gpt2, random_pair, randomize
 from safetensors.torch import load_file, save_file
 from test_conversion import rewrite, sha256
 from torch import nn
+from typer.testing import CliRunner
 
-from hf_gpt_scratch.checkpoint import Checkpoint, ConversionError, Progress, write_safetensors
-from hf_gpt_scratch.conversion import CARD, MODELS, RECEIPT, gpt2_to_scratch, scratch_to_gpt2, verify_receipt
+from hf_gpt_scratch import torch_files
+from hf_gpt_scratch.checkpoint import Checkpoint, ConversionError, Progress, is_sound_archive, write_safetensors
+from hf_gpt_scratch.cli import app
+from hf_gpt_scratch.conversion import (
+    CARD,
+    MODELS,
+    RECEIPT,
+    gpt2_to_scratch,
+    same_bits,
+    scratch_to_gpt2,
+    verify_receipt,
+)
+from hf_gpt_scratch.formats import detect, export_checkpoint, import_checkpoint, write
+from hf_gpt_scratch.lazy import held
 from hf_gpt_scratch.parity import ParityError
+from hf_gpt_scratch.torch_files import _save
 
 
 def files(directory):
@@ -219,3 +236,121 @@ def test_memory_is_bounded_by_two_of_the_largest_tensors(tmp_path):
     bound = 2 * max(sizes) + 32e6
     assert all(peak < bound for peak in streamed), (cases, streamed, max(sizes))
     assert verified > 3 * bound
+
+
+FORMATS_PEAK = """
+import json, os, resource, sys, warnings
+warnings.simplefilter("ignore")
+from hf_gpt_scratch import formats
+from hf_gpt_scratch.lazy import held
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def convert(size, out, into, twin):
+    target = f"{size} from {into} to {out} {twin}"
+    if out:
+        formats.export_checkpoint(f"{size} native", target, out)
+    else:
+        path = f"{size} {into}/{formats.FILES.get(into, '')}"
+        formats.import_checkpoint(path, target, n_heads=4 if into == "book" else None)
+
+def all_at_once(*arguments):
+    config, tensors = interpret(*arguments)
+    return config, held({name: tensor.read().clone() for name, tensor in tensors.items()})
+
+interpret = formats._interpret
+for out, into, twin in json.loads(sys.argv[2]):
+    if os.fork() == 0:
+        os.chdir(sys.argv[1])
+        if twin:
+            formats._interpret = all_at_once
+        convert("small", out, into, twin)
+        before = peak()
+        convert("big", out, into, twin)
+        print(peak() - before, flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(1)
+"""
+
+
+def test_memory_of_other_programs_formats_is_bounded_by_two_of_the_largest_tensors(tmp_path, monkeypatch):
+    """There and back; the mutation twin reads all tensors before it writes the first."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    write_openai = importlib.import_module("convert").write_openai
+    big = random_gpt2(n_embd=256, n_layer=30, vocab_size=24_000)
+    for name, gpt2 in (("small", random_gpt2()), ("big", big)):
+        gpt2.save_pretrained(tmp_path / name)
+        gpt2_to_scratch(tmp_path / name, tmp_path / f"{name} native", check=False)
+        write_openai(tmp_path / f"{name} native", tmp_path / f"{name} tensorflow")
+        for format in ("book", "nanogpt", "gguf"):
+            export_checkpoint(tmp_path / f"{name} native", tmp_path / f"{name} {format}", format, check=False)
+    sizes = [spec.nbytes for spec in Checkpoint(tmp_path / "big native").specs.values()]
+    assert sum(sizes) > 4.5 * max(sizes)
+
+    cases = [(format, "", False) for format in ("book", "nanogpt", "gguf")]
+    cases += [("", format, False) for format in ("book", "nanogpt", "gguf", "tensorflow")]
+    twins = [("book", "", True), ("", "tensorflow", True)]
+    command = [sys.executable, "-c", FORMATS_PEAK, str(tmp_path), json.dumps(cases + twins)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *streamed, one, other = map(int, done.stdout.split())
+    bound = 2 * max(sizes) + 32e6
+    assert all(peak < bound for peak in streamed), (cases, streamed, max(sizes))
+    assert min(one, other) > 1.2 * bound
+
+
+def test_what_torch_save_writes_from_mapped_memory_is_what_it_writes(tmp_path):
+    """The same bytes as of tensors in memory, whatever has been let go of, and the hash of them."""
+    ours = random_pair()[1]
+    state_dict = {name: tensor.detach() for name, tensor in ours.state_dict().items()}
+    for name, place in (("model.pth", None), ("ckpt.pt", "model")):
+        sha = _save(held(state_dict), {"a": 1} if place else {}, place, tmp_path / name, Progress())
+        assert sha == sha256(tmp_path / name)
+        assert zipfile.ZipFile(tmp_path / name).testzip() is None
+        content = torch.load(tmp_path / name, weights_only=True)
+        assert place is None or content.pop("a") == 1
+        found = content[place] if place else content
+        assert list(found) == list(state_dict)
+        assert all(same_bits(found[key], tensor) for key, tensor in state_dict.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "model.pth"]
+
+
+def test_native_import_has_a_card_that_names_the_format(tmp_path):
+    ours = random_pair()[1]
+    write(ours, ours.config, tmp_path / "model.pth", "book")
+    receipt = import_checkpoint(tmp_path / "model.pth", tmp_path / "native", n_heads=4)
+    card = (tmp_path / "native" / CARD).read_text()
+    assert "with the weights of a `book` checkpoint" in card
+    assert "## Parity with a `book` checkpoint" in card
+    assert CARD in receipt["target"]["files"]
+    assert verify_receipt(tmp_path / "native") == receipt
+
+
+@pytest.mark.parametrize("name", ["config.json", "hparams.json"])
+def test_key_that_is_there_twice_is_refused_in_any_format(tmp_path, name):
+    (tmp_path / name).write_text('{"model_type": "gpt2", "model_type": "gpt2"}')
+    with pytest.raises(ConversionError, match=r"no valid JSON \(the key 'model_type' is there twice"):
+        detect(tmp_path)
+
+
+def test_other_heads_do_not_get_lost_in_formats_without_them(tmp_path):
+    official(MODELS[3]).save_pretrained(tmp_path / "a")
+    with pytest.raises(ConversionError, match=r"which this model does not have"):
+        export_checkpoint(tmp_path / "a", tmp_path / "b", "book")
+    assert not (tmp_path / "b").exists()
+
+
+def test_foreign_import_is_opened_once_and_shards(tmp_path, monkeypatch):
+    ours = random_pair()[1]
+    write(ours, ours.config, tmp_path / "model.pth", "book")
+    loads = []
+    monkeypatch.setattr(torch_files, "is_sound_archive", lambda path: loads.append(path) or is_sound_archive(path))
+    done = CliRunner().invoke(
+        app,
+        ["convert", str(tmp_path / "model.pth"), str(tmp_path / "b"), "--n-heads", "4", "--max-shard-size", "60KB"],
+    )
+    assert done.exit_code == 0, done.output
+    assert len(loads) == 1
+    assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 3
