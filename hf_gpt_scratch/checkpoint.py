@@ -330,8 +330,8 @@ def write_safetensors(
 ) -> str:
     """Writes the file that `safetensors.torch.save_file` would, and makes tensors while those before are written.
 
-    Memory holds what is being made, and of what is being written one tensor or half of what the largest has. That function
-    takes the data of all tensors at once, so the header is made here, before any of them is there.
+    Memory holds what is being made, and of what is being written one tensor, or several of half the largest's size.
+    That function takes the data of all tensors at once, so the header is made here, before any of them is there.
 
     Args:
         specs: shape and dtype of each tensor.
