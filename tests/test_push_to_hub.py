@@ -24,7 +24,8 @@ from hf_gpt_scratch.model_card import model_card
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "push_to_hub.py"
-CODE = {"configuration_gpt_scratch.py", "layers.py", "modeling_gpt_scratch.py", "parallel.py", "weight_map.py"}
+MODULES = "configuration_gpt_scratch", "decoding", "layers", "loss", "modeling_gpt_scratch", "parallel", "weight_map"
+CODE = {f"{module}.py" for module in MODULES}
 
 LOAD = """
 import json
