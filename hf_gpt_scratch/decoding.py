@@ -3,10 +3,14 @@
 Shapes: B batch, H heads, T new tokens, S tokens so far, D head dimension.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
+
+from .weight_map import contiguous
 
 ROOM = 128  # tokens that a layer of the cache has room for beyond those that it was made for
 
@@ -18,6 +22,11 @@ class GrowingLayer(DynamicLayer):
     anew. With gradients, or compiled, it is the plain layer.
     """
 
+    keys: Any  # (B, H, S, D), as `values`: the filled part of the room
+    values: Any
+    room: Any = (None, None)
+    handed_out: Any = (None, None)  # keys and values after the last update
+
     def update(self, key_states, value_states, *args, **kwargs):
         """Adds (B, H, T, D) each and returns all keys and values so far, (B, H, S, D)."""
         if torch.compiler.is_compiling() or key_states.requires_grad or value_states.requires_grad:
@@ -26,16 +35,15 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         seen = self.get_seq_length()
         total = seen + key_states.shape[-2]
-        keys, values = getattr(self, "room", (None, None))
-        if keys is None or self.keys is not self.handed_out or total > keys.shape[-2]:
-            keys, values = (self._with_room(states, total) for states in (key_states, value_states))
+        keys, values = self.room
+        replaced = self.keys is not self.handed_out[0] or self.values is not self.handed_out[1]
+        if keys is None or replaced or total > keys.shape[-2]:
+            self.room = keys, values = [self._with_room(states, total) for states in (key_states, value_states)]
             if seen:
                 keys[:, :, :seen], values[:, :, :seen] = self.keys, self.values
         keys[:, :, seen:total], values[:, :, seen:total] = key_states, value_states
-        self.room = keys, values
-        self.keys, self.values = keys[:, :, :total], values[:, :, :total]
-        self.handed_out = self.keys
-        return self.keys, self.values
+        self.handed_out = self.keys, self.values = keys[:, :, :total], values[:, :, :total]
+        return self.handed_out
 
     def __reduce__(self):  # a copy, or what another program reads, is transformers' layer without the room
         state = {name: value for name, value in vars(self).items() if name not in ("room", "handed_out")}
@@ -58,11 +66,9 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
 
 def _matrices(model: nn.Module):
     """Weights of linear layers that are ours alone to move: plain float32 tensors in this process's memory."""
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
+    for weight in (module.weight for module in model.modules() if isinstance(module, nn.Linear)):
         if (
-            isinstance(module, nn.Linear)
-            and type(weight.data) is torch.Tensor
+            type(weight.data) is torch.Tensor
             and (weight.device.type, weight.dtype) == ("cpu", torch.float32)
             and not weight.is_shared()
         ):
@@ -78,7 +84,7 @@ def order_for_decoding(model: nn.Module) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for weight in _matrices(model):
             if weight.is_contiguous():
-                weight.data = weight.data.t().contiguous().t()
+                weight.data = contiguous(weight.data.t()).t()
 
 
 def order_for_training(model: nn.Module) -> None:
@@ -86,4 +92,4 @@ def order_for_training(model: nn.Module) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for weight in _matrices(model):
             if not weight.is_contiguous():
-                weight.data = weight.data.contiguous()
+                weight.data = contiguous(weight.data)
