@@ -21,8 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from .weight_map import contiguous
-
 # By safetensors' names, in the order in which a file has them: widest first.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SYNCED_AT_ONCE = 1 << 28  # bytes
@@ -369,7 +367,7 @@ def write_safetensors(
             tensor = read(name)
             if (tensor.shape, tensor.dtype) != specs[name]:
                 raise AssertionError(f"{name} is {tensor.dtype} {list(tensor.shape)}, the header says {specs[name]}")
-            data = contiguous(tensor).reshape(-1).view(torch.uint8).numpy().data
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             del tensor
             while under_way and sum(size for size, _ in under_way) + data.nbytes > largest // 2:
                 size, futures = under_way.popleft()

@@ -10,8 +10,6 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from .weight_map import contiguous
-
 ROOM = 128  # tokens that a layer of the cache has room for beyond those that it was made for
 
 
@@ -84,7 +82,7 @@ def order_for_decoding(model: nn.Module) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for weight in _matrices(model):
             if weight.is_contiguous():
-                weight.data = contiguous(weight.data.t()).t()
+                weight.data = weight.data.t().contiguous().t()
 
 
 def order_for_training(model: nn.Module) -> None:
@@ -92,4 +90,4 @@ def order_for_training(model: nn.Module) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for weight in _matrices(model):
             if not weight.is_contiguous():
-                weight.data = contiguous(weight.data)
+                weight.data = weight.data.contiguous()

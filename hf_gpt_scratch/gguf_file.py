@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from .checkpoint import ConversionError, Progress, read_part
 from .configuration_gpt_scratch import GPTScratchConfig
 from .lazy import Lazy
-from .weight_map import contiguous
 
 # Our name of what the metadata say under `gpt2.…`.
 METADATA = {
@@ -81,7 +80,7 @@ def write_gguf(
     writer.write_ti_data_to_file()
     progress.step(f"Writing {path.name}", sum(tensor.nbytes for tensor in tensors.values()))
     for name, tensor in tensors.items():
-        writer.write_tensor_data(contiguous(tensor.read().to(types[name])).view(torch.uint8).numpy())
+        writer.write_tensor_data(tensor.read().to(types[name]).contiguous().view(torch.uint8).numpy())
         progress.advance(tensor.nbytes)
     writer.close()
     return notes

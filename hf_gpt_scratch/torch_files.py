@@ -18,7 +18,6 @@ from .checkpoint import ConversionError, Mapped, Progress, is_sound_archive
 from .configuration_gpt_scratch import GPTScratchConfig
 from .layouts import READABLE
 from .lazy import Lazy, held
-from .weight_map import contiguous
 
 # nanoGPT's `model_args`, in our names.
 MODEL_ARGS = {
@@ -196,7 +195,7 @@ def _save(
     progress.step(f"Writing {target.name}", 2 * sum(tensor.nbytes for tensor in distinct))
     with tempfile.TemporaryFile(dir=target.parent) as staged:
         for tensor in distinct:
-            staged.write(contiguous(tensor.read()).reshape(-1).view(torch.uint8).numpy().data)
+            staged.write(tensor.read().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             progress.advance(tensor.nbytes)
         staged.flush()
         memory = mmap.mmap(staged.fileno(), 0, access=mmap.ACCESS_COPY)

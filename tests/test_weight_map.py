@@ -20,7 +20,6 @@ from hf_gpt_scratch.weight_map import (
     SCRATCH_PREFIX,
     TABLE,
     Row,
-    contiguous,
     markdown,
     rows,
     to_gpt2_state_dict,
@@ -152,12 +151,3 @@ def test_layouts_in_words():
 def test_the_documentation_shows_this_table():
     readme = Path(__file__).parents[1] / "README.md"
     assert markdown() in readme.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("shape", [(130, 70), (64, 1), (1, 200), (3, 129)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_copying_in_blocks_gives_torch_s_contiguous(shape, dtype):
-    tensor = torch.randn(shape).mul(9).to(dtype)
-    for view in (tensor, tensor.T, tensor[::2], tensor.T[::2], tensor[0], tensor.T[:, 1:]):
-        copied = contiguous(view)
-        assert copied.is_contiguous() and torch.equal(copied, view) and copied.dtype == dtype
