@@ -1,22 +1,20 @@
 """What decode.py, prefill.py and scaling.py compare: one official checkpoint run by each engine.
 
 An engine that needs a package which is not installed is left out, and the tables name it as missing. Engines other than
-torch live in processes of their own: CTranslate2 brings an OpenMP of its own, and torch's decoding takes 1.4 times as
-long in a process that has imported it.
+torch live in processes of their own, without torch (workers.py): CTranslate2 and torch slow each other down, by a third
+and more, in one process.
 Shapes: B batch, T tokens, V vocabulary.
 """
 
 import functools
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from harness import REFERENCE, Report, Timed, Worker, selected, timed
+from harness import REFERENCE, Report, Timed, Worker, in_child, selected, timed
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -98,13 +96,22 @@ class Int8(Transformers):
 
 
 class Foreign:
-    """An engine in a process of its own; ids and logits travel as numpy arrays, outside the time that is measured."""
+    """An engine of workers.py; ids and logits travel as numpy arrays, outside the time that is measured.
 
-    def __init__(self, engine, checkpoint):
-        self.worker = Worker(engine, checkpoint)
+    Args:
+        convert: writes the checkpoint in the engine's format; in a process of its own, whose torch ends with it.
+        engine: a class of workers.py.
+        options: of both.
+    """
 
-    def call(self, method, ids, *arguments):
-        call = self.worker.call(method, ids.numpy(), *arguments)
+    def __init__(self, convert, engine, checkpoint, **options):
+        with tempfile.TemporaryDirectory() as name:
+            directory = Path(name)
+            in_child(convert, checkpoint, directory, *options.values())
+            self.worker = Worker(engine, directory=directory, threads=torch.get_num_threads(), **options)
+
+    def call(self, method, ids, **arguments):
+        call = self.worker.call(method, ids=ids.numpy(), **arguments)
         return Timed(call.seconds, torch.from_numpy(call.output))
 
     def prefill(self, ids):
@@ -114,69 +121,33 @@ class Foreign:
         return self.call("logits", ids).output
 
     def generate(self, ids, new_tokens):
-        return self.call("generate", ids, new_tokens)
+        return self.call("generate", ids, new_tokens=new_tokens)
 
     def close(self):
         self.worker.close()
 
 
-class CTranslate2:
-    """OpenNMT's inference engine in C++; its logits are those of all positions.
+def to_ctranslate2(checkpoint: Path, directory: Path, width: str, mkl: bool) -> None:
+    """Writes the checkpoint for CTranslate2, its tokens being the ids.
 
-    Args:
-        width: of its numbers.
-        mkl: with the products of MKL, its choice on Intel's CPUs, instead of oneDNN's, which can be faster there too.
+    Raises:
+        ImportError: CTranslate2 is not installed.
     """
+    from ctranslate2.converters import TransformersConverter
 
-    def __init__(self, checkpoint, width, mkl):
-        os.environ["CT2_USE_MKL"] = str(int(mkl))  # read when it is imported
-        import ctranslate2
-        from ctranslate2.converters import TransformersConverter
+    vocabulary = {str(i): i for i in range(AutoConfig.from_pretrained(checkpoint).vocab_size)}
 
-        if width not in ctranslate2.get_supported_compute_types("cpu"):
-            raise ImportError(f"CTranslate2 has no {width} on this CPU")
-        vocabulary = {str(i): i for i in range(AutoConfig.from_pretrained(checkpoint).vocab_size)}
+    class Numbers:
+        unk_token = bos_token = eos_token = str(len(vocabulary) - 1)
 
-        class Numbers:
-            """A tokenizer whose tokens are the ids."""
+        def get_vocab(self):
+            return vocabulary
 
-            unk_token = bos_token = eos_token = str(len(vocabulary) - 1)
+    class Converter(TransformersConverter):
+        def load_tokenizer(self, *args, **kwargs):
+            return Numbers()
 
-            def get_vocab(self):
-                return vocabulary
-
-        class Converter(TransformersConverter):
-            def load_tokenizer(self, *args, **kwargs):
-                return Numbers()
-
-        with tempfile.TemporaryDirectory() as directory:
-            Converter(str(checkpoint)).convert(directory, quantization=width, force=True)
-            self.generator = ctranslate2.Generator(directory, compute_type=width, intra_threads=torch.get_num_threads())
-
-    def prefill(self, ids):
-        return self.logits(ids)[:, -1]
-
-    def logits(self, ids):
-        output = self.generator.forward_batch(tokens(ids))
-        if str(output.dtype) == "DataType.bfloat16":  # which numpy lacks
-            import ctranslate2
-
-            output = output.to(ctranslate2.DataType.float32)
-        return np.array(output)
-
-    def generate(self, ids, new_tokens):
-        results = self.generator.generate_batch(
-            tokens(ids),
-            max_length=new_tokens,
-            min_length=new_tokens,
-            sampling_topk=1,
-            include_prompt_in_result=False,  # else it reads the prompt token by token
-        )
-        return np.concatenate((ids, [result.sequences_ids[0] for result in results]), axis=1)
-
-
-def tokens(ids: np.ndarray) -> list[list[str]]:
-    return [[str(i) for i in row] for row in ids.tolist()]
+    Converter(str(checkpoint)).convert(str(directory), quantization=width, force=True)
 
 
 class Step(nn.Module):
@@ -192,64 +163,33 @@ class Step(nn.Module):
         return output.logits[:, -1], torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])
 
 
-class OnnxRuntime:
-    """The official model exported by torch, with a cache that grows by concatenation."""
+def to_onnx(checkpoint: Path, directory: Path) -> None:
+    """Exports the official model with free batch, length and past.
 
-    def __init__(self, checkpoint):
-        import onnxruntime
-        import onnxscript  # noqa: F401  the exporter needs it
+    Raises:
+        ImportError: a package of the exporter or of the engine is not installed.
+    """
+    import onnxruntime  # noqa: F401  before the export, which takes longer
+    import onnxscript  # noqa: F401  the exporter needs it
 
-        model = load(GPT2LMHeadModel, checkpoint)
-        config = model.config
-        self.sizes = config.n_layer, config.n_head, config.n_embd // config.n_head
-        example = {
-            "ids": torch.zeros(2, 4, dtype=torch.long),
-            "mask": torch.ones(2, 7, dtype=torch.long),
-            "positions": torch.arange(3, 7).expand(2, -1),
-            "past": torch.from_numpy(self.cache(2, 3)),
-        }
-        free = {"ids": (0, 1), "mask": (0, 1), "positions": (0, 1), "past": (2, 4)}
-        with tempfile.TemporaryDirectory() as directory:
-            target = Path(directory) / "model.onnx"
-            torch.onnx.export(
-                Step(model).eval(),
-                kwargs=example,
-                f=target,
-                dynamo=True,
-                verbose=False,
-                output_names=["logits", "present"],
-                dynamic_shapes={name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in free.items()},
-            )
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            self.session = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
-
-    def cache(self, batch: int, length: int) -> np.ndarray:
-        layers, heads, dim = self.sizes
-        return np.zeros((layers, 2, batch, heads, length, dim), np.float32)
-
-    def step(self, ids: np.ndarray, past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        batch, length = ids.shape
-        seen = past.shape[4]
-        inputs = {
-            "ids": ids,
-            "mask": np.ones((batch, seen + length), np.int64),
-            "positions": np.broadcast_to(np.arange(seen, seen + length), (batch, length)),
-            "past": past,
-        }
-        logits, present = self.session.run(None, inputs)
-        return logits, present
-
-    def prefill(self, ids):
-        return self.step(ids, self.cache(len(ids), 0))[0]
-
-    def generate(self, ids, new_tokens):
-        new, past, result = ids, self.cache(len(ids), 0), [ids]
-        for _ in range(new_tokens):
-            logits, past = self.step(new, past)
-            new = logits.argmax(-1, keepdims=True)
-            result.append(new)
-        return np.concatenate(result, axis=1)
+    model = load(GPT2LMHeadModel, checkpoint)
+    config = model.config
+    example = {
+        "ids": torch.zeros(2, 4, dtype=torch.long),
+        "mask": torch.ones(2, 7, dtype=torch.long),
+        "positions": torch.arange(3, 7).expand(2, -1),
+        "past": torch.zeros(config.n_layer, 2, 2, config.n_head, 3, config.n_embd // config.n_head),
+    }
+    free = {"ids": (0, 1), "mask": (0, 1), "positions": (0, 1), "past": (2, 4)}
+    torch.onnx.export(
+        Step(model).eval(),
+        kwargs=example,
+        f=directory / "model.onnx",
+        dynamo=True,
+        verbose=False,
+        output_names=["logits", "present"],
+        dynamic_shapes={name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in free.items()},
+    )
 
 
 class Floor:
@@ -284,6 +224,7 @@ STATIC, COMPILED = dict(static=True), dict(static=True, compiled=True)
 OURS, THEIRS = (
     functools.partial(Transformers, model_class) for model_class in (GPTScratchForCausalLM, GPT2LMHeadModel)
 )
+CTRANSLATE2 = functools.partial(Foreign, to_ctranslate2, "CTranslate2")
 # In float32 unless the name says another width: those change the numbers, and nobody gets them without asking.
 ENGINES: dict[str, Callable[[Path], Any]] = {
     REFERENCE: THEIRS,
@@ -303,14 +244,11 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "ours, int8": functools.partial(Int8, GPTScratchForCausalLM),
     "ours, int8, compiled": functools.partial(Int8, GPTScratchForCausalLM, **COMPILED),
     "ours, int8 and bf16, compiled": functools.partial(Int8, GPTScratchForCausalLM, **BFLOAT16, **COMPILED),
-    **{
-        f"CTranslate2, {library}{name}": functools.partial(
-            Foreign, functools.partial(CTranslate2, width=width, mkl=library == "MKL")
-        )
-        for name, width in (("", "float32"), (", bf16", "bfloat16"), (", int8", "int8"))
-        for library in ("oneDNN", "MKL")
-    },
-    "onnxruntime": functools.partial(Foreign, OnnxRuntime),
+    # Of its two libraries of matrix products, the one that is faster at that width.
+    "CTranslate2, oneDNN": functools.partial(CTRANSLATE2, width="float32", mkl=False),
+    "CTranslate2, oneDNN, bf16": functools.partial(CTRANSLATE2, width="bfloat16", mkl=False),
+    "CTranslate2, MKL, int8": functools.partial(CTRANSLATE2, width="int8", mkl=True),
+    "onnxruntime": functools.partial(Foreign, to_onnx, "OnnxRuntime"),
     "floor: all weights read once a token, the fastest way": Floor,
 }
 

@@ -6,16 +6,18 @@ A report is results/NAME.json (every single measurement), NAME.md (the table) an
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import re
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -31,9 +33,10 @@ from transformers import logging as transformers_logging
 from hf_gpt_scratch import GPTScratchConfig
 
 RESULTS = Path(__file__).parent / "results"
+WORKERS = Path(__file__).parent / "workers.py"
 PACKAGES = ("torch", "transformers", "hf-gpt-scratch", "torchao", "ctranslate2", "onnx", "onnxruntime")
 REFERENCE = "transformers GPT-2, sdpa"
-QUICK = "^(?!.*(?:compiled|MKL))"  # the rows that --quick measures: the others take seconds, whatever the size
+QUICK = "^(?!.*(?:compiled|CTranslate2.*,.*,))"  # of --quick: others take seconds at any size
 
 # What the scripts' command lines have in common.
 Size = Annotated[str, typer.Option(help="124M, 355M, 774M, 1558M or tiny.")]
@@ -147,38 +150,38 @@ def in_child(function: Callable, *arguments: Any) -> Any:
 
 
 class Worker:
-    """An object that lives in a process of its own; `call` times its methods there, so without the way to and fro.
+    """An engine of workers.py in its process; `call` times its methods there, so without the way to and fro.
 
     Raises:
-        Exception: what its making raised, in this process.
+        ImportError: the engine is not installed, or cannot do on this machine what it is asked for.
+        RuntimeError: with the process's own traceback.
     """
 
-    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
-        self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    def __init__(self, engine: str, **arguments: Any) -> None:
+        # Not by multiprocessing, whose processes import the script that was started, and torch with it.
+        self.process = subprocess.Popen([sys.executable, WORKERS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
-            self.pool.submit(_live, torch.get_num_threads(), make, arguments).result()
+            self.call(engine, **arguments)
         except BaseException:
             self.close()
             raise
 
-    def call(self, method: str, *arguments: Any) -> Timed:
-        return self.pool.submit(_call, method, arguments).result()
+    def call(self, method: str, **arguments: Any) -> Timed:
+        assert self.process.stdin and self.process.stdout
+        try:
+            pickle.dump((method, arguments), self.process.stdin)
+            self.process.stdin.flush()
+            seconds, output = pickle.load(self.process.stdout)
+        except (EOFError, BrokenPipeError) as error:
+            raise RuntimeError(f"{method}: the engine's process ended with status {self.process.wait()}") from error
+        if isinstance(output, Exception):
+            raise output
+        return Timed(seconds, output)
 
     def close(self) -> None:
-        self.pool.shutdown()
-
-
-inhabitant: Any = None  # of a worker's process
-
-
-def _live(threads: int, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    global inhabitant
-    use_threads(threads)
-    inhabitant = make(*arguments)
-
-
-def _call(method: str, arguments: tuple[Any, ...]) -> Timed:
-    return timed(getattr(inhabitant, method), *arguments)
+        """Ends the process, which stops when nothing more can come in."""
+        with suppress(BrokenPipeError):
+            self.process.communicate()
 
 
 def peak_memory() -> int:

@@ -1,6 +1,7 @@
 """The benchmarks run at tiny sizes and report what they should; nothing here depends on how long anything takes."""
 
 import importlib
+import importlib.util
 import json
 import math
 import mmap
@@ -8,8 +9,11 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -70,8 +74,9 @@ def rows(report):
     ],
 )
 def test_quick_runs_report_every_row(tmp_path, name, expected):
-    # decode.py alone starts the processes of the other engines, some seconds each.
-    report, status = run(name, tmp_path, **({"only": "^ours(?!.*compiled)"} if name in ("prefill", "quality") else {}))
+    # The processes of the other engines take some seconds each.
+    only = {"only": "^ours(?!.*compiled)"} if name in ("decode", "prefill", "quality") else {}
+    report, status = run(name, tmp_path, **only)
     assert status == 0
     assert expected <= rows(report).keys()
     references = [row for row in report["rows"] if row["reference"]]
@@ -118,37 +123,103 @@ def test_compiled_rows_generate_the_same_ids(tmp_path, monkeypatch):
 
 def test_a_missing_package_leaves_its_row_out_by_name(tmp_path, monkeypatch):
     (tmp_path / "ctranslate2.py").write_text("raise ImportError('no ctranslate2')", encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)  # which the engine's process inherits
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     report, status = run("prefill", tmp_path, only="^CTranslate2, oneDNN$")
     assert status == 0
     assert report["missing"] == {"CTranslate2, oneDNN": "no ctranslate2"}
     assert "Not measured: CTranslate2, oneDNN " in (tmp_path / "prefill.md").read_text(encoding="utf-8")
 
 
-def test_other_engines_run_in_processes_of_their_own_that_end(monkeypatch):
-    pytest.importorskip("onnxruntime")
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # it cannot be imported here
+@pytest.mark.parametrize(("name", "package"), [("onnxruntime", "onnxscript"), ("CTranslate2, oneDNN", "ctranslate2")])
+def test_other_engines_run_without_torch_in_processes_of_their_own_that_end(monkeypatch, name, package):
+    if not importlib.util.find_spec(package):  # importing CTranslate2 would slow down torch here
+        pytest.skip(f"no {package}")
     engines, harness = (importlib.import_module(name) for name in ("engines", "harness"))
     report, ids = harness.Report("name", "title", {}), harness.random_ids(2, 9, 512)
-    with (
-        harness.official_checkpoint("tiny") as directory,
-        engines.built(directory, "^onnxruntime$", report) as built,
-    ):
-        [process] = built["onnxruntime"].worker.pool._processes.values()
+    with harness.official_checkpoint("tiny") as directory, engines.built(directory, f"^{name}$", report) as built:
+        process = built[name].worker.process
         generated = {name: engine.generate(ids, 4) for name, engine in built.items()}
-    assert torch.equal(generated["onnxruntime"].output, generated[harness.REFERENCE])
-    assert not process.is_alive()
+        logits = built[name].prefill(ids).output
+        torch.testing.assert_close(logits, built[harness.REFERENCE].prefill(ids).detach(), rtol=1e-4, atol=1e-4)
+        if sys.platform == "linux":
+            assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
+    assert torch.equal(generated[name].output, generated[harness.REFERENCE])
+    assert process.returncode == 0
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """Starts an engine that is no more than its file."""
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness, "WORKERS", tmp_path / "workers.py")
+    started = []
+
+    def start(methods, **arguments):
+        source = (BENCHMARKS / "workers.py").read_text(encoding="utf-8")
+        engine = "class Engine:\n" + textwrap.indent(textwrap.dedent(methods), "    ")
+        start, end = source.split("def main()")
+        harness.WORKERS.write_text(f"{start}{engine}\n\ndef main(){end}", encoding="utf-8")
+        started.append(harness.Worker("Engine", **arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+
+
+def test_what_an_engine_prints_does_not_disturb_its_answers(worker):
+    engine = worker(
+        """
+        def __init__(self, first):
+            os.system("echo made")
+            self.first = first
+        def sum(self, second):
+            print("called", flush=True)
+            time.sleep(0.05)
+            return self.first + second
+    """,
+        first=1,
+    )
+    call = engine.call("sum", second=2)
+    assert call.output == 3 and call.seconds >= 0.05
+
+
+def test_errors_of_an_engine_arrive_with_its_traceback(worker):
+    with pytest.raises(ImportError, match="not on this CPU"):
+        worker("def __init__(self):\n    raise ImportError('not on this CPU')")
+    engine = worker("""
+        def divide(self):
+            return 1 / 0
+        def die(self):
+            os._exit(7)
+    """)
+    with pytest.raises(RuntimeError, match=r"in divide\n(.*\n)*ZeroDivisionError"):
+        engine.call("divide")
+    with pytest.raises(RuntimeError, match="die: the engine's process ended with status 7"):
+        engine.call("die")
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_worker_has_as_many_threads(threads):
-    harness = importlib.import_module("harness")
+def test_engines_have_as_many_threads_as_torch(tmp_path, monkeypatch, threads):
+    engines, harness, workers = (importlib.import_module(name) for name in ("engines", "harness", "workers"))
     harness.use_threads(threads)
-    worker = harness.Worker(importlib.import_module, "torch")
-    try:
-        assert worker.call("get_num_threads").output == threads
-    finally:
-        worker.close()
+    started = {}
+    monkeypatch.setattr(engines, "in_child", lambda *arguments: None)
+    monkeypatch.setattr(engines, "Worker", lambda engine, **arguments: started.update(arguments))
+    engines.ENGINES["CTranslate2, oneDNN"](tmp_path)
+    given = Mock()
+    given.get_supported_compute_types.return_value = {"float32"}
+    monkeypatch.setitem(sys.modules, "ctranslate2", given)
+    monkeypatch.setenv("CT2_USE_MKL", "1")
+    workers.CTranslate2(**started)
+    assert given.Generator.call_args.kwargs["intra_threads"] == threads
+    assert os.environ["CT2_USE_MKL"] == "0"
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = Mock()
+    session.return_value.get_inputs.return_value = [SimpleNamespace(name="past", shape=(2, 2, "B", 4, "S", 16))]
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    workers.OnnxRuntime(tmp_path, threads)
+    assert session.call_args.args[1].intra_op_num_threads == threads
 
 
 def test_time_that_a_function_tells_goes_before_the_clock():
@@ -390,7 +461,7 @@ def test_all_refuses_a_benchmark_that_it_does_not_have():
 def test_every_benchmark_is_in_the_readme_and_in_all():
     """But convert.py, which has no table to fill: it measures disks, and reports to the terminal."""
     everything = importlib.import_module("all")
-    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"all", "engines", "harness", "convert"}
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"all", "engines", "harness", "workers", "convert"}
     assert set(everything.BENCHMARKS) == scripts
     readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     for name in scripts:
