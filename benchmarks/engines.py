@@ -27,7 +27,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from hf_gpt_scratch import GPTScratchForCausalLM
+from hf_gpt_scratch import GPTScratchForCausalLM, Int8Config
 
 
 @functools.cache
@@ -42,15 +42,27 @@ class Transformers:
     Args:
         static: with a static cache instead of a growing one.
         compiled: prefill, and the decoding step of a static cache, by `torch.compile`.
+        inductor: options of its compiler.
         mode: of that compilation of the decoding step.
     """
 
     backend = "inductor"
 
-    def __init__(self, model_class, checkpoint, static=False, compiled=False, mode="default", device="cpu", **options):
+    def __init__(
+        self,
+        model_class,
+        checkpoint,
+        static=False,
+        compiled=False,
+        mode="default",
+        inductor=None,
+        device="cpu",
+        **options,
+    ):
         self.model = self.loaded(model_class, checkpoint, **options).to(device)
-        self.static, self.compiled, self.mode = static, compiled, mode
-        self.forward = torch.compile(self.model, backend=self.backend) if compiled else self.model
+        self.static, self.compiled = static, compiled
+        self.how = dict(options=inductor, mode=None) if inductor else dict(mode=mode)
+        self.forward = torch.compile(self.model, backend=self.backend, **self.how) if compiled else self.model
 
     def loaded(self, model_class, checkpoint, **options):
         return load(model_class, checkpoint, **options)
@@ -67,7 +79,7 @@ class Transformers:
         if self.static:
             settings.cache_implementation = "static"
         if self.compiled:
-            settings.compile_config = CompileConfig(mode=self.mode, fullgraph=True, backend=self.backend)
+            settings.compile_config = CompileConfig(**self.how, fullgraph=True, backend=self.backend)
             settings.compile_config._compile_all_devices = True  # transformers compiles on GPUs alone unless told so
         self.model.generation_config = settings
         return self.model.generate(ids, attention_mask=torch.ones_like(ids))  # (B, T + new_tokens)
@@ -83,16 +95,21 @@ class NoCache(Transformers):
 
 
 class Int8(Transformers):
-    """Ours with int8 weights by torchao, through transformers' quantization config."""
+    """Ours with int8 weights and bfloat16 activations."""
+
+    def loaded(self, model_class, checkpoint, **options):
+        int8 = Int8Config()
+        return model_class.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=int8, **options).eval()
+
+
+class TorchAoInt8(Transformers):
+    """The same by torchao."""
 
     def loaded(self, model_class, checkpoint, **options):
         from torchao.quantization import Int8WeightOnlyConfig
 
-        # Quantized while loading, an official checkpoint loses the keys' and values' parts of c_attn.
-        with tempfile.TemporaryDirectory() as directory:
-            model_class.from_pretrained(checkpoint).save_pretrained(directory)
-            int8 = TorchAoConfig(Int8WeightOnlyConfig())
-            return model_class.from_pretrained(directory, quantization_config=int8, **options).eval()
+        int8 = TorchAoConfig(Int8WeightOnlyConfig())
+        return model_class.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=int8, **options).eval()
 
 
 class Foreign:
@@ -221,6 +238,7 @@ def repeated(function: Callable[[], Any], times: int) -> None:
 
 BFLOAT16 = dict(dtype=torch.bfloat16)
 STATIC, COMPILED = dict(static=True), dict(static=True, compiled=True)
+CPP_WRAPPER = {**COMPILED, "inductor": {"cpp_wrapper": True}}
 OURS, THEIRS = (
     functools.partial(Transformers, model_class) for model_class in (GPTScratchForCausalLM, GPT2LMHeadModel)
 )
@@ -231,6 +249,7 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "transformers GPT-2, eager attention": functools.partial(THEIRS, attn_implementation="eager"),
     "transformers GPT-2, static cache": functools.partial(THEIRS, **STATIC),
     "transformers GPT-2, compiled": functools.partial(THEIRS, **COMPILED),
+    "transformers GPT-2, compiled, C++ wrapper": functools.partial(THEIRS, **CPP_WRAPPER),
     "transformers GPT-2, no cache": functools.partial(NoCache, GPT2LMHeadModel),
     "transformers GPT-2, bf16": functools.partial(THEIRS, **BFLOAT16),
     "transformers GPT-2, bf16, compiled": functools.partial(THEIRS, **BFLOAT16, **COMPILED),
@@ -238,12 +257,14 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "ours, eager attention": functools.partial(OURS, attn_implementation="eager"),
     "ours, static cache": functools.partial(OURS, **STATIC),
     "ours, compiled": functools.partial(OURS, **COMPILED),
+    "ours, compiled, C++ wrapper": functools.partial(OURS, **CPP_WRAPPER),
     "ours, no cache": functools.partial(NoCache, GPTScratchForCausalLM),
     "ours, bf16": functools.partial(OURS, **BFLOAT16),
     "ours, bf16, compiled": functools.partial(OURS, **BFLOAT16, **COMPILED),
     "ours, int8": functools.partial(Int8, GPTScratchForCausalLM),
     "ours, int8, compiled": functools.partial(Int8, GPTScratchForCausalLM, **COMPILED),
-    "ours, int8 and bf16, compiled": functools.partial(Int8, GPTScratchForCausalLM, **BFLOAT16, **COMPILED),
+    "ours, int8, compiled, C++ wrapper": functools.partial(Int8, GPTScratchForCausalLM, **CPP_WRAPPER),
+    "ours, torchao int8, compiled": functools.partial(TorchAoInt8, GPTScratchForCausalLM, **COMPILED),
     # Of its two libraries of matrix products, the one that is faster at that width.
     "CTranslate2, oneDNN": functools.partial(CTRANSLATE2, width="float32", mkl=False),
     "CTranslate2, oneDNN, bf16": functools.partial(CTRANSLATE2, width="bfloat16", mkl=False),

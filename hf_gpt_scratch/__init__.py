@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from .configuration_gpt_scratch import GPTScratchConfig
+from .int8 import Int8Config
 from .layers import (
     GELU,
     GPT_CONFIG_124M,
@@ -48,6 +49,7 @@ __all__ = [
     "GPTScratchForTokenClassification",
     "GPTScratchModel",
     "GPTScratchPreTrainedModel",
+    "Int8Config",
     "LayerNorm",
     "MultiHeadAttention",
     "TransformerBlock",

@@ -1,0 +1,124 @@
+"""Int8 weights by torch's packed product: the bound of the error, both ways to multiply, loading, saving, generating."""
+
+import pytest
+import torch
+from pairs import random_gpt2, random_ids, random_pair
+from torch import nn
+
+from hf_gpt_scratch import GPTScratchForCausalLM, Int8Config
+from hf_gpt_scratch.int8 import FEW_ROWS, Int8Linear
+
+BFLOAT16 = dict(dtype=torch.bfloat16, quantization_config=Int8Config())
+GREEDY = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+
+
+def linear(dtype=torch.float32, bias=True):
+    torch.manual_seed(0)
+    return nn.Linear(48, 64, bias=bias).to(dtype)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    random_gpt2().save_pretrained(tmp_path / "official")
+    return tmp_path / "official"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_weight_is_further_off_than_half_a_step(dtype):
+    float_layer = linear(dtype)
+    layer = Int8Linear.from_linear(float_layer)
+    restored = layer.int8_weight.float() * layer.scales.float()[:, None]
+    steps = layer.scales.float()[:, None]
+    # half a step by rounding; another half at the largest weight, where the rounded scale was too small
+    assert ((restored - float_layer.weight.float()).abs() <= steps * (0.501 if dtype == torch.float32 else 1)).all()
+    assert layer.int8_weight.abs().amax() == 127 and layer.bias.equal(float_layer.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (FEW_ROWS,), (1, FEW_ROWS), (2, 30)])
+@torch.no_grad()
+def test_few_and_many_rows_give_the_same(bias, shape):
+    float_layer = linear(bias=bias)
+    layer = Int8Linear.from_linear(float_layer)
+    x = torch.randn(*shape, 48)
+    many = layer(torch.cat([x.reshape(-1, 48)] * 6))[: x.shape[:-1].numel()].view(*shape, 64)
+    torch.testing.assert_close(layer(x), many, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(layer(x), float_layer(x), rtol=0.05, atol=0.05)
+    layer.scales /= 2
+    assert not torch.allclose(layer(x), float_layer(x), rtol=0.05, atol=0.05)
+
+
+def test_nan_is_refused():
+    broken = linear()
+    broken.weight.data[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        Int8Linear.from_linear(broken)
+
+
+@torch.no_grad()
+def test_official_and_native_checkpoints_become_the_same_model_which_saves_and_loads(checkpoint, tmp_path):
+    GPTScratchForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "native")
+    models = [GPTScratchForCausalLM.from_pretrained(path, **BFLOAT16) for path in (checkpoint, tmp_path / "native")]
+    models[0].save_pretrained(tmp_path / "int8")
+    models.append(GPTScratchForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.bfloat16))
+    expected = models[0].state_dict()
+    assert {expected[name].dtype for name in expected if "int8_weight" in name} == {torch.int8}
+    for model in models[1:]:
+        state = model.state_dict()
+        assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+        assert torch.equal(model(random_ids()).logits, models[0](random_ids()).logits)
+    assert not any(type(module) is nn.Linear for module in models[2].modules())
+
+
+@torch.no_grad()
+def test_the_next_token_s_distribution_stays_near(checkpoint):
+    reference = GPTScratchForCausalLM.from_pretrained(checkpoint)
+    quantized = GPTScratchForCausalLM.from_pretrained(checkpoint, **BFLOAT16)
+    bfloat16 = GPTScratchForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+
+    def divergence(model):
+        p, q = (m(random_ids()).logits.float().log_softmax(-1) for m in (reference, model))
+        return (p.exp() * (p - q)).sum(-1).mean()
+
+    healthy = divergence(quantized)
+    assert healthy < 10 * divergence(bfloat16) + 0.01
+    for module in quantized.modules():
+        if isinstance(module, Int8Linear):
+            module.scales /= 2
+    assert divergence(quantized) > 5 * healthy
+
+
+@pytest.mark.parametrize("options", [{}, dict(cache_implementation="static"), dict(num_beams=3)])
+def test_it_generates(checkpoint, options):
+    model = GPTScratchForCausalLM.from_pretrained(checkpoint, **BFLOAT16)
+    ids = model.generate(random_ids(1, 5), **GREEDY, **options)
+    assert ids.shape[1] > 5
+    if not options:  # step by step without a cache, every product by the other way
+        for position in range(5, ids.shape[1]):
+            logits = model(ids[:, :position]).logits[0, -1].float()
+            assert logits[ids[0, position]] > logits.max() - 0.05 * logits.abs().max()
+
+
+def test_layers_can_be_left_out(checkpoint):
+    config = Int8Config(modules_to_not_convert=["out_head"])
+    model = GPTScratchForCausalLM.from_pretrained(checkpoint, quantization_config=config)
+    assert type(model.out_head) is nn.Linear and model.out_head.weight is model.model.tok_emb.weight
+    assert type(model.model.trf_blocks[0].ff.layers[0]) is Int8Linear
+
+
+def test_it_is_smaller_and_not_for_training_or_translation(checkpoint):
+    model = GPTScratchForCausalLM.from_pretrained(checkpoint, **BFLOAT16)
+    block = model.model.trf_blocks[0]
+    size = sum(t.nbytes for t in [*block.parameters(), *block.buffers()])
+    assert size < 0.6 * sum(t.nbytes // 2 for t in random_pair()[1].model.trf_blocks[0].parameters())
+    assert not model.hf_quantizer.is_trainable
+    with pytest.raises(ValueError, match="quantized"):
+        model.to_gpt2()
+
+
+def test_one_graph(checkpoint):
+    model = GPTScratchForCausalLM.from_pretrained(checkpoint, **BFLOAT16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        ids = random_ids(1, 1)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
