@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "gpt_scratch_int8"
-FEW_ROWS = 4  # up to so many the packed product is faster than one with the weight converted
+FEW_ROWS = 32  # up to about so many the packed product is faster than one with the weight converted
 
 
 class Int8Linear(nn.Module):

@@ -1,4 +1,4 @@
-"""Int8 weights by torch's packed product: the bound of the error, both ways to multiply, loading, saving, generating."""
+"""Int8 weights by torch's packed product: error bound, both ways to multiply, loading, saving, generating."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_few_and_many_rows_give_the_same(bias, shape):
     float_layer = linear(bias=bias)
     layer = Int8Linear.from_linear(float_layer)
     x = torch.randn(*shape, 48)
-    many = layer(torch.cat([x.reshape(-1, 48)] * 6))[: x.shape[:-1].numel()].view(*shape, 64)
+    many = layer(torch.cat([x.reshape(-1, 48)] * (FEW_ROWS + 1)))[: x.shape[:-1].numel()].view(*shape, 64)
     torch.testing.assert_close(layer(x), many, rtol=0.02, atol=0.02)
     torch.testing.assert_close(layer(x), float_layer(x), rtol=0.05, atol=0.05)
     layer.scales /= 2
