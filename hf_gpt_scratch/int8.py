@@ -14,7 +14,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "gpt_scratch_int8"
-FEW_ROWS = 32  # up to about so many the packed product is faster than one with the weight converted
+FEW_ROWS = 16  # up to so many the packed product is faster than one with the weight converted
+PACKED = 32  # inputs that the packed product takes at once; with others it reads beyond them
+ALIGNMENT = 64  # bytes; it crashes on weights that lie across, as those of mapped files may
+
+
+def _align(layer, _):
+    layer.align()
 
 
 class Int8Linear(nn.Module):
@@ -26,6 +32,12 @@ class Int8Linear(nn.Module):
         self.register_buffer("int8_weight", torch.zeros(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scales", torch.zeros(out_features, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_load_state_dict_post_hook(_align)
+
+    def align(self) -> None:
+        """Moves the weight to where the packed product can read it."""
+        if self.int8_weight.device.type == "cpu" and self.int8_weight.data_ptr() % ALIGNMENT:
+            self.int8_weight = self.int8_weight.clone()
 
     @classmethod
     @torch.no_grad()
@@ -48,7 +60,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):  # (..., in)
         rows = x.shape[:-1].numel()
-        if rows <= FEW_ROWS and x.device.type == "cpu":
+        if rows <= FEW_ROWS and self.in_features % PACKED == 0 and x.device.type == "cpu":
             few = x.reshape(rows, self.in_features).bfloat16()
             out = torch._weight_int8pack_mm(few, self.int8_weight, self.scales.bfloat16())
             out = out.view(*x.shape[:-1], self.out_features).to(x.dtype)
@@ -91,6 +103,9 @@ class Int8Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
             self._replace(model, Int8Linear.from_linear)
+        for layer in model.modules():
+            if isinstance(layer, Int8Linear):
+                layer.align()
         return model
 
     def _replace(self, model, replaced_by):

@@ -12,14 +12,17 @@ BFLOAT16 = dict(dtype=torch.bfloat16, quantization_config=Int8Config())
 GREEDY = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
 
 
-def linear(dtype=torch.float32, bias=True):
+WIDTH = dict(n_embd=64)  # the packed product wants a multiple of 32, as all GPT-2 sizes are
+
+
+def linear(dtype=torch.float32, bias=True, width=96):
     torch.manual_seed(0)
-    return nn.Linear(48, 64, bias=bias).to(dtype)
+    return nn.Linear(width, 64, bias=bias).to(dtype)
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    random_gpt2().save_pretrained(tmp_path / "official")
+    random_gpt2(**WIDTH).save_pretrained(tmp_path / "official")
     return tmp_path / "official"
 
 
@@ -35,17 +38,31 @@ def test_no_weight_is_further_off_than_half_a_step(dtype):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [96, 49, 5])
 @pytest.mark.parametrize("shape", [(1, 1), (FEW_ROWS,), (1, FEW_ROWS), (2, 30)])
 @torch.no_grad()
-def test_few_and_many_rows_give_the_same(bias, shape):
-    float_layer = linear(bias=bias)
+def test_few_and_many_rows_give_the_same(bias, shape, width):
+    float_layer = linear(bias=bias, width=width)
     layer = Int8Linear.from_linear(float_layer)
-    x = torch.randn(*shape, 48)
-    many = layer(torch.cat([x.reshape(-1, 48)] * (FEW_ROWS + 1)))[: x.shape[:-1].numel()].view(*shape, 64)
+    x = torch.randn(*shape, width)
+    many = layer(torch.cat([x.reshape(-1, width)] * (FEW_ROWS + 1)))[: x.shape[:-1].numel()].view(*shape, 64)
     torch.testing.assert_close(layer(x), many, rtol=0.02, atol=0.02)
     torch.testing.assert_close(layer(x), float_layer(x), rtol=0.05, atol=0.05)
     layer.scales /= 2
     assert not torch.allclose(layer(x), float_layer(x), rtol=0.05, atol=0.05)
+
+
+def test_weights_are_moved_to_where_the_product_can_read_them(checkpoint, tmp_path):
+    layer = Int8Linear.from_linear(linear())
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    across = torch.empty(1 + state["int8_weight"].numel(), dtype=torch.int8)[1:].view(64, 96)
+    state["int8_weight"] = across.copy_(state["int8_weight"])
+    layer.load_state_dict(state, assign=True)
+    assert across.data_ptr() % 64 and layer.int8_weight.data_ptr() % 64 == 0 and torch.equal(layer.int8_weight, across)
+
+    GPTScratchForCausalLM.from_pretrained(checkpoint, **BFLOAT16).save_pretrained(tmp_path / "int8")
+    loaded = GPTScratchForCausalLM.from_pretrained(tmp_path / "int8")
+    assert all(m.int8_weight.data_ptr() % 64 == 0 for m in loaded.modules() if isinstance(m, Int8Linear))
 
 
 def test_nan_is_refused():
@@ -110,7 +127,7 @@ def test_it_is_smaller_and_not_for_training_or_translation(checkpoint):
     model = GPTScratchForCausalLM.from_pretrained(checkpoint, **BFLOAT16)
     block = model.model.trf_blocks[0]
     size = sum(t.nbytes for t in [*block.parameters(), *block.buffers()])
-    assert size < 0.6 * sum(t.nbytes // 2 for t in random_pair()[1].model.trf_blocks[0].parameters())
+    assert size < 0.6 * sum(t.nbytes // 2 for t in random_pair(**WIDTH)[1].model.trf_blocks[0].parameters())
     assert not model.hf_quantizer.is_trainable
     with pytest.raises(ValueError, match="quantized"):
         model.to_gpt2()
