@@ -26,6 +26,9 @@ def _align(layer, _):
 class Int8Linear(nn.Module):
     """`nn.Linear` with an int8 weight (out, in) and one scale (out,) for each output; for inference."""
 
+    int8_weight: torch.Tensor
+    scales: torch.Tensor
+
     def __init__(self, in_features, out_features, bias=True, dtype=torch.bfloat16):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
