@@ -34,7 +34,6 @@ def operators(engine: Any, ids: torch.Tensor, new_tokens: int) -> dict[str, list
     return found
 
 
-@torch.inference_mode()
 def main(
     size: Size = "124M",
     checkpoint: Checkpoint = None,

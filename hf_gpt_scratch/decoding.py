@@ -69,6 +69,7 @@ def _matrices(model: nn.Module):
             type(weight.data) is torch.Tensor
             and (weight.device.type, weight.dtype) == ("cpu", torch.float32)
             and not weight.is_shared()
+            and not weight.is_inference()  # which another tensor cannot take the place of
         ):
             yield weight
 

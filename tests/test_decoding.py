@@ -163,6 +163,15 @@ def test_weights_that_are_not_ours_to_move_or_gain_nothing_stay(prepare):
     assert [weight.data_ptr() for weight in model.parameters()] == places
 
 
+def test_a_model_made_in_inference_mode_generates_with_its_weights_where_they_are():
+    with torch.inference_mode():
+        gpt2, ours = random_pair()
+        options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+        with torch.profiler.profile(record_shapes=True):  # which looks at the weights' versions
+            assert torch.equal(ours.generate(random_ids(), **options), gpt2.generate(random_ids(), **options))
+    assert all(weight.is_contiguous() for weight in ours.parameters())
+
+
 def test_ordering_twice_moves_nothing_twice():
     _, ours = random_pair()
     order_for_decoding(ours)
