@@ -16,6 +16,12 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 CHUNK = 256  # tokens whose logits are in memory together: 51 MB at V = 50257 in float32
 
 
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes with the tensor: autocast's, or its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 class HeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies of `x @ weight.T` (N, V) and the targets, ÷ `num_items`.
 
@@ -30,12 +36,11 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, num_items, ignore_index):
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = product_dtype(x)
         loss = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             x, head = x.to(dtype), weight.to(dtype)
             for start in range(0, len(x), CHUNK):
                 rows = slice(start, start + CHUNK)
@@ -93,14 +98,13 @@ def can_skip_logits(model: nn.Module) -> bool:
     """Whether `head_loss` computes what the model's own head and loss function would, hooks and wrappers and all."""
     head = model.out_head
     weight = head.weight
-    autocast = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else None
     return (
         type(head) is nn.Linear
         and head.bias is None
         and type(weight) is nn.Parameter
         and weight.shape == (head.out_features, head.in_features)  # not when its shards are elsewhere
         and not (head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
-        and torch.float16 not in (weight.dtype, autocast)  # its gradients need scaling before they are made
+        and torch.float16 not in (weight.dtype, product_dtype(weight))  # gradients that need scaling first
         and model.loss_function is ForCausalLMLoss
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
