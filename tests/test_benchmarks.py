@@ -128,7 +128,7 @@ def test_compiled_rows_generate_the_same_ids(tmp_path, monkeypatch):
 
 def test_a_missing_package_leaves_its_row_out_by_name(tmp_path, monkeypatch):
     (tmp_path / "ctranslate2.py").write_text("raise ImportError('no ctranslate2')", encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(tmp_path)  # which the converter's process inherits
     report, status = run("prefill", tmp_path, only="^CTranslate2, oneDNN$")
     assert status == 0
     assert report["missing"] == {"CTranslate2, oneDNN": "no ctranslate2"}
