@@ -3,6 +3,7 @@
 Shapes: B batch, H heads, T new tokens, S tokens so far, D head dimension.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,33 +63,30 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
-def _matrices(model: nn.Module):
-    """Weights of linear layers that are ours alone to move: plain float32 tensors in this process's memory."""
-    for weight in (module.weight for module in model.modules() if isinstance(module, nn.Linear)):
-        if (
-            type(weight.data) is torch.Tensor
-            and (weight.device.type, weight.dtype) == ("cpu", torch.float32)
-            and not weight.is_shared()
-            and not weight.is_inference()  # which another tensor cannot take the place of
-        ):
-            yield weight
-
-
 def order_for_decoding(model: nn.Module) -> None:
-    """Lays the weights of linear layers out in memory as `[in, out]`, the way Conv1D does.
+    """Lays float32 weights of linear layers on a CPU out in memory as `[in, out]`, the way Conv1D does.
 
-    Their shape, `[out, in]`, and their numbers stay. On a CPU products of few rows by float32 weights are faster so
-    (`benchmarks/memory_order.py`); one weight at a time is copied.
+    Their shape, `[out, in]`, and their numbers stay. Products of few rows are faster so (`benchmarks/memory_order.py`);
+    those of other dtypes are slower, and their weights become contiguous. One weight at a time is copied.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        for weight in _matrices(model):
-            if weight.is_contiguous():
-                weight.data = weight.data.t().contiguous().t()
+    _reorder(model, lambda weight: (weight.device.type, weight.dtype) == ("cpu", torch.float32))
 
 
 def order_for_training(model: nn.Module) -> None:
-    """Undoes `order_for_decoding`: optimizers, wrappers and files may want contiguous weights."""
+    """Makes the weights of linear layers contiguous, as optimizers, wrappers and files may want them."""
+    _reorder(model, lambda weight: False)
+
+
+def _reorder(model: nn.Module, transposed: Callable[[torch.Tensor], bool]) -> None:
     with torch.inference_mode(False), torch.no_grad():
-        for weight in _matrices(model):
-            if not weight.is_contiguous():
+        for weight in (module.weight for module in model.modules() if isinstance(module, nn.Linear)):
+            movable = (
+                type(weight.data) is torch.Tensor
+                and weight.device.type != "meta"
+                and not (weight.device.type == "cpu" and weight.is_shared())  # which another process would not follow
+                and not weight.is_inference()  # which another tensor cannot take the place of
+            )
+            if movable and transposed(weight) and weight.is_contiguous():
+                weight.data = weight.data.t().contiguous().t()
+            elif movable and not transposed(weight) and not weight.is_contiguous():
                 weight.data = weight.data.contiguous()

@@ -47,7 +47,7 @@ from .decoding import growing_cache, order_for_decoding, order_for_training
 from .layers import GELU, LayerNorm, MultiHeadAttention, TransformerBlock, causal_attention, check_length
 from .loss import LazyLogitsOutput, can_skip_logits, head_loss
 from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
-from .weight_map import DROPPED_PATTERNS, conversions, to_gpt2_state_dict
+from .weight_map import DROPPED_PATTERNS, conversions, to_gpt2_state_dict, views_allowed
 
 # transformers' own loader reads official GPT-2 checkpoints by this. A second copy of this module, as remote code makes
 # one, registers the same again.
@@ -187,6 +187,31 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
             init.zeros_(module.shift)
         elif getattr(module, "adds_to_shortcut", False):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.n_layers) ** 0.5)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, device_map=None, **kwargs) -> Self:
+        """As in transformers; float32 weights of official checkpoints become views on a CPU, not copies.
+
+        Transposed ones then lie in memory as in the file, until `train` or `state_dict` makes them contiguous.
+        """
+        # What is offloaded or spread over processes is to be contiguous.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        token = views_allowed.set(device_map in (None, "cpu", torch.device("cpu")) and not distributed)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, device_map=device_map, **kwargs)
+        finally:
+            views_allowed.reset(token)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, with contiguous weights, or evaluation mode."""
+        if mode:
+            order_for_training(self)
+        return super().train(mode)
+
+    def state_dict(self, *args, **kwargs):
+        """As in torch, with contiguous weights, which files want."""
+        order_for_training(self)
+        return super().state_dict(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
         """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
@@ -398,17 +423,6 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         if not self.training:
             order_for_decoding(self)
         return super().generate(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> Self:
-        """Training mode, with contiguous weights, or evaluation mode."""
-        if mode:
-            order_for_training(self)
-        return super().train(mode)
-
-    def state_dict(self, *args, **kwargs):
-        """As in torch, with contiguous weights, which files want."""
-        order_for_training(self)
-        return super().state_dict(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get("past_key_values")
@@ -646,5 +660,5 @@ def _build(model_class, config, state_dict, like):
     shared = {p.untyped_storage().data_ptr() for p in like.parameters()}
     for p in model.parameters():
         if p.untyped_storage().data_ptr() in shared:
-            p.data = p.data.clone()
+            p.data = p.data.clone(memory_format=torch.contiguous_format)
     return model.to(like.device)

@@ -6,12 +6,13 @@ GPT-2 keeps query, key and value in one matrix and stores its matrices as Conv1D
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
 from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, WeightRenaming
 
-from .parallel import SHARDED_LOADING, Gather, Scatter
+from .parallel import SHARDED_LOADING, Gather, Scatter, sharded_target
 
 # Where a base model sits inside its head model: transformers' `GPT2LMHeadModel.transformer` and ours.
 GPT2_PREFIX, SCRATCH_PREFIX = "transformer.", "model."
@@ -188,6 +189,42 @@ def to_scratch_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int)
     return ours
 
 
+# Set while a model is loaded whose weights may be views.
+views_allowed: ContextVar[bool] = ContextVar("views_allowed", default=False)
+
+
+class TransposeView(Transpose):
+    """transformers' `Transpose`, without its copy where a weight in `[in, out]` memory order serves as well.
+
+    On a CPU float32 products of few rows are faster so; see `order_for_decoding`.
+    """
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        tensor = only(input_dict)
+        if (
+            not views_allowed.get()
+            or (tensor.device.type, tensor.dtype) != ("cpu", torch.float32)
+            or sharded_target(**kwargs) is not None
+        ):
+            return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+        return {self.get_target_pattern(input_dict, source_patterns, target_patterns): tensor.T}
+
+
+class ChunkView(Chunk):
+    """transformers' `Chunk` without its copies."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        chunks = only(input_dict).chunk(len(target_patterns), dim=self.dim)
+        return dict(zip(target_patterns, chunks, strict=True))
+
+
+def only(tensors):
+    """The one tensor that an operation of the loader is given."""
+    [found] = tensors.values()
+    return found[0] if isinstance(found, list) else found
+
+
 class QuantizableConverter(WeightConverter):
     """A converter whose targets are each quantized on load.
 
@@ -234,8 +271,8 @@ def conversions() -> list[WeightRenaming | WeightConverter]:
         # Behind the layer's number; a name without one stands alone or behind the prefix.
         source = re.escape(row.gpt2.removeprefix("h.{n}"))
         targets = [re.escape(name.removeprefix("trf_blocks.{n}")) for name in row.scratch]
-        operations = [Transpose(0, 1)] if row.transposed else []
-        operations += [Chunk(dim=0)] if len(targets) > 1 else []
+        operations = [TransposeView()] if row.transposed else []
+        operations += [ChunkView(dim=0)] if len(targets) > 1 else []
         if operations and SHARDED_LOADING:
             operations = [Gather(row.transposed, len(targets)), *operations, Scatter()]
         if "{n}" not in row.gpt2:

@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_gpt_scratch import GPTScratchForCausalLM, decoding
+from hf_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, decoding
 from hf_gpt_scratch.decoding import GrowingLayer, growing_cache, order_for_decoding, order_for_training
+
+QKV = ("W_query", "W_key", "W_value")
 
 
 def updates(count, batch=2, heads=3, dim=4):
@@ -180,3 +182,79 @@ def test_ordering_twice_moves_nothing_twice():
     assert [weight.data_ptr() for weight in ours.parameters()] == places
     order_for_training(ours)
     assert all(weight.is_contiguous() for weight in ours.parameters())
+
+
+@pytest.fixture
+def official(tmp_path):
+    gpt2, _ = random_pair()
+    gpt2.save_pretrained(tmp_path / "official")
+    return gpt2, tmp_path / "official"
+
+
+def linear_weights(model):
+    return [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize("model_class", [GPTScratchForCausalLM, GPTScratchModel])
+def test_an_official_checkpoint_is_loaded_without_copying_a_matrix(official, model_class):
+    gpt2, directory = official
+    model = model_class.from_pretrained(directory)
+    for block in getattr(model, "model", model).trf_blocks:
+        together = {getattr(block.att, name).weight.untyped_storage().data_ptr() for name in QKV}
+        assert len(together) == 1  # the file's c_attn
+        assert all(weight.t().is_contiguous() for weight in (block.att.out_proj.weight, block.ff.layers[0].weight))
+    ids = random_ids()
+    ours, theirs = (m(ids).last_hidden_state for m in (getattr(model, "model", model), gpt2.transformer))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda model: model.train(), lambda model: model.state_dict()], ids=["train", "state"])
+@pytest.mark.parametrize("model_class", [GPTScratchForCausalLM, GPTScratchModel])
+def test_weights_that_are_views_become_contiguous_when_that_is_wanted(official, model_class, make):
+    _, directory = official
+    model = model_class.from_pretrained(directory)
+    copies = [weight.clone() for weight in model.parameters()]
+    make(model)
+    assert all(weight.is_contiguous() for weight in model.parameters())
+    assert all(map(torch.equal, model.parameters(), copies))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(dtype=torch.bfloat16), dict(device_map="auto"), dict(device_map={"": "cpu"})],
+    ids=["bf16", "auto", "map"],
+)
+def test_other_dtypes_and_places_get_contiguous_weights(official, options):
+    model = GPTScratchForCausalLM.from_pretrained(official[1], **options)
+    assert all(weight.is_contiguous() for weight in linear_weights(model))
+
+
+def test_in_a_group_of_processes_weights_are_contiguous(official):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = GPTScratchForCausalLM.from_pretrained(official[1])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(weight.is_contiguous() for weight in linear_weights(model))
+
+
+def test_a_loaded_model_is_saved_with_the_bytes_of_one_with_contiguous_weights(official, tmp_path):
+    for name, options in (("views", {}), ("contiguous", dict(device_map={"": "cpu"}))):
+        GPTScratchForCausalLM.from_pretrained(official[1], **options).save_pretrained(tmp_path / name)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("views", "contiguous"))
+    assert first == second
+
+
+def test_a_loaded_model_can_be_saved_over_its_own_checkpoint(official):
+    gpt2, directory = official
+    model = GPTScratchForCausalLM.from_pretrained(directory)
+    model.save_pretrained(directory)
+    for ours in (model, GPTScratchForCausalLM.from_pretrained(directory)):
+        torch.testing.assert_close(ours(random_ids()).logits, gpt2(random_ids()).logits)
+
+
+def test_a_converted_model_in_another_dtype_has_its_weights_put_in_that_order_to_generate(official):
+    model = GPTScratchForCausalLM.from_pretrained(official[1]).bfloat16()
+    assert not model.model.trf_blocks[0].att.out_proj.weight.is_contiguous()
+    model.generate(random_ids(), max_new_tokens=2, pad_token_id=0)
+    assert all(weight.is_contiguous() for weight in linear_weights(model))
