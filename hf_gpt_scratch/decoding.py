@@ -86,7 +86,5 @@ def _reorder(model: nn.Module, transposed: Callable[[torch.Tensor], bool]) -> No
                 and not (weight.device.type == "cpu" and weight.is_shared())  # which another process would not follow
                 and not weight.is_inference()  # which another tensor cannot take the place of
             )
-            if movable and transposed(weight) and weight.is_contiguous():
-                weight.data = weight.data.t().contiguous().t()
-            elif movable and not transposed(weight) and not weight.is_contiguous():
-                weight.data = weight.data.contiguous()
+            if movable:  # no copy is made of what is in that order already
+                weight.data = weight.data.t().contiguous().t() if transposed(weight) else weight.data.contiguous()

@@ -258,3 +258,13 @@ def test_a_converted_model_in_another_dtype_has_its_weights_put_in_that_order_to
     assert not model.model.trf_blocks[0].att.out_proj.weight.is_contiguous()
     model.generate(random_ids(), max_new_tokens=2, pad_token_id=0)
     assert all(weight.is_contiguous() for weight in linear_weights(model))
+
+
+def test_to_generate_only_parts_of_a_matrix_and_rows_are_copied(official):
+    model = GPTScratchForCausalLM.from_pretrained(official[1])
+    block = model.model.trf_blocks[0]
+    before = {name: weight.data_ptr() for name, weight in block.named_parameters()}
+    model.generate(random_ids(), max_new_tokens=2, pad_token_id=0)
+    moved = {name for name, weight in block.named_parameters() if weight.data_ptr() != before[name]}
+    assert moved == {f"att.{name}.weight" for name in QKV}
+    assert all(weight.t().is_contiguous() for weight in linear_weights(model))
