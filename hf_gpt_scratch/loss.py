@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 CHUNK = 256  # tokens whose logits are in memory together: 51 MB at V = 50257 in float32
+PART = 8192  # tokens of the vocabulary whose gradients are in memory together in another dtype than the weight's
 
 
 def product_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -58,8 +59,9 @@ class HeadLoss(torch.autograd.Function):
                     grad_x[rows] = grad_logits @ head
                 if grad_weight is not None and grad_weight.dtype == dtype:
                     grad_weight.addmm_(grad_logits.T, x[rows])
-                elif grad_weight is not None:
-                    grad_weight += grad_logits.T @ x[rows]
+                elif grad_weight is not None:  # a part at a time: a product of this dtype needs memory of its own
+                    for grad, part in zip(grad_weight.split(PART), grad_logits.split(PART, dim=1), strict=True):
+                        grad += part.T @ x[rows]
         ctx.save_for_backward(grad_x, grad_weight)
         return loss / num_items
 

@@ -16,6 +16,7 @@ from hf_gpt_scratch.parity import FP32_GRADIENTS, relative_error
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK", 7)  # several of them, the last one short
+    monkeypatch.setattr(loss_module, "PART", 40)  # and of these
 
 
 @pytest.fixture
