@@ -1,7 +1,9 @@
 """Memory and time of streamed conversions: python benchmarks/convert.py --preset 124M [--formats]
 
-Time is against copying the same bytes on the same disk, both until fsync; the two take turns. Memory is the peak of a
-process that converts, less that of one that only imports.
+Time is against copying the same bytes on the same disk, both until fsync. The two take turns, each in a process that has
+imported the same before the clock starts: a virtual machine may give memory that was freed some seconds ago back to its
+host, and then the first files to be written afterwards take longer. Memory is the peak of a process that converts, less
+that of one that only imports.
 """
 
 import json
@@ -14,7 +16,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -34,13 +35,20 @@ from hf_gpt_scratch.tf_checkpoint import MAGIC, masked_crc32c
 
 # The peak is read from /proc: `ru_maxrss` of a child begins with that of its parent.
 CHILD = """
-import json, re, sys, time, warnings
+import json, os, re, shutil, sys, time, warnings
 warnings.simplefilter("ignore")
 from hf_gpt_scratch import conversion, formats
+
+def copy(source, target):
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 22)
+        writer.flush()
+        os.fsync(writer.fileno())
+
 begin, cpu = time.perf_counter(), time.process_time()
 if sys.argv[1:]:
-    convert = getattr(conversion, sys.argv[1], None) or getattr(formats, sys.argv[1])
-    convert(*sys.argv[2:4], **json.loads(sys.argv[4]))
+    function = {**vars(formats), **vars(conversion), "copy": copy}[sys.argv[1]]
+    function(*sys.argv[2:4], **json.loads(sys.argv[4]))
 figures = {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
 [peak] = re.findall(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
 print(json.dumps({**figures, "peak": int(peak) * 1024}))
@@ -110,15 +118,6 @@ def run_child(*arguments: object) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def copy(source: Path, target: Path) -> float:
-    begin = time.perf_counter()
-    with source.open("rb") as reader, target.open("wb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 22)
-        writer.flush()
-        os.fsync(writer.fileno())
-    return time.perf_counter() - begin
-
-
 def measure_formats(place: Path, preset: str, only: str) -> None:
     """One run of every way out of a native directory and into one, verified by the weights."""
     bare, native, n_heads = run_child()["peak"], place / "native", GPTScratchConfig.preset(preset).n_heads
@@ -173,7 +172,7 @@ def main(
         bare = run_child()["peak"]
         converted, copies = [], []
         for run in range(runs):
-            copies.append(copy(source / "model.safetensors", copied))
+            copies.append(run_child("copy", source / "model.safetensors", copied, "{}")["seconds"])
             copied.unlink()
             options = json.dumps({"check": "weights" if weights else False})
             converted.append(run_child("gpt2_to_scratch", source, target, options))

@@ -95,10 +95,10 @@ class NoCache(Transformers):
 
 
 class Int8(Transformers):
-    """Ours with int8 weights and bfloat16 activations."""
+    """Ours with int8 weights and bfloat16 activations; `left` are the names of layers whose weights stay bfloat16."""
 
-    def loaded(self, model_class, checkpoint, **options):
-        int8 = Int8Config()
+    def loaded(self, model_class, checkpoint, left=(), **options):
+        int8 = Int8Config(list(left))
         return model_class.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=int8, **options).eval()
 
 
@@ -238,6 +238,7 @@ def repeated(function: Callable[[], Any], times: int) -> None:
 
 BFLOAT16 = dict(dtype=torch.bfloat16)
 STATIC, COMPILED = dict(static=True), dict(static=True, compiled=True)
+BFLOAT16_HEAD = dict(left=("out_head",))
 CPP_WRAPPER = {**COMPILED, "inductor": {"cpp_wrapper": True}}
 OURS, THEIRS = (
     functools.partial(Transformers, model_class) for model_class in (GPTScratchForCausalLM, GPT2LMHeadModel)
@@ -264,6 +265,10 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "ours, int8": functools.partial(Int8, GPTScratchForCausalLM),
     "ours, int8, compiled": functools.partial(Int8, GPTScratchForCausalLM, **COMPILED),
     "ours, int8, compiled, C++ wrapper": functools.partial(Int8, GPTScratchForCausalLM, **CPP_WRAPPER),
+    "ours, int8 but for the head": functools.partial(Int8, GPTScratchForCausalLM, **BFLOAT16_HEAD),
+    "ours, int8 but for the head, compiled, C++ wrapper": functools.partial(
+        Int8, GPTScratchForCausalLM, **BFLOAT16_HEAD, **CPP_WRAPPER
+    ),
     "ours, torchao int8, compiled": functools.partial(TorchAoInt8, GPTScratchForCausalLM, **COMPILED),
     # Of its two libraries of matrix products, the one that is faster at that width.
     "CTranslate2, oneDNN": functools.partial(CTRANSLATE2, width="float32", mkl=False),

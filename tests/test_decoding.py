@@ -208,7 +208,9 @@ def test_an_official_checkpoint_is_loaded_without_copying_a_matrix(official, mod
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [lambda model: model.train(), lambda model: model.state_dict()], ids=["train", "state"])
+@pytest.mark.parametrize(
+    "make", [lambda model: model.train(), lambda model: model.state_dict()], ids=["train", "state"]
+)
 @pytest.mark.parametrize("model_class", [GPTScratchForCausalLM, GPTScratchModel])
 def test_weights_that_are_views_become_contiguous_when_that_is_wanted(official, model_class, make):
     _, directory = official
