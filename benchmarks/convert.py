@@ -1,9 +1,9 @@
 """Memory and time of streamed conversions: python benchmarks/convert.py --preset 124M [--formats]
 
-Time is against copying the same bytes on the same disk, both until fsync. The two take turns, each in a process that has
-imported the same before the clock starts: a virtual machine may give memory that was freed some seconds ago back to its
-host, and then the first files to be written afterwards take longer. Memory is the peak of a process that converts, less
-that of one that only imports.
+Time is against copying the same bytes on the same disk, both until fsync. The two take turns, each in a process that
+has imported the same before the clock starts: a virtual machine may give memory that was freed some seconds ago back to
+its host, and then the first files to be written afterwards take longer. Memory is the peak of a process that converts,
+less that of one that only imports.
 """
 
 import json
