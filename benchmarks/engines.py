@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from harness import REFERENCE, Report, Timed, Worker, in_child, selected, timed
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -24,10 +26,15 @@ from transformers import (
     GenerationConfig,
     GPT2LMHeadModel,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     TorchAoConfig,
 )
 
-from hf_gpt_scratch import GPTScratchForCausalLM, Int8Config
+from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, Int8Config
+from hf_gpt_scratch.checkpoint import Progress
+from hf_gpt_scratch.conversion import Weights
+from hf_gpt_scratch.gguf_file import write_gguf
+from hf_gpt_scratch.layouts import GGUF
 
 
 @functools.cache
@@ -209,6 +216,24 @@ def to_onnx(checkpoint: Path, directory: Path) -> None:
     )
 
 
+def to_gguf(checkpoint: Path, directory: Path) -> None:
+    """Writes the checkpoint for llama.cpp, with a tokenizer that spells the ids: it answers in text.
+
+    Raises:
+        ImportError: gguf or llama.cpp's bindings are not installed.
+    """
+    import gguf  # noqa: F401  which write_gguf needs
+    import xllamacpp  # noqa: F401
+
+    weights = Weights(checkpoint, "gpt2")
+    config = GPTScratchConfig.from_gpt2(weights.config)
+    # A byte-pair tokenizer must have a merge.
+    vocabulary = {"<": 0, ">": 1, "<>": 2, **{f"<{i}>": i for i in range(3, config.vocab_size)}}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [("<", ">")])))
+    tensors = GGUF.from_scratch(weights.translated(), config.n_layers)
+    write_gguf(tensors, config, directory / "model.gguf", tokenizer, Progress())
+
+
 class Floor:
     """Reads as many bytes as the model's weights have, once a token: about what an engine of that width needs.
 
@@ -274,6 +299,7 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "CTranslate2, oneDNN": functools.partial(CTRANSLATE2, width="float32", mkl=False),
     "CTranslate2, oneDNN, bf16": functools.partial(CTRANSLATE2, width="bfloat16", mkl=False),
     "CTranslate2, MKL, int8": functools.partial(CTRANSLATE2, width="int8", mkl=True),
+    "llama.cpp": functools.partial(Foreign, to_gguf, "LlamaCpp"),
     "onnxruntime": functools.partial(Foreign, to_onnx, "OnnxRuntime"),
     "floor: all weights read once a token, the fastest way": Floor,
 }

@@ -34,7 +34,7 @@ from hf_gpt_scratch import GPTScratchConfig
 
 RESULTS = Path(__file__).parent / "results"
 WORKERS = Path(__file__).parent / "workers.py"
-PACKAGES = ("torch", "transformers", "hf-gpt-scratch", "torchao", "ctranslate2", "onnx", "onnxruntime")
+PACKAGES = ("torch", "transformers", "hf-gpt-scratch", "torchao", "ctranslate2", "onnx", "onnxruntime", "xllamacpp")
 REFERENCE = "transformers GPT-2, sdpa"
 QUICK = "^(?!.*(?:compiled|CTranslate2.*,.*,))"  # of --quick: others take seconds at any size
 

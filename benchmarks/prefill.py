@@ -16,8 +16,8 @@ from harness import REFERENCE, Checkpoint, Only, Output, Quick, Report, Rounds, 
 
 from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
 
-# These only differ in how they generate.
-SAME = "no cache|static cache|floor"
+# These only differ in how they generate, or only generate.
+SAME = "no cache|static cache|floor|llama.cpp"
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, V vocabulary.
 
 import os
 import pickle
+import re
 import sys
 import time
 import traceback
@@ -104,6 +105,35 @@ class OnnxRuntime:
             new = logits.argmax(-1, keepdims=True)
             result.append(new)
         return np.concatenate(result, axis=1)  # (B, T + new_tokens)
+
+
+class LlamaCpp:
+    """llama.cpp's server, here without its network; it gives ids and no logits.
+
+    Args:
+        directory: with model.gguf, whose tokens spell their ids.
+        threads: to compute with.
+    """
+
+    SEQUENCES = 8  # at once; more wait for a place
+
+    def __init__(self, directory: Path, threads: int):
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(directory / "model.gguf")
+        params.n_parallel = self.SEQUENCES
+        params.n_ctx = self.SEQUENCES * 1024
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as all others have it
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        self.server = xllamacpp.Server(params)
+
+    def generate(self, ids: np.ndarray, new_tokens: int) -> np.ndarray:  # (B, T)
+        settings = {"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        choices = self.server.handle_completions({"prompt": ids.tolist(), **settings})["choices"]
+        texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+        new = [[int(number) for number in re.findall(r"<(\d+)>", text)] for text in texts]
+        return np.concatenate((ids, new), axis=1)  # (B, T + new_tokens)
 
 
 def main() -> None:
