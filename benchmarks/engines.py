@@ -36,6 +36,8 @@ from hf_gpt_scratch.conversion import Weights
 from hf_gpt_scratch.gguf_file import write_gguf
 from hf_gpt_scratch.layouts import GGUF
 
+torch._dynamo.config.recompile_limit = 64  # the compiled rows have models of their own, whose code is the same
+
 
 @functools.cache
 def load(model_class: type[PreTrainedModel], checkpoint: Path, **options: Any) -> PreTrainedModel:

@@ -305,10 +305,11 @@ class Report:
         """Rows of `costs_in_children`, with memory as a further column; the first is the reference."""
         memory = {name: statistics.median(cost.memory for cost in row) for name, row in costs.items()}
         first = next(iter(costs))
+        comparable = memory[first] > 1e6  # not what was in memory already, as the weights that are saved
         for name, row in costs.items():
             figures = {
                 "peak memory, MB": round(memory[name] / 1e6),
-                "memory": f"{memory[name] / max(1, memory[first]):.2f}×",
+                "memory": f"{memory[name] / memory[first]:.2f}×" if comparable else "–",
             }
             self.add(group, name, [cost.seconds for cost in row], name == first, **figures)
 
