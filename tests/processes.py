@@ -1,5 +1,6 @@
 """Runs a function in two processes that form a gloo group, each with one thread, and collects what they return."""
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -20,6 +21,9 @@ def enter(rank, port, directory, function, arguments):
         torch.save(function(rank, *arguments), Path(directory) / f"rank{rank}.pt")
         dist.barrier()
     finally:
+        # A gradient reducer that outlives the group can wait for ever for gloo's threads, which wait for Python:
+        # github.com/pytorch/pytorch/issues/56297.
+        gc.collect()
         dist.destroy_process_group()
 
 
