@@ -5,7 +5,7 @@ memory and 7 GB of disk. The ids and logits are held to those of transformers' G
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,8 +51,11 @@ def cases(size: str, parameters: int, quick: bool) -> list[Case]:
     return points
 
 
+@dataclass
 class Scaling(Report):
     """A report whose plot has a diagram for each curve."""
+
+    cases: dict[str, Case] = field(default_factory=dict)  # by the row's group
 
     def plot(self, target: Path) -> None:
         import matplotlib
@@ -60,15 +63,14 @@ class Scaling(Report):
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        curves = list(dict.fromkeys(row.figures["curve"] for row in self.rows))
+        curves = list(dict.fromkeys(case.curve for case in self.cases.values()))
         figure, axes = plt.subplots(1, len(curves), figsize=(3.5 * len(curves), 3.5), layout="constrained")
         for axis, curve in zip(axes, curves, strict=True):
-            rows = [row for row in self.rows if row.figures["curve"] == curve]
+            rows = [row for row in self.rows if self.cases[row.group].curve == curve]
             for name in dict.fromkeys(row.name for row in rows):
                 points = [row for row in rows if row.name == name]
-                axis.loglog(
-                    [row.figures["x"] for row in points], [1e3 * row.median for row in points], "o-", label=name
-                )
+                sizes = [self.cases[row.group].x for row in points]
+                axis.loglog(sizes, [1e3 * row.median for row in points], "o-", label=name)
             axis.set_title(curve, fontsize=10)
             axis.set_ylabel("ms a token" if "decode" in curve else "ms")
         axes[0].legend(fontsize=8)
@@ -77,7 +79,7 @@ class Scaling(Report):
 
 
 @torch.inference_mode()
-def measure(report: Report, size: str, case: Case, engines: dict[str, Any], vocab_size: int, rounds: int) -> bool:
+def measure(report: Scaling, size: str, case: Case, engines: dict[str, Any], vocab_size: int, rounds: int) -> bool:
     """Adds one point's rows; whether ours gave what the reference gave."""
     ids = harness.random_ids(case.batch, case.length, vocab_size)
     torch._dynamo.reset()
@@ -85,6 +87,8 @@ def measure(report: Report, size: str, case: Case, engines: dict[str, Any], voca
         name: partial(engine.generate, ids, case.new_tokens) if case.new_tokens else partial(engine.prefill, ids)
         for name, engine in engines.items()
     }
+    group = f"{case.curve}: {size}, {case}"
+    report.cases[group] = case
     measured, passed = harness.interleaved(rows, rounds), True
     expected = measured[REFERENCE].output
     for name, row in measured.items():
@@ -95,8 +99,7 @@ def measure(report: Report, size: str, case: Case, engines: dict[str, Any], voca
         )
         passed &= same or not harness.must_be_exact(name)
         times = [taken / max(1, case.new_tokens) for taken in row.times]
-        figures = {"curve": case.curve, "x": case.x, "same": same}
-        report.add(f"{case.curve}: {size}, {case}", name, times, name == REFERENCE, **figures)
+        report.add(group, name, times, name == REFERENCE, same=same)
     return passed
 
 

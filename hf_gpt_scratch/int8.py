@@ -68,7 +68,10 @@ class Int8Linear(nn.Module):
             out = torch._weight_int8pack_mm(few, self.int8_weight, self.scales.bfloat16())
             out = out.view(*x.shape[:-1], self.out_features).to(x.dtype)
         else:
-            out = F.linear(x, self.int8_weight.to(x.dtype)) * self.scales.to(x.dtype)
+            weight = self.int8_weight
+            if torch.compiler.is_compiling():
+                weight = weight.float()  # else inductor would recognize the product, and take the packed one
+            out = F.linear(x, weight.to(x.dtype)) * self.scales.to(x.dtype)
         return out if self.bias is None else out + self.bias  # (..., out)
 
     def extra_repr(self):

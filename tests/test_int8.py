@@ -1,9 +1,12 @@
 """Int8 weights by torch's packed product: error bound, both ways to multiply, loading, saving, generating."""
 
+import shutil
+
 import pytest
 import torch
 from pairs import random_gpt2, random_ids, random_pair
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from hf_gpt_scratch import GPTScratchForCausalLM, Int8Config
 from hf_gpt_scratch.int8 import FEW_ROWS, Int8Linear
@@ -139,3 +142,13 @@ def test_one_graph(checkpoint):
     with torch.no_grad():
         ids = random_ids(1, 1)
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize(("shape", "packed"), [((1, 4), True), ((2, 16), False)])
+def test_inductor_takes_the_packed_product_for_few_rows_only(shape, packed):
+    layer, x = Int8Linear.from_linear(linear(torch.bfloat16)), torch.randn(*shape, 96).bfloat16()
+    with torch.inference_mode():
+        out, [code] = run_and_get_code(torch.compile(layer), x)
+        torch.testing.assert_close(out, layer(x), rtol=0.02, atol=0.02)
+    assert ("int8pack_mm" in code) == packed
