@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     TorchAoConfig,
 )
+from transformers.pytorch_utils import Conv1D
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, Int8Config
 from hf_gpt_scratch.checkpoint import Progress
@@ -237,10 +238,12 @@ def to_gguf(checkpoint: Path, directory: Path) -> None:
 
 
 class Floor:
-    """Reads as many bytes as the model's weights have, once a token: about what an engine of that width needs.
+    """About the least that an engine of float32 weights needs: to read them all, or to multiply by them all.
 
-    By a sum and by one-row products with the numbers as one matrix in either memory order; the fastest of them counts.
-    At batch 1 memory is the bound; with many tokens at once arithmetic is, and this row says nothing.
+    A token at batch 1 needs the reading, of as many numbers as the weights are: a sum, and one-row products with them as
+    one matrix in either memory order. A prompt needs the products of its tokens with the weights, in either order too,
+    into memory that is there already. The fastest way counts. With some tokens at once neither is the bound, and this
+    row says nothing.
     """
 
     def __init__(self, checkpoint):
@@ -253,9 +256,25 @@ class Floor:
             functools.partial(F.linear, x, numbers.view(-1, width)),  # [out, in]
             functools.partial(F.linear, x, numbers.view(width, -1).t()),  # [in, out]
         )
+        # The head's product is for the prompt's last token alone.
+        self.matrices = [module.weight for module in model.transformer.modules() if isinstance(module, Conv1D)]
+        self.head = model.lm_head.weight.t()
 
     def generate(self, ids, new_tokens):
         return Timed(min(timed(repeated, reading, new_tokens).seconds for reading in self.readings))
+
+    def prefill(self, ids):
+        orders = (self.matrices, [matrix.t().contiguous().t() for matrix in self.matrices])
+        tokens, (last, *_) = ids.numel(), ids.shape
+        inputs = {matrix.shape[0]: torch.rand(tokens, matrix.shape[0]) for matrix in self.matrices}
+        outputs = {matrix.shape[1]: torch.empty(tokens, matrix.shape[1]) for matrix in self.matrices}
+
+        def products(matrices):
+            for matrix in matrices:
+                torch.mm(inputs[matrix.shape[0]], matrix, out=outputs[matrix.shape[1]])
+            inputs[len(self.head)][:last] @ self.head
+
+        return Timed(min(timed(products, matrices).seconds for matrices in orders))
 
 
 def repeated(function: Callable[[], Any], times: int) -> None:
@@ -303,7 +322,7 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "CTranslate2, MKL, int8": functools.partial(CTRANSLATE2, width="int8", mkl=True),
     "llama.cpp": functools.partial(Foreign, to_gguf, "LlamaCpp"),
     "onnxruntime": functools.partial(Foreign, to_onnx, "OnnxRuntime"),
-    "floor: all weights read once a token, the fastest way": Floor,
+    "floor: the weights read once, or the products with them": Floor,
 }
 
 
