@@ -332,6 +332,15 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.tok_emb(input_ids)  # (B, T, E)
+        # transformers always makes a mask for a compiled model, and with one sdpa computes all pairs of tokens.
+        needs_no_mask = (
+            torch.compiler.is_compiling()
+            and not torch.compiler.is_exporting()
+            and self.config._attn_implementation == "sdpa"
+            and attention_mask is None
+            and position_ids is None
+            and past_key_values is None
+        )
         if use_cache and past_key_values is None:
             past_key_values = growing_cache(self.config)
         if use_cache and self.config.add_cross_attention and not isinstance(past_key_values, EncoderDecoderCache):
@@ -341,13 +350,15 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + num_past
         self._check_positions(position_ids, num_past + inputs_embeds.shape[1])
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = None
+        if not needs_no_mask:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         if encoder_hidden_states is not None:
             kwargs["encoder_hidden_states"] = encoder_hidden_states
             kwargs["encoder_attention_mask"] = create_bidirectional_mask(

@@ -32,6 +32,27 @@ def test_prefill_is_one_graph(pair):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_compiled_prefill_has_a_mask_only_if_one_is_given(use_cache):
+    gpt2, scratch = random_pair(attn_implementation="sdpa")
+    masks = []
+
+    def backend(graph, _):
+        attention = [node for node in graph.graph.nodes if "scaled_dot_product_attention" in str(node.target)]
+        masks.append({(node.kwargs["attn_mask"] is not None, node.kwargs["is_causal"]) for node in attention})
+        return graph
+
+    compiled = torch.compile(scratch, backend=backend, fullgraph=True, dynamic=True)
+    for length in (9, 14, 1):
+        ids = random_ids(2, length)
+        assert relative_error(gpt2(ids).logits, compiled(ids, use_cache=use_cache).logits) <= FP32_LOGITS
+    assert masks[0] == {(False, True)}
+    mask = torch.ones_like(ids)
+    compiled(ids, attention_mask=mask, use_cache=use_cache)
+    assert masks[-1] == {(True, False)}
+
+
+@torch.no_grad()
 def test_static_decoding_compiles_once(pair):
     gpt2, scratch = pair
     ids = random_ids(2, 16)
