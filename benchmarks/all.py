@@ -14,8 +14,8 @@ import typer
 HERE = Path(__file__).parent
 MINUTES = {  # about, on two cores
     "decode": 20,
-    "prefill": 4,
-    "training": 6,
+    "prefill": 6,
+    "training": 9,
     "quality": 4,
     "load": 4,
     "save": 6,

@@ -240,10 +240,10 @@ def to_gguf(checkpoint: Path, directory: Path) -> None:
 class Floor:
     """About the least that an engine of float32 weights needs: to read them all, or to multiply by them all.
 
-    A token at batch 1 needs the reading, of as many numbers as the weights are: a sum, and one-row products with them as
-    one matrix in either memory order. A prompt needs the products of its tokens with the weights, in either order too,
-    into memory that is there already. The fastest way counts. With some tokens at once neither is the bound, and this
-    row says nothing.
+    A token at batch 1 needs the reading, of as many numbers as the weights are: a sum, and one-row products with them
+    as one matrix in either memory order. A prompt needs the products of its tokens with the weights, in either order
+    too, into memory that is there already. The fastest way counts. With some tokens at once neither is the bound, and
+    this row says nothing.
     """
 
     def __init__(self, checkpoint):
