@@ -49,9 +49,14 @@ from .loss import LazyLogitsOutput, can_skip_logits, head_loss
 from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
 from .weight_map import DROPPED_PATTERNS, conversions, to_gpt2_state_dict, views_allowed
 
-# transformers' own loader reads official GPT-2 checkpoints by this. A second copy of this module, as remote code makes
-# one, registers the same again.
-register_checkpoint_conversion_mapping(GPTScratchConfig.model_type, conversions(), overwrite=True)
+
+
+def register_conversions() -> None:
+    """Has transformers' own loader read official GPT-2 checkpoints by our table."""
+    register_checkpoint_conversion_mapping(GPTScratchConfig.model_type, conversions(), overwrite=True)
+
+
+register_conversions()
 
 
 def upcast_attention(module, queries, keys, values, attention_mask=None, **kwargs):
@@ -194,6 +199,8 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
 
         Transposed ones then lie in memory as in the file, until `train` or `state_dict` makes them contiguous.
         """
+        # A second copy of this module, as remote code makes one, registers conversions that do not see this one's flag.
+        register_conversions()
         # What is offloaded or spread over processes is to be contiguous.
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         token = views_allowed.set(device_map in (None, "cpu", torch.device("cpu")) and not distributed)
