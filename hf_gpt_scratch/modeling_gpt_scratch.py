@@ -50,7 +50,6 @@ from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
 from .weight_map import DROPPED_PATTERNS, conversions, to_gpt2_state_dict, views_allowed
 
 
-
 def register_conversions() -> None:
     """Has transformers' own loader read official GPT-2 checkpoints by our table."""
     register_checkpoint_conversion_mapping(GPTScratchConfig.model_type, conversions(), overwrite=True)

@@ -15,12 +15,11 @@ from transformers import (
     GPT2LMHeadModel,
     TorchAoConfig,
 )
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from hf_gpt_scratch import GPTScratchForCausalLM, GPTScratchForSequenceClassification
 from hf_gpt_scratch.parity import FP32_LOGITS, greedy_ids, relative_error
-from hf_gpt_scratch.weight_map import QuantizableConverter, conversions
+from hf_gpt_scratch.weight_map import QuantizableConverter
 
 pytestmark = [
     # bitsandbytes computes 8-bit products in half precision, and says so of float32 inputs.
@@ -153,8 +152,6 @@ def test_projections_left_out_stay_float(directories, name):
 def test_without_the_converter_two_of_three_projections_would_be_lost(directories, monkeypatch):
     """What `QuantizableConverter` is there for; when this fails, transformers does it and the class can go."""
     monkeypatch.setattr(QuantizableConverter, "convert", WeightConverter.convert)
-    # A copy of the code that came with saved weights may have registered its own converters.
-    register_checkpoint_conversion_mapping("gpt_scratch", conversions(), overwrite=True)
     how, _ = METHODS["torchao int8 weights"]
     _, info = GPTScratchForCausalLM.from_pretrained(
         directories / "official", quantization_config=how(), device_map="cpu", output_loading_info=True
