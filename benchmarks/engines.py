@@ -263,8 +263,12 @@ class Floor:
     def generate(self, ids, new_tokens):
         return Timed(min(timed(repeated, reading, new_tokens).seconds for reading in self.readings))
 
+    @functools.cached_property
+    def orders(self):
+        """The matrices as GPT-2 has them, [in, out], and in the other order; made once, and for prompts only."""
+        return self.matrices, [matrix.t().contiguous().t() for matrix in self.matrices]
+
     def prefill(self, ids):
-        orders = (self.matrices, [matrix.t().contiguous().t() for matrix in self.matrices])
         tokens, (last, *_) = ids.numel(), ids.shape
         inputs = {matrix.shape[0]: torch.rand(tokens, matrix.shape[0]) for matrix in self.matrices}
         outputs = {matrix.shape[1]: torch.empty(tokens, matrix.shape[1]) for matrix in self.matrices}
@@ -274,7 +278,7 @@ class Floor:
                 torch.mm(inputs[matrix.shape[0]], matrix, out=outputs[matrix.shape[1]])
             inputs[len(self.head)][:last] @ self.head
 
-        return Timed(min(timed(products, matrices).seconds for matrices in orders))
+        return Timed(min(timed(products, matrices).seconds for matrices in self.orders))
 
 
 def repeated(function: Callable[[], Any], times: int) -> None:

@@ -84,6 +84,15 @@ def test_quick_runs_report_every_row(tmp_path, name, expected):
     assert all(row["speed"] == 1 for row in references)
 
 
+@pytest.mark.parametrize(("name", "output"), [("decode", "equal ids"), ("prefill", "relative error")])
+def test_the_floor_has_a_time_and_no_output(tmp_path, name, output):
+    report, status = run(name, tmp_path, only="^floor")
+    assert status == 0
+    [floor] = [row for row in rows(report).values() if row["name"].startswith("floor")]
+    assert min(floor["times"]) > 0 and output not in floor["figures"]
+    assert output in rows(report)[importlib.import_module("harness").REFERENCE]["figures"]
+
+
 def damage_ours(monkeypatch):
     """The row `ours, sdpa` gets a model with one matrix too large."""
     engines = importlib.import_module("engines")
