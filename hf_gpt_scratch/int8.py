@@ -9,7 +9,11 @@ as it is. A tied output head gets an int8 matrix of its own; the embedding stays
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -78,7 +82,6 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-@register_quantization_config(METHOD)
 class Int8Config(QuantizationConfigMixin):
     """Int8 weights for all linear layers.
 
@@ -91,7 +94,6 @@ class Int8Config(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
 
 
-@register_quantizer(METHOD)
 class Int8Quantizer(HfQuantizer):
     """What transformers' loader does with an `Int8Config`: float weights are quantized after they are loaded."""
 
@@ -128,3 +130,8 @@ class Int8Quantizer(HfQuantizer):
 def _empty(linear: nn.Linear) -> Int8Linear:
     with linear.weight.device:
         return Int8Linear(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype)
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # else by the package, or by another copy that came with saved weights
+    register_quantization_config(METHOD)(Int8Config)
+    register_quantizer(METHOD)(Int8Quantizer)

@@ -10,45 +10,53 @@ from typing import Self
 
 import torch
 from torch import nn
-from transformers import (
-    Cache,
-    DynamicCache,
-    EncoderDecoderCache,
-    GenerationMixin,
-    GPT2DoubleHeadsModel,
-    GPT2ForQuestionAnswering,
-    GPT2ForSequenceClassification,
-    GPT2ForTokenClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-    GPT2PreTrainedModel,
-    PreTrainedModel,
-)
-from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto import modeling_auto
-from transformers.models.gpt2.modeling_gpt2 import GPT2DoubleHeadsModelOutput, GPT2SequenceSummary
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .compat import CACHE, LibraryCheck, advice, check_growth, check_mask, is_untested, one_cache
-from .configuration_gpt_scratch import GPTScratchConfig
-from .decoding import growing_cache
-from .layers import GELU, LayerNorm, MultiHeadAttention, TransformerBlock, causal_attention, check_length
-from .loss import LazyLogitsOutput, can_skip_logits, head_loss
-from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
-from .weight_map import DROPPED_PATTERNS, conversions, is_base_weight, to_gpt2_state_dict
+from .compat import CACHE, advice, check_growth, check_mask, explained, is_untested, one_cache
+
+with explained():
+    from transformers import (
+        Cache,
+        DynamicCache,
+        EncoderDecoderCache,
+        GenerationMixin,
+        GPT2DoubleHeadsModel,
+        GPT2ForQuestionAnswering,
+        GPT2ForSequenceClassification,
+        GPT2ForTokenClassification,
+        GPT2LMHeadModel,
+        GPT2Model,
+        GPT2PreTrainedModel,
+        PreTrainedModel,
+    )
+    from transformers import initialization as init
+    from transformers.activations import ACT2FN
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+    from transformers.modeling_layers import (
+        GenericForQuestionAnswering,
+        GenericForSequenceClassification,
+        GenericForTokenClassification,
+        GradientCheckpointingLayer,
+    )
+    from transformers.modeling_outputs import (
+        BaseModelOutputWithPastAndCrossAttentions,
+        CausalLMOutputWithCrossAttentions,
+    )
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.auto import modeling_auto
+    from transformers.models.gpt2.modeling_gpt2 import GPT2DoubleHeadsModelOutput, GPT2SequenceSummary
+    from transformers.utils import can_return_tuple
+    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+    from .configuration_gpt_scratch import GPTScratchConfig
+    from .decoding import growing_cache
+    from .int8 import Int8Config  # noqa: F401  # so that a quantized model brings its quantizer along
+    from .layers import GELU, LayerNorm, MultiHeadAttention, TransformerBlock, causal_attention, check_length
+    from .library_check import LibraryCheck
+    from .loss import LazyLogitsOutput, can_skip_logits, head_loss
+    from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
+    from .weight_map import DROPPED_PATTERNS, conversions, is_base_weight, to_gpt2_state_dict
 
 
 def register_conversions(model_type: str = GPTScratchConfig.model_type) -> None:
@@ -203,6 +211,8 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: weights are missing; the message names them.
         """
+        if is_untested():
+            check_library()
         # Under the name of a subclass's config too; and again, since a second copy of this module may have come since.
         register_conversions(cls.config_class.model_type)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from pairs import random_gpt2, random_ids, random_pair
+from remote import run_without_the_package
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
@@ -152,3 +153,24 @@ def test_inductor_takes_the_packed_product_for_few_rows_only(shape, packed):
         out, [code] = run_and_get_code(torch.compile(layer), x)
         torch.testing.assert_close(out, layer(x), rtol=0.02, atol=0.02)
     assert ("int8pack_mm" in code) == packed
+
+
+QUANTIZED = """
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = torch.load(sys.argv[2])
+torch.save((model(ids).logits, model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)), sys.argv[3])
+"""
+
+
+def test_a_saved_one_is_the_same_where_the_package_is_missing(checkpoint, tmp_path):
+    model = GPTScratchForCausalLM.from_pretrained(checkpoint, **BFLOAT16)
+    model.save_pretrained(tmp_path / "saved")
+    ids = random_ids()
+    torch.save(ids, tmp_path / "ids.pt")
+    run_without_the_package(QUANTIZED, tmp_path / "saved", tmp_path / "ids.pt", tmp_path / "out.pt", cwd=tmp_path)
+    logits, generated = torch.load(tmp_path / "out.pt")
+    torch.testing.assert_close(logits, model(ids).logits)
+    assert torch.equal(generated, model.generate(ids, **GREEDY))
