@@ -64,7 +64,7 @@ def variant(shapes: Mapping[str, Sequence[int]]) -> str | None:
     if prefix := embedding.removesuffix("tok_emb.weight"):
         return f"has names that begin with {prefix[:200]!r}: take that off, name.removeprefix({prefix[:200]!r})"
     queries, keys = (shapes.get(f"trf_blocks.0.att.{name}.weight") for name in ("W_query", "W_key"))
-    if queries and keys and queries != keys:
+    if queries and keys and len(queries) == len(keys) == 2 and queries[1] == keys[1] and queries[0] > keys[0]:
         return (
             f"has W_query of shape {list(queries)} and W_key of shape {list(keys)}, so its heads share keys and "
             "values; GPT-2's do not, and it cannot be converted"

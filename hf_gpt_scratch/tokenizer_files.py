@@ -1,6 +1,8 @@
-"""The tokenizer beside a checkpoint: read as transformers reads it, and carried along so that its ids stay the same."""
+"""The tokenizer beside a checkpoint: read as transformers reads it, and carried along with the ids that it gives."""
 
 import fnmatch
+import json
+import shutil
 from pathlib import Path
 
 from transformers import AutoTokenizer, GPT2Config, GPT2Tokenizer, PreTrainedTokenizerBase
@@ -38,8 +40,8 @@ def tokenizer_beside(directory: Path) -> PreTrainedTokenizerBase | None:
         reason = " ".join(str(error).split())[:500]
         raise _refusal(directory, f"cannot be read ({type(error).__name__}: {reason})") from error
     wanted = set(tokenizer.vocab_files_names.values())
-    there = {name for name in wanted if (directory / name).is_file()}
-    if "tokenizer.json" in there or wanted - there <= {"tokenizer.json"}:
+    lacking = {name for name in wanted if not (directory / name).is_file()}
+    if (tokenizer.is_fast and "tokenizer.json" in vocabulary) or lacking <= {"tokenizer.json"}:
         return tokenizer
     if not vocabulary:  # settings of a tokenizer that is not here
         return None
@@ -62,11 +64,29 @@ def carry_tokenizer(source: Path, target: Path) -> tuple[str | None, list[str]]:
     tokenizer = tokenizer_beside(source)
     if tokenizer is None:
         return None, left_behind(source, "there is no vocabulary beside them")
-    tokenizer.save_pretrained(target)
+    _copy(source, target, tokenizer)
     carried = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-    if _behaviour(carried) != _behaviour(tokenizer):
-        raise _refusal(source, f"is a {type(tokenizer).__name__} that gives other ids once it is saved")
+    texts = _texts(tokenizer)
+    if _behaviour(carried, texts) != _behaviour(tokenizer, texts):
+        raise _refusal(source, f"is a {type(tokenizer).__name__} that gives other ids beside the converted model")
     return type(tokenizer).__name__, []
+
+
+def _copy(source: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    names = _files(source, (*VOCABULARIES, *SETTINGS))
+    if not names:  # OpenAI's
+        tokenizer.save_pretrained(target)
+        return
+    for name in names:  # as they are: what is saved anew may be another tokenizer
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        else:
+            shutil.copyfile(source / name, target / name)
+    settings = target / "tokenizer_config.json"
+    values = read_json(settings) if settings.is_file() else {}
+    if not values.get("tokenizer_class"):  # it was that of the model's type, or in its config
+        values["tokenizer_class"] = type(tokenizer).__name__
+        settings.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def left_behind(directory: Path, reason: str) -> list[str]:
@@ -75,12 +95,16 @@ def left_behind(directory: Path, reason: str) -> list[str]:
     return [f"left behind, since {reason}: {', '.join(names[:20])}"] if names else []
 
 
-def _behaviour(tokenizer: PreTrainedTokenizerBase) -> tuple:
-    """What must not change on the way."""
-    some = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), 300)))
+def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What shows whether another tokenizer is the same: a sample, some of its words, its special tokens."""
+    tokens = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), 300)))
+    words = [token.replace("Ġ", " ").replace("▁", " ") for token in tokens if isinstance(token, str)]
     special = [str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())]
-    words = [token.replace("Ġ", " ").replace("▁", " ") for token in some if isinstance(token, str)]
-    texts = [SAMPLE, " ".join(words), "".join(special), "a".join(special)]
+    return [SAMPLE, " ".join(words), "".join(special), "a".join(special)]
+
+
+def _behaviour(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple:
+    """What must not change on the way."""
     ids = [tokenizer(text, verbose=False).input_ids for text in texts]
     return type(tokenizer), len(tokenizer), ids, tokenizer.special_tokens_map, tokenizer.chat_template
 
