@@ -113,6 +113,10 @@ def ignored(name: str, value: Any, config_class: type[PreTrainedConfig]) -> str 
         remedy = f"here it is {FROM_GPT2[name]}, and GPTScratchConfig.from_gpt2 translates a whole GPT2Config"
     else:
         own = {field.name for field in fields(config_class)} - {field.name for field in fields(PreTrainedConfig)}
+        for subclass in config_class.__mro__[: config_class.__mro__.index(GPTScratchConfig)]:  # without annotations
+            own |= vars(subclass).keys()
+        if name in own:
+            return None
         remedy = what_to_do(name, own)
     if remedy is None:
         if not isinstance(value, (bool, int, float)) or not OF_ARCHITECTURE.fullmatch(name):

@@ -244,11 +244,23 @@ class Windowed(GPTScratchConfig):
     model_type = "gpt_scratch_windowed"
     window_size: int = 3
     post_norm: bool = False
+    num_experts = 2
+
+
+class OfItsOwn(GPTScratchConfig):
+    model_type = "gpt_scratch_of_its_own"
+
+    def __init__(self, window_size=3, **kwargs):
+        self.window_size = window_size
+        super().__init__(**kwargs)
 
 
 def test_a_subclass_has_fields_of_its_own_and_misspells_them_no_more_than_ours(tmp_path):
-    Windowed(window_size=5, post_norm=True, n_layers=2).save_pretrained(tmp_path)
-    assert (Windowed.from_pretrained(tmp_path).window_size, Windowed.from_pretrained(tmp_path).post_norm) == (5, True)
+    Windowed(window_size=5, post_norm=True, num_experts=4).save_pretrained(tmp_path)
+    loaded = Windowed.from_pretrained(tmp_path)
+    assert (loaded.window_size, loaded.post_norm, loaded.num_experts) == (5, True, 4)
+    OfItsOwn(window_size=7, n_layers=2).save_pretrained(tmp_path)
+    assert OfItsOwn.from_pretrained(tmp_path).window_size == 7
     with pytest.raises(ValueError, match=r"window_sise=5.*window_size"):
         Windowed(window_sise=5)
 
