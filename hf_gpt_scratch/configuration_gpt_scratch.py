@@ -1,11 +1,15 @@
 """Configuration in the book's names, and its translation from and to `GPT2Config`."""
 
+import re
+from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict, validated_field
-from transformers import GPT2Config, PreTrainedConfig
+from transformers import GenerationConfig, GPT2Config, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
+from .layers import DEFAULTS, SIZES, settings, what_to_do
 from .parallel import FSDP_PLAN, PP_PLAN, TP_PLAN
 
 # GPT2Config's name -> ours, where they differ. Everything else in a GPT2Config keeps its name.
@@ -22,6 +26,31 @@ TO_GPT2 = {ours: theirs for theirs, ours in FROM_GPT2.items()}
 
 # What names the class and not the model, and is therefore never carried from one config to the other.
 IDENTITY = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "name_or_path")
+
+# What a transformers config may have beside its fields; says nothing about what the model computes, or is read by name.
+COMMON = {
+    *vars(GenerationConfig()),
+    *("num_labels", "torch_dtype", "attn_implementation", "experts_implementation", "output_attentions"),
+    *("name_or_path", "model_type", "auto_map", "quantization_config", "task_specific_params", "tokenizer_class"),
+    *(
+        "per_layer_config",
+        "classifier_dropout",
+        "hidden_dropout",
+        "loss_type",
+        "transformers_weights",
+        "base_model_tp_plan",
+    ),
+    # of older versions
+    *("use_return_dict", "output_past", "predict_special_tokens", "n_special", "finetuning_task", "torchscript"),
+    *("gradient_checkpointing", "pruned_heads", "prefix", "is_decoder", "cross_attention_hidden_size"),
+    *("tie_encoder_decoder", "tf_legacy_loss", "use_bfloat16", "tie_last_hidden_states"),
+}
+# A number or a switch under such a name says what a model computes.
+OF_ARCHITECTURE = re.compile(
+    r"(.*_)?(heads?|groups?|layers?|blocks?|depth|width|hidden|emb\w*|dims?|inner|ffn?|mlp|ctx|context|positions?|seq"
+    r"|drop|dropout|pdrop|bias|qkv|attn|attention|norm|eps|epsilon|vocab|rope|rotary|window|experts?|moe|tied?)(_.*)?"
+)
+logger = logging.get_logger(__name__)
 
 # The four official sizes, by millions of parameters (tied): (emb_dim, n_layers, n_heads).
 PRESETS = {"124M": (768, 12, 12), "355M": (1024, 24, 16), "774M": (1280, 36, 20), "1558M": (1600, 48, 25)}
@@ -50,6 +79,60 @@ def spread(value):
 def activation(value):
     if value not in ACT2FN:
         raise ValueError(f"got {value!r}, but transformers' activations are {', '.join(sorted(ACT2FN))}; name one")
+
+
+# What to do about a config.json of another type, or of none.
+OF_ANOTHER_TYPE = (
+    'AutoModelForCausalLM loads other models; if it is one of these and lacks its type, write "model_type" into its '
+    "config.json"
+)
+
+
+def model_type_of(values: dict[str, Any]) -> str | None:
+    """What a config.json says it is of; files of the first years are GPT-2's without saying so."""
+    model_type = values.get("model_type")
+    if model_type is None:
+        named = values.get("architectures") or ["GPT2"]
+        of_gpt2 = isinstance(named, list) and all(str(name).startswith("GPT2") for name in named)
+        if of_gpt2 and ("architectures" in values or values.keys() >= {"n_embd", "n_layer", "n_head"}):
+            return "gpt2"
+    return model_type
+
+
+def told(values: dict[str, Any]) -> str:
+    """Keys and values in one line of bounded length."""
+    more = f" and {len(values) - 10} more" if len(values) > 10 else ""
+    return ", ".join(f"{name[:80]}={str(value)[:80]}" for name, value in list(values.items())[:10]) + more
+
+
+def ignored(name: str, value: Any, config_class: type[PreTrainedConfig]) -> str | None:
+    """Why a key that is no field must not be taken and ignored, and what to do; None if it may."""
+    if name in COMMON or name.startswith("_") or name.endswith(("_token", "_token_id")):
+        return None
+    if name in FROM_GPT2:
+        remedy = f"here it is {FROM_GPT2[name]}, and GPTScratchConfig.from_gpt2 translates a whole GPT2Config"
+    else:
+        own = {field.name for field in fields(config_class)} - {field.name for field in fields(PreTrainedConfig)}
+        for subclass in config_class.__mro__[: config_class.__mro__.index(GPTScratchConfig)]:  # without annotations
+            own |= vars(subclass).keys()
+        if name in own:
+            return None
+        remedy = what_to_do(name, own)
+    if remedy is None:
+        if not isinstance(value, (bool, int, float)) or not OF_ARCHITECTURE.fullmatch(name):
+            return None
+        remedy = "take it out if it says nothing about the model"
+    return f"got {told({name: value})}, which {config_class.__name__} does not know; {remedy}"
+
+
+def ignored_by_gpt2(config: GPT2Config) -> dict[str, Any]:
+    """What a `GPT2Config` has been given and ignores, though GPTScratch would obey or refuse it."""
+    theirs = {field.name for field in fields(config)}
+    unused = {name: value for name, value in config.to_dict().items() if name not in theirs and name not in IDENTITY}
+    if unused.get("n_ctx") == config.n_positions:
+        del unused["n_ctx"]
+    ours = {*(field.name for field in fields(GPTScratchConfig)), *GPTScratchConfig.attribute_map}
+    return {n: value for n, value in unused.items() if n in ours or ignored(n, value, GPTScratchConfig)}
 
 
 @strict
@@ -130,7 +213,25 @@ class GPTScratchConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
 
+    def __post_init__(self, **kwargs):
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, value in kwargs.items():
+            ours = self.attribute_map.get(name)
+            if ours and getattr(self, ours) not in (value, defaults[ours]):
+                raise ValueError(
+                    f"got {ours}={getattr(self, ours)!r} and {name}={value!r}, which are one; leave one of them out"
+                )
+            if ours or (name == "n_ctx" and value == self.context_length):  # as every old config of GPT-2 has it
+                continue
+            if reason := ignored(name, value, type(self)):
+                raise ValueError(reason)
+            if name not in COMMON and not name.startswith("_"):
+                logger.warning_once(f"{told({name: value})} is kept, but {type(self).__name__} does nothing with it")
+        super().__post_init__(**kwargs)
+
     def __setattr__(self, name, value):
+        if name in FROM_GPT2:
+            raise ValueError(f"got {told({name: value})}, which is GPT-2's name; here it is {FROM_GPT2[name]}")
         # The alias is resolved before @strict looks at it; else `hidden_size="768"` would pass unchecked.
         if name in type(self).attribute_map:
             setattr(self, type(self).attribute_map[name], value)
@@ -172,7 +273,22 @@ class GPTScratchConfig(PreTrainedConfig):
         """
         if config.model_type != "gpt2":
             raise ValueError(f"got a config of model type {config.model_type!r}, but only 'gpt2' can be translated")
-        values = {FROM_GPT2.get(k, k): v for k, v in config.to_dict().items() if k not in IDENTITY}
+        ours, theirs = ({field.name: field.default for field in fields(either)} for either in (cls, config))
+        unused = ignored_by_gpt2(config)
+        if unused:
+            logger.warning_once(f"GPT-2 ignores {told(unused)} of its config, so GPTScratch does without, too")
+        values = {}
+        for name, value in config.to_dict().items():
+            translated = FROM_GPT2.get(name, name)
+            if name in IDENTITY or name in unused:
+                continue
+            if name not in theirs or translated in ours:
+                values[translated] = value
+            elif value != theirs[name]:  # an option of another version, or of a class of one's own
+                raise ValueError(
+                    f"got {told({name: value})}, an option of {type(config).__name__} that GPTScratch does not know; "
+                    "only a model without it can be translated"
+                )
         rates = [values["drop_rate_emb"], values["drop_rate_attn"], values["drop_rate_shortcut"]]
         values["drop_rate"] = rates[-1]
         if len(set(rates)) == 1:  # as in the book: one rate for all places
@@ -190,6 +306,20 @@ class GPTScratchConfig(PreTrainedConfig):
         return GPT2Config(**values)
 
     @classmethod
+    def from_book(cls, cfg: dict[str, Any], **defaults: Any) -> "GPTScratchConfig":
+        """The book's dict as a config; `defaults` are for keys that it lacks.
+
+        Raises:
+            KeyError: a size is missing.
+            ValueError: a key means nothing here; the message says what to do about it.
+        """
+        known = {field.name for field in fields(cls)} - {"dtype"} | {"num_labels"}
+        settings({name: value for name, value in cfg.items() if name not in known or name in (*SIZES, *DEFAULTS)})
+        if "model_type" not in cfg:  # else it is of a config's `to_dict`
+            cfg = {name: value for name, value in cfg.items() if name in known}
+        return cls(**{**defaults, **cfg})
+
+    @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers, but an official GPT-2 config is translated on the way.
 
@@ -197,12 +327,12 @@ class GPTScratchConfig(PreTrainedConfig):
             ValueError: the config is of another model type.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        model_type = config_dict.get("model_type")
+        model_type = model_type_of(config_dict)
         if model_type == "gpt2":
-            config_dict = cls.from_gpt2(GPT2Config.from_dict(config_dict)).to_dict()
+            config_dict = cls.from_gpt2(GPT2Config.from_dict({**config_dict, "model_type": "gpt2"})).to_dict()
         elif config_dict and model_type != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {model_type!r}, but GPTScratch reads only "
-                f"'gpt2' and {cls.model_type!r} checkpoints; AutoModelForCausalLM loads other models"
+                f"'gpt2' and {cls.model_type!r} checkpoints; {OF_ANOTHER_TYPE}"
             )
         return config_dict, kwargs

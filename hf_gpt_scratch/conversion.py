@@ -24,18 +24,15 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    GPT2Tokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .checkpoint import Checkpoint, ConversionError, Progress, check_files, read_json, write_safetensors
-from .configuration_gpt_scratch import GPTScratchConfig
+from .configuration_gpt_scratch import OF_ANOTHER_TYPE, GPTScratchConfig, ignored_by_gpt2, model_type_of, told
 from .lazy import Lazy, from_scratch, to_scratch, with_qkv_biases
 from .model_card import model_card
 from .modeling_gpt_scratch import MODELS, GPTScratchPreTrainedModel
@@ -51,6 +48,7 @@ from .publish import (
     verify_receipt,
     write_receipt,
 )
+from .tokenizer_files import carry_tokenizer, tokenizer_beside
 from .weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, rows
 
 __all__ = [
@@ -62,12 +60,13 @@ __all__ = [
     "find_source",
     "gpt2_to_scratch",
     "scratch_to_gpt2",
+    "tokenizer_beside",
     "verify_receipt",
 ]
 
 CARD = "README.md"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-OPENAI_TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
+# What is downloaded with the weights: configs and the files of every kind of tokenizer.
+BESIDE = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes", "*.jinja")
 # What `save_pretrained` takes too.
 MAX_SHARD_SIZE = "50GB"
 # transformers makes a name for each label of a classifier; no checkpoint has more.
@@ -143,15 +142,14 @@ def _convert(source_type, source, target, revision, check, overwrite, max_shard_
             quiet_transformers(),
         ):
             target_hashes = _write(weights, staging, max_shard_size, progress)
-            tokenizer = tokenizer_beside(directory)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staging)
+            tokenizer, notes = carry_tokenizer(directory, staging)
             result = Weights(staging, target_type)
             receipt = new_receipt(
                 f"{source_type} converted to {target_type}",
                 source={"name": str(source), "revision": revision, "files": by_name(source_hashes.result())},
-                tokenizer=type(tokenizer).__name__ if tokenizer is not None else None,
+                tokenizer=tokenizer,
                 parity=_verify(weights, result, check, progress) if check else None,
+                notes=[*weights.notes, *notes],
             )
             if target_type == "gpt_scratch":
                 hub_id = None if directory == Path(source).expanduser() else str(source)
@@ -183,11 +181,11 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
     name = str(source)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ConversionError(f"there is no directory {source}; check the path")
-    wanted = ["*.json", "*.txt", "*.safetensors"]
+    wanted = [*BESIDE, "*.safetensors"]
     try:
         directory = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
         if not any(directory.glob("*.safetensors")):
-            wanted = ["*.json", "*.txt", "pytorch_model*.bin"]
+            wanted = [*BESIDE, "pytorch_model*.bin"]
             directory = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
         return directory
     except GatedRepoError as error:
@@ -238,6 +236,9 @@ class Weights:
         values = _config_values(directory, model_type)
         self.checkpoint = Checkpoint(directory)
         self.config = _config(directory, model_type, values, len(self.checkpoint.specs))
+        self.notes = []
+        if isinstance(self.config, GPT2Config) and (unused := ignored_by_gpt2(self.config)):
+            self.notes.append(f"left out of config.json, since GPT-2 ignores it: {told(unused)}")
         self.ours = _architecture(directory, self.config)
         self.model = meta_model(self.ours.gpt2_class if model_type == "gpt2" else self.ours, self.config)
         self.names = self._match()
@@ -257,16 +258,24 @@ class Weights:
             second.removeprefix(prefix): first.removeprefix(prefix) for second, first in _tied_names(self.model).items()
         }
         names: dict[str, str] = {}
+        left_behind: list[str] = []
         for name, spec in self.checkpoint.specs.items():
             bare, file = name.removeprefix(prefix), spec.file.path.name
             if self.model_type == "gpt2" and any(pattern.search(bare) for pattern in _DROPPED):
                 continue
+            if self.ours.gpt2_class is GPT2LMHeadModel and name.startswith("v_head."):
+                left_behind.append(name)
+                continue
+            if name == "lm_head.decoder.weight" and "lm_head.weight" in tied:  # of pytorch-pretrained-bert
+                bare = "lm_head.weight"
             if bare in names:
                 raise ConversionError(f"{file} holds {name!r}, which is there already as {names[bare]!r}; keep one")
             if bare not in shapes:
+                old = bare == "lm_head.decoder.weight"
+                remedy = "rename it to 'lm_head.weight'" if old else "take weights and config from the same model"
                 raise ConversionError(
                     f"{file} holds the tensor {name!r}, which a {type(self.model).__name__} of this config.json does "
-                    "not have; take weights and config from the same model"
+                    f"not have; {remedy}"
                 )
             if spec.shape != shapes[bare]:
                 raise ConversionError(
@@ -274,6 +283,10 @@ class Weights:
                     f"{list(shapes[bare])}; take weights and config from the same model"
                 )
             names[bare] = name
+        if left_behind:  # by trl, from training
+            self.notes.append(
+                f"left behind, since a {type(self.model).__name__} has no value head: {', '.join(left_behind[:9])}"
+            )
         if missing := sorted(shapes.keys() - names.keys() - tied.keys()):
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise ConversionError(
@@ -321,10 +334,10 @@ def _config_values(directory: Path, model_type: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConversionError(f"{directory} has no config.json; give the directory of a whole checkpoint")
     values = read_json(path)
-    found = str(values.get("model_type")) if isinstance(values, dict) else "none"
+    found = str(model_type_of(values)) if isinstance(values, dict) else "none"
     if found != model_type:
         other = {"gpt2": "convert/gpt2_to_scratch.py", "gpt_scratch": "convert/scratch_to_gpt2.py"}.get(found)
-        remedy = f"{other} converts those" if other else "this converter reads no other models"
+        remedy = f"{other} converts those" if other else OF_ANOTHER_TYPE
         raise ConversionError(f"{directory} holds a model of type {found!r}, but {model_type!r} is wanted; {remedy}")
     labels = values.get("num_labels")
     if isinstance(labels, int) and labels > MAX_LABELS:
@@ -433,26 +446,6 @@ def write_model(
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return hashes
-
-
-def tokenizer_beside(directory: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies in a directory, in transformers' files or OpenAI's; None if there is none.
-
-    Raises:
-        ConversionError: it cannot be read.
-    """
-    try:
-        if any((directory / name).is_file() for name in TOKENIZER_FILES):
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        if all((directory / name).is_file() for name in OPENAI_TOKENIZER_FILES):
-            vocab, merges = (str(directory / name) for name in OPENAI_TOKENIZER_FILES)
-            return GPT2Tokenizer(vocab=vocab, merges=merges)
-    except Exception as error:  # the files are the tokenizers library's, and so are the kinds of errors
-        raise ConversionError(
-            f"the tokenizer in {directory} cannot be read: {error}; take its files from where the weights came from, "
-            "or take them out of the directory"
-        ) from error
-    return None
 
 
 def _verify(source: Weights, result: Weights, check: Check, progress: Progress) -> dict[str, Any]:

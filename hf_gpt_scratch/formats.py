@@ -24,9 +24,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .checkpoint import Progress, checked_finite, read_json
-from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
+from .configuration_gpt_scratch import OF_ANOTHER_TYPE, PRESETS, GPTScratchConfig, model_type_of
+from .configuration_gpt_scratch import told as shown
 from .conversion import (
     CARD,
     MAX_SHARD_SIZE,
@@ -37,18 +39,20 @@ from .conversion import (
     gpt2_to_scratch,
     meta_model,
     quiet_transformers,
+    same_bits,
     scratch_to_gpt2,
-    tokenizer_beside,
     verify_weights,
     write_model,
 )
 from .gguf_file import read_gguf, write_gguf
-from .layouts import BOOK, GGUF, GPT2, NANOGPT, NATIVE, READABLE, TENSORFLOW
+from .layers import TANH_GELU
+from .layouts import BOOK, GGUF, GPT2, NANOGPT, NATIVE, READABLE, TENSORFLOW, variant
 from .lazy import Lazy, held, with_qkv_biases, zero
 from .model_card import model_card
 from .modeling_gpt_scratch import GPTScratchForCausalLM
 from .publish import by_name, check_space, digests, hashed_meanwhile, new_receipt, write_receipt
 from .tf_checkpoint import read_tensorflow
+from .tokenizer_files import carry_tokenizer, left_behind, tokenizer_beside
 from .torch_files import read_torch_file, write_book, write_nanogpt
 from .weight_map import SCRATCH_PREFIX, without_prefix
 
@@ -65,7 +69,22 @@ DIRECTORIES = {"native": "gpt_scratch", "gpt2": "gpt2"}  # and their model types
 # What a written format is called within its target directory; directories have no name of their own.
 FILES = {"native": "", "gpt2": "", "book": "model.pth", "nanogpt": "ckpt.pt", "gguf": "model.gguf"}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+logger = logging.get_logger(__name__)
+# What the files of nanoGPT and minGPT do not tell: the activation that is taken, and when it is another.
+ACTIVATIONS = {
+    "nanogpt": (
+        "gelu",
+        "the exact GELU, as in today's nanoGPT",
+        "gelu_new",
+        "build-nanogpt or a nanoGPT of before June 2023",
+    ),
+    "mingpt": (
+        "gelu_new",
+        "the tanh GELU, as in minGPT",
+        "gelu",
+        "a nanoGPT without flash attention, which saves masks too,",
+    ),
+}
 # OpenAI's hparams.json, in our names.
 HPARAMS = {
     "n_vocab": "vocab_size",
@@ -78,12 +97,16 @@ HPARAMS = {
 
 @dataclass
 class _Source:
-    """A checkpoint as it lies there: tensors in their own names, and what the file tells, in our names."""
+    """A checkpoint as it lies there: tensors in their own names, and what the file tells, in our names.
+
+    `notes` is what its reader should know, in sentences.
+    """
 
     path: Path
     format: str
     tensors: dict[str, Lazy] = field(default_factory=dict)
     told: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def detect(path: str | os.PathLike) -> str:
@@ -105,7 +128,10 @@ def read(path: str | os.PathLike, n_heads: int | None = None) -> tuple[GPTScratc
     Raises:
         ConversionError: not a whole, finite GPT-2 of a known format.
     """
-    config, tensors = _interpret(_open(path), n_heads)
+    source = _open(path)
+    config, tensors = _interpret(source, n_heads)
+    for note in source.notes:
+        logger.warning(f"{path}: {note}")
     return config, {name: tensor.read() for name, tensor in tensors.items()}
 
 
@@ -230,16 +256,17 @@ def _convert(opened: _Source, target, format, n_heads, bias, check, overwrite, m
             hashed_meanwhile(files) as source_hashes,
             quiet_transformers(),
         ):
-            tokenizer = tokenizer_beside(path)
+            tokenizer = tokenizer_beside(path) if format == "gguf" else None
             written = staging / FILES[format]
             notes, target_hashes = _write(tensors, config, written, format, bias, tokenizer, max_shard_size, progress)
             if check:
                 _verify(opened, config, written, progress)
-            if opened.format == "nanogpt" and config.activation_function == "gelu":
-                notes.append(
-                    "nanoGPT's files do not tell the activation; taken is today's, the exact GELU. If an early nanoGPT "
-                    "with the tanh GELU trained this model, write 'gelu_new' as activation_function into config.json"
-                )
+            carried = type(tokenizer).__name__ if tokenizer is not None and not notes else None
+            if format in DIRECTORIES:
+                carried, notes = carry_tokenizer(path, staging)
+            elif tokenizer is None:
+                notes += left_behind(path, f"{FILES[format]} has no place for a tokenizer")
+            notes = opened.notes + notes
             receipt = new_receipt(
                 f"{opened.format} converted to {format}",
                 source={
@@ -248,7 +275,7 @@ def _convert(opened: _Source, target, format, n_heads, bias, check, overwrite, m
                     "revision": None,
                     "files": by_name(source_hashes.result()),
                 },
-                tokenizer=type(tokenizer).__name__ if tokenizer is not None else None,
+                tokenizer=carried,
                 parity={"passed": True, "weights_equal": True, "tensors": len(tensors)} if check else None,
                 notes=notes,
             )
@@ -292,21 +319,32 @@ def _open(path: str | os.PathLike) -> _Source:
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror}); what can be read is {READABLE}") from error
     if start == b"GGUF":
-        return _Source(path, "gguf", *read_gguf(path))
+        tensors, told = read_gguf(path)
+        notes = ["left behind: the tokenizer inside the file"] if told.pop("tokenizer") else []
+        return _Source(path, "gguf", tensors, told, notes)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return _Source(path, *read_torch_file(path))
-    remedy = "give the directory it lies in" if path.suffix in (".safetensors", ".index", ".json") else READABLE
-    raise ConversionError(f"{path} begins with {start!r}, which no known file does; what can be read is {remedy}")
+    if path.suffix == ".safetensors" and not (path.parent / "config.json").is_file():
+        raise ConversionError(
+            f"{path} has no config.json beside it, without which safetensors are not read; if it is the book's state "
+            f"dict, torch.save(safetensors.torch.load_file({str(path)!r}), 'model.pth') makes a file that is"
+        )
+    remedy = f"give the directory it lies in, {path.parent}"
+    if path.suffix not in (".safetensors", ".index", ".json"):
+        remedy = f"what can be read is {READABLE}"
+    raise ConversionError(f"{path} begins with {start!r}, which no known file does; {remedy}")
 
 
 def _open_directory(path: Path) -> _Source:
     if (path / "config.json").is_file():
         values = read_json(path / "config.json")
-        model_type = values.get("model_type") if isinstance(values, dict) else None
+        model_type = model_type_of(values) if isinstance(values, dict) else None
         for format, known in DIRECTORIES.items():
             if model_type == known:
                 return _Source(path, format)
-        raise ConversionError(f"{path} holds a model of type {model_type!r}; what can be read is {READABLE}")
+        raise ConversionError(
+            f"{path} holds a model of type {model_type!r}; what can be read is {READABLE}. {OF_ANOTHER_TYPE}"
+        )
     if (path / "hparams.json").is_file():
         hparams = read_json(path / "hparams.json")
         try:
@@ -318,8 +356,10 @@ def _open_directory(path: Path) -> _Source:
         tensors = read_tensorflow(path)
         # OpenAI's matrices are those of a convolution of width 1, [1, in, out].
         tensors = {name: _first(tensor) if tensor.shape[:-2] == (1,) else tensor for name, tensor in tensors.items()}
-        return _Source(path, "tensorflow", tensors, told)
-    files = sorted(file.name for file in path.iterdir() if file.suffix in (".pth", ".pt", ".gguf"))
+        more = {name: value for name, value in hparams.items() if name not in HPARAMS}
+        notes = [f"left out, since OpenAI's hparams.json has no such keys: {shown(more)}"] if more else []
+        return _Source(path, "tensorflow", tensors, told, notes)
+    files = sorted(file.name for file in path.iterdir() if file.suffix in (".pth", ".pt", ".gguf", ".safetensors"))
     remedy = f"give the file, {path / files[0]}" if files else f"what can be read is {READABLE}"
     raise ConversionError(f"{path} has neither config.json nor hparams.json; {remedy}")
 
@@ -344,6 +384,14 @@ def _interpret(source: _Source, n_heads: int | None) -> tuple[GPTScratchConfig, 
         if not re.fullmatch(layout.dropped, name)
     }
     tensors = source.tensors
+    if source.format == "book" and (known := variant({name: tensor.shape for name, tensor in tensors.items()})):
+        raise ConversionError(f"{path} {known}")
+    if source.format in ACTIVATIONS and "activation_function" not in told:
+        told["activation_function"], what, other, whose = ACTIVATIONS[source.format]
+        source.notes.append(
+            f"no file of its kind tells the activation; taken is {what}. If {whose} trained this model, it is another: "
+            f"write {other!r} as activation_function into the config.json that `convert` makes of it"
+        )
 
     def shape(ours: str) -> torch.Size:
         name = layout.named(ours).replace("{n}", "0")
@@ -392,10 +440,14 @@ def _interpret(source: _Source, n_heads: int | None) -> tuple[GPTScratchConfig, 
         expected = {name: tensor for name, tensor in expected.items() if not name.endswith(".bias")}
     _check(tensors, expected, str(path), "the other tensors' sizes")
     ours = layout.to_scratch(tensors, n_layers)
-    if source.format == "nanogpt" and not tied:
-        config.tie_word_embeddings = torch.equal(tensors[head].read(), ours["tok_emb.weight"].read())
-        if config.tie_word_embeddings:
-            del ours["out_head.weight"]
+    if not tied and same_bits(tensors[head].read(), ours["tok_emb.weight"].read()):
+        config.tie_word_embeddings = True
+        del ours["out_head.weight"]
+        if source.format == "book":
+            source.notes.append(
+                "out_head.weight is equal to tok_emb.weight, so the model is tied: one matrix, trained as one. "
+                "GPTScratchForCausalLM.from_book keeps them apart if the file has two copies"
+            )
     for name, meta in _expected(config).items():
         if name not in ours:  # nanoGPT without biases
             ours[name] = zero(meta.shape, ours["tok_emb.weight"].dtype)
@@ -453,7 +505,7 @@ def _check(tensors: Mapping[str, Lazy], expected: Mapping[str, Lazy], what: str,
         lacks = f"lacks {_some(sorted(missing))}" if missing else ""
         has = f"has {_some(sorted(unknown))}, which this model does not have" if unknown else ""
         raise ConversionError(
-            f"{what} {' and '.join(filter(None, (lacks, has)))}; take the whole, unchanged state dict"
+            f"{what} {' and '.join(filter(None, (lacks, has)))}; only the whole state dict of a plain GPT-2 is taken"
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:

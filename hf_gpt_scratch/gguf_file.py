@@ -89,12 +89,14 @@ def write_gguf(
 def _add_tokenizer(writer, config: GPTScratchConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     if tokenizer is None:
         return ["the file has no tokenizer, because the source has none; llama.cpp does not run without one"]
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    model, splitter = backend.get("model") or {"type": None}, backend.get("pre_tokenizer") or {}
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
-    if model["type"] != "BPE" or max(tokens) >= config.vocab_size:
+    as_gpt2 = splitter.get("type") == "ByteLevel" and splitter["use_regex"] and not splitter["add_prefix_space"]
+    if model["type"] != "BPE" or not as_gpt2 or backend["normalizer"] or max(tokens) >= config.vocab_size:
         return [
-            f"the file has no tokenizer: the source's is a {model['type']} of {max(tokens) + 1} tokens, and GPT-2's is "
-            f"a BPE of at most vocab_size={config.vocab_size}"
+            f"the file has no tokenizer: the source's is a {type(tokenizer).__name__} ({model['type']}) of "
+            f"{max(tokens) + 1} tokens, and GPT-2's is a byte-level BPE of at most vocab_size={config.vocab_size}"
         ]
     # llama.cpp wants a token for every row of the embedding.
     types = dict.fromkeys(tokens, 1) | dict.fromkeys(tokenizer.all_special_ids, 3)  # normal, control
@@ -140,6 +142,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Lazy], dict[str, Any]]:
         read = partial(read_part, path, int(tensor.data_offset), shape, dtypes[kind])
         tensors[tensor.name] = Lazy(shape, dtypes[kind], read)
     told = {ours: fields[f"gpt2.{name}"] for name, ours in METADATA.items() if f"gpt2.{name}" in fields}
+    told["tokenizer"] = "tokenizer.ggml.model" in fields
     if "layer_norm_epsilon" in told:
         told["layer_norm_epsilon"] = float(str(np.float32(told["layer_norm_epsilon"])))  # 1e-5, not 9.99999974e-06
     return _one_dtype(tensors), told

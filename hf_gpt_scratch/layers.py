@@ -6,6 +6,9 @@ Names of classes and parameters are the book's. `cfg` is the book's dict or a `G
 Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, H heads, D = E / H, V vocabulary.
 """
 
+import difflib
+import re
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -35,14 +38,76 @@ DEFAULTS = {
 }
 
 
+SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
+
+# What other programs call them. Beside the book's name, with the same value, such a key does no harm.
+OTHER_NAMES = {
+    **dict.fromkeys(("n_vocab", "vocabulary_size"), "vocab_size"),
+    **dict.fromkeys(
+        ("n_positions", "n_ctx", "block_size", "ctx_len", "max_seq_len", "max_seq_length", "max_position_embeddings"),
+        "context_length",
+    ),
+    **dict.fromkeys(
+        ("n_embd", "n_embed", "d_model", "embed_dim", "embed_size", "embedding_dim", "embedding_size", "hidden_size"),
+        "emb_dim",
+    ),
+    **dict.fromkeys(("n_head", "num_heads", "heads", "num_attention_heads", "nhead"), "n_heads"),
+    **dict.fromkeys(("n_layer", "num_layers", "layers", "n_blocks", "num_blocks", "num_hidden_layers"), "n_layers"),
+    **dict.fromkeys(("dropout", "dropout_rate", "p_dropout"), "drop_rate"),
+    "embd_pdrop": "drop_rate_emb",
+    "attn_pdrop": "drop_rate_attn",
+    "resid_pdrop": "drop_rate_shortcut",
+    **dict.fromkeys(("hidden_dim", "d_ff", "ffn_dim", "intermediate_size"), "n_inner"),
+    **dict.fromkeys(("attention_bias", "use_bias"), "qkv_bias"),
+    **dict.fromkeys(("layer_norm_eps", "norm_eps", "eps"), "layer_norm_epsilon"),
+    **dict.fromkeys(("tie_weights", "tie_embeddings", "weight_tying"), "tie_word_embeddings"),
+    **dict.fromkeys(("activation", "act", "act_fn", "afn", "hidden_activation"), "activation_function"),
+}
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+# Change nothing that GPTModel computes from given weights; of `activation_function` FeedForward sees to that.
+HARMLESS = (
+    "activation_function",
+    "initializer_range",
+    "reorder_and_upcast_attn",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+# What other models have, and what to do about it.
+FOREIGN = {
+    "(torch_)?dtype": "weights keep the dtype that they have; call .to(dtype) on the model",
+    ".*kv_(heads|groups)|num_key_value_heads": "here each head has its own keys and values; groups are another model",
+    ".*rope.*|.*rotary.*": "here positions are learned, in pos_emb; a model with rotary ones is another model",
+    ".*window.*": "here a token sees all before it; take it out if the context is no longer than the window",
+    ".*experts?.*|.*moe.*": "here a layer has one feed-forward network; a mixture of experts is another model",
+}
+
+
+def what_to_do(name, known):
+    """About a key that means nothing here: its right name, or why there is none; None if nothing can be said."""
+    meant = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
+    if meant:
+        return f"here it is {meant}: rename it, or take it out"
+    return next((words for pattern, words in FOREIGN.items() if re.fullmatch(pattern, name)), None)
+
+
 def settings(cfg):
     """`cfg`, a dict or a config object, as one dict with nothing left open.
 
     Raises:
         KeyError: a size is missing.
+        ValueError: a key of a dict means nothing here.
     """
-    cfg = {**DEFAULTS, **(cfg if isinstance(cfg, dict) else vars(cfg))}
-    missing = [k for k in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers") if k not in cfg]
+    if isinstance(cfg, dict) and "model_type" not in cfg:
+        check_keys(cfg)
+    else:  # a config, or its `to_dict`: it has checked its keys, and has many of transformers
+        cfg = cfg if isinstance(cfg, dict) else vars(cfg)
+        cfg = {name: cfg[name] for name in (*SIZES, *DEFAULTS, *HARMLESS) if name in cfg}
+    cfg = {**DEFAULTS, **cfg}
+    missing = [k for k in SIZES if k not in cfg]
     if missing:
         raise KeyError(f"the model config lacks {missing}; start from GPT_CONFIG_124M and change what differs")
     for place in ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut"):
@@ -51,6 +116,20 @@ def settings(cfg):
     if cfg["n_inner"] is None:
         cfg["n_inner"] = 4 * cfg["emb_dim"]
     return cfg
+
+
+def check_keys(cfg):
+    """Raises ValueError when a dict has a key that would be ignored, though it may say what the model computes."""
+    for name, value in cfg.items():
+        same = OTHER_NAMES.get(name)
+        if name in (*SIZES, *DEFAULTS, *HARMLESS) or (same in cfg and cfg[same] == value):
+            continue
+        if name == "bias" and value is True:  # nanoGPT's: on all layers, as here, where qkv_bias says which are not
+            continue
+        raise ValueError(
+            f"the model config has {name}={str(value)[:80]}, which GPTModel does not know; "
+            f"{what_to_do(name, (*SIZES, *DEFAULTS)) or 'take it out if it says nothing about the model'}"
+        )
 
 
 def check_length(num_tokens, context_length):
@@ -95,6 +174,11 @@ class FeedForward(nn.Module):
     def __init__(self, cfg, activation=None):
         super().__init__()
         cfg = settings(cfg)
+        if activation is None and cfg.get("activation_function", TANH_GELU[0]) not in TANH_GELU:
+            raise ValueError(
+                f"got activation_function={cfg['activation_function']!r}, but the book's layers have {TANH_GELU[0]!r}; "
+                "build a GPTScratchForCausalLM, or give FeedForward the activation"
+            )
         self.layers = nn.Sequential(
             nn.Linear(cfg["emb_dim"], cfg["n_inner"]),
             activation or GELU(),

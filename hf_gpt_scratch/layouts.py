@@ -5,7 +5,7 @@ In their rows `gpt2` is the other program's name. Only what differs from GPT-2 i
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .lazy import Lazy, from_scratch, to_scratch
@@ -36,6 +36,47 @@ ELSEWHERE = {
     "ln_f.bias": ("model/ln_f/b", "output_norm.bias"),
 }
 PLAIN = tuple(row for row in BASE if row.gpt2 in ELSEWHERE)  # the rows that every GPT-2 has
+
+
+# What a state dict in names like the book's is, though it is no plain GPTModel's, and the way from there.
+VARIANTS = {
+    r".*\.lora\..*|.*lora_[AB].*": "has LoRA adapters, whose factor no file tells: merge them first. In the book's "
+    "appendix E that is linear.weight + alpha * (lora.A @ lora.B).T, saved without 'linear.' in its name",
+    r".*\.att\.qkv\.weight": "has query, key and value fused, as GPTModelFast has: split att.qkv in three along "
+    "dimension 0, into att.W_query, att.W_key and att.W_value; rename att.proj to att.out_proj, and of the norms "
+    "weight to scale and bias to shift",
+    r".*\.att\.heads\.\d+\.W_query\.weight": "has its heads in a list: join att.heads.0.W_query, att.heads.1.W_query "
+    "and so on along dimension 0 into att.W_query, and so W_key and W_value, weights and biases",
+    r".*\.att\.W_query": "has attention of bare matrices, as with einsum: att.W_query transposed is "
+    "att.W_query.weight, att.bias_q is att.W_query.bias, and so W_key and W_value",
+    r"out_head\.bias": "has a head that is not the language model's but, as in chapter 6, a classifier's: without "
+    "out_head.weight and out_head.bias, GPTScratchModel.from_book reads it, and the head goes on its last token",
+    r"h\.0\.attn\.c_attn\.weight": "has nanoGPT's names without 'transformer.': put that before all but lm_head.weight",
+}
+
+
+def variant(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """What a state dict with such names and shapes is, and what to do with it; None if nothing is known."""
+    for pattern, words in VARIANTS.items():
+        if found := next((name for name in shapes if re.fullmatch(pattern, name)), None):
+            return f"holds {found[:200]!r}, so it {words}"
+    embedding = next((name for name in shapes if name.endswith("tok_emb.weight")), "")
+    if prefix := embedding.removesuffix("tok_emb.weight"):
+        return f"has names that begin with {prefix[:200]!r}: take that off, name.removeprefix({prefix[:200]!r})"
+    queries, keys = (shapes.get(f"trf_blocks.0.att.{name}.weight") for name in ("W_query", "W_key"))
+    if queries and keys and len(queries) == len(keys) == 2 and queries[1] == keys[1] and queries[0] > keys[0]:
+        return (
+            f"has W_query of shape {list(queries)} and W_key of shape {list(keys)}, so its heads share keys and "
+            "values; GPT-2's do not, and it cannot be converted"
+        )
+    vocabulary, head = (shapes.get(name) for name in ("tok_emb.weight", "out_head.weight"))
+    if vocabulary and head and vocabulary != head:
+        return (
+            f"has out_head.weight of shape {list(head)} for a vocabulary of {vocabulary[0]}, so its head is not the "
+            "language model's but, as in chapter 6, a classifier's: without it, GPTScratchModel.from_book reads the "
+            "rest, and the head goes on its last token"
+        )
+    return None
 
 
 @dataclass(frozen=True)

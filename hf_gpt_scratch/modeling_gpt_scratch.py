@@ -5,6 +5,7 @@ Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V 
 
 import copy
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Self
 
@@ -52,7 +53,7 @@ with explained():
     from .configuration_gpt_scratch import GPTScratchConfig
     from .decoding import growing_cache
     from .int8 import Int8Config  # noqa: F401  # so that a quantized model brings its quantizer along
-    from .layers import GELU, LayerNorm, MultiHeadAttention, TransformerBlock, causal_attention, check_length
+    from .layers import GELU, SIZES, LayerNorm, MultiHeadAttention, TransformerBlock, causal_attention, check_length
     from .library_check import LibraryCheck
     from .loss import LazyLogitsOutput, can_skip_logits, head_loss
     from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
@@ -235,27 +236,52 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
     def from_book(cls, state_dict: Mapping[str, torch.Tensor], cfg: dict | GPTScratchConfig) -> Self:
         """A copy of the book's `GPTModel` as a Transformers model, in evaluation mode.
 
+        If `out_head` and `tok_emb` share their memory, as in a model that was tied, so do those of the copy.
+
         Args:
-            state_dict: of a `GPTModel`, by this package or by the book's code, mask buffers and all.
+            state_dict: of a `GPTModel`, by this package or by the book's code, mask buffers and all; also of a compiled
+                or a data-parallel one.
             cfg: the dict or config that it was built with. `n_heads` must be right: no tensor tells it.
 
         Raises:
-            ValueError: the state dict is not that of a model with this config; the message names the tensors.
+            KeyError: `cfg` lacks a size.
+            ValueError: `cfg` has a key that means nothing here, or the state dict is not that of a model with this
+                config; the message names the tensors.
         """
+        for name, tensor in state_dict.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(
+                    f"got a {type(tensor).__name__} under {str(name)[:80]!r}, but a state dict has tensors only; if it "
+                    f"is the state dict, pass state_dict[{str(name)[:80]!r}]"
+                )
+        weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in state_dict.items()}
+        pair = [weights[name] for name in ("tok_emb.weight", "out_head.weight") if name in weights]
         if isinstance(cfg, GPTScratchConfig):
             config = cfg
         else:
-            end = 50256 if cfg["vocab_size"] > 50256 else None  # a smaller vocabulary is not GPT-2's
-            config = GPTScratchConfig(**{"bos_token_id": end, "eos_token_id": end, **cfg})
-        weights = {name: tensor.clone() for name, tensor in state_dict.items()}
+            end = 50256 if cfg.get("vocab_size", 0) > 50256 else None  # a smaller vocabulary is not GPT-2's
+            tied = len(pair) == 2 and len({(tensor.data_ptr(), tensor.shape) for tensor in pair}) == 1
+            config = GPTScratchConfig.from_book(cfg, bos_token_id=end, eos_token_id=end, tie_word_embeddings=tied)
+        if config.tie_word_embeddings and len(pair) == 2 and not torch.equal(*pair):
+            raise ValueError(
+                "the config says tie_word_embeddings=True, but out_head.weight is not equal to tok_emb.weight; set it "
+                "to False if both are meant"
+            )
+        weights = {name: tensor.clone() for name, tensor in weights.items()}
         model, info = cls.from_pretrained(
             None, config=config, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True
         )
         wrong = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
         if any(wrong.values()):
-            told = "; ".join(f"{name}: {', '.join(names)}" for name, names in wrong.items() if names)
+            told = "; ".join(
+                f"{name}: {', '.join(names[:10])}" + f" and {len(names) - 10} more" * (len(names) > 10)
+                for name, names in wrong.items()
+                if names
+            )
+            sizes = ", ".join(f"{name}={getattr(config, name)}" for name in (*SIZES, "n_inner", "qkv_bias"))
             raise ValueError(
-                f"the state dict does not fit the config ({told}); give the cfg that the model was built with"
+                f"the state dict does not fit the config ({told}), which says {sizes}; give the whole state dict and "
+                "the cfg that the model was built with"
             )
         return model
 

@@ -16,7 +16,7 @@ import torch
 
 from .checkpoint import ConversionError, Mapped, Progress, is_sound_archive
 from .configuration_gpt_scratch import GPTScratchConfig
-from .layouts import READABLE
+from .layouts import READABLE, variant
 from .lazy import Lazy, held
 
 # nanoGPT's `model_args`, in our names.
@@ -67,6 +67,13 @@ def _load(path: Path, mapped: bool) -> tuple[dict[str, torch.Tensor], dict[str, 
         ) from error
     told: dict[str, Any] = {}
     tensors = content
+    for key in ("state_dict", "state", "model"):
+        inside = content.get(key) if isinstance(content, dict) and "model_args" not in content else None
+        if isinstance(inside, dict):
+            raise ConversionError(
+                f"{path} has a dict under {key!r}, and beside it what says nothing about weights; if that is the state "
+                f"dict, save it alone: torch.save(torch.load(path, weights_only=True)[{key!r}], 'model.pth')"
+            )
     if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
         tensors = content["model_state_dict"]  # the book's model_and_optimizer.pth
     elif isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -100,8 +107,8 @@ def _read_model_args(path: Path, checkpoint: dict) -> dict[str, Any]:
     told = {ours: args[name] for name, ours in MODEL_ARGS.items() if name in args}
     if not all(isinstance(value, int | float) for value in told.values()):
         raise ConversionError(f"{path} has the model_args {args}, but they are numbers; save the checkpoint again")
-    # Ours says which; nanoGPT's own file means the exact GELU.
-    told["activation_function"] = settings.get("activation_function", "gelu") if isinstance(settings, dict) else "gelu"
+    if isinstance(settings, dict) and "activation_function" in settings:  # ours says which, nanoGPT's own does not
+        told["activation_function"] = settings["activation_function"]
     return told
 
 
@@ -125,12 +132,12 @@ def _format(path: Path, tensors: Mapping[str, torch.Tensor], told: dict[str, Any
     if fused is not None and fused.ndim == 2 and fused.shape[1] == 3 * fused.shape[0]:
         raise ConversionError(f"{path} is the weights file of an official checkpoint; give the directory it lies in")
     if "transformer.h.0.attn.c_attn.weight" not in tensors:
-        names = ", ".join(repr(name) for name in list(tensors)[:4])
+        if known := variant({name: tensor.shape for name, tensor in tensors.items()}):
+            raise ConversionError(f"{path} {known}")
+        names = ", ".join(repr(name[:200]) for name in list(tensors)[:4])
         raise ConversionError(f"{path} holds {names}, …, which no known model has; what can be read is {READABLE}")
-    # minGPT always saves its mask, and computes the tanh GELU; today's nanoGPT has no mask, and the exact GELU.
-    mingpt = not told and "transformer.h.0.attn.bias" in tensors
-    told.setdefault("activation_function", "gelu_new" if mingpt else "gelu")
-    return "mingpt" if mingpt else "nanogpt"
+    # minGPT always saves its mask; nanoGPT only where torch has no flash attention.
+    return "mingpt" if not told and "transformer.h.0.attn.bias" in tensors else "nanogpt"
 
 
 def write_book(tensors: Mapping[str, Lazy], config: GPTScratchConfig, target: Path, progress: Progress) -> str:

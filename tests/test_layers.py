@@ -136,6 +136,41 @@ def test_missing_size_is_named():
         GPTModel({name: value for name, value in TINY.items() if name != "n_heads"})
 
 
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ({"n_head": 12}, "n_head=12.*here it is n_heads"),
+        ({"num_heads": 12}, "num_heads=12.*here it is n_heads"),
+        ({"qkv_bais": True}, "qkv_bais=True.*here it is qkv_bias"),
+        ({"hidden_dim": 64}, "hidden_dim=64.*here it is n_inner"),
+        ({"dtype": torch.bfloat16}, r"dtype=torch\.bfloat16.*\.to\(dtype\)"),
+        ({"n_kv_groups": 2}, "n_kv_groups=2.*keys and values"),
+        ({"rope_base": 10_000}, "rope_base=10000.*positions are learned"),
+        ({"bias": False}, "bias=False.*does not know"),
+        ({"anything": "x" * 10_000}, "anything=x{80},.*take it out"),
+    ],
+)
+def test_a_key_that_means_nothing_here_is_refused_by_name_with_what_to_do(key, told):
+    with pytest.raises(ValueError, match=told) as error:
+        GPTModel({**TINY, **key})
+    assert len(str(error.value)) < 300
+
+
+def test_keys_that_change_nothing_are_taken(tiny):
+    same = {"n_head": 3, "n_embd": 24, "n_layer": 2, "block_size": 16, "dropout": 0.1, "bias": True}
+    harmless = {"bos_token_id": 5, "pad_token_id": 5, "use_cache": False, "activation_function": "gelu_new"}
+    other = GPTModel({**TINY, **same, **harmless}).eval()
+    other.load_state_dict(tiny.state_dict())
+    assert torch.equal(other(random_ids(vocab_size=97, length=9)), tiny(random_ids(vocab_size=97, length=9)))
+
+
+@pytest.mark.parametrize("cfg", [{**TINY, "activation_function": "relu"}, GPTScratchConfig(activation_function="gelu")])
+def test_another_activation_is_refused_where_the_books_would_be_computed(cfg):
+    with pytest.raises(ValueError, match=r"activation_function='(relu|gelu)'.*'gelu_new'"):
+        GPTModel(cfg)
+    FeedForward(cfg, torch.nn.ReLU())
+
+
 def test_dropout_rates_of_exercise_4_3_go_to_their_places():
     cfg = {**TINY, "drop_rate_emb": 0.2, "drop_rate_attn": 0.3, "drop_rate_shortcut": 0.4}
     model = GPTModel(cfg)

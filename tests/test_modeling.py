@@ -23,7 +23,7 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
-from hf_gpt_scratch.layers import causal_attention
+from hf_gpt_scratch.layers import SIZES, causal_attention
 from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
 from hf_gpt_scratch.weight_map import SCRATCH_PREFIX
 
@@ -578,3 +578,82 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_name(change, told):
     state_dict = GPTModel(cfg).state_dict()
     with pytest.raises(ValueError, match=told):
         GPTScratchForCausalLM.from_book(state_dict, {**cfg, **change})
+
+
+BOOK_CFG = dict(vocab_size=97, context_length=16, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=True)
+
+
+@pytest.mark.parametrize("name", ["n_head", "num_heads", "heads", "num_attention_heads", None])
+def test_a_head_count_under_another_name_or_none_is_never_taken_from_the_defaults(name):
+    """As all sizes: 12 heads would divide emb_dim as well, and compute something else."""
+    state_dict = randomize(GPTModel(BOOK_CFG)).state_dict()
+    cfg = {key: value for key, value in BOOK_CFG.items() if key != "n_heads"} | ({name: 3} if name else {})
+    with pytest.raises((ValueError, KeyError), match="n_heads"):
+        GPTScratchForCausalLM.from_book(state_dict, cfg)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_must_be_in_the_cfg(size):
+    cfg = {key: value for key, value in BOOK_CFG.items() if key != size}
+    with pytest.raises(KeyError, match=size):
+        GPTScratchForCausalLM.from_book(GPTModel(BOOK_CFG).state_dict(), cfg)
+
+
+@pytest.mark.parametrize(
+    "key", [{"n_kv_groups": 1}, {"rope_base": 1e4}, {"dtype": torch.bfloat16}, {"qkv_bais": True}, {"my_own": "x"}]
+)
+def test_a_key_of_a_cfg_that_means_nothing_is_refused_by_name(key):
+    with pytest.raises(ValueError, match=next(iter(key))):
+        GPTScratchForCausalLM.from_book(GPTModel(BOOK_CFG).state_dict(), {**BOOK_CFG, **key})
+
+
+def test_what_a_config_knows_beyond_the_book_is_taken_from_a_cfg():
+    book = randomize(GPTModel({**BOOK_CFG, "n_inner": 40, "layer_norm_epsilon": 1e-3})).eval()
+    more = {"n_inner": 40, "layer_norm_epsilon": 1e-3, "pad_token_id": 7, "num_labels": 3, "n_head": 3}
+    for cfg in ({**BOOK_CFG, **more}, GPTScratchForCausalLM.from_book(book.state_dict(), BOOK_CFG | more).config):
+        model = GPTScratchForCausalLM.from_book(book.state_dict(), cfg if isinstance(cfg, dict) else cfg.to_dict())
+        ids = random_ids(2, 12, vocab_size=97)
+        torch.testing.assert_close(model(ids).logits, book(ids), atol=1e-4, rtol=1e-5)
+        assert (model.config.pad_token_id, model.config.num_labels) == (7, 3)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_compiled_or_data_parallel_books_model_is_taken(prefix):
+    book = randomize(GPTModel(BOOK_CFG)).eval()
+    state_dict = {prefix + name: tensor for name, tensor in book.state_dict().items()}
+    ids = random_ids(2, 12, vocab_size=97)
+    logits = GPTScratchForCausalLM.from_book(state_dict, BOOK_CFG)(ids).logits
+    torch.testing.assert_close(logits, book(ids), atol=1e-4, rtol=1e-5)
+
+
+def test_a_state_dict_inside_another_dict_is_named_and_can_be_passed_as_told():
+    content = {"model_state_dict": GPTModel(BOOK_CFG).state_dict(), "optimizer_state_dict": {}}
+    with pytest.raises(ValueError, match=r"pass state_dict\['model_state_dict'\]"):
+        GPTScratchForCausalLM.from_book(content, BOOK_CFG)
+    GPTScratchForCausalLM.from_book(content["model_state_dict"], BOOK_CFG)
+
+
+def test_a_tied_books_model_stays_tied_and_a_copied_head_stays_apart():
+    book = randomize(GPTModel(BOOK_CFG))
+    with torch.no_grad():
+        book.out_head.weight.copy_(book.tok_emb.weight)
+    apart = GPTScratchForCausalLM.from_book(book.state_dict(), BOOK_CFG)
+    assert not apart.config.tie_word_embeddings
+    book.out_head.weight = book.tok_emb.weight
+    tied = GPTScratchForCausalLM.from_book(book.state_dict(), BOOK_CFG)
+    assert tied.config.tie_word_embeddings and tied.out_head.weight is tied.model.tok_emb.weight
+    assert tied.num_parameters() == apart.num_parameters() - 97 * 24
+
+
+def test_a_cfg_that_ties_what_differs_is_refused():
+    state_dict = randomize(GPTModel(BOOK_CFG)).state_dict()
+    for cfg in ({**BOOK_CFG, "tie_word_embeddings": True}, GPTScratchConfig(**BOOK_CFG, tie_word_embeddings=True)):
+        with pytest.raises(ValueError, match=r"tie_word_embeddings=True.*out_head\.weight"):
+            GPTScratchForCausalLM.from_book(state_dict, cfg)
+
+
+def test_what_is_told_of_a_state_dict_that_does_not_fit_has_the_values_and_a_bound():
+    state_dict = {f"other.{n}": torch.randn(2) for n in range(1000)}
+    with pytest.raises(ValueError, match=r"n_heads=3, n_layers=2, .*qkv_bias=True") as error:
+        GPTScratchForCausalLM.from_book(state_dict, BOOK_CFG)
+    assert "and 990 more" in str(error.value) and len(str(error.value)) < 2000

@@ -1,0 +1,129 @@
+"""The tokenizer beside a checkpoint: read as transformers reads it, and carried along with the ids that it gives."""
+
+import fnmatch
+import json
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer, GPT2Config, GPT2Tokenizer, PreTrainedTokenizerBase
+
+from .checkpoint import ConversionError, read_json
+
+OPENAI_FILES = ("encoder.json", "vocab.bpe")
+VOCABULARIES = (
+    *("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "dict.txt", "bpe.codes", "tekken.json"),
+    *("*.model", "*.spm", "*.tiktoken"),
+)
+# Mean nothing without a vocabulary, but for the tokenizers that need none.
+SETTINGS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "additional_chat_templates"),
+)
+SAMPLE = "Every effort moves you; it's 3.14 % of 2,700! \n\n\tNaïve 日本語 🤗 Ünïcödé  `x_1 = {'a': [0]}`"
+
+
+def tokenizer_beside(directory: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies in a directory, in transformers' files or OpenAI's; None if there is none.
+
+    Raises:
+        ConversionError: there are files of one, and it cannot be read.
+    """
+    vocabulary = _files(directory, VOCABULARIES)
+    try:
+        if not vocabulary and all((directory / name).is_file() for name in OPENAI_FILES):
+            vocab, merges = (str(directory / name) for name in OPENAI_FILES)
+            return GPT2Tokenizer(vocab=vocab, merges=merges)
+        if not vocabulary and not _files(directory, SETTINGS):
+            return None
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=_config(directory), trust_remote_code=False)
+    except Exception as error:  # the files are the tokenizers library's, and so are the kinds of errors
+        reason = " ".join(str(error).split())[:500]
+        raise _refusal(directory, f"cannot be read ({type(error).__name__}: {reason})") from error
+    wanted = set(tokenizer.vocab_files_names.values())
+    lacking = {name for name in wanted if not (directory / name).is_file()}
+    if (tokenizer.is_fast and "tokenizer.json" in vocabulary) or lacking <= {"tokenizer.json"}:
+        return tokenizer
+    if not vocabulary:  # settings of a tokenizer that is not here
+        return None
+    raise _refusal(
+        directory,
+        f"is taken by AutoTokenizer for a {type(tokenizer).__name__}, which reads {', '.join(sorted(wanted))} and "
+        'knows no word here; if it is another one, write its class as "tokenizer_class" into tokenizer_config.json',
+    )
+
+
+def carry_tokenizer(source: Path, target: Path) -> tuple[str | None, list[str]]:
+    """Puts the tokenizer beside a checkpoint beside another one, whose config.json is there already.
+
+    Returns:
+        its class, and what was left behind, in sentences.
+
+    Raises:
+        ConversionError: it cannot be read, or is another one once it is there.
+    """
+    tokenizer = tokenizer_beside(source)
+    if tokenizer is None:
+        return None, left_behind(source, "there is no vocabulary beside them")
+    _copy(source, target, tokenizer)
+    carried = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+    texts = _texts(tokenizer)
+    if _behaviour(carried, texts) != _behaviour(tokenizer, texts):
+        raise _refusal(source, f"is a {type(tokenizer).__name__} that gives other ids beside the converted model")
+    return type(tokenizer).__name__, []
+
+
+def _copy(source: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    names = _files(source, (*VOCABULARIES, *SETTINGS))
+    if not names:  # OpenAI's
+        tokenizer.save_pretrained(target)
+        return
+    for name in names:  # as they are: what is saved anew may be another tokenizer
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        else:
+            shutil.copyfile(source / name, target / name)
+    settings = target / "tokenizer_config.json"
+    values = read_json(settings) if settings.is_file() else {}
+    if not values.get("tokenizer_class"):  # it was that of the model's type, or in its config
+        values["tokenizer_class"] = type(tokenizer).__name__
+        settings.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def left_behind(directory: Path, reason: str) -> list[str]:
+    """Which files of a tokenizer do not go along, if there are any, in a sentence."""
+    names = _files(directory, (*VOCABULARIES, *SETTINGS, *OPENAI_FILES))
+    return [f"left behind, since {reason}: {', '.join(names[:20])}"] if names else []
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What shows whether another tokenizer is the same: a sample, some of its words, its special tokens."""
+    tokens = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), 300)))
+    words = [token.replace("Ġ", " ").replace("▁", " ") for token in tokens if isinstance(token, str)]
+    special = [str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())]
+    return [SAMPLE, " ".join(words), "".join(special), "a".join(special)]
+
+
+def _behaviour(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple:
+    """What must not change on the way."""
+    ids = [tokenizer(text, verbose=False).input_ids for text in texts]
+    return type(tokenizer), len(tokenizer), ids, tokenizer.special_tokens_map, tokenizer.chat_template
+
+
+def _config(directory: Path) -> GPT2Config | None:
+    """For AutoTokenizer, where no config.json says what the model is: all that we read are GPT-2's."""
+    path = directory / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    return None if values.get("model_type") else GPT2Config(tokenizer_class=values.get("tokenizer_class"))
+
+
+def _files(directory: Path, patterns: tuple[str, ...]) -> list[str]:
+    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
+
+def _refusal(directory: Path, what: str) -> ConversionError:
+    names = _files(directory, (*VOCABULARIES, *SETTINGS, *OPENAI_FILES))
+    return ConversionError(
+        f"the tokenizer in {directory} ({', '.join(names[:20])}) {what}. To convert the weights alone, take these "
+        "files out of the directory, or out of a copy of it"
+    )
