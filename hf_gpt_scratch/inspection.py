@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .architecture import architecture, kind_of
 from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
 from .layers import GELU, GPT_CONFIG_124M, MultiHeadAttention
 from .modeling_gpt_scratch import MODELS, GPTScratchForCausalLM, GPTScratchPreTrainedModel
@@ -98,7 +99,13 @@ def resolve(
     if isinstance(model, GPTScratchPreTrainedModel):
         return model.config, type(model)
     if isinstance(model, PreTrainedModel):
-        return GPTScratchConfig.from_gpt2(model.config), _class_like(type(model).__name__)
+        kind = kind_of(model)
+        if kind is None or type(model) is not kind.gpt2_class:
+            raise ValueError(
+                f"got a {type(model).__name__}, but only models of transformers' own GPT-2 classes and of ours are "
+                "known; give the config instead"
+            )
+        return GPTScratchConfig.from_gpt2(model.config), kind
     if isinstance(model, GPTScratchConfig):
         return model, GPTScratchForCausalLM
     if isinstance(model, PreTrainedConfig):
@@ -122,13 +129,7 @@ def resolve(
             f"got {name!r}, but a model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
             f"hub id ({str(error).splitlines()[0]})"
         ) from error
-    return config, _class_like((values.get("architectures") or [""])[0])
-
-
-def _class_like(architecture: str) -> type[GPTScratchPreTrainedModel]:
-    """Our class of this name, or of the official class's; of other names the language model."""
-    meant = (kind for kind in MODELS if architecture in (kind.__name__, kind.gpt2_class.__name__))
-    return next(meant, GPTScratchForCausalLM)
+    return config, architecture(values, name)
 
 
 def build(config: GPTScratchConfig, model_class: type[GPTScratchPreTrainedModel]) -> GPTScratchPreTrainedModel:

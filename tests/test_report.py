@@ -287,7 +287,7 @@ def test_a_map_and_a_cfg_are_read_from_files(files, tmp_path):
         (["official", "ours", "--text", "model.pth"], "no tokenizer"),
         (["official", "ours", "--weights", "model.pth"], "are for a class of your own"),
         (["official", "mine.py:MyGPT", "--map", "mine.py"], "cannot read the map"),
-        (["official", "ours", "--html", "/nowhere/report.html"], "No such file"),
+        (["official", "ours", "--html", "/nowhere/report.html"], "in a directory that exists"),
     ],
 )
 def test_the_command_exits_1_with_a_reason(files, arguments, message):
