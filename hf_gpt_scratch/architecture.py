@@ -31,6 +31,8 @@ def architecture(values: Mapping[str, Any], directory: str | os.PathLike) -> typ
     Raises:
         UnknownArchitecture: the model is of another class, by its name or by its code, or has an adapter beside it.
     """
+    if not isinstance(values, Mapping):
+        raise UnknownArchitecture(f"config.json of {directory} is no map of settings; take the weights' own")
     official = values.get("model_type") == "gpt2"
     known = {(kind.gpt2_class if official else kind).__name__: kind for kind in MODELS}
     named = values.get("architectures") or [next(iter(known))]

@@ -51,7 +51,7 @@ HEAD_STAGES = {
     "classifier": "label scores of each token",
     "qa_outputs": "scores as start and end",
     "multiple_choice_head.summary": "score of each choice",
-    CHOICES: "choices' scores, out of the model",
+    CHOICES: "choices' scores",
 }
 SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 DROPOUT, KERNEL = (F.dropout, torch.dropout), F.scaled_dot_product_attention
@@ -137,7 +137,9 @@ class Comparison:
         """Whether both compute one thing, within rounding; `<=` is False for NaN, as it must be."""
         bound = logit_bound(self.dtype)
         choices = [stage.relative for stage in self.stages if stage.stage == CHOICES]
-        return self.deterministic and all(error <= bound for error in (self.logits.relative_error, *choices))
+        finite_logits = math.isfinite(self.logits_float32.relative_error)
+        agree = all(error <= bound for error in (self.logits.relative_error, *choices))
+        return self.deterministic and finite_logits and agree
 
     @property
     def same(self) -> bool:
@@ -163,6 +165,10 @@ class Comparison:
             )
         if not self.deterministic:
             return "different: the candidate gives other logits each time it runs"
+        if not math.isfinite(rounding):
+            return "different: logits that are NaN or infinite are never the same"
+        if bug <= logit_bound(self.dtype):
+            return f"different: the {OTHER_STAGES[LOGITS]} agree, but not the {HEAD_STAGES[CHOICES]}"
         if self.dtype == "float64":
             return f"different: relative logit error {rounding:.1e} in float32 and {bug:.1e} in float64, so no rounding"
         return f"different: relative logit error {rounding:.1e} in float32; float64 cannot be had of these models"
