@@ -742,7 +742,7 @@ def _differences(model, kind):
     for name in expected_shapes.keys() & found_shapes.keys():
         if found_shapes[name] != expected_shapes[name]:
             told.append(f"{name} has shape {found_shapes[name]} instead of {expected_shapes[name]}")
-    return sorted(told, key=lambda text: (text.count("."), text))
+    return sorted(told, key=lambda text: (not text.startswith("the model is"), text.count("."), text))
 
 
 def _class_name(module):
