@@ -1,6 +1,7 @@
 """Which model a config.json means: one of ours or the official one of the same kind, and nothing else."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def kind_of(module: nn.Module) -> type[GPTScratchPreTrainedModel] | None:
 
 
 def _remedy(names: list[str], directory: str | os.PathLike) -> str:
-    name = names[0] if names and names[0].isidentifier() else "MyModel"
+    name = names[0] if names and re.fullmatch(r"\w{1,60}", names[0]) else "MyModel"
     return (
         f"a class of your own is compared by its code: compare REFERENCE my.py:{name} --weights {directory}. Correct "
         "config.json only if the weights are those of a known class"

@@ -83,6 +83,10 @@ ROLES: dict[str, tuple[str, str]] = {
 }
 
 
+# GPT-2's largest model has 48.
+MAX_LAYERS = 1000
+
+
 def resolve(
     model: str | os.PathLike | Mapping[str, Any] | PreTrainedConfig | PreTrainedModel,
 ) -> tuple[GPTScratchConfig, type[GPTScratchPreTrainedModel]]:
@@ -134,6 +138,10 @@ def resolve(
 
 def build(config: GPTScratchConfig, model_class: type[GPTScratchPreTrainedModel]) -> GPTScratchPreTrainedModel:
     """The model without memory for its weights, in evaluation mode."""
+    if config.n_layers > MAX_LAYERS:
+        raise ValueError(
+            f"got a config of {config.n_layers} layers, but at most {MAX_LAYERS} are looked at; is it a typing mistake?"
+        )
     config = GPTScratchConfig.from_dict(config.to_dict())  # building writes into it
     with torch.device("meta"):
         model = model_class._from_config(config, attn_implementation="eager")

@@ -107,7 +107,7 @@ def verify_and_report(reference: str, candidate: str, as_json: bool = False) -> 
                 gpt2 = official.ours.gpt2_class.from_pretrained(official.directory, dtype=torch.float32)
                 scratch = ours.ours.from_pretrained(ours.directory, dtype=torch.float32)
             found = measure(gpt2, scratch, same_weights=not different)
-    except (ConversionError, OSError, SafetensorError) as error:
+    except (ConversionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         errors.print(f"[bold red]Not verified:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
     passed = found is not None and found.passed
