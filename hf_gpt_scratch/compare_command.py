@@ -165,7 +165,8 @@ def check_outputs(html: Path | None, json_: Path | None) -> None:
     for option, file in (("--html", html), ("--json", json_)):
         if file is None or (option == "--json" and str(file) == "-"):
             continue
-        if file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        place = file if file.exists() else file.parent
+        if str(file) == "-" or file.is_dir() or not (file.parent.is_dir() and os.access(place, os.W_OK)):
             raise LabError(f"{option} {file} cannot be written; give a file in a directory that exists and is yours")
 
 

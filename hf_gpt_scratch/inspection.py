@@ -128,7 +128,7 @@ def resolve(
         if not values:
             raise OSError("no config.json")
         config = GPTScratchConfig.from_pretrained(name)
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:  # a config.json can hold anything
         raise ValueError(
             f"got {name!r}, but a model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
             f"hub id ({str(error).splitlines()[0]})"
@@ -143,6 +143,7 @@ def build(config: GPTScratchConfig, model_class: type[GPTScratchPreTrainedModel]
             f"got a config of {config.n_layers} layers, but at most {MAX_LAYERS} are looked at; is it a typing mistake?"
         )
     config = GPTScratchConfig.from_dict(config.to_dict())  # building writes into it
+    config.return_dict = True
     with torch.device("meta"):
         model = model_class._from_config(config, attn_implementation="eager")
     model.tie_weights()

@@ -487,7 +487,8 @@ def load(
         raise LabError(f"weights, cfg and map are for a class of your own, file.py:Name, but this is {source!r}")
     try:
         return load_checkpoint(find_source(source), source)
-    except (ConversionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ConversionError, OSError, SafetensorError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        # A config.json can hold anything, and transformers fails of it in as many ways.
         raise LabError(f"cannot load {source}: {error}") from error
     except StrictDataclassError as error:
         raise LabError(f"the config of {source} is not usable: {error}") from error
@@ -508,6 +509,7 @@ def load_checkpoint(directory: Path, name: str) -> Subject:
     model_class: Any = kind.gpt2_class if model_type == "gpt2" else kind
     model, info = model_class.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     check_loaded(info, name)
+    model.config.return_dict = True
     result = subject(model.eval(), name=name)
     if weights:
         result.tensors = raw_tensors(weights)
@@ -635,6 +637,8 @@ def read_cfg(cfg: str | None, module: ModuleType) -> Settings | None:
 
 def build(make: Callable[..., nn.Module], settings: Settings, source: str) -> nn.Module:
     """The model: `make(cfg)` if it takes one thing that is no setting, else by the settings that it names."""
+    if not callable(make):
+        raise LabError(f"{source} is a {type(make).__name__}; name a model, a class or a function that makes one")
     accepted = inspect.signature(make).parameters
     required = [p.name for p in accepted.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     try:
@@ -675,6 +679,8 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     try:
         safe = file.suffix == ".safetensors"
         values: Any = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(values, Mapping):
+            raise TypeError(f"it holds a {type(values).__name__}, and no state dict; save model.state_dict()")
         for key in ("model_state_dict", "state_dict", "model"):
             if isinstance(values.get(key), Mapping):
                 values = values[key]

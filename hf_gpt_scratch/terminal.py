@@ -106,6 +106,8 @@ def verify_and_report(reference: str, candidate: str, as_json: bool = False) -> 
             with quiet_transformers():
                 gpt2 = official.ours.gpt2_class.from_pretrained(official.directory, dtype=torch.float32)
                 scratch = ours.ours.from_pretrained(ours.directory, dtype=torch.float32)
+            for model in (gpt2, scratch):
+                model.config.return_dict = True
             found = measure(gpt2, scratch, same_weights=not different)
     except (ConversionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         errors.print(f"[bold red]Not verified:[/] {escape(str(error))}", soft_wrap=True)

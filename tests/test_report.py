@@ -19,6 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from hf_gpt_scratch import GPTModel
+from hf_gpt_scratch.cli import app
 from hf_gpt_scratch.compare import compare_models
 from hf_gpt_scratch.compare_command import compare
 from hf_gpt_scratch.diagnose import diagnose
@@ -327,6 +328,21 @@ def test_files_of_the_wrong_kind_are_refused(files, tmp_path, content, arguments
     result = run(*(f"{files}/{a}" if a[0] in "om" else a for a in arguments), tmp_path / "given")
     assert result.exit_code == 1, result.output
     assert message in result.output
+
+
+QUANTIZED = '{"model_type": "gpt2", "quantization_config": 7}'
+
+
+@pytest.mark.parametrize("content", ["3", "[]", QUANTIZED, '{"model_type": ["x"]}'])
+@pytest.mark.parametrize("command", ["compare", "verify", "inspect", "explain"])
+def test_configs_that_hold_anything_are_refused(files, tmp_path, command, content):
+    (tmp_path / "config.json").write_text(content)
+    shutil.copy(files / "official" / "model.safetensors", tmp_path)
+    arguments = {"inspect": [tmp_path], "explain": ["W_key", "--model", tmp_path]}
+    given = arguments.get(command, [tmp_path, files / "ours"])
+    result = CliRunner().invoke(app, [command, *map(str, given)])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    assert str(tmp_path) in result.output or "quantization" in result.output
 
 
 @pytest.mark.parametrize("saved", [{"a": 1}, [1], {"model": {"a": None}}])
