@@ -770,13 +770,26 @@ def _refuse_other_code(model, kind):
 def _refuse_to_save_other_code(model):
     """Saved, a model of our own classes is their code and its config, so it must be what these two make."""
     adapted = getattr(model, "_hf_peft_config_loaded", False)  # then the adapter is saved, and nothing else
-    if type(model) not in MODELS or getattr(model, "hf_quantizer", None) is not None or adapted:
+    # What is spread over processes has modules around its own.
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if adapted or distributed or getattr(model, "hf_quantizer", None) is not None:
         return
-    if told := _differences(model, type(model)):
+    kind = next((kind for kind in type(model).__mro__ if kind in MODELS), None)
+    if kind is None or (type(model) is not kind and model.config.model_type != GPTScratchConfig.model_type):
+        return
+    told = _differences(model, kind)
+    if told and type(model) is not kind:
+        logger.warning(
+            f"{type(model).__name__} computes something else than {kind.__name__} ({_few(told)}), but has its "
+            f"model_type {kind.config_class.model_type!r}: {type(model).__name__}.from_pretrained loads what is saved "
+            f"here, and Auto classes without trust_remote_code=True load a {kind.__name__}. Give its config class a "
+            "model_type of its own."
+        )
+    elif told:
         raise ValueError(
-            f"saved, this {type(model).__name__} would load as another model: {_few(told)}. Merge adapters first "
-            "(PEFT's merge_and_unload), put the modules back, build a new model to change its config; or write a class "
-            "of your own that builds these modules, with a model_type of its own"
+            f"saved, this {kind.__name__} would load as another model: {_few(told)}. Merge adapters first (PEFT's "
+            "merge_and_unload), put the modules back, build a new model to change its config; or write a class of your "
+            "own that builds these modules, with a model_type of its own"
         )
 
 
@@ -795,7 +808,8 @@ def _outputs(model, input_ids, **inputs):
         with torch.autocast(input_ids.device.type, enabled=False):
             output = torch.func.functional_call(model, half, (input_ids,), {"use_cache": False, **inputs})
     finally:
-        model.set_attn_implementation(attention)
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
         for module, mode in modes.items():
             module.training = mode
     return {name: value.double() for name, value in output.items() if isinstance(value, torch.Tensor)}

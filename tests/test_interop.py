@@ -183,6 +183,18 @@ class HalfGPT(GPTScratchForCausalLM):
         self.post_init()
 
 
+@pytest.mark.parametrize("own_type", [False, True])
+def test_a_class_with_another_block_is_saved_as_itself_and_told_apart(own_type, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_gpt_scratch.modeling_gpt_scratch.logger.warning", warnings.append)
+    config = (OwnConfig if own_type else GPTScratchConfig).from_gpt2(gpt2_config())
+    HalfGPT(config).save_pretrained(tmp_path)
+    assert [("trf_blocks.0 is a test_interop.HalfBlock" in text) for text in warnings] == [True] * (not own_type)
+    OwnGPT(OwnConfig.from_gpt2(gpt2_config())).save_pretrained(tmp_path)
+    GPTScratchForCausalLM(GPTScratchConfig.from_gpt2(gpt2_config())).save_pretrained(tmp_path)
+    assert len(warnings) == (not own_type)
+
+
 def test_a_class_with_another_block_is_no_official_model(tmp_path):
     model = randomize(HalfGPT(GPTScratchConfig.from_gpt2(gpt2_config()))).eval()
     for refused in (model.to_gpt2, lambda: model.save_as_gpt2(tmp_path)):
