@@ -16,9 +16,23 @@ from rich import print
 from rich.filesize import decimal
 from rich.text import Text
 
-from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
-from hf_gpt_scratch.conversion import CARD, RECEIPT, tokenizer_beside
+from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchPreTrainedModel
+from hf_gpt_scratch.architecture import architecture
+from hf_gpt_scratch.checkpoint import read_json
+from hf_gpt_scratch.conversion import CARD, RECEIPT, ConversionError, find_source, tokenizer_beside
 from hf_gpt_scratch.model_card import model_card
+
+
+def load(directory: Path) -> GPTScratchPreTrainedModel:
+    """The model in a directory, with the head that its config names."""
+    try:
+        values = read_json(find_source(directory) / "config.json")
+        model, info = architecture(values, directory).from_pretrained(directory, output_loading_info=True)
+    except (ConversionError, OSError, ValueError) as error:
+        raise SystemExit(f"cannot load {directory}: {error}") from error
+    if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+        raise SystemExit(f"config.json and weights of {directory} do not fit: {', '.join(wrong[:5])}")
+    return model
 
 
 def main(
@@ -31,15 +45,17 @@ def main(
 ) -> None:
     """Puts a repository together, shows it, and pushes it if it is told where."""
     repository = output / "repository"
-    shutil.rmtree(repository, ignore_errors=True)
     receipt = None
     if model is None:
         torch.manual_seed(123)
         ours = GPTScratchForCausalLM(GPTScratchConfig(emb_dim=64, n_heads=4, n_layers=2, context_length=64))
     else:
-        ours = GPTScratchForCausalLM.from_pretrained(model)
+        ours = load(model)
         if (model / RECEIPT).is_file():
             receipt = json.loads((model / RECEIPT).read_text())
+    if model is not None and model.resolve().is_relative_to(repository.resolve()):
+        raise SystemExit(f"{model} lies where the repository is put together; choose another --output")
+    shutil.rmtree(repository, ignore_errors=True)
     ours.save_pretrained(repository)
     if model is not None and (tokenizer := tokenizer_beside(model)) is not None:
         tokenizer.save_pretrained(repository)

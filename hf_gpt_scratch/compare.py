@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers.utils import ModelOutput
 
-from .parity import FLOAT64_STAGE, FP32_LOGITS, FP32_STAGE, relative_errors, warm_up
+from .modeling_gpt_scratch import GPTScratchForCausalLM
+from .parity import FLOAT64_STAGE, FP32_LOGITS, FP32_STAGE, differing, finite, relative_errors, warm_up
 from .subjects import LabError, Match, Subject, parameters
 
-LOGITS = "out_head"
+LOGITS, CHOICES = "out_head", "mc_logits"
 # What is heard inside a block, in the order of execution. `x.input` is what goes into x.
 BLOCK_STAGES = {
     "input": "into the block",
@@ -43,17 +45,25 @@ OTHER_STAGES = {
     "final_norm": "norm after the last block",
     LOGITS: "logits",
 }
+# What models with other heads have between the last norm and the outputs.
+HEAD_STAGES = {
+    "score": "label scores of each token",
+    "classifier": "label scores of each token",
+    "qa_outputs": "scores as start and end",
+    "multiple_choice_head.summary": "score of each choice",
+    CHOICES: "choices' scores",
+}
 SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 DROPOUT, KERNEL = (F.dropout, torch.dropout), F.scaled_dot_product_attention
 
 
 def meaning(stage: str) -> str:
     """What a stage is, in words."""
-    return OTHER_STAGES.get(stage) or BLOCK_STAGES[re.sub(r"^trf_blocks\.\d+\.?", "", stage)]
+    return OTHER_STAGES.get(stage) or HEAD_STAGES.get(stage) or BLOCK_STAGES[re.sub(r"^trf_blocks\.\d+\.?", "", stage)]
 
 
 def stages(n_layers: int) -> list[str]:
-    """All stages of a model in execution order."""
+    """All stages of a language model in execution order."""
     blocks = [f"trf_blocks.{n}.{stage}".rstrip(".") for n in range(n_layers) for stage in BLOCK_STAGES]
     return ["tok_emb", "pos_emb", *blocks, "final_norm", LOGITS]
 
@@ -89,7 +99,11 @@ class Distribution:
 
 @dataclass
 class Comparison:
-    """What `compare_models` measured. `traces` and the like are for the reports and stay out of `to_dict`."""
+    """What `compare_models` measured. `traces` and the like are for the reports and stay out of `to_dict`.
+
+    `different_tensors` are those of two checkpoints that are not equal bit for bit, of `tensors` in all; None where one
+    model is not a checkpoint.
+    """
 
     reference: str
     candidate: str
@@ -105,6 +119,9 @@ class Comparison:
     perplexity: dict[str, float] | None = None
     gradients: dict[str, float] | None = None
     diagnosis: Any = None
+    kind: str = GPTScratchForCausalLM.__name__
+    tensors: int = 0
+    different_tensors: list[str] | None = None
     traces: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = field(default=({}, {}), repr=False)
 
     @property
@@ -112,9 +129,22 @@ class Comparison:
         return next((stage for stage in self.stages if not stage.relative <= self.bound), None)
 
     @property
+    def is_language_model(self) -> bool:
+        return self.kind == GPTScratchForCausalLM.__name__
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether both compute one thing, within rounding; `<=` is False for NaN, as it must be."""
+        bound = logit_bound(self.dtype)
+        choices = [stage.relative for stage in self.stages if stage.stage == CHOICES]
+        finite_logits = math.isfinite(self.logits_float32.relative_error)
+        agree = all(error <= bound for error in (self.logits.relative_error, *choices))
+        return self.deterministic and finite_logits and agree
+
+    @property
     def same(self) -> bool:
-        """Whether the models are one within rounding; `<=` is False for NaN, as it must be."""
-        return self.deterministic and self.logits.relative_error <= logit_bound(self.dtype)
+        """Whether the models are one: in what they compute, and two checkpoints in their weights too, bit for bit."""
+        return self.equivalent and not self.different_tensors
 
     @property
     def growth(self) -> list[float]:
@@ -126,9 +156,19 @@ class Comparison:
         bug, rounding = self.logits.relative_error, self.logits_float32.relative_error
         if self.same:
             more = f" and {bug:.1e} in float64: what float32 shows is rounding" if self.dtype == "float64" else ""
-            return f"the same model: relative logit error {rounding:.1e} in float32{more}"
+            bits = f"; {self.tensors} tensors equal bit for bit" if self.different_tensors is not None else ""
+            return f"the same model: relative logit error {rounding:.1e} in float32{more}{bits}"
+        if self.equivalent:
+            return (
+                f"different weights: the outputs are equal within rounding ({rounding:.1e} in float32), but "
+                f"{len(self.different_tensors or [])} of {self.tensors} tensors are not equal bit for bit"
+            )
         if not self.deterministic:
             return "different: the candidate gives other logits each time it runs"
+        if not math.isfinite(rounding):
+            return "different: logits that are NaN or infinite are never the same"
+        if bug <= logit_bound(self.dtype):
+            return f"different: the {OTHER_STAGES[LOGITS]} agree, but not the {HEAD_STAGES[CHOICES]}"
         if self.dtype == "float64":
             return f"different: relative logit error {rounding:.1e} in float32 and {bug:.1e} in float64, so no rounding"
         return f"different: relative logit error {rounding:.1e} in float32; float64 cannot be had of these models"
@@ -168,7 +208,9 @@ class Comparison:
             {
                 "reference": self.reference,
                 "candidate": self.candidate,
+                "kind": self.kind,
                 "same": self.same,
+                "different_tensors": self.different_tensors,
                 "verdict": self.verdict,
                 "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
                 "first_divergence": first.stage if first else None,
@@ -182,21 +224,12 @@ class Comparison:
                 "growth": self.growth,
                 "gradients": self.gradients,
                 "worst_token": list(self.worst_token),
-                "top_tokens": self.top_tokens(),
+                "top_tokens": self.top_tokens() if self.is_language_model else [],
                 "mapping": {side: [match.to_dict() for match in matches] for side, matches in self.matches.items()},
                 "notes": self.notes,
                 "tokens": self.tokens,
             }
         )
-
-
-def finite(value: Any) -> Any:
-    """The value as JSON has it, which knows neither NaN nor infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, list) else value
 
 
 def logit_bound(dtype: str) -> float:
@@ -306,14 +339,28 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
                 f"{subject.name} does not run on tokens of shape {tuple(input_ids.shape)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-    logits = first_tensor(output.logits if hasattr(output, "logits") else output)
+    logits = outputs_of(output)
     if logits is None or logits.ndim != 3:
         raise LabError(f"{subject.name} returns no logits (B, T, V) but {type(output).__name__}; return them first")
     layers = {match.row.scratch[0].split(".")[1] for match in subject.matches if match.row.scratch[0].startswith("trf")}
     if len(listener.attention) == len(layers):
         heard |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(listener.attention)}
+    if isinstance(getattr(output, CHOICES, None), torch.Tensor):
+        heard[CHOICES] = output.mc_logits
     heard[LOGITS] = logits
     return heard
+
+
+def outputs_of(output: Any) -> torch.Tensor | None:
+    """The logits (B, T, V) of a model's output; of other heads what they compute, with as many dimensions."""
+    if isinstance(output, ModelOutput):
+        if "start_logits" in output:
+            return torch.stack([output.start_logits, output.end_logits], dim=1)  # (B, 2, T)
+        if "logits" not in output:
+            return output.get("last_hidden_state")  # (B, T, E)
+        if output.logits.ndim == 2:
+            return output.logits.unsqueeze(1)  # (B, 1, labels)
+    return first_tensor(output.logits if hasattr(output, "logits") else output)
 
 
 @contextmanager
@@ -417,6 +464,8 @@ def distribution(reference: torch.Tensor, candidate: torch.Tensor) -> Distributi
     """
     a, b = aligned_logits(reference, candidate)
     off, _, relative, _ = errors(a, b)
+    if not (a.isfinite().all() and b.isfinite().all()):  # no model that gives them is the same as any other
+        relative = math.inf
     kl = kl_divergence(a, b)
     return Distribution(
         tokens=kl.numel(),
@@ -447,6 +496,13 @@ def compare_models(
     Raises:
         LabError: a model does not run on the tokens.
     """
+    if reference.kind is not candidate.kind:
+        kinds = " and ".join(f"{subject.name} as {subject.kind.__name__}" for subject in (reference, candidate))
+        raise LabError(f"the two are models of different kinds, {kinds}; compare two of one kind")
+    if gradients and not reference.is_language_model:
+        raise LabError(
+            f"gradients are of a language model's loss, but these are {reference.kind.__name__}; leave them out"
+        )
     torch.manual_seed(0)
     single = [trace(subject, input_ids) for subject in (reference, candidate)]
     again = trace(candidate, input_ids)[LOGITS]
@@ -460,7 +516,8 @@ def compare_models(
         off, rms, relative, note = errors(used[0][stage], used[1][stage])
         float32 = errors(single[0][stage], single[1][stage])[2]
         measured.append(StageError(stage, meaning(stage), off, rms, relative, float32, note))
-    places = stages(sum(bool(re.fullmatch(r"trf_blocks\.\d+\.input", stage)) for stage in used[0]))
+    n_layers = sum(bool(re.fullmatch(r"trf_blocks\.\d+\.input", stage)) for stage in used[0])
+    places = [*stages(n_layers)[:-1], *HEAD_STAGES, LOGITS]
     measured.sort(key=lambda error: places.index(error.stage))
     result = Comparison(
         reference=reference.name,
@@ -474,9 +531,13 @@ def compare_models(
         matches={s: m.matches for s, m in (("reference", reference), ("candidate", candidate)) if m.guessed},
         notes=[*reference.notes, *candidate.notes],
         deterministic=deterministic,
+        kind=reference.kind.__name__,
         traces=(used[0], used[1]),
     )
-    if text_ids is not None:
+    if reference.tensors is not None and candidate.tensors is not None:
+        result.tensors = len(reference.tensors.keys() | candidate.tensors.keys())
+        result.different_tensors = differing(reference.tensors, candidate.tensors)
+    if text_ids is not None and reference.is_language_model:
         result.perplexity = {
             side: perplexity(subject, text_ids, input_ids.shape[1])
             for side, subject in (("reference", reference), ("candidate", candidate))

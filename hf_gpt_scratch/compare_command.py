@@ -1,6 +1,7 @@
 """Two models compared from the command line: python -m hf_gpt_scratch.compare_command REFERENCE CANDIDATE"""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ from .compare import compare_models
 from .conversion import ConversionError, find_source, tokenizer_beside
 from .diagnose import diagnose
 from .parity import probe_ids
-from .report import html_report, print_report
+from .report import check_drawing, html_report, print_report
 from .subjects import LabError, Subject, load, names_a_class
 from .terminal import DIFFERENT, FAILED
 from .tokenizer import gpt2_tokenizer
@@ -28,11 +29,7 @@ PROBE = 32
 def tokenizer_of(sources: list[str], vocab_size: int) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the first model that has one; GPT-2's own for its vocabulary; else none."""
     for source in sources:
-        try:
-            directory = None if names_a_class(source) else find_source(source)
-        except ConversionError:
-            continue
-        if directory and (tokenizer := tokenizer_beside(directory)) is not None:
+        if not names_a_class(source) and (tokenizer := tokenizer_beside(find_source(source))) is not None:
             return tokenizer
     try:
         return gpt2_tokenizer() if vocab_size == 50257 else None
@@ -123,6 +120,7 @@ def compare(
     transformers.logging.disable_progress_bar()
     console, errors = Console(stderr=str(json_) == "-"), Console(stderr=True)
     try:
+        check_outputs(html, json_)
         with console.status("Loading"):
             right, other = load_both(reference, candidate, weights, cfg, mapping)
         config = right.config or other.config
@@ -131,21 +129,45 @@ def compare(
         tokenizer = tokenizer_of([reference, candidate], config.vocab_size)
         text_ids = text_tokens(text, tokenizer)
         input_ids = input_tokens(tokens, text_ids, config.vocab_size, config.context_length)
+        if not right.is_language_model:
+            input_ids = input_ids[:1]  # a classifier takes several sequences only if its config names a padding token
         with console.status("Comparing"):
             comparison = compare_models(right, other, input_ids, text_ids=text_ids, gradients=gradients)
-        with console.status("Looking for the mistake"):
-            comparison.diagnosis = diagnose(comparison, right, other)
-        print_report(comparison, console, tokenizer)
-        for file, make in ((html, lambda: html_report(comparison, tokenizer)), (json_, lambda: as_json(comparison))):
-            if file is not None and str(file) != "-":
-                file.write_text(make(), encoding="utf-8")
-                console.print(f"Written: {escape(str(file))}", soft_wrap=True)
-        if str(json_) == "-":
-            print(as_json(comparison))
+        if comparison.is_language_model and not comparison.equivalent:
+            with console.status("Looking for the mistake"):
+                comparison.diagnosis = diagnose(comparison, right, other)
     except (LabError, ConversionError, OSError) as error:
         errors.print(f"[bold red]Not compared:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
+    print_report(comparison, console, tokenizer)
+    for file, make in ((html, lambda: html_report(comparison, tokenizer)), (json_, lambda: as_json(comparison))):
+        if file is None:
+            continue
+        if str(file) == "-":
+            print(make())
+            continue
+        try:
+            file.write_text(make(), encoding="utf-8")
+            console.print(f"Written: {escape(str(file))}", soft_wrap=True)
+        except OSError as error:
+            errors.print(f"[bold red]Not written:[/] {escape(str(error))}", soft_wrap=True)
     sys.exit(0 if comparison.same else DIFFERENT)
+
+
+def check_outputs(html: Path | None, json_: Path | None) -> None:
+    """Looks, before the work, whether the files that are asked for can be written.
+
+    Raises:
+        LabError: one of them cannot.
+    """
+    if html is not None:
+        check_drawing()
+    for option, file in (("--html", html), ("--json", json_)):
+        if file is None or (option == "--json" and str(file) == "-"):
+            continue
+        place = file if file.exists() else file.parent
+        if str(file) == "-" or file.is_dir() or not (file.parent.is_dir() and os.access(place, os.W_OK)):
+            raise LabError(f"{option} {file} cannot be written; give a file in a directory that exists and is yours")
 
 
 def as_json(comparison) -> str:

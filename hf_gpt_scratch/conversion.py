@@ -7,10 +7,9 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import huggingface_hub
@@ -31,12 +30,13 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from .architecture import UnknownArchitecture, architecture
 from .checkpoint import Checkpoint, ConversionError, Progress, check_files, read_json, write_safetensors
 from .configuration_gpt_scratch import OF_ANOTHER_TYPE, GPTScratchConfig, ignored_by_gpt2, model_type_of, told
 from .lazy import Lazy, from_scratch, to_scratch, with_qkv_biases
 from .model_card import model_card
-from .modeling_gpt_scratch import MODELS, GPTScratchPreTrainedModel
-from .parity import FP32_LOGITS, ParityError, Verification, compare_logits, probe_ids, verify, weights_equal
+from .modeling_gpt_scratch import GPTScratchPreTrainedModel
+from .parity import ParityError, same_bits, verify
 from .publish import (
     RECEIPT,
     atomic_directory,
@@ -239,7 +239,7 @@ class Weights:
         self.notes = []
         if isinstance(self.config, GPT2Config) and (unused := ignored_by_gpt2(self.config)):
             self.notes.append(f"left out of config.json, since GPT-2 ignores it: {told(unused)}")
-        self.ours = _architecture(directory, self.config)
+        self.ours = _architecture(directory, values)
         self.model = meta_model(self.ours.gpt2_class if model_type == "gpt2" else self.ours, self.config)
         self.names = self._match()
         dtypes = [self.checkpoint.specs[name].dtype for name in self.names.values()]
@@ -318,12 +318,6 @@ class Weights:
         return from_scratch(with_qkv_biases(self.tensors(), n_layers), rows(n_layers))
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether shape, dtype and every bit are equal; −0 is not 0."""
-    same = a.shape == b.shape and a.dtype == b.dtype
-    return same and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
-
-
 def _tied_names(model: PreTrainedModel) -> Mapping[str, str]:
     """Second names of tensors, and the first."""
     return (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
@@ -365,17 +359,12 @@ def _config(directory: Path, model_type: str, values: dict[str, Any], tensors: i
     return config
 
 
-def _architecture(directory: Path, config: GPT2Config | GPTScratchConfig) -> type[GPTScratchPreTrainedModel]:
+def _architecture(directory: Path, values: Mapping[str, Any]) -> type[GPTScratchPreTrainedModel]:
     """Our class of the model; the official one is its `gpt2_class`."""
-    known = {(ours.gpt2_class if config.model_type == "gpt2" else ours).__name__: ours for ours in MODELS}
-    names = config.architectures or list(known)
-    name = str(names[0] if isinstance(names, list) else names)
-    if name not in known:
-        raise ConversionError(
-            f"{directory / 'config.json'} names the architecture {name!r}, but known are {', '.join(known)}; "
-            "correct it if the weights are those of one of them"
-        )
-    return known[name]
+    try:
+        return architecture(values, directory)
+    except UnknownArchitecture as error:
+        raise ConversionError(str(error)) from error
 
 
 def meta_model(model_class: type[PreTrainedModel], config: GPT2Config | GPTScratchConfig) -> PreTrainedModel:
@@ -456,30 +445,7 @@ def _verify(source: Weights, result: Weights, check: Check, progress: Progress) 
     progress.step(f"Verifying against {source.ours.gpt2_class.__name__}")
     gpt2 = source.ours.gpt2_class.from_pretrained(gpt2_directory, dtype=torch.float32)
     scratch = source.ours.from_pretrained(scratch_directory, dtype=torch.float32)
-    if isinstance(gpt2, GPT2LMHeadModel):
-        return verify(gpt2, scratch).to_dict()
-    ids = probe_ids(gpt2.config.vocab_size, gpt2.config.n_positions, batch=1)  # no padding, so no more at once
-    verification = Verification(
-        logits=compare_logits(*map(_all_outputs, (gpt2, scratch)), ids),
-        logit_bound=FP32_LOGITS,
-        greedy_tokens=0,
-        greedy_equal=True,
-        tensors=len(gpt2.state_dict()),
-        weights_equal=weights_equal(gpt2, scratch),
-    )
-    if not verification.passed:
-        raise ParityError(f"the two models differ: {verification}")
-    return verification.to_dict()
-
-
-def _all_outputs(model: PreTrainedModel) -> Callable[..., SimpleNamespace]:
-    """All that a model computes from tokens, one after the other, as if it were logits."""
-
-    def run(input_ids: torch.Tensor) -> SimpleNamespace:
-        outputs = [value for value in model(input_ids).values() if isinstance(value, torch.Tensor)]
-        return SimpleNamespace(logits=torch.cat([output.flatten() for output in outputs])[None])
-
-    return run
+    return verify(gpt2, scratch).to_dict()
 
 
 def verify_weights(source: Mapping[str, Lazy], back: Mapping[str, Lazy], progress: Progress) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .architecture import architecture, kind_of
 from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
 from .layers import GELU, GPT_CONFIG_124M, MultiHeadAttention
 from .modeling_gpt_scratch import MODELS, GPTScratchForCausalLM, GPTScratchPreTrainedModel
@@ -82,6 +83,10 @@ ROLES: dict[str, tuple[str, str]] = {
 }
 
 
+# GPT-2's largest model has 48.
+MAX_LAYERS = 1000
+
+
 def resolve(
     model: str | os.PathLike | Mapping[str, Any] | PreTrainedConfig | PreTrainedModel,
 ) -> tuple[GPTScratchConfig, type[GPTScratchPreTrainedModel]]:
@@ -98,7 +103,13 @@ def resolve(
     if isinstance(model, GPTScratchPreTrainedModel):
         return model.config, type(model)
     if isinstance(model, PreTrainedModel):
-        return GPTScratchConfig.from_gpt2(model.config), _class_like(type(model).__name__)
+        kind = kind_of(model)
+        if kind is None or type(model) is not kind.gpt2_class:
+            raise ValueError(
+                f"got a {type(model).__name__}, but only models of transformers' own GPT-2 classes and of ours are "
+                "known; give the config instead"
+            )
+        return GPTScratchConfig.from_gpt2(model.config), kind
     if isinstance(model, GPTScratchConfig):
         return model, GPTScratchForCausalLM
     if isinstance(model, PreTrainedConfig):
@@ -117,23 +128,22 @@ def resolve(
         if not values:
             raise OSError("no config.json")
         config = GPTScratchConfig.from_pretrained(name)
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:  # a config.json can hold anything
         raise ValueError(
             f"got {name!r}, but a model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
             f"hub id ({str(error).splitlines()[0]})"
         ) from error
-    return config, _class_like((values.get("architectures") or [""])[0])
-
-
-def _class_like(architecture: str) -> type[GPTScratchPreTrainedModel]:
-    """Our class of this name, or of the official class's; of other names the language model."""
-    meant = (kind for kind in MODELS if architecture in (kind.__name__, kind.gpt2_class.__name__))
-    return next(meant, GPTScratchForCausalLM)
+    return config, architecture(values, name)
 
 
 def build(config: GPTScratchConfig, model_class: type[GPTScratchPreTrainedModel]) -> GPTScratchPreTrainedModel:
     """The model without memory for its weights, in evaluation mode."""
+    if config.n_layers > MAX_LAYERS:
+        raise ValueError(
+            f"got a config of {config.n_layers} layers, but at most {MAX_LAYERS} are looked at; is it a typing mistake?"
+        )
     config = GPTScratchConfig.from_dict(config.to_dict())  # building writes into it
+    config.return_dict = True
     with torch.device("meta"):
         model = model_class._from_config(config, attn_implementation="eager")
     model.tie_weights()

@@ -46,7 +46,7 @@ with explained():
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.auto import modeling_auto
     from transformers.models.gpt2.modeling_gpt2 import GPT2DoubleHeadsModelOutput, GPT2SequenceSummary
-    from transformers.utils import can_return_tuple
+    from transformers.utils import can_return_tuple, logging
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -58,6 +58,8 @@ with explained():
     from .loss import LazyLogitsOutput, can_skip_logits, head_loss
     from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
     from .weight_map import DROPPED_PATTERNS, conversions, is_base_weight, to_gpt2_state_dict
+
+logger = logging.get_logger(__name__)
 
 
 def register_conversions(model_type: str = GPTScratchConfig.model_type) -> None:
@@ -193,6 +195,11 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
         "cross_attentions": OutputRecorder(CrossAttention, layer_name=".cross_att", index=1),
     }
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # A class with a model type of its own reads official checkpoints too.
+        register_conversions(cls.config_class.model_type)
+
     @torch.no_grad()
     def _init_weights(self, module):
         """GPT-2's scheme: normal(0, initializer_range); ÷ √(2 · n_layers) where a block adds to the shortcut."""
@@ -230,6 +237,7 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
         """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
         if save_original_format:
             _refuse_quantized(self)
+        _refuse_to_save_other_code(self)
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     @classmethod
@@ -290,20 +298,32 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
         """A copy of an official model of this kind that is in memory, in evaluation mode.
 
         Raises:
-            ValueError: it is quantized.
+            ValueError: it is quantized, or no official model as its config says; the message names what is not.
         """
         _refuse_quantized(gpt2)
-        return _build(cls, GPTScratchConfig.from_gpt2(gpt2.config), gpt2.state_dict(), gpt2)
+        official = _official_class(cls)
+        _refuse_other_code(gpt2, official)
+        model = _build(cls, cls.config_class.from_gpt2(gpt2.config), gpt2.state_dict(), gpt2)
+        if cls in MODELS:  # another class may compute something of its own with these weights
+            _refuse_other_outputs(gpt2, model)
+        return model
 
     def to_gpt2(self) -> GPT2PreTrainedModel:
         """The official model with a copy of these weights, in evaluation mode.
 
+        What both compute of a few tokens is compared, unless the weights are not all on one device.
+
         Raises:
-            ValueError: the weights are quantized.
+            ValueError: the weights are quantized, or this model computes something else than an official one: its
+                modules are not those of its config, it has adapters, hooks or a forward pass of its own.
         """
         _refuse_quantized(self)
+        official = _official_class(type(self))
+        _refuse_other_code(self, next(kind for kind in MODELS if kind.gpt2_class is official))
         state_dict = to_gpt2_state_dict(self.state_dict(), self.config.n_layers)
-        return _build(self.gpt2_class, self.config.to_gpt2(), state_dict, self)
+        model = _build(official, self.config.to_gpt2(), state_dict, self)
+        _refuse_other_outputs(self, model)
+        return model
 
     def save_as_gpt2(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Writes an official checkpoint, which `from_pretrained` of the official class loads.
@@ -734,3 +754,145 @@ def _build(model_class, config, state_dict, like):
         if p.untyped_storage().data_ptr() in shared:
             p.data = p.data.clone(memory_format=torch.contiguous_format)
     return model.to(like.device)
+
+
+# Two models with the same weights and modules, in float32: 4e-7 on a CPU; a GPU may compute float32 in TF32.
+SAME_OUTPUTS, SAME_OUTPUTS_ELSEWHERE = 1e-4, 1e-2
+
+
+def _official_class(model_class):
+    found = getattr(model_class, "gpt2_class", None)
+    if found is None:
+        raise ValueError(
+            f"there is no official model of the kind of {model_class.__name__}; its base model has one: translate "
+            "`model.model`, or load an official checkpoint by from_pretrained"
+        )
+    return found
+
+
+def _differences(model, kind):
+    """What is not as `kind` builds it from the model's config, in words; what a dropout rate is does not count."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        built = kind(config)
+    expected, found = dict(built.named_modules()), dict(model.named_modules())
+    told = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    told += [f"{name} is an unknown {_class_name(found[name])}" for name in found.keys() - expected.keys()]
+    for name in expected.keys() & found.keys():
+        ours, theirs = expected[name], found[name]
+        if type(theirs).forward is not type(ours).forward:
+            told.append(f"{name or 'the model'} is a {_class_name(theirs)} instead of a {_class_name(ours)}")
+        elif not isinstance(ours, PreTrainedModel | nn.Dropout):
+            told += [
+                f"{name}.{key} is {getattr(theirs, key, None)!r} instead of {value!r}"
+                for key, value in vars(ours).items()
+                if isinstance(value, bool | int | float | str)
+                and not key.startswith("_")
+                and key != "training"
+                and getattr(theirs, key, None) != value
+            ]
+    shapes = ({name: tuple(p.shape) for name, p in m.named_parameters(remove_duplicate=False)} for m in (built, model))
+    expected_shapes, found_shapes = shapes
+    for name in expected_shapes.keys() & found_shapes.keys():
+        if found_shapes[name] != expected_shapes[name]:
+            told.append(f"{name} has shape {found_shapes[name]} instead of {expected_shapes[name]}")
+    return sorted(told, key=lambda text: (not text.startswith("the model is"), text.count("."), text))
+
+
+def _class_name(module):
+    return f"{type(module).__module__.rpartition('.')[2]}.{type(module).__qualname__}"
+
+
+def _few(told):
+    return "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "")
+
+
+def _refuse_other_code(model, kind):
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise ValueError(
+            f"the weights of this {type(model).__name__} are on the meta device, or offloaded, so there is nothing to "
+            "translate; load the model without device_map"
+        )
+    if told := _differences(model, kind):
+        raise ValueError(
+            f"this {type(model).__name__} is not the {kind.__name__} that its config describes: {_few(told)}. Such a "
+            "model cannot be translated: merge adapters first (PEFT's merge_and_unload), put the modules back, and "
+            "build a new model to change its config"
+        )
+
+
+def _refuse_to_save_other_code(model):
+    """Saved, a model of our own classes is their code and its config, so it must be what these two make."""
+    adapted = getattr(model, "_hf_peft_config_loaded", False)  # then the adapter is saved, and nothing else
+    # What is spread over processes has modules around its own.
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if adapted or distributed or getattr(model, "hf_quantizer", None) is not None:
+        return
+    kind = next((kind for kind in type(model).__mro__ if kind in MODELS), None)
+    if kind is None or (type(model) is not kind and model.config.model_type != GPTScratchConfig.model_type):
+        return
+    told = _differences(model, kind)
+    if told and type(model) is not kind:
+        logger.warning(
+            f"{type(model).__name__} computes something else than {kind.__name__} ({_few(told)}), but has its "
+            f"model_type {kind.config_class.model_type!r}: {type(model).__name__}.from_pretrained loads what is saved "
+            f"here, and Auto classes without trust_remote_code=True load a {kind.__name__}. Give its config class a "
+            "model_type of its own."
+        )
+    elif told:
+        raise ValueError(
+            f"saved, this {kind.__name__} would load as another model: {_few(told)}. Merge adapters first (PEFT's "
+            "merge_and_unload), put the modules back, build a new model to change its config; or write a class of your "
+            "own that builds these modules, with a model_type of its own"
+        )
+
+
+@torch.no_grad()
+def _outputs(model, input_ids, **inputs):
+    """The tensors that a model computes in float32 and without dropout; it is left as it was."""
+    modes = {module: module.training for module in model.modules()}
+    attention = model.config._attn_implementation
+    parameters = dict(model.named_parameters())
+    half = {name: p.float() for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)}
+    try:
+        for module in modes:
+            module.training = False
+        if attention not in ("eager", "sdpa"):
+            model.set_attn_implementation("sdpa")
+        with torch.autocast(input_ids.device.type, enabled=False):
+            output = torch.func.functional_call(model, half, (input_ids,), {"use_cache": False, **inputs})
+    finally:
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        for module, mode in modes.items():
+            module.training = mode
+    return {name: value.double() for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+
+def _refuse_other_outputs(model, translated):
+    devices = {p.device for one in (model, translated) for p in one.parameters()}
+    if len(devices) > 1:
+        logger.warning(
+            f"The weights of this {type(model).__name__} are not all on one device, so it was not run: that its "
+            "translation computes the same is known of its modules and its config, but not of hooks or of methods that "
+            "were replaced."
+        )
+        return
+    [device] = devices
+    sizes = model.config
+    length = min(8, sizes.max_position_embeddings)
+    input_ids = torch.linspace(0, sizes.vocab_size - 1, length, device=device).long().unsqueeze(0)  # (1, T)
+    inputs = {}
+    if sizes.add_cross_attention and type(model).__name__.endswith(("Model", "ForCausalLM")):
+        states = torch.linspace(-1, 1, 3 * sizes.hidden_size, device=device).view(1, 3, -1)  # (B, S, E)
+        inputs["encoder_hidden_states"] = states.to(torch.promote_types(model.dtype, torch.float32))
+    ours, theirs = (_outputs(one, input_ids, **inputs) for one in (model, translated))
+    bound = SAME_OUTPUTS if device.type == "cpu" else SAME_OUTPUTS_ELSEWHERE
+    for name, output in ours.items():
+        error = (output - theirs[name]).abs().max().item() / max(output.abs().max().item(), torch.finfo().tiny)
+        if not error <= bound:  # False for NaN, as it must be
+            raise ValueError(
+                f"this {type(model).__name__} computes other {name} than its translation, relative error {error:.1e}: "
+                "hooks, a replaced forward pass, methods of its class or NaN are not translated; take them out"
+            )

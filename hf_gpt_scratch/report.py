@@ -123,6 +123,10 @@ def figures(comparison: Comparison) -> list[tuple[str, str]]:
         ("KL divergence", f"mean {number(logits.mean_kl)}, max {number(logits.max_kl)} nats"),
         ("top-1 agreement", f"{logits.top1_agreement:.1%} of {logits.tokens} tokens"),
     ]
+    if comparison.different_tensors is not None:
+        names = comparison.different_tensors
+        listed = ": " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        told.append(("not equal bit for bit", f"{len(names)} of {comparison.tensors} tensors{listed if names else ''}"))
     if comparison.perplexity:
         told.append(("perplexity", "{reference:.4f} and {candidate:.4f}".format(**comparison.perplexity)))
     if comparison.gradients:
@@ -163,7 +167,7 @@ def terminal_report(comparison: Comparison, tokenizer: Any = None) -> Renderable
         *guessed,
         head,
         stage_table(comparison),
-        token_table(comparison, tokenizer),
+        *([token_table(comparison, tokenizer)] if comparison.is_language_model else []),
         diagnosis_panel(comparison),
     ]
     return Group(*parts)
@@ -182,39 +186,42 @@ def html_report(comparison: Comparison, tokenizer: Any = None) -> str:
     Raises:
         LabError: matplotlib is not installed.
     """
+    check_drawing()
+    from matplotlib import rc_context
+
     environment = Environment(loader=PackageLoader(__package__, "templates"), autoescape=True, trim_blocks=True)
     environment.globals |= {"number": number, "show": decoder(tokenizer)}
     environment.filters["shade"] = shade
+    with rc_context(STYLE):  # the caller's own plots stay as they are
+        depth, attention = depth_figure(comparison), attention_figure(comparison)
     return environment.get_template("report.html").render(
         comparison=comparison,
         figures=figures(comparison),
-        depth=Markup(depth_figure(comparison)),
+        depth=Markup(depth),
         heat=heat_map(comparison),
-        attention=attention_figure(comparison),
-        tokens=comparison.top_tokens(8),
+        attention=attention,
+        tokens=comparison.top_tokens(8) if comparison.is_language_model else [],
         after=after(comparison),
         matches={side: once(matches) for side, matches in comparison.matches.items()},
     )
 
 
-def drawing() -> Any:
-    """matplotlib's pyplot, drawing without a screen."""
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hf_gpt_scratch",
+    "font.family": ["sans-serif"],
+}
+
+
+def check_drawing() -> None:
+    """Raises LabError unless matplotlib is installed."""
     try:
-        import matplotlib
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise LabError('the HTML report is drawn by matplotlib; pip install "hf-gpt-scratch[examples]"') from error
-    matplotlib.use("agg")
-    import matplotlib.pyplot
-
-    matplotlib.rcParams |= {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "hf_gpt_scratch",
-        "font.family": ["sans-serif"],
-    }
-    return matplotlib.pyplot
 
 
 def logarithmic(value: float) -> float:
@@ -223,8 +230,10 @@ def logarithmic(value: float) -> float:
 
 def depth_figure(comparison: Comparison) -> str:
     """Relative error after each stage, in execution order, as SVG."""
-    pyplot = drawing()
-    figure, axes = pyplot.subplots(figsize=(11, 3.6), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots()
     for name, colour, values in (
         ("float32", FAINT, [stage.float32 for stage in comparison.stages]),
         (comparison.dtype, DIFFERENT if not comparison.same else SAME, [stage.relative for stage in comparison.stages]),
@@ -262,7 +271,6 @@ def depth_figure(comparison: Comparison) -> str:
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-    pyplot.close(figure)
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
@@ -302,14 +310,14 @@ def attention_figure(comparison: Comparison) -> dict[str, Any] | None:
     stage, reference, candidate = (differing or pairs)[0]
     heads = min(len(reference), len(candidate), HEADS_SHOWN)
     comparable = reference.shape == candidate.shape
-    pyplot = drawing()
+    from matplotlib.figure import Figure
+
     rows: list[tuple[str, torch.Tensor, str, float | None]]
     rows = [("reference", reference, "Blues", 1.0), ("candidate", candidate, "Blues", 1.0)]
     if comparable:
         rows.append(("candidate − reference", candidate - reference, "RdBu_r", None))
-    figure, axes = pyplot.subplots(
-        len(rows), heads, figsize=(1.75 * heads + 1, 1.75 * len(rows) + 0.3), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(1.75 * heads + 1, 1.75 * len(rows) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), heads, squeeze=False)
     for line, (name, maps, colours, top) in zip(axes, rows, strict=True):
         largest = top or max(torch.nan_to_num(maps).abs().max().item(), 1e-12)
         for head, axis in enumerate(line):
@@ -323,7 +331,6 @@ def attention_figure(comparison: Comparison) -> dict[str, Any] | None:
         figure.colorbar(image, ax=list(line), shrink=0.8, aspect=14)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
     return {
         "stage": stage,
         "png": base64.b64encode(picture.getvalue()).decode(),

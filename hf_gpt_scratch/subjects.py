@@ -4,6 +4,7 @@ Shapes: E emb_dim, I n_inner, V vocabulary, C context_length.
 """
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -21,13 +22,16 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from .architecture import architecture, kind_of
+from .checkpoint import read_json
 from .configuration_gpt_scratch import TO_GPT2, GPTScratchConfig
-from .conversion import ConversionError, find_source
-from .modeling_gpt_scratch import GPTScratchForCausalLM
-from .weight_map import BASE, GPT2_PREFIX, LM_HEAD, SCRATCH_PREFIX, TABLE, Row
+from .conversion import ConversionError, Weights, find_source
+from .lazy import Lazy, to_scratch
+from .modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
+from .weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, TABLE, Row, rows
 
 # What a layer of one's own may be called; the whole path inside the block has to fit.
 ATTENTION = r"(?:self_?)?(?:att|attn|attention|mha|sa|multi_?head)[^.]*\."
@@ -82,7 +86,9 @@ class Match:
 class Subject:
     """A model and what is known of it.
 
-    `config` is None where only the model's own code knows it; `guessed` says whether `matches` were guessed.
+    `config` is None where only the model's own code knows it; `guessed` says whether `matches` were guessed. `kind` is
+    our class of such a model: a class of one's own is a language model. `tensors` are those in a checkpoint's files, by
+    the book's names, in the files' dtype.
     """
 
     name: str
@@ -92,6 +98,12 @@ class Subject:
     guessed: bool = False
     notes: list[str] = field(default_factory=list)
     tokenizer: PreTrainedTokenizerBase | None = None
+    kind: type[GPTScratchPreTrainedModel] = GPTScratchForCausalLM
+    tensors: Mapping[str, Lazy] | None = None
+
+    @property
+    def is_language_model(self) -> bool:
+        return self.kind is GPTScratchForCausalLM
 
     def in_book_names(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors under this model's names, parameters or their gradients, as the book has them; views."""
@@ -121,25 +133,29 @@ def subject(module: nn.Module, config: GPTScratchConfig | None = None, name: str
         LabError: the parameters cannot be paired with certainty; the message names them.
     """
     name = name or type(module).__name__
-    if isinstance(module, GPT2LMHeadModel):
-        names = {row.gpt2: "" if row is LM_HEAD else GPT2_PREFIX for row in TABLE}
-        table = [replace(row, gpt2=names[row.gpt2] + row.gpt2) for row in (*BASE, LM_HEAD)]
-        config = GPTScratchConfig.from_gpt2(module.config)
-    elif isinstance(module, GPTScratchForCausalLM):
-        config = module.config
-        rows = [Row(ours, (ours,), False, row.meaning) for row in BASE for ours in row.scratch]
-        table = [replace(row, gpt2=SCRATCH_PREFIX + row.gpt2) for row in rows]
-        table += [replace(LM_HEAD, gpt2=LM_HEAD.scratch[0])]
-    else:
-        if config is None:
-            raise LabError(f"the sizes of {name} are not known; give its cfg")
-        return Subject(name, module, match_parameters(module, config, mapping or {}), guessed=True)
-    own = parameters(module)
-    numbered = [
-        r for row in table for r in ([row.at(n) for n in range(config.n_layers)] if "{n}" in row.gpt2 else [row])
-    ]
-    matches = [Match(row, 1.0, "weight map") for row in numbered if row.gpt2 in own]
-    return Subject(name, module, matches, config)
+    kind = kind_of(module)
+    if kind is not None:
+        matches, config = known_matches(module, kind)
+        if not mapping and {match.row.gpt2 for match in matches} == parameters(module).keys():
+            return Subject(name, module, matches, config, kind=kind)
+    if config is None:
+        raise LabError(f"the sizes of {name} are not known; give its cfg")
+    matches = match_parameters(module, config, mapping or {})
+    return Subject(name, module, matches, config, guessed=True, kind=kind or GPTScratchForCausalLM)
+
+
+def known_matches(module: Any, kind: type[GPTScratchPreTrainedModel]) -> tuple[list[Match], GPTScratchConfig]:
+    """The parameters with the names that an official model, or one of ours, of this kind has; and the config."""
+    official = isinstance(module, kind.gpt2_class)
+    config = GPTScratchConfig.from_gpt2(module.config) if official else module.config
+    prefix = "" if kind is GPTScratchModel else GPT2_PREFIX if official else SCRATCH_PREFIX
+    own, matches = parameters(module), []
+    for where, part in ((prefix, BASE), ("", HEADS)):
+        table = part if official else [Row(ours, (ours,), False, row.meaning) for row in part for ours in row.scratch]
+        for row in rows(config.n_layers, table):
+            if where + row.gpt2 in own:
+                matches.append(Match(replace(row, gpt2=where + row.gpt2), 1.0, "weight map"))
+    return matches, config
 
 
 # Pairing the parameters of a class of one's own
@@ -470,19 +486,56 @@ def load(
     if weights or cfg or mapping:
         raise LabError(f"weights, cfg and map are for a class of your own, file.py:Name, but this is {source!r}")
     try:
-        directory = find_source(source)
-        model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
-        classes: dict[str, Any] = {"gpt2": GPT2LMHeadModel, "gpt_scratch": GPTScratchForCausalLM}
-        if model_type not in classes:
-            raise LabError(f"{source} holds a model of type {model_type!r}; the lab compares gpt2 and gpt_scratch")
-        model, info = classes[model_type].from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    except (ConversionError, OSError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        return load_checkpoint(find_source(source), source)
+    except (ConversionError, OSError, SafetensorError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        # A config.json can hold anything, and transformers fails of it in as many ways.
         raise LabError(f"cannot load {source}: {error}") from error
     except StrictDataclassError as error:
         raise LabError(f"the config of {source} is not usable: {error}") from error
-    if info["missing_keys"]:
-        raise LabError(f"{source} lacks {', '.join(sorted(info['missing_keys']))}; download or save it again")
-    return subject(model.eval(), name=source)
+
+
+def load_checkpoint(directory: Path, name: str) -> Subject:
+    """A directory's model, of the class that its config names."""
+    path = directory / "config.json"
+    found = read_json(path) if path.is_file() else None
+    values = found if isinstance(found, dict) else {}
+    model_type = values.get("model_type")
+    if model_type not in ("gpt2", "gpt_scratch"):
+        what = f"holds a model of type {model_type!r}" if path.is_file() else "has no config.json"
+        raise LabError(f"{name} {what}; the lab compares checkpoints of gpt2 and gpt_scratch, and my.py:MyModel")
+    quantized = "quantization_config" in values
+    weights = None if quantized else Weights(directory, model_type)
+    kind = weights.ours if weights else architecture(values, directory)
+    model_class: Any = kind.gpt2_class if model_type == "gpt2" else kind
+    model, info = model_class.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    check_loaded(info, name)
+    model.config.return_dict = True
+    result = subject(model.eval(), name=name)
+    if weights:
+        result.tensors = raw_tensors(weights)
+    else:
+        result.notes.append(f"{name} is quantized, so its weights are not compared bit for bit")
+    return result
+
+
+def raw_tensors(weights: Weights) -> dict[str, Lazy]:
+    """A checkpoint's tensors by the book's names; NaN is not refused here, but looked for."""
+    specs = {name: (there, weights.checkpoint.specs[there]) for name, there in weights.names.items()}
+    tensors = {
+        name: Lazy(spec.shape, spec.dtype, functools.partial(spec.file.read, there))
+        for name, (there, spec) in specs.items()
+    }
+    return to_scratch(tensors, rows(weights.config.num_hidden_layers)) if weights.model_type == "gpt2" else tensors
+
+
+def check_loaded(info: Mapping[str, Any], source: str) -> None:
+    """Raises LabError unless a model got all its weights from a checkpoint, and left none behind."""
+    for what in ("missing", "unexpected", "mismatched"):
+        if names := sorted(map(str, info[f"{what}_keys"])):
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise LabError(
+                f"{source} does not fit its class: {what} {', '.join(names[:5])}{more}; download or save it again"
+            )
 
 
 def load_class(source, file, attribute, weights, cfg, mapping, like) -> Subject:
@@ -493,6 +546,13 @@ def load_class(source, file, attribute, weights, cfg, mapping, like) -> Subject:
             name for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)
         ]
         raise LabError(f"{file} has no {attribute!r}; its models are {', '.join(public) or 'none'}")
+    if isinstance(made, type) and issubclass(made, PreTrainedModel):
+        return load_own_checkpoint(source, made, weights, cfg, mapping)
+    if weights is not None and weights.is_dir():
+        raise LabError(
+            f"weights {weights} is a directory, which only Transformers classes have; give {source}'s model.pth or "
+            ".safetensors"
+        )
     notes = []
     settings = read_cfg(cfg, module)
     if settings is None and like is not None and like.config is not None:
@@ -505,9 +565,8 @@ def load_class(source, file, attribute, weights, cfg, mapping, like) -> Subject:
     config = sizes(settings, source)
     model = made if isinstance(made, nn.Module) else build(made, settings, source)
     result = subject(model, config, source, mapping)
-    if not result.guessed:
-        return result
-    result.config = config if cfg is not None else None
+    if result.guessed:
+        result.config = config if cfg is not None else None
     result.notes = notes
     if weights is not None:
         model.load_state_dict(read_weights(weights, model))
@@ -519,6 +578,23 @@ def load_class(source, file, attribute, weights, cfg, mapping, like) -> Subject:
         notes.append("weights: none given, so the other model's, through the mapping")
     if not isinstance(made, nn.Module):
         model.float().eval()
+    return result
+
+
+def load_own_checkpoint(source, made: Any, weights: Path | None, cfg, mapping) -> Subject:
+    """A Transformers class of one's own, from the directory that its `save_pretrained` wrote."""
+    if weights is None or not weights.is_dir() or cfg is not None:
+        raise LabError(
+            f"{source} is a Transformers class: it is loaded by its from_pretrained; give the directory that its "
+            "save_pretrained wrote by --weights, and no --cfg"
+        )
+    try:
+        model, info = made.from_pretrained(weights, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # whatever the user's class raises
+        raise LabError(f"{source} cannot be loaded from {weights}: {type(error).__name__}: {error}") from error
+    check_loaded(info, str(weights))
+    result = subject(model.eval(), name=source, mapping=mapping)
+    result.notes.append(f"weights: {weights}")
     return result
 
 
@@ -541,7 +617,7 @@ def import_file(file: str) -> ModuleType:
         return module
     except LabError:
         raise
-    except Exception as error:  # whatever the file raises
+    except (Exception, SystemExit) as error:  # whatever the file raises
         raise LabError(f"{file} does not run: {type(error).__name__}: {error}") from error
 
 
@@ -561,6 +637,8 @@ def read_cfg(cfg: str | None, module: ModuleType) -> Settings | None:
 
 def build(make: Callable[..., nn.Module], settings: Settings, source: str) -> nn.Module:
     """The model: `make(cfg)` if it takes one thing that is no setting, else by the settings that it names."""
+    if not callable(make):
+        raise LabError(f"{source} is a {type(make).__name__}; name a model, a class or a function that makes one")
     accepted = inspect.signature(make).parameters
     required = [p.name for p in accepted.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     try:
@@ -601,10 +679,15 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     try:
         safe = file.suffix == ".safetensors"
         values: Any = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(values, Mapping):
+            raise TypeError(f"it holds a {type(values).__name__}, and no state dict; save model.state_dict()")
         for key in ("model_state_dict", "state_dict", "model"):
             if isinstance(values.get(key), Mapping):
                 values = values[key]
         values = {name.removeprefix("_orig_mod."): tensor for name, tensor in values.items()}  # of torch.compile
+        others = [name for name, tensor in values.items() if not isinstance(tensor, torch.Tensor)]
+        if others:
+            raise TypeError(f"{others[0]!r} is no tensor, but a state dict has nothing else; save model.state_dict()")
     except Exception as error:  # UnpicklingError, OSError, RuntimeError, …: whatever a broken file makes torch raise
         raise LabError(f"cannot read weights from {file}: {type(error).__name__}: {error}") from error
     own = model.state_dict()

@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
-from transformers import GPT2LMHeadModel
+from safetensors import SafetensorError
 
-from .conversion import ConversionError, Progress, check_checkpoint, find_source, quiet_transformers
-from .modeling_gpt_scratch import GPTScratchForCausalLM
-from .parity import ParityError, measure
+from .conversion import ConversionError, Progress, Weights, find_source, quiet_transformers
+from .parity import ParityError, differing, measure
 
 # Exit statuses; 2 is a wrong command line, as typer has it.
 FAILED, DIFFERENT, INTERRUPTED = 1, 3, 130
@@ -92,24 +91,36 @@ def verify_and_report(reference: str, candidate: str, as_json: bool = False) -> 
     """Measures how far our checkpoint is from the official one, and prints the figures.
 
     Raises:
-        SystemExit: 1 one of them cannot be read, 3 they differ.
+        SystemExit: 1 one of them cannot be read, or they are models of two kinds; 3 they differ.
     """
     errors = Console(stderr=True)
     try:
-        official, ours = find_source(reference), find_source(candidate)
-        check_checkpoint(official, "gpt2")
-        check_checkpoint(ours, "gpt_scratch")
-    except ConversionError as error:
+        official, ours = Weights(find_source(reference), "gpt2"), Weights(find_source(candidate), "gpt_scratch")
+        if official.ours is not ours.ours:
+            kinds = f"{reference} is a {official.ours.gpt2_class.__name__}, but {candidate} is a {ours.ours.__name__}"
+            raise ConversionError(f"{kinds}; give two checkpoints of one kind")
+        theirs, own = official.translated(), ours.tensors()
+        different = differing(theirs, own)
+        found = None
+        if all(theirs[name].shape == own[name].shape for name in theirs.keys() & own.keys()):
+            with quiet_transformers():
+                gpt2 = official.ours.gpt2_class.from_pretrained(official.directory, dtype=torch.float32)
+                scratch = ours.ours.from_pretrained(ours.directory, dtype=torch.float32)
+            for model in (gpt2, scratch):
+                model.config.return_dict = True
+            found = measure(gpt2, scratch, same_weights=not different)
+    except (ConversionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         errors.print(f"[bold red]Not verified:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
-    with quiet_transformers():
-        gpt2 = GPT2LMHeadModel.from_pretrained(official, dtype=torch.float32)
-        scratch = GPTScratchForCausalLM.from_pretrained(ours, dtype=torch.float32)
-    found = measure(gpt2, scratch)
+    passed = found is not None and found.passed
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        figures = found.to_dict() if found else {"passed": False}
+        print(json.dumps({**figures, "different_tensors": different}, indent=2, allow_nan=False))
     else:
-        verdict = "[bold green]The same model[/]" if found.passed else "[bold red]Different models[/]"
-        Console().print(f"{verdict} in float32; {found}", soft_wrap=True)
-    if not found.passed:
+        verdict = "[bold green]The same model[/]" if passed else "[bold red]Different models[/]"
+        text = f"in float32; {found}" if found else "of other sizes"
+        more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+        names = f". Different tensors: {', '.join(different[:5])}{more}" if different else ""
+        Console().print(f"{verdict} {escape(text + names)}", soft_wrap=True)
+    if not passed:
         sys.exit(DIFFERENT)

@@ -179,7 +179,8 @@ def test_saved_code_runs_where_the_package_is_missing(kind, pair, tmp_path):
     with torch.no_grad():
         expected = scratch(**inputs)
     got = torch.load(tmp_path / "output.pt", weights_only=False)
-    assert all(torch.equal(got[name], expected[name]) for name in kind[4])
+    # Two processes may add in two orders, as their memory happens to lie.
+    assert all(relative_error(expected[name], got[name]) <= FP32_LOGITS for name in kind[4])
     assert json.loads((tmp_path / "saved/config.json").read_text())["auto_map"].keys() == {
         "AutoConfig",
         kind[2].__name__,

@@ -296,9 +296,10 @@ def test_saved_code_runs_where_the_package_is_missing(tmp_path):
     arguments = [tmp_path / "saved", json.dumps(ids.tolist()), tmp_path / "logits.pt", tmp_path / "again"]
     run_without_the_package(RELOAD, *arguments, cwd=tmp_path)
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids).logits)
+        # Two processes may add in two orders, as their memory happens to lie.
+        assert relative_error(model(ids).logits, torch.load(tmp_path / "logits.pt")) <= FP32_LOGITS
     # What remote code saves is as good as what it loaded.
-    assert same_logits(load(tmp_path / "again"), model, bound=0)
+    assert same_logits(load(tmp_path / "again"), model)
     assert (tmp_path / "again" / "layers.py").read_text() == (tmp_path / "saved" / "layers.py").read_text()
 
 
@@ -310,8 +311,8 @@ def test_remote_copy_and_package_live_in_one_process(tmp_path, monkeypatch):
 
     remote = get_class_from_dynamic_module("modeling_gpt_scratch.GPTScratchForCausalLM", str(tmp_path))
     assert remote is not GPTScratchForCausalLM
-    assert same_logits(remote.from_pretrained(tmp_path), model, bound=0)
-    assert same_logits(load(tmp_path), model, bound=0)
+    assert same_logits(remote.from_pretrained(tmp_path), model)
+    assert same_logits(load(tmp_path), model)
     model.save_as_gpt2(tmp_path / "official")
     for model_class in (GPTScratchForCausalLM, remote, GPTScratchForCausalLM):  # each by its own code
         weights = model_class.from_pretrained(tmp_path / "official").state_dict()

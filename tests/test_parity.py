@@ -230,9 +230,15 @@ def test_upcast_attention_is_the_officials_in_bfloat16(autocast):
         upcast = scratch.model._attention_function()
         ours, our_weights = attention(hidden, mask, attention_function=upcast, return_weights=True)
         _, plain_weights = attention(hidden, mask, return_weights=True)
-    assert torch.equal(our_weights, their_weights)
-    assert torch.equal(ours, theirs)
-    assert not torch.equal(plain_weights, their_weights)
+
+    def rms(reference, candidate):
+        return rms_error(reference, candidate) / reference.double().square().mean().sqrt().item()
+
+    # Their products are shaped otherwise, and an order of sums can round to another bfloat16: a number in hundreds, if
+    # any. Without float32 a quarter of the numbers is off, by 2.7e-3 and more altogether.
+    assert rms(their_weights, our_weights) <= 1e-3
+    assert rms(theirs, ours) <= 1e-3
+    assert rms(their_weights, plain_weights) > 2e-3
 
 
 # Mutation twins: whatever is wrong, the comparison above must see it.

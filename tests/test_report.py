@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from hf_gpt_scratch import GPTModel
+from hf_gpt_scratch.cli import app
 from hf_gpt_scratch.compare import compare_models
 from hf_gpt_scratch.compare_command import compare
 from hf_gpt_scratch.diagnose import diagnose
@@ -156,6 +158,16 @@ def test_the_page_is_drawn_of_healthy_and_of_broken_models(sabotage):
     assert "NaN" in terminal_text(comparison) or sabotage is None
 
 
+def test_drawing_leaves_the_callers_matplotlib_as_it_was(different):
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 17, "svg.fonttype": "path", "backend": "svg"}):
+        before = dict(matplotlib.rcParams)
+        text = html_report(different)
+        assert dict(matplotlib.rcParams) == before
+    assert "font: 9px" in text.replace("font-size: 9", "font: 9"), "the page has its own style"
+
+
 def test_another_number_of_heads_is_drawn():
     reference = subject(random_gpt2(), name="official")
     other = random_gpt2(n_head=2 * HEADS_SHOWN, n_embd=48)
@@ -287,7 +299,7 @@ def test_a_map_and_a_cfg_are_read_from_files(files, tmp_path):
         (["official", "ours", "--text", "model.pth"], "no tokenizer"),
         (["official", "ours", "--weights", "model.pth"], "are for a class of your own"),
         (["official", "mine.py:MyGPT", "--map", "mine.py"], "cannot read the map"),
-        (["official", "ours", "--html", "/nowhere/report.html"], "No such file"),
+        (["official", "ours", "--html", "/nowhere/report.html"], "in a directory that exists"),
     ],
 )
 def test_the_command_exits_1_with_a_reason(files, arguments, message):
@@ -299,6 +311,80 @@ def test_the_command_exits_1_with_a_reason(files, arguments, message):
     assert result.exit_code == 1, result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (b"\xff\xfe\x00", ["official", "ours", "--text"], "cannot be read as tokens"),
+        (b"{", ["official", "mine.py:MyGPT", "--cfg"], "neither JSON"),
+        (b"[1]", ["official", "mine.py:MyGPT", "--map"], "is no map"),
+        (b"", ["official", "mine.py:MyGPT", "--weights"], "cannot read weights"),
+        (b"x", ["official"], "is a file, but a checkpoint is a directory"),
+    ],
+)
+def test_files_of_the_wrong_kind_are_refused(files, tmp_path, content, arguments, message):
+    (tmp_path / "given").write_bytes(content)
+    result = run(*(f"{files}/{a}" if a[0] in "om" else a for a in arguments), tmp_path / "given")
+    assert result.exit_code == 1, result.output
+    assert message in result.output
+
+
+QUANTIZED = '{"model_type": "gpt2", "quantization_config": 7}'
+
+
+@pytest.mark.parametrize("content", ["3", "[]", QUANTIZED, '{"model_type": ["x"]}'])
+@pytest.mark.parametrize("command", ["compare", "verify", "inspect", "explain"])
+def test_configs_that_hold_anything_are_refused(files, tmp_path, command, content):
+    (tmp_path / "config.json").write_text(content)
+    shutil.copy(files / "official" / "model.safetensors", tmp_path)
+    arguments = {"inspect": [tmp_path], "explain": ["W_key", "--model", tmp_path]}
+    given = arguments.get(command, [tmp_path, files / "ours"])
+    result = CliRunner().invoke(app, [command, *map(str, given)])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    assert str(tmp_path) in result.output or "quantization" in result.output
+
+
+@pytest.mark.parametrize("saved", [{"a": 1}, [1], {"model": {"a": None}}])
+def test_weights_that_are_no_tensors_are_refused(files, tmp_path, saved):
+    torch.save(saved, tmp_path / "weights.pth")
+    result = run(files / "official", f"{files / 'mine.py'}:MyGPT", "--weights", tmp_path / "weights.pth")
+    assert result.exit_code == 1 and "cannot read weights" in result.output
+    result = run(files / "official", f"{files / 'mine.py'}:MyGPT", "--weights", tmp_path)
+    assert result.exit_code == 1 and "is a directory" in result.output
+
+
+def test_a_file_that_exits_is_not_the_same_model(files, tmp_path):
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
+    result = run(files / "official", f"{tmp_path / 'exits.py'}:MyGPT")
+    assert result.exit_code == 1 and "does not run: SystemExit" in result.output
+
+
+@pytest.mark.parametrize("option", ["--html", "--json"])
+def test_files_that_cannot_be_written_are_refused_before_the_work(files, option, monkeypatch):
+    monkeypatch.setattr("hf_gpt_scratch.compare_command.load_both", lambda *_: pytest.fail("the work has begun"))
+    for file in (files / "missing" / "report", files / "official", files / "model.pth" / "report"):
+        result = run(files / "official", files / "ours", option, file)
+        assert result.exit_code == 1 and f"{option} {file} cannot be written" in result.output
+
+
+def test_a_missing_matplotlib_is_told_before_the_work(files, monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_gpt_scratch.compare_command.load_both", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run(files / "official", files / "ours", "--html", tmp_path / "report.html")
+    assert result.exit_code == 1 and "hf-gpt-scratch[examples]" in result.output
+
+
+def test_a_page_that_fails_takes_neither_the_json_nor_the_verdict_along(files, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("hf_gpt_scratch.compare_command.html_report", full)
+    for candidate, status in ((files / "ours", 0), (f"{files / 'mine.py'}:MyWrongGPT", 3)):
+        result = run(files / "official", candidate, "--html", tmp_path / "a.html", "--json", tmp_path / "a.json")
+        assert result.exit_code == status, result.output
+        assert "Not written: no space left" in result.output
+        assert json.loads((tmp_path / "a.json").read_text())["same"] is (status == 0)
 
 
 def test_a_wrong_command_line_exits_2():

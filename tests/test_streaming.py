@@ -20,16 +20,15 @@ from hf_gpt_scratch.checkpoint import Checkpoint, ConversionError, Progress, is_
 from hf_gpt_scratch.cli import app
 from hf_gpt_scratch.conversion import (
     CARD,
-    MODELS,
     RECEIPT,
     gpt2_to_scratch,
-    same_bits,
     scratch_to_gpt2,
     verify_receipt,
 )
 from hf_gpt_scratch.formats import detect, export_checkpoint, import_checkpoint, write
 from hf_gpt_scratch.lazy import held
-from hf_gpt_scratch.parity import ParityError
+from hf_gpt_scratch.modeling_gpt_scratch import MODELS
+from hf_gpt_scratch.parity import ParityError, same_bits
 from hf_gpt_scratch.torch_files import _save
 
 

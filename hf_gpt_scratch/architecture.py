@@ -1,0 +1,86 @@
+"""Which model a config.json means: one of ours or the official one of the same kind, and nothing else."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .configuration_gpt_scratch import GPTScratchConfig
+from .modeling_gpt_scratch import MODELS, GPTScratchPreTrainedModel
+
+# What our own saved models name as their code.
+_CONFIG_CODE = f"configuration_gpt_scratch.{GPTScratchConfig.__name__}"
+_MODEL_CODE = {f"modeling_gpt_scratch.{kind.__name__}": kind for kind in MODELS}
+
+
+class UnknownArchitecture(ValueError):
+    """A model that is neither ours nor the official one."""
+
+
+def architecture(values: Mapping[str, Any], directory: str | os.PathLike) -> type[GPTScratchPreTrainedModel]:
+    """Our class of a checkpoint's model, official or ours; the official one is its `gpt2_class`.
+
+    A config that names no architecture is a language model's.
+
+    Args:
+        values: the content of config.json.
+        directory: where it lies, or its name on the hub.
+
+    Raises:
+        UnknownArchitecture: the model is of another class, by its name or by its code, or has an adapter beside it.
+    """
+    if not isinstance(values, Mapping):
+        raise UnknownArchitecture(f"config.json of {directory} is no map of settings; take the weights' own")
+    official = values.get("model_type") == "gpt2"
+    known = {(kind.gpt2_class if official else kind).__name__: kind for kind in MODELS}
+    named = values.get("architectures") or [next(iter(known))]
+    names = list(dict.fromkeys(str(name) for name in (named if isinstance(named, list) else [named])))
+    strangers = [name for name in names if name not in known]
+    if strangers or len(names) > 1:
+        raise UnknownArchitecture(
+            f"config.json of {directory} names the architecture {_short(strangers or names)}, but known are "
+            f"{', '.join(known)}, one at a time; {_remedy(strangers, directory)}"
+        )
+    codes = values.get("auto_map") or {}
+    if not isinstance(codes, Mapping):
+        raise UnknownArchitecture(f"config.json of {directory} has an auto_map that is no map; take it out")
+    for auto_class, code in codes.items():
+        ours = {_CONFIG_CODE} if auto_class == "AutoConfig" else _MODEL_CODE.keys()
+        is_ours = isinstance(code, str) and code.rpartition("--")[2] in ours and not official
+        if auto_class.startswith(("AutoModel", "AutoConfig")) and not is_ours:
+            name = str(code).rpartition(".")[2]
+            raise UnknownArchitecture(
+                f"config.json of {directory} says by auto_map that the code of its {auto_class} is {_short([code])}, "
+                f"which is not {'the official' if official else 'our'} one; {_remedy([name], directory)}"
+            )
+    if (Path(directory) / "adapter_config.json").is_file():
+        raise UnknownArchitecture(
+            f"{directory} has an adapter beside the weights, which changes what the model computes; merge it by PEFT's "
+            "merge_and_unload and save the model, or move adapter_config.json and the adapter's weights elsewhere"
+        )
+    return known[names[0]]
+
+
+def kind_of(module: nn.Module) -> type[GPTScratchPreTrainedModel] | None:
+    """Our class of a model in memory, which may be official, ours, or of a class that inherits from one; else None."""
+    for base in type(module).__mro__:
+        for kind in MODELS:
+            if base in (kind, kind.gpt2_class):
+                return kind
+    return None
+
+
+def _remedy(names: list[str], directory: str | os.PathLike) -> str:
+    name = names[0] if names and re.fullmatch(r"\w{1,60}", names[0]) else "MyModel"
+    return (
+        f"a class of your own is compared by its code: compare REFERENCE my.py:{name} --weights {directory}. Correct "
+        "config.json only if the weights are those of a known class"
+    )
+
+
+def _short(names: list[Any]) -> str:
+    text = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return text if len(text) <= 200 else text[:200] + "…"

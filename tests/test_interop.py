@@ -1,0 +1,244 @@
+"""What is translated to and from the official model, and saved, computes the same afterwards, or is refused by name."""
+
+import copy
+
+import pytest
+import torch
+from pairs import gpt2_config, random_gpt2, random_ids, random_pair, randomize
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, GPT2Model
+
+from hf_gpt_scratch import (
+    FeedForward,
+    GPTScratchConfig,
+    GPTScratchForCausalLM,
+    GPTScratchForSequenceClassification,
+    GPTScratchPreTrainedModel,
+)
+from hf_gpt_scratch.modeling_gpt_scratch import MODELS, GPTScratchBlock
+from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
+
+
+class OtherFeedForward(nn.Module):
+    """Of the same parameters as the book's, so that state dicts fit."""
+
+    def __init__(self, ff):
+        super().__init__()
+        self.layers = ff.layers
+
+    def forward(self, x):
+        return self.layers[2](self.layers[0](x).relu())
+
+
+class HalfFeedForward(FeedForward):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def other_module(model):
+    model.model.trf_blocks[1].ff = OtherFeedForward(model.model.trf_blocks[1].ff)
+
+
+def inherited_module(model):
+    model.model.trf_blocks[1].ff.__class__ = HalfFeedForward
+
+
+def exact_gelu(model):
+    model.model.trf_blocks[1].ff.layers[1] = nn.GELU()
+
+
+def other_vocabulary(model):
+    model.model.tok_emb = nn.Embedding(250, 48)
+
+
+def edited_config(**changes):
+    return lambda model: [setattr(model.config, name, value) for name, value in changes.items()]
+
+
+# What makes a model another than its config says, and what the message names.
+STRUCTURE = {
+    "another module": (other_module, r"trf_blocks\.1\.ff is a .*OtherFeedForward instead of a layers\.FeedForward"),
+    "a module that inherits": (inherited_module, r"trf_blocks\.1\.ff is a .*HalfFeedForward"),
+    "exact GELU": (exact_gelu, r"trf_blocks\.1\.ff\.layers\.1 is a activation\.GELU instead of a layers\.GELU"),
+    "other vocabulary": (other_vocabulary, r"tok_emb\.weight has shape \(250, 48\) instead of \(211, 48\)"),
+    "n_heads": (edited_config(n_heads=6), r"att\.head_dim is 12 instead of 8"),
+    "n_layers": (edited_config(n_layers=2), r"trf_blocks\.2 is an unknown"),
+    "vocab_size": (edited_config(vocab_size=300), r"tok_emb\.weight has shape \(211, 48\) instead of \(300, 48\)"),
+    "context_length": (edited_config(context_length=32), r"pos_emb\.weight has shape"),
+    "activation": (edited_config(activation_function="relu"), r"ff\.layers\.1 is a layers\.GELU instead of a"),
+    "epsilon": (edited_config(layer_norm_epsilon=1e-4), r"final_norm\.eps is 1e-05 instead of 0\.0001"),
+    "scaling": (edited_config(scale_attn_weights=False), r"att\.scaling is 0\.28.* instead of 1\.0"),
+}
+
+
+def hook(model):
+    model.model.trf_blocks[1].register_forward_hook(lambda module, args, output: output * 0.9)
+
+
+def replaced_forward(model):
+    forward = model.model.trf_blocks[1].ff.forward
+    model.model.trf_blocks[1].ff.forward = lambda x: 2 * forward(x)
+
+
+def replaced_method(model):
+    model.model._check_positions = lambda position_ids, num_tokens: position_ids.zero_()
+
+
+def not_a_number(model):
+    model.model.final_norm.shift.data[0] = float("nan")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_as_its_config_says_is_translated(dtype):
+    for kind in MODELS:
+        cross = kind.__name__ in ("GPTScratchModel", "GPTScratchForCausalLM")
+        gpt2 = randomize(kind.gpt2_class(gpt2_config(add_cross_attention=cross))).to(dtype)
+        model = kind.from_gpt2(gpt2).train()
+        hidden = model.base_model.trf_blocks[0].register_forward_hook(lambda *_: None)  # it looks, and changes nothing
+        back = model.to_gpt2()
+        hidden.remove()
+        assert type(back) is kind.gpt2_class and model.training and not back.training
+        assert all(torch.equal(p, q) for p, q in zip(gpt2.parameters(), back.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_a_model_that_its_config_does_not_describe_is_neither_translated_nor_saved(name, tmp_path):
+    change, message = STRUCTURE[name]
+    model = random_pair()[1]
+    change(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for refused in (model.to_gpt2, lambda: model.save_as_gpt2(tmp_path), lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert not any(tmp_path.iterdir())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("change", [hook, replaced_forward, replaced_method, not_a_number])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_no_module_shows_is_found_by_running_both(change, dtype):
+    model = random_pair()[1].to(dtype)
+    model.to_gpt2()
+    change(model)
+    with pytest.raises(ValueError, match="computes other logits than its translation"):
+        model.to_gpt2()
+
+
+def test_official_models_are_looked_at_too():
+    for change, message in (
+        (lambda gpt2: setattr(gpt2.config, "n_head", 6), r"attn\.head_dim is 12 instead of 8"),
+        (lambda gpt2: setattr(gpt2.transformer.h[0].mlp, "act", nn.GELU()), r"h\.0\.mlp\.act is a"),
+        (lambda gpt2: gpt2.transformer.h[0].register_forward_hook(lambda *args: 2 * args[2]), "computes other logits"),
+    ):
+        gpt2 = random_gpt2()
+        GPTScratchForCausalLM.from_gpt2(gpt2)
+        change(gpt2)
+        with pytest.raises(ValueError, match=message):
+            GPTScratchForCausalLM.from_gpt2(gpt2)
+
+
+def test_models_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match=r"instead of a modeling_gpt2\.GPT2LMHeadModel"):
+        GPTScratchForCausalLM.from_gpt2(GPT2Model(gpt2_config()))
+    with pytest.raises(ValueError, match="score is missing"):
+        GPTScratchForSequenceClassification.from_gpt2(random_gpt2())
+
+    class Reward(GPTScratchPreTrainedModel):
+        pass
+
+    with pytest.raises(ValueError, match="no official model of the kind of Reward"):
+        Reward.from_gpt2(random_gpt2())
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # of the base, which was never saved
+def test_active_adapters_are_not_dropped_in_silence(tmp_path):
+    lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["W_query", "out_proj"])
+    wrapped = get_peft_model(random_pair()[1], lora)
+    added = random_pair()[1]
+    added.add_adapter(lora)
+    for model in (wrapped.base_model.model, added):
+        with pytest.raises(ValueError, match="merge_and_unload"):
+            model.save_as_gpt2(tmp_path)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        wrapped.base_model.model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    added.save_pretrained(tmp_path)  # the adapter alone, as transformers does
+    assert (tmp_path / "adapter_config.json").is_file()
+    expected = wrapped.eval()(random_ids()).logits
+    merged = wrapped.merge_and_unload()  # what the message advises
+    assert relative_error(expected, merged.to_gpt2()(random_ids()).logits) <= FP32_LOGITS
+
+
+class HalfBlock(GPTScratchBlock):
+    def forward(self, x, *args, **kwargs):
+        return super().forward(x, *args, **kwargs) / 2
+
+
+class HalfGPT(GPTScratchForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for n in range(config.n_layers):
+            self.model.trf_blocks[n] = HalfBlock(config, n)
+        self.post_init()
+
+
+@pytest.mark.parametrize("own_type", [False, True])
+def test_a_class_with_another_block_is_saved_as_itself_and_told_apart(own_type, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_gpt_scratch.modeling_gpt_scratch.logger.warning", warnings.append)
+    config = (OwnConfig if own_type else GPTScratchConfig).from_gpt2(gpt2_config())
+    HalfGPT(config).save_pretrained(tmp_path)
+    assert [("trf_blocks.0 is a test_interop.HalfBlock" in text) for text in warnings] == [True] * (not own_type)
+    OwnGPT(OwnConfig.from_gpt2(gpt2_config())).save_pretrained(tmp_path)
+    GPTScratchForCausalLM(GPTScratchConfig.from_gpt2(gpt2_config())).save_pretrained(tmp_path)
+    assert len(warnings) == (not own_type)
+
+
+def test_a_class_with_another_block_is_no_official_model(tmp_path):
+    model = randomize(HalfGPT(GPTScratchConfig.from_gpt2(gpt2_config()))).eval()
+    for refused in (model.to_gpt2, lambda: model.save_as_gpt2(tmp_path)):
+        with pytest.raises(ValueError, match=r"trf_blocks\.0 is a test_interop\.HalfBlock"):
+            refused()
+    model.save_pretrained(tmp_path)  # with its own code and under its own name
+    assert (tmp_path / "test_interop.py").is_file()
+    loaded = HalfGPT.from_pretrained(tmp_path)
+    assert relative_error(model(random_ids()).logits, loaded(random_ids()).logits) <= FP32_LOGITS
+
+
+class OwnConfig(GPTScratchConfig):
+    model_type = "own_gpt_scratch"
+
+
+class OwnGPT(GPTScratchForCausalLM):
+    config_class = OwnConfig
+
+
+def test_a_model_type_of_ones_own_gets_the_official_weights(tmp_path):
+    gpt2 = random_gpt2()
+    gpt2.save_pretrained(tmp_path / "official")
+    loaded, info = OwnGPT.from_pretrained(tmp_path / "official", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    loaded.save_pretrained(tmp_path / "own")
+    for model in (loaded, OwnGPT.from_gpt2(gpt2), OwnGPT.from_pretrained(tmp_path / "own")):
+        assert type(model.config) is OwnConfig
+        assert relative_error(gpt2(random_ids()).logits, model(random_ids()).logits) <= FP32_LOGITS
+        assert isinstance(model.to_gpt2(), GPT2LMHeadModel)
+
+
+def test_what_is_not_there_is_not_translated():
+    with torch.device("meta"):
+        model = GPTScratchForCausalLM(GPTScratchConfig.from_gpt2(gpt2_config()))
+    with pytest.raises(ValueError, match="meta device"):
+        model.to_gpt2()
+
+
+def test_resized_merged_and_copied_models_are_what_their_config_says(tmp_path):
+    model = random_pair()[1]
+    model.resize_token_embeddings(230)
+    model = copy.deepcopy(model)
+    ids = random_ids()
+    assert relative_error(model(ids).logits, model.to_gpt2()(ids).logits) <= FP32_LOGITS
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert relative_error(model(ids).logits, loaded(ids).logits) <= FP32_LOGITS
