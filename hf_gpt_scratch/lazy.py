@@ -92,6 +92,17 @@ def zero(shape: torch.Size, dtype: torch.dtype) -> Lazy:
     return Lazy(shape, dtype, functools.partial(torch.zeros, shape, dtype=dtype))
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether shape, dtype and every bit are equal; −0 is not 0."""
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return same and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
+
+
+def all_zero(tensor: torch.Tensor) -> bool:
+    """Whether every bit is; −0 is not 0."""
+    return same_bits(tensor, torch.zeros_like(tensor))
+
+
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
