@@ -53,9 +53,16 @@ def local_path(path: str | os.PathLike) -> Path:
     if "\0" in text:
         raise ConversionError(f"the path {shorten(text)!r} has a null character in it, which no path has; correct it")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        path.lstat()
     except RuntimeError as error:  # ~nosuch
-        raise ConversionError(f"{shorten(text)!r}: {error}; there is no such user, so write out the path") from error
+        raise ConversionError(f"{shorten(text)!r} begins with no user's home directory; write out the path") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConversionError(
+                f"{shorten(text)!r} is longer than a path can be here; correct it, or choose a shorter one"
+            ) from error
+    return path
 
 
 def target_path(target: str | os.PathLike) -> Path:

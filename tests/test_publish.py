@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 import typer
-from kill import PROCESSES, convert_slowly, kill_at_random
+from kill import ENDINGS, KINDS, PROCESSES, convert_slowly, end_at_random, write_sources
 from pairs import random_gpt2, random_pair
 from test_conversion import leftovers
 from typer.testing import CliRunner
@@ -439,9 +439,15 @@ def test_receipt_names_the_version_that_converted(converted):
 # Kills and rivals
 
 
-def test_killed_conversions_leave_the_target_absent_or_complete(tmp_path):
-    found = kill_at_random(tmp_path, times=5)
-    assert found["killed"] >= 3
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return write_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_however_a_conversion_ends_its_target_is_absent_or_complete(sources, tmp_path, kind):
+    found = end_at_random(sources, tmp_path, kind, times=len(ENDINGS), seed=len(kind))
+    assert sum(found[ending] for ending in ("SIGKILL", "SIGTERM", "SIGINT", "full disk")) >= 1
 
 
 def hidden(target, what):
@@ -563,7 +569,7 @@ def test_second_conversion_to_a_target_is_told_to_wait(tmp_path):
 def rival(source, target, barrier, results):
     barrier.wait()
     try:
-        convert_slowly(source, target, 0.002)
+        convert_slowly(gpt2_to_scratch, source, target, 0.002)
         results.put("converted")
     except ConversionError as error:
         results.put(str(error))
@@ -572,7 +578,6 @@ def rival(source, target, barrier, results):
 def test_rivals_never_make_a_mixture(tmp_path):
     target = tmp_path / "target"
     barrier, results = PROCESSES.Barrier(2), PROCESSES.Queue()
-    PROCESSES.set_forkserver_preload(["hf_gpt_scratch.conversion"])
     rivals = []
     for seed in range(2):
         random_gpt2(seed).save_pretrained(tmp_path / str(seed))
