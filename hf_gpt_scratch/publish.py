@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import stat
 import sys
 import threading
@@ -53,8 +54,8 @@ def local_path(path: str | os.PathLike) -> Path:
     if "\0" in text:
         raise ConversionError(f"the path {shorten(text)!r} has a null character in it, which no path has; correct it")
     try:
-        path = Path(text).expanduser()
-        path.lstat()
+        expanded = Path(text).expanduser()
+        expanded.lstat()
     except RuntimeError as error:  # ~nosuch
         raise ConversionError(f"{shorten(text)!r} begins with no user's home directory; write out the path") from error
     except OSError as error:
@@ -62,7 +63,7 @@ def local_path(path: str | os.PathLike) -> Path:
             raise ConversionError(
                 f"{shorten(text)!r} is longer than a path can be here; correct it, or choose a shorter one"
             ) from error
-    return path
+    return expanded
 
 
 def target_path(target: str | os.PathLike) -> Path:
@@ -171,32 +172,56 @@ def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     lock, staging, replaced = (
         target.with_name(f".{target.name}.hf_gpt_scratch.{what}") for what in ("lock", "incomplete", "replaced")
     )
+    held = filelock.FileLock(lock)
     missing = [parent for parent in target.parents if not parent.exists()]  # innermost first
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(lock, target):
+        with _uninterrupted():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _acquire(held, target)
             _clear(target, staging, replaced)
             old = _replaceable(target, overwrite)
-            try:
-                staging.mkdir()
-                yield staging
-                for path in (*staging.rglob("*"), staging):
-                    _fsync(path)
-                if old:
-                    staging.chmod(stat.S_IMODE(target.stat().st_mode))
-                    _replace(target, staging, replaced, old)
-                else:
-                    if old is not None:
-                        target.rmdir()
-                    _rename_to_nothing(staging, target)
-                _fsync(target.parent)
-            finally:  # an interruption may come between any two of the lines above
-                _clear(target, staging, replaced)
+            staging.mkdir()
+        yield staging
+        for path in (*staging.rglob("*"), staging):
+            _fsync(path)
+        with _uninterrupted():
+            if old:
+                staging.chmod(stat.S_IMODE(target.stat().st_mode))
+                _replace(target, staging, replaced, old)
+            else:
+                if old is not None:
+                    target.rmdir()
+                _rename_to_nothing(staging, target)
+            _fsync(target.parent)
     finally:
-        if not target.exists():
-            with suppress(OSError):  # another's files have come into it
-                for parent in missing:
-                    parent.rmdir()
+        with _uninterrupted():
+            try:
+                if held.is_locked:
+                    _clear(target, staging, replaced)
+            finally:
+                _release(held, lock)
+                if not target.exists():
+                    with suppress(OSError):  # another's files have come into it
+                        for parent in missing:
+                            parent.rmdir()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """SIGINT and SIGTERM are heeded when the block is left, so that an interruption leaves nothing half done."""
+    came: list[int] = []
+    usual: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not None:  # None: it is not Python's
+                usual[number] = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for replaced, handler in usual.items():
+            signal.signal(replaced, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def _replaceable(target: Path, overwrite: bool) -> dict[str, tuple] | None:
@@ -289,26 +314,26 @@ def _rename2(path: Path, target: Path, flag: int) -> bool:
     raise OSError(number, os.strerror(number), str(path), None, str(target))
 
 
-@contextmanager
-def _locked(lock: Path, target: Path) -> Iterator[None]:
-    """Holds a lock that the system takes back when the process ends, however it ends."""
-    held = filelock.FileLock(lock)
+def _acquire(lock: filelock.BaseFileLock, target: Path) -> None:
+    """Takes a lock that the system takes back when the process ends, however it ends."""
     try:
-        held.acquire(timeout=_SECONDS_FOR_THE_LOCK)
+        lock.acquire(timeout=_SECONDS_FOR_THE_LOCK)
     except filelock.Timeout as error:
         raise ConversionError(
             f"another process is writing {target} at this moment; wait for it to end, or choose another target"
         ) from error
-    try:
-        yield
-    finally:
-        if sys.platform == "win32":  # which removes no open file
-            held.release()
-            with suppress(OSError):
-                lock.unlink()
-        else:  # who waits for it finds that it is another file by then, and tries again
-            lock.unlink(missing_ok=True)
-            held.release()
+
+
+def _release(held: filelock.BaseFileLock, lock: Path) -> None:
+    if not held.is_locked:
+        return
+    if sys.platform == "win32":  # which removes no open file
+        held.release()
+        with suppress(OSError):
+            lock.unlink()
+    else:  # who waits for it finds that it is another file by then, and tries again
+        lock.unlink(missing_ok=True)
+        held.release()
 
 
 def _clear(target: Path, staging: Path, replaced: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from contextlib import suppress
 
 import pytest
@@ -502,9 +503,10 @@ def test_what_no_run_has_left_is_not_cleared(tmp_path, what, kind):
     assert names(tmp_path / "elsewhere") == ["precious"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("old", [True, False])
-@pytest.mark.parametrize("step", range(12))
-def test_interruption_between_any_two_steps_of_publishing(tmp_path, monkeypatch, exchange, old, step):
+@pytest.mark.parametrize("step", range(14))
+def test_interruption_between_any_two_steps_of_publishing(tmp_path, monkeypatch, exchange, number, old, step):
     """The old target or the new one is there, whole, and nothing else is."""
     target = tmp_path / "target"
     if old:
@@ -515,25 +517,29 @@ def test_interruption_between_any_two_steps_of_publishing(tmp_path, monkeypatch,
         def wrapper(*args, **kwargs):
             result = function(*args, **kwargs)
             if next(calls) == step:
-                raise KeyboardInterrupt
+                signal.raise_signal(number)
             return result
 
         return wrapper
 
-    for name in ("mkdir", "rename", "unlink", "rmdir"):
+    for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
         monkeypatch.setattr(type(tmp_path), name, interrupted(getattr(type(tmp_path), name)))
-    for name in ("_rename2", "_fsync"):
+    for name in ("_rename2", "_fsync", "_acquire", "_release"):
         monkeypatch.setattr(publish_module, name, interrupted(getattr(publish_module, name)))
-    with suppress(KeyboardInterrupt):
-        publish(target, "new", overwrite=True)
+    usual = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) if step < 8 else suppress(KeyboardInterrupt):
+            publish(target, "new", overwrite=True)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, usual)
     monkeypatch.undo()
-    assert names(tmp_path)[-1:] in ([], ["target"])
+    assert names(tmp_path) in ([], ["target"])
     if target.exists():
         verify_receipt(target)
         assert names(target)[1] in (("old", "new") if old else ("new",))
-    publish(target, "newest", overwrite=True)
-    assert names(target) == [RECEIPT, "newest"]
-    assert names(tmp_path) == ["target"]
+    else:
+        assert not old
 
 
 def test_failed_swap_puts_the_old_target_back(tmp_path, monkeypatch):
