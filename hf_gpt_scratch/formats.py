@@ -45,7 +45,7 @@ from .layouts import BOOK, GGUF, GPT2, NANOGPT, NATIVE, READABLE, TENSORFLOW
 from .lazy import Lazy, held, same_bits, with_qkv_biases, zero
 from .model_card import model_card
 from .modeling_gpt_scratch import GPTScratchForCausalLM
-from .publish import Stamps, local_path, new_receipt, publishing, refuse_overlap, seal, target_path
+from .publish import Stamps, local_path, new_receipt, publishing, refuse_overlap, seal, target_path, told_while
 from .tf_checkpoint import read_tensorflow
 from .torch_files import read_torch_file, write_book, write_nanogpt
 from .trust import strip_code
@@ -175,8 +175,9 @@ def import_checkpoint(
     """
     path = local_path(source)
     there = os.path.exists(path) or path.suffix in (".pth", ".pt", ".gguf")
-    stamps = Stamps(path)
-    opened = _open(path) if there and revision is None else None
+    with told_while("reading the source", target):
+        stamps = Stamps(path)
+        opened = _open(path) if there and revision is None else None
     if opened is None or opened.format in DIRECTORIES:
         if opened is not None and n_heads is not None:
             _interpret(opened, n_heads)
@@ -204,8 +205,9 @@ def export_checkpoint(
 
     Returns, raises: as `import_checkpoint`.
     """
-    stamps = Stamps(local_path(source))
-    opened = _open(source)
+    with told_while("reading the source", target):
+        stamps = Stamps(local_path(source))
+        opened = _open(source)
     if (opened.format, format) == ("native", "gpt2"):
         if n_heads is not None:
             _interpret(opened, n_heads)
@@ -221,7 +223,8 @@ def _convert(opened: _Source, stamps, target, format, n_heads, bias, check, over
     refuse_overlap(target, path)
     if opened.format == format:
         raise ConversionError(f"{opened.path} has the format {format!r} already; choose another one")
-    config, tensors = _interpret(opened, n_heads)
+    with told_while("reading the source", target):
+        config, tensors = _interpret(opened, n_heads)
     needed = sum(tensor.nbytes for tensor in tensors.values()) * (2 if format in ("book", "nanogpt") else 1)
     files = [file for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
     with (

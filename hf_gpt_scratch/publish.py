@@ -26,6 +26,7 @@ from typing import Any
 import filelock
 import torch
 import transformers
+from rich.filesize import decimal
 from safetensors import SafetensorError
 
 from .checkpoint import ConversionError, Progress, read_json
@@ -121,14 +122,15 @@ def refuse_overlap(target: Path, source: Path) -> None:
     source = Path(os.path.realpath(source))
     inside = sorted(source.iterdir()) if source.is_dir() else []
     for path in (source, *(Path(os.path.realpath(path)) for path in inside)):
-        if any(same(target, place) for place in (path, *path.parents)):
-            raise ConversionError(f"the target {target} is or holds the source {path}; choose another target")
+        for place in (target, *_beside(target)):
+            if any(same(place, parent) for parent in (path, *path.parents)):
+                raise ConversionError(f"the target {place} is or holds the source {path}; choose another target")
     if source.is_dir() and any(same(source, place) for place in target.parents):
         raise ConversionError(f"the target {target} lies in the source {source}; choose a target outside of it")
 
 
 @contextmanager
-def told_while(doing: str, target: Path) -> Iterator[None]:
+def told_while(doing: str, target: str | os.PathLike) -> Iterator[None]:
     """Tells what the system refuses as an error of the conversion.
 
     Raises:
@@ -169,9 +171,7 @@ def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ConversionError: there is something at `target` that may not be replaced; or another process is writing it.
     """
-    lock, staging, replaced = (
-        target.with_name(f".{target.name}.hf_gpt_scratch.{what}") for what in ("lock", "incomplete", "replaced")
-    )
+    lock, staging, replaced = _beside(target)
     held = filelock.FileLock(lock)
     missing = [parent for parent in target.parents if not parent.exists()]  # innermost first
     try:
@@ -222,6 +222,12 @@ def _uninterrupted() -> Iterator[None]:
             signal.signal(replaced, handler)
         for late in came:
             signal.raise_signal(late)
+
+
+def _beside(target: Path) -> tuple[Path, Path, Path]:
+    """Lock, unfinished target, and old target that was moved aside; runs that end take them away."""
+    lock, staging, replaced = (f".{target.name}.hf_gpt_scratch.{what}" for what in ("lock", "incomplete", "replaced"))
+    return target.with_name(lock), target.with_name(staging), target.with_name(replaced)
 
 
 def _replaceable(target: Path, overwrite: bool) -> dict[str, tuple] | None:
@@ -393,8 +399,8 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConversionError(
-            f"{existing} has {free / 1e9:.2f} GB free, but the target needs {needed / 1e9:.2f} GB; free some space or "
-            "choose a target on another disk"
+            f"{existing} has {decimal(free)} free, but the target needs {decimal(needed)}; free some space or choose a "
+            "target on another disk"
         )
 
 

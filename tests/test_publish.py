@@ -260,6 +260,7 @@ def overlapping(family):
     source = family / "source"
     link = family.parent / "link"
     link.symlink_to(family)
+    hidden_source = shutil.copytree(source, hidden(family / "new", "incomplete"))
     return {
         "the source": (source, source),
         "its parent": (source, family),
@@ -269,6 +270,7 @@ def overlapping(family):
         "by the source's link": (link / "source", family),
         "by a detour": (source, source / ".." / "new" / ".." / "source"),
         "below, by a link": (source, link / "source" / "target"),
+        "what a run would clear away": (hidden_source, family / "new"),
         "the file's directory": (source / "model.pth", source),
         "above the file": (source / "model.pth", family),
     }
@@ -283,6 +285,7 @@ OVERLAPS = [
     "by the source's link",
     "by a detour",
     "below, by a link",
+    "what a run would clear away",
     "the file's directory",
     "above the file",
 ]
