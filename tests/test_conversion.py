@@ -24,10 +24,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from typer.testing import CliRunner
 
 import hf_gpt_scratch
 from hf_gpt_scratch import GPTScratchForCausalLM, formats
 from hf_gpt_scratch.checkpoint import write_safetensors
+from hf_gpt_scratch.cli import app
 from hf_gpt_scratch.conversion import (
     RECEIPT,
     ConversionError,
@@ -447,6 +449,13 @@ def test_no_code_of_the_source_comes_into_a_target(tmp_path, target):
     tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=True)
     assert type(tokenizer) is GPT2Tokenizer
     assert AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True).config.n_layers
+
+
+def test_what_was_taken_out_is_printed(tmp_path, target):
+    done = CliRunner().invoke(app, ["convert", str(forged(tmp_path / "forged")), str(target), "--no-verify"])
+    assert done.exit_code == 0
+    assert "Note: left out of tokenizer_config.json, since it makes code run: 'auto_map'" in done.output
+    assert "Note: left behind, since it is code: 'code.py'" in done.output
 
 
 def test_a_chat_template_is_data_and_comes_along(tmp_path, target):

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
@@ -155,6 +157,11 @@ def test_command_exits_with_a_status_and_a_reason(copy):
     done = CliRunner().invoke(app, [str(copy)])
     assert done.exit_code == 1
     assert f"changed: '{SHARD}'" in done.output
+    for path in ("~nosuchuser/x", "x" * 5000, str(copy / SHARD)):
+        done = CliRunner().invoke(app, [path])
+        assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+        assert "Not as it was:" in done.output
+        assert len(done.output) < 1000
 
 
 def publish(target, name, overwrite=False):
@@ -387,6 +394,16 @@ def test_target_that_cannot_be_is_told_and_nothing_is_written(converted, tmp_pat
     assert publish_module._entries(tmp_path) == before
 
 
+@pytest.mark.parametrize("command", [["convert"], ["export"], ["export", "--format", "book"]])
+@pytest.mark.parametrize("source", ["", "~nosuchuser/x", "x" * 5000, "a\0b"])
+def test_source_that_cannot_be_is_told(tmp_path, command, source):
+    done = CliRunner().invoke(cli, [*command, source, str(tmp_path / "target")])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit), done.exception
+    assert re.search(r"Not converted: .*(give|write|correct)", done.output, re.DOTALL)
+    assert len(done.output) < 1000
+    assert names(tmp_path) == []
+
+
 def test_no_permission_is_told(converted, tmp_path, monkeypatch):
     def refused(self, *arguments, **options):
         raise PermissionError(13, "Permission denied", str(self))
@@ -394,6 +411,12 @@ def test_no_permission_is_told(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "mkdir", refused)
     with pytest.raises(ConversionError, match=r"failed while writing the target: .*Permission denied.*permissions"):
         gpt2_to_scratch(converted.parent / "source", tmp_path / "a" / "target")
+
+
+def test_nothing_needs_fcntl_which_windows_does_not_have():
+    code = "import sys; sys.modules['fcntl'] = None; import hf_gpt_scratch.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_parents_that_were_made_for_nothing_are_removed(converted, tmp_path):
