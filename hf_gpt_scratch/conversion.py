@@ -50,6 +50,7 @@ from .publish import (
     publishing,
     refuse_overlap,
     seal,
+    shorten,
     target_path,
     told_while,
     verify_receipt,
@@ -184,7 +185,7 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
         raise ConversionError(f"{source} is a file, but a checkpoint is a directory; give the directory it lies in")
     name = str(source)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise ConversionError(f"there is no directory {source}; check the path")
+        raise ConversionError(f"there is no directory {shorten(name)}; check the path")
     wanted = ["*.json", "*.txt", "*.safetensors"]
     try:
         directory = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))

@@ -140,8 +140,8 @@ def told_while(doing: str, target: str | os.PathLike) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError to a full disk
         raise ConversionError(
-            f"failed while {doing}: {shorten(str(error), 500)}; {target} is as it was before; free disk space, check "
-            "permissions or choose another target, then run again"
+            f"failed while {doing}: {shorten(str(error), 500)}; {shorten(str(target))} is as it was before; free disk "
+            "space, check permissions or choose another target, then run again"
         ) from error
 
 
@@ -242,12 +242,12 @@ def _replaceable(target: Path, overwrite: bool) -> dict[str, tuple] | None:
         raise ConversionError(f"{target} is a file, but the target is a directory; choose another name")
     if not any(target.iterdir()):
         return {}
-    if not overwrite:
+    if not overwrite and _has_receipt(target):
         raise ConversionError(f"{target} exists already; choose another target, or pass --overwrite to replace it")
     if not _has_receipt(target):
         raise ConversionError(
-            f"{target} has no {RECEIPT}, so no conversion has written it, and --overwrite deletes nothing else; move "
-            "it away yourself, or choose another target"
+            f"{target} exists already and has no {RECEIPT}, so no conversion has written it, and --overwrite would not "
+            "delete it; move it away yourself, or choose another target"
         )
     entries = _entries(target)
     if told := _differences(target, read_receipt(target), entries, Progress()):

@@ -102,6 +102,15 @@ def test_receipt_has_the_hashes_of_source_and_target(source, target):
     assert receipt["target"]["files"].keys() == {path.name for path in target.iterdir()} - {RECEIPT}
 
 
+def test_receipt_has_the_hashes_of_all_that_was_read_and_of_nothing_else(tmp_path, target):
+    shutil.copytree(TRAINED, tmp_path / "source")
+    (tmp_path / "source" / "picture.png").touch()
+    receipt = gpt2_to_scratch(tmp_path / "source", target, check=False)
+    read = {path.name for path in TRAINED.iterdir() if path.suffix in (".json", ".safetensors", ".txt", ".jinja")}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= read
+    assert receipt["source"]["files"].keys() == read
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_is_the_same_file(tmp_path, tied, dtype):
@@ -327,6 +336,7 @@ def test_bad_checkpoint_of_ours_is_refused_by_our_names(source, target, tmp_path
     [
         ("./nowhere", r"no directory \./nowhere"),
         ("/no/such/place", r"no directory /no/such/place"),
+        ("/a" * 1000, r"no directory (/a)+…(/a)+;.{,20}$"),
         ("openai-community/gpt2", r"'openai-community/gpt2' is no directory here.*connect to the network"),
         ("not a name!", r"neither a directory nor a hub repository 'not a name!'"),
     ],
