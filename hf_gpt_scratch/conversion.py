@@ -74,7 +74,7 @@ CARD = "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 OPENAI_TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
 # Of what is read beside the weights: config, generation settings, tokenizer, templates.
-SETTINGS = (".json", ".txt", ".bpe", ".model", ".jinja")
+SETTINGS = (".json", ".txt", ".bpe", ".codes", ".model", ".spm", ".tiktoken", ".jinja")
 # What `save_pretrained` takes too.
 MAX_SHARD_SIZE = "50GB"
 # transformers makes a name for each label of a classifier; no checkpoint has more.
