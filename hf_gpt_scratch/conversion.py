@@ -21,7 +21,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 from transformers import (
     GenerationConfig,
     GPT2Config,
@@ -33,22 +32,28 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from .architecture import UnknownArchitecture, architecture
 from .checkpoint import Checkpoint, ConversionError, Progress, check_files, read_json, write_safetensors
 from .configuration_gpt_scratch import OF_ANOTHER_TYPE, GPTScratchConfig, ignored_by_gpt2, model_type_of, told
-from .lazy import Lazy, from_scratch, to_scratch, with_qkv_biases
+from .lazy import Lazy, all_zero, from_scratch, to_scratch, with_qkv_biases
 from .model_card import model_card
 from .modeling_gpt_scratch import GPTScratchPreTrainedModel
 from .parity import ParityError, same_bits, verify
 from .publish import (
     RECEIPT,
+    Stamps,
     atomic_directory,
     by_name,
-    check_space,
     digests,
-    hashed_meanwhile,
+    local_path,
     new_receipt,
+    publishing,
+    refuse_overlap,
+    seal,
+    shorten,
+    target_path,
+    told_while,
     verify_receipt,
-    write_receipt,
 )
 from .tokenizer_files import carry_tokenizer, tokenizer_beside
+from .trust import code_beside, refuse_kernels, strip_code
 from .weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, rows
 
 __all__ = [
@@ -67,6 +72,8 @@ __all__ = [
 CARD = "README.md"
 # What is downloaded with the weights: configs and the files of every kind of tokenizer.
 BESIDE = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes", "*.jinja")
+# Of what is read beside the weights: config, generation settings, tokenizer, templates.
+SETTINGS = tuple(pattern[1:] for pattern in BESIDE)
 # What `save_pretrained` takes too.
 MAX_SHARD_SIZE = "50GB"
 # transformers makes a name for each label of a classifier; no checkpoint has more.
@@ -126,42 +133,37 @@ def scratch_to_gpt2(
 
 def _convert(source_type, source, target, revision, check, overwrite, max_shard_size, progress):
     target_type = "gpt_scratch" if source_type == "gpt2" else "gpt2"
-    target = Path(target).expanduser().resolve()
-    step = "reading the source"
-    try:
-        progress.step(f"Finding {source}")
+    target = target_path(target)
+    progress.step(f"Finding {source}")
+    with told_while("reading the source", target):
         directory = find_source(source, revision)
-        if directory.resolve() == target:
-            raise ConversionError(f"source and target are both {target}; choose another target")
+        refuse_overlap(target, directory)
+        stamps = Stamps(directory)
         weights = Weights(directory, source_type)
-        check_space(target, sum(spec.nbytes for spec in weights.checkpoint.specs.values()))
-        step = "writing the target"
-        with (
-            atomic_directory(target, overwrite) as staging,
-            hashed_meanwhile(weights.files()) as source_hashes,
-            quiet_transformers(),
-        ):
-            target_hashes = _write(weights, staging, max_shard_size, progress)
-            tokenizer, notes = carry_tokenizer(directory, staging)
-            result = Weights(staging, target_type)
-            receipt = new_receipt(
-                f"{source_type} converted to {target_type}",
-                source={"name": str(source), "revision": revision, "files": by_name(source_hashes.result())},
-                tokenizer=tokenizer,
-                parity=_verify(weights, result, check, progress) if check else None,
-                notes=[*weights.notes, *notes],
-            )
-            if target_type == "gpt_scratch":
-                hub_id = None if directory == Path(source).expanduser() else str(source)
-                model_card(result.model, receipt, hub_id).save(staging / CARD)
-            rest = digests(path for path in staging.iterdir() if path.name not in target_hashes)
-            receipt["target"] = {"files": dict(sorted({**target_hashes, **by_name(rest)}.items()))}
-            write_receipt(staging, receipt)
-    except (OSError, SafetensorError) as error:
-        raise ConversionError(
-            f"failed while {step}: {error}; {target} is as it was before; free disk space, check permissions or choose "
-            "another target, then run again"
-        ) from error
+        settings = [path for path in directory.iterdir() if path.suffix in SETTINGS and path.is_file()]
+    with (
+        publishing(target, overwrite, sum(spec.nbytes for spec in weights.checkpoint.specs.values())) as staging,
+        stamps.hashed_meanwhile([*weights.files(), *settings]) as source_files,
+        quiet_transformers(),
+    ):
+        target_hashes = _write(weights, staging, max_shard_size, progress)
+        tokenizer, left = carry_tokenizer(directory, staging)
+        notes = [*weights.notes, *left, *strip_code(staging)]
+        if source_type == "gpt2":  # our own code is no news
+            notes += code_beside(directory)
+        result = Weights(staging, target_type)
+        parity = _verify(weights, result, check, progress) if check else None
+        receipt = new_receipt(
+            f"{source_type} converted to {target_type}",
+            source={"name": str(source), "revision": revision, "files": source_files()},
+            tokenizer=tokenizer,
+            parity=parity,
+            notes=notes,
+        )
+        if target_type == "gpt_scratch":
+            hub_id = None if directory == local_path(source) else str(source)
+            model_card(result.model, receipt, hub_id).save(staging / CARD)
+        seal(staging, receipt, target_hashes)
     return receipt
 
 
@@ -171,7 +173,7 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
     Raises:
         ConversionError: it does not exist, or cannot be had.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         if revision is not None:
             raise ConversionError(f"{source} is a directory, so --revision {revision} has no meaning; leave it out")
@@ -180,7 +182,7 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
         raise ConversionError(f"{source} is a file, but a checkpoint is a directory; give the directory it lies in")
     name = str(source)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise ConversionError(f"there is no directory {source}; check the path")
+        raise ConversionError(f"there is no directory {shorten(name)}; check the path")
     wanted = [*BESIDE, "*.safetensors"]
     try:
         directory = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
@@ -333,6 +335,7 @@ def _config_values(directory: Path, model_type: str) -> dict[str, Any]:
         other = {"gpt2": "convert/gpt2_to_scratch.py", "gpt_scratch": "convert/scratch_to_gpt2.py"}.get(found)
         remedy = f"{other} converts those" if other else OF_ANOTHER_TYPE
         raise ConversionError(f"{directory} holds a model of type {found!r}, but {model_type!r} is wanted; {remedy}")
+    refuse_kernels(path, values)
     labels = values.get("num_labels")
     if isinstance(labels, int) and labels > MAX_LABELS:
         raise ConversionError(f"{path} is not usable: num_labels={labels}, but at most {MAX_LABELS} can be; correct it")
@@ -438,8 +441,8 @@ def write_model(
 
 
 def _verify(source: Weights, result: Weights, check: Check, progress: Progress) -> dict[str, Any]:
+    verify_weights(source.tensors(), result.translated(), progress)  # in their own dtype, as below they are not
     if check == "weights":
-        verify_weights(source.tensors(), result.translated(), progress)
         return {"passed": True, "tensors": len(source.names), "weights_equal": True}
     gpt2_directory, scratch_directory = (w.directory for w in sorted((source, result), key=lambda w: w.model_type))
     progress.step(f"Verifying against {source.ours.gpt2_class.__name__}")
@@ -458,7 +461,7 @@ def verify_weights(source: Mapping[str, Lazy], back: Mapping[str, Lazy], progres
     def equal(name: str) -> bool:
         both = [tensors[name].read() for tensors in (source, back) if name in tensors]
         # A bias that only one of them has.
-        return same_bits(*both) if len(both) == 2 else not both[0].any()
+        return same_bits(*both) if len(both) == 2 else all_zero(both[0])
 
     progress.step("Verifying the weights", sum(lazy.nbytes for lazy in source.values()))
     for name in sorted(source.keys() | back.keys()):

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -35,11 +34,9 @@ from .conversion import (
     Check,
     ConversionError,
     Weights,
-    atomic_directory,
     gpt2_to_scratch,
     meta_model,
     quiet_transformers,
-    same_bits,
     scratch_to_gpt2,
     verify_weights,
     write_model,
@@ -50,10 +47,12 @@ from .layouts import BOOK, GGUF, GPT2, NANOGPT, NATIVE, READABLE, TENSORFLOW, va
 from .lazy import Lazy, held, with_qkv_biases, zero
 from .model_card import model_card
 from .modeling_gpt_scratch import GPTScratchForCausalLM
-from .publish import by_name, check_space, digests, hashed_meanwhile, new_receipt, write_receipt
+from .parity import same_bits
+from .publish import Stamps, local_path, new_receipt, publishing, refuse_overlap, seal, target_path, told_while
 from .tf_checkpoint import read_tensorflow
 from .tokenizer_files import carry_tokenizer, left_behind, tokenizer_beside
 from .torch_files import read_torch_file, write_book, write_nanogpt
+from .trust import strip_code
 from .weight_map import SCRATCH_PREFIX, without_prefix
 
 LAYOUTS = {
@@ -200,15 +199,17 @@ def import_checkpoint(
         ConversionError: source or target is not as it must be, or `n_heads` is missing where no file tells it.
         ParityError: what was written is not what was read.
     """
-    path = Path(source).expanduser()
-    there = path.exists() or path.suffix in (".pth", ".pt", ".gguf")
-    opened = _open(path) if there and revision is None else None
+    path = local_path(source)
+    there = os.path.exists(path) or path.suffix in (".pth", ".pt", ".gguf")
+    with told_while("reading the source", target):
+        stamps = Stamps(path)
+        opened = _open(path) if there and revision is None else None
     if opened is None or opened.format in DIRECTORIES:
         if opened is not None and n_heads is not None:
             _interpret(opened, n_heads)
         options: dict[str, Any] = dict(overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
         return gpt2_to_scratch(source, target, revision=revision, check=check, **options)
-    return _convert(opened, target, "native", n_heads, None, check, overwrite, max_shard_size, progress)
+    return _convert(opened, stamps, target, "native", n_heads, None, check, overwrite, max_shard_size, progress)
 
 
 def export_checkpoint(
@@ -230,66 +231,56 @@ def export_checkpoint(
 
     Returns, raises: as `import_checkpoint`.
     """
-    opened = _open(source)
+    with told_while("reading the source", target):
+        stamps = Stamps(local_path(source))
+        opened = _open(source)
     if (opened.format, format) == ("native", "gpt2"):
         if n_heads is not None:
             _interpret(opened, n_heads)
         options: dict[str, Any] = dict(overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
         return scratch_to_gpt2(source, target, check=check, **options)
-    return _convert(opened, target, format, n_heads, bias, check, overwrite, max_shard_size, progress)
+    return _convert(opened, stamps, target, format, n_heads, bias, check, overwrite, max_shard_size, progress)
 
 
-def _convert(opened: _Source, target, format, n_heads, bias, check, overwrite, max_shard_size, progress):
+def _convert(opened: _Source, stamps, target, format, n_heads, bias, check, overwrite, max_shard_size, progress):
     if format not in FILES:
         raise ConversionError(f"got format {format!r}, but what can be written is {', '.join(FILES)}; choose one")
-    path, target, progress = opened.path.resolve(), Path(target).expanduser().resolve(), progress or Progress()
-    if target == path or target in path.parents:
-        raise ConversionError(f"the target {target} is or holds the source {path}; choose another target")
+    path, target, progress = opened.path, target_path(target), progress or Progress()
+    refuse_overlap(target, path)
     if opened.format == format:
         raise ConversionError(f"{opened.path} has the format {format!r} already; choose another one")
-    config, tensors = _interpret(opened, n_heads)
-    check_space(target, sum(tensor.nbytes for tensor in tensors.values()) * (2 if format in ("book", "nanogpt") else 1))
+    with told_while("reading the source", target):
+        config, tensors = _interpret(opened, n_heads)
+    needed = sum(tensor.nbytes for tensor in tensors.values()) * (2 if format in ("book", "nanogpt") else 1)
     files = [file for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
-    try:
-        with (
-            atomic_directory(target, overwrite) as staging,
-            hashed_meanwhile(files) as source_hashes,
-            quiet_transformers(),
-        ):
-            tokenizer = tokenizer_beside(path) if format == "gguf" else None
-            written = staging / FILES[format]
-            notes, target_hashes = _write(tensors, config, written, format, bias, tokenizer, max_shard_size, progress)
-            if check:
-                _verify(opened, config, written, progress)
-            carried = type(tokenizer).__name__ if tokenizer is not None and not notes else None
-            if format in DIRECTORIES:
-                carried, notes = carry_tokenizer(path, staging)
-            elif tokenizer is None:
-                notes += left_behind(path, f"{FILES[format]} has no place for a tokenizer")
-            notes = opened.notes + notes
-            receipt = new_receipt(
-                f"{opened.format} converted to {format}",
-                source={
-                    "name": str(opened.path),
-                    "format": opened.format,
-                    "revision": None,
-                    "files": by_name(source_hashes.result()),
-                },
-                tokenizer=carried,
-                parity={"passed": True, "weights_equal": True, "tensors": len(tensors)} if check else None,
-                notes=notes,
-            )
-            if format == "native":
-                model = meta_model(GPTScratchForCausalLM, GPTScratchConfig.from_pretrained(staging))
-                model_card(model, receipt).save(staging / CARD)
-            rest = digests(file for file in staging.iterdir() if file.name not in target_hashes)
-            receipt["target"] = {"files": dict(sorted({**target_hashes, **by_name(rest)}.items()))}
-            write_receipt(staging, receipt)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError to a full disk
-        raise ConversionError(
-            f"failed while writing the target: {error}; {target} is as it was before; free disk space, check "
-            "permissions or choose another target, then run again"
-        ) from error
+    with (
+        publishing(target, overwrite, needed) as staging,
+        stamps.hashed_meanwhile(files) as source_files,
+        quiet_transformers(),
+    ):
+        tokenizer = tokenizer_beside(path) if format == "gguf" else None
+        written = staging / FILES[format]
+        notes, target_hashes = _write(tensors, config, written, format, bias, tokenizer, max_shard_size, progress)
+        if check:
+            _verify(opened, config, written, progress)
+        carried = type(tokenizer).__name__ if tokenizer is not None and not notes else None
+        if format in DIRECTORIES:
+            carried, left = carry_tokenizer(path, staging)
+            notes += left
+        elif tokenizer is None:
+            notes += left_behind(path, f"{FILES[format]} has no place for a tokenizer")
+        notes = [*opened.notes, *notes, *strip_code(staging)]
+        receipt = new_receipt(
+            f"{opened.format} converted to {format}",
+            source={"name": str(opened.path), "format": opened.format, "revision": None, "files": source_files()},
+            tokenizer=carried,
+            parity={"passed": True, "weights_equal": True, "tensors": len(tensors)} if check else None,
+            notes=notes,
+        )
+        if format == "native":
+            model = meta_model(GPTScratchForCausalLM, GPTScratchConfig.from_pretrained(staging))
+            model_card(model, receipt).save(staging / CARD)
+        seal(staging, receipt, target_hashes)
     return receipt
 
 
@@ -551,8 +542,6 @@ def _write(
             tensors = layout.from_scratch(with_qkv_biases(tensors, config.n_layers), config.n_layers)
         model.to(next(iter(tensors.values())).dtype)
         hashes = write_model(model, tensors, target, max_shard_size, progress)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
         return [], hashes
     if config.tie_word_embeddings and layout.stores_tied_head:
         tensors = {**tensors, "out_head.weight": tensors["tok_emb.weight"]}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .checkpoint import ConversionError
+from .parity import same_bits
 from .weight_map import Row, rows
 
 
@@ -90,6 +91,11 @@ def with_qkv_biases(tensors: Mapping[str, Lazy], n_layers: int) -> dict[str, Laz
 
 def zero(shape: torch.Size, dtype: torch.dtype) -> Lazy:
     return Lazy(shape, dtype, functools.partial(torch.zeros, shape, dtype=dtype))
+
+
+def all_zero(tensor: torch.Tensor) -> bool:
+    """Whether every bit is; −0 is not 0."""
+    return same_bits(tensor, torch.zeros_like(tensor))
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,105 +1,387 @@
-"""A directory that appears complete or not at all, and the receipt by which it can be checked later."""
+"""A directory that appears complete or not at all, and the receipt by which it can be checked later.
 
+Nothing is deleted but what a conversion has written: `--overwrite` replaces a directory that is as its receipt says.
+"""
+
+import ctypes
 import datetime
-import fcntl
+import errno
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
+import signal
+import stat
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import filelock
 import torch
 import transformers
+from rich.filesize import decimal
+from safetensors import SafetensorError
 
 from .checkpoint import ConversionError, Progress, read_json
 
 RECEIPT = "conversion_receipt.json"
 _CHUNK = 1 << 20
+_NAMED = 5  # so many names and no more in a message
+# What renameat2 answers where the kernel or the file system does not have it.
+_NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100  # linux/fs.h, fcntl.h
+_SECONDS_FOR_THE_LOCK = 0.5  # a holder that has just let go of it removes its file
+
+
+# Targets
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """A path with `~` in its place.
+
+    Raises:
+        ConversionError: it is empty, or no path can be so.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise ConversionError("got an empty path; give the name of a directory or file")
+    if "\0" in text:
+        raise ConversionError(f"the path {shorten(text)!r} has a null character in it, which no path has; correct it")
+    try:
+        expanded = Path(text).expanduser()
+        expanded.lstat()
+    except RuntimeError as error:  # ~nosuch
+        raise ConversionError(f"{shorten(text)!r} begins with no user's home directory; write out the path") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConversionError(
+                f"{shorten(text)!r} is longer than a path can be here; correct it, or choose a shorter one"
+            ) from error
+    return expanded
+
+
+def target_path(target: str | os.PathLike) -> Path:
+    """Where a target will lie when all links are followed.
+
+    Raises:
+        ConversionError: no directory can be made there, or none that could be replaced as a whole.
+    """
+    path = local_path(target)
+    shown = shorten(str(path))
+    try:
+        if path.is_symlink() and not path.exists():
+            raise ConversionError(
+                f"the target {shown} is a link to {shorten(os.readlink(path))}, which is not there; remove the link, "
+                "or choose another target"
+            )
+        real = Path(os.path.realpath(path))
+        real.lstat()
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError as error:
+        raise ConversionError(
+            f"the target {shown} would lie in a file; choose a target whose parents are directories"
+        ) from error
+    except OSError as error:
+        raise ConversionError(f"the target {shown} cannot be ({error.strerror}); choose another target") from error
+    if real.exists() and not real.is_dir():
+        raise ConversionError(f"{shown} is a file, but the target is a directory; choose another name")
+    if os.path.ismount(real):
+        raise ConversionError(
+            f"the target {shown} is the root of a file system, which cannot be replaced as a whole; choose a directory "
+            "within it"
+        )
+    if real.exists() and os.path.samefile(real, os.curdir):
+        raise ConversionError(
+            f"the target {shown} is the working directory, but a target comes into being under its final name at once; "
+            "choose a directory within it"
+        )
+    return real
+
+
+def refuse_overlap(target: Path, source: Path) -> None:
+    """Lets no target through that is the source, holds it or lies in it, by whatever names and links.
+
+    Raises:
+        ConversionError: it is one of these.
+    """
+
+    def same(a: Path, b: Path) -> bool:
+        try:
+            return os.path.samefile(a, b)
+        except OSError:  # one of them is not there
+            return a == b
+
+    source = Path(os.path.realpath(source))
+    inside = sorted(source.iterdir()) if source.is_dir() else []
+    for path in (source, *(Path(os.path.realpath(path)) for path in inside)):
+        for place in (target, *_beside(target)):
+            if any(same(place, parent) for parent in (path, *path.parents)):
+                raise ConversionError(f"the target {place} is or holds the source {path}; choose another target")
+    if source.is_dir() and any(same(source, place) for place in target.parents):
+        raise ConversionError(f"the target {target} lies in the source {source}; choose a target outside of it")
+
+
+@contextmanager
+def told_while(doing: str, target: str | os.PathLike) -> Iterator[None]:
+    """Tells what the system refuses as an error of the conversion.
+
+    Raises:
+        ConversionError: a file cannot be read or written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError to a full disk
+        raise ConversionError(
+            f"failed while {doing}: {shorten(str(error), 500)}; {shorten(str(target))} is as it was before; free disk "
+            "space, check permissions or choose another target, then run again"
+        ) from error
+
+
+@contextmanager
+def publishing(target: Path, overwrite: bool, needed: int) -> Iterator[Path]:
+    """`atomic_directory` on a disk with room for `needed` bytes.
+
+    Raises:
+        ConversionError: as `atomic_directory`; or the disk is too full, or the system refuses something else.
+    """
+    with told_while("writing the target", target):
+        check_space(target, needed)
+        with atomic_directory(target, overwrite) as staging:
+            yield staging
 
 
 @contextmanager
 def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A directory to fill, which becomes `target` when the block ends well and disappears when it does not.
 
-    What a killed process has left beside `target` is cleared away first, and an old target that it had moved aside is
-    put back. A lock keeps a second process off for as long as the first lives.
+    An old target is exchanged for the new one in one step, so that one of them is there whenever the process is killed.
+    Where the system cannot (any but Linux, and some network file systems), the old one is first moved aside: after a
+    kill in that moment it lies beside the target, under the name that ends in `.replaced`, until the next run puts it
+    back. What else a killed process has left there is cleared away first. A lock keeps a second process off for as long
+    as the first lives.
 
     Raises:
-        ConversionError: there is something at `target`, and `overwrite` is not set; or another process is writing it.
+        ConversionError: there is something at `target` that may not be replaced; or another process is writing it.
     """
-    refuse_existing(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock, staging, replaced = (
-        target.with_name(f".{target.name}.hf_gpt_scratch.{what}") for what in ("lock", "incomplete", "replaced")
-    )
-    with _locked(lock, target):
-        _clear(target, staging, replaced)
-        refuse_existing(target, overwrite)
-        try:
-            staging.mkdir()
-            yield staging
-            for path in (*staging.rglob("*"), staging):
-                _fsync(path)
-            if target.exists():
-                target.rename(replaced)
-            staging.rename(target)
-            _fsync(target.parent)
-        finally:  # an interruption may come between any two of the lines above
+    lock, staging, replaced = _beside(target)
+    held = filelock.FileLock(lock)
+    missing = [parent for parent in target.parents if not parent.exists()]  # innermost first
+    try:
+        with _uninterrupted():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _acquire(held, target)
             _clear(target, staging, replaced)
+            old = _replaceable(target, overwrite)
+            staging.mkdir()
+        yield staging
+        for path in (*staging.rglob("*"), staging):
+            _fsync(path)
+        with _uninterrupted():
+            if old:
+                staging.chmod(stat.S_IMODE(target.stat().st_mode))
+                _replace(target, staging, replaced, old)
+            else:
+                if old is not None:
+                    target.rmdir()
+                _rename_to_nothing(staging, target)
+            _fsync(target.parent)
+    finally:
+        with _uninterrupted():
+            try:
+                if held.is_locked:
+                    _clear(target, staging, replaced)
+            finally:
+                _release(held, lock)
+                if not target.exists():
+                    with suppress(OSError):  # another's files have come into it
+                        for parent in missing:
+                            parent.rmdir()
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Lets no target through that would have to be destroyed unasked.
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """SIGINT and SIGTERM are heeded when the block is left, so that an interruption leaves nothing half done."""
+    came: list[int] = []
+    usual: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not None:  # None: it is not Python's
+                usual[number] = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for replaced, handler in usual.items():
+            signal.signal(replaced, handler)
+        for late in came:
+            signal.raise_signal(late)
+
+
+def _beside(target: Path) -> tuple[Path, Path, Path]:
+    """Lock, unfinished target, and old target that was moved aside; runs that end take them away."""
+    lock, staging, replaced = (f".{target.name}.hf_gpt_scratch.{what}" for what in ("lock", "incomplete", "replaced"))
+    return target.with_name(lock), target.with_name(staging), target.with_name(replaced)
+
+
+def _replaceable(target: Path, overwrite: bool) -> dict[str, tuple] | None:
+    """What lies at `target` and will be replaced; None if nothing does.
+
+    Raises:
+        ConversionError: it may not be replaced.
+    """
+    if not os.path.lexists(target):
+        return None
+    if target.is_symlink() or not target.is_dir():
+        raise ConversionError(f"{target} is a file, but the target is a directory; choose another name")
+    if not any(target.iterdir()):
+        return {}
+    if not overwrite and _has_receipt(target):
+        raise ConversionError(f"{target} exists already; choose another target, or pass --overwrite to replace it")
+    if not _has_receipt(target):
+        raise ConversionError(
+            f"{target} exists already and has no {RECEIPT}, so no conversion has written it, and --overwrite would not "
+            "delete it; move it away yourself, or choose another target"
+        )
+    entries = _entries(target)
+    if told := _differences(target, read_receipt(target), entries, Progress()):
+        raise ConversionError(
+            f"{target} is not as its conversion left it ({told}), and --overwrite deletes nothing else; move away what "
+            "you want to keep and delete the rest yourself, or choose another target"
+        )
+    return entries
+
+
+def _replace(target: Path, staging: Path, replaced: Path, old: Mapping[str, tuple]) -> None:
+    """Puts `staging` in the place of `target`, which holds `old`.
+
+    Raises:
+        ConversionError: `target` has changed meanwhile, and stays.
+    """
+    changed = ConversionError(
+        f"another program has changed {target} while its replacement was written, so it was left alone; look at it, "
+        "then run again"
+    )
+    if _rename2(staging, target, _EXCHANGE):
+        if _entries(staging) != old:
+            _rename2(staging, target, _EXCHANGE)
+            raise changed
+        return
+    _rename_to_nothing(target, replaced)
+    if _entries(replaced) != old:
+        _rename_to_nothing(replaced, target)
+        raise changed
+    _rename_to_nothing(staging, target)
+
+
+def _rename_to_nothing(path: Path, target: Path) -> None:
+    """Renames a directory, and replaces nothing.
+
+    Where the system has no such call, an empty directory that another program makes at the last moment is replaced.
 
     Raises:
         ConversionError: there is something at `target`.
     """
-    if target.exists() and not target.is_dir():
-        raise ConversionError(f"{target} is a file, but the target is a directory; choose another name")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise ConversionError(f"{target} exists already; choose another target, or pass --overwrite to replace it")
-
-
-@contextmanager
-def _locked(lock: Path, target: Path) -> Iterator[None]:
-    """Holds a lock that the system takes back when the process ends, however it ends."""
-    while True:
-        held = False
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConversionError(
-                    f"another process is writing {target} at this moment; wait for it to end, or choose another target"
-                ) from error
-            with suppress(FileNotFoundError):
-                held = os.path.samestat(os.fstat(descriptor), lock.stat())
-            if not held:
-                continue  # its last holder has just removed it
-            try:
-                yield
-            finally:
-                lock.unlink()
+    try:
+        if _rename2(path, target, _NOREPLACE):
             return
-        finally:
-            os.close(descriptor)
+        if os.path.lexists(target):
+            raise FileExistsError
+        path.rename(target)
+    except OSError as error:
+        if os.path.lexists(target):
+            raise ConversionError(
+                f"another program has made {target} meanwhile, and it was left alone; choose another target, or move "
+                "that away"
+            ) from error
+        raise
+
+
+def _rename2(path: Path, target: Path, flag: int) -> bool:
+    """Linux's renameat2; False where there is none.
+
+    Raises:
+        OSError: it is there, and refuses.
+    """
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if function is None:
+        return False
+    if function(_AT_FDCWD, os.fsencode(path), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flag)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_RENAMEAT2:
+        return False
+    raise OSError(number, os.strerror(number), str(path), None, str(target))
+
+
+def _acquire(lock: filelock.BaseFileLock, target: Path) -> None:
+    """Takes a lock that the system takes back when the process ends, however it ends."""
+    try:
+        lock.acquire(timeout=_SECONDS_FOR_THE_LOCK)
+    except filelock.Timeout as error:
+        raise ConversionError(
+            f"another process is writing {target} at this moment; wait for it to end, or choose another target"
+        ) from error
+
+
+def _release(held: filelock.BaseFileLock, lock: Path) -> None:
+    if not held.is_locked:
+        return
+    if sys.platform == "win32":  # which removes no open file
+        held.release()
+        with suppress(OSError):
+            lock.unlink()
+    else:  # who waits for it finds that it is another file by then, and tries again
+        lock.unlink(missing_ok=True)
+        held.release()
 
 
 def _clear(target: Path, staging: Path, replaced: Path) -> None:
-    if replaced.exists() and not target.exists():
-        replaced.rename(target)
+    """Removes what a run has left beside its target, and puts an old target back that had been moved aside."""
+    if os.path.lexists(replaced) and not os.path.lexists(target):
+        _rename_to_nothing(replaced, target)
     for rest in (replaced, staging):
-        shutil.rmtree(rest, ignore_errors=True)
+        if not os.path.lexists(rest):
+            continue
+        if rest.is_symlink() or not rest.is_dir():
+            raise ConversionError(f"{rest} is in the way, and no conversion has made it; move it away, then run again")
+        if _has_receipt(rest):
+            _remove_what_was_received(rest)
+        elif rest == staging:  # a receipt is the last that is written
+            shutil.rmtree(rest, ignore_errors=True)
+        elif any(rest.iterdir()):
+            raise ConversionError(f"{rest} is in the way, and has no {RECEIPT}; move it away, then run again")
+        else:
+            rest.rmdir()
+
+
+def _remove_what_was_received(directory: Path) -> None:
+    """Removes a directory by its receipt: what that does not name stays, and so does the receipt."""
+    named = _named(read_receipt(directory))
+    entries = _entries(directory)
+    folders = [name for name in entries if name.endswith("/")]
+    for name in entries.keys() & named.keys():
+        (directory / name).unlink()
+    with suppress(OSError):  # not empty, which is told below
+        for name in sorted(folders, key=len, reverse=True):
+            (directory / name).rmdir()
+    if rest := sorted(_entries(directory).keys() - {RECEIPT}):
+        raise ConversionError(
+            f"{directory} holds {_some(rest)}, which no conversion has written; move that away, then run again"
+        )
+    (directory / RECEIPT).unlink()
+    directory.rmdir()
 
 
 def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -117,9 +399,12 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConversionError(
-            f"{existing} has {free / 1e9:.2f} GB free, but the target needs {needed / 1e9:.2f} GB; free some space or "
-            "choose a target on another disk"
+            f"{existing} has {decimal(free)} free, but the target needs {decimal(needed)}; free some space or choose a "
+            "target on another disk"
         )
+
+
+# Hashes
 
 
 def digests(
@@ -142,15 +427,45 @@ def digests(
     return figures
 
 
-@contextmanager
-def hashed_meanwhile(paths: Iterable[Path]) -> Iterator[Future[dict[Path, dict[str, Any]]]]:
-    """Hashes files in a thread beside the block, and stops when the block is left."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            yield pool.submit(digests, paths, None, stop)
-        finally:
-            stop.set()
+class Stamps:
+    """The files of a source as they were before the first of them was opened, so that a later change is noticed."""
+
+    def __init__(self, source: Path):
+        self.stamps = {path: _stamp(path) for path in (source.iterdir() if source.is_dir() else [source])}
+
+    @contextmanager
+    def hashed_meanwhile(self, paths: Iterable[Path]) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
+        """Hashes files in a thread beside the block, and stops when the block is left.
+
+        Gives a function to call when all has been read: sha256 and size by the files' names. They are of the bytes that
+        were read, since it raises ConversionError if a file has changed since the stamps were taken.
+        """
+        stop = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(digests, sorted(set(paths), key=lambda path: path.name), None, stop)
+
+            def result() -> dict[str, dict[str, Any]]:
+                found = future.result()
+                for path in found:
+                    if path not in self.stamps or self.stamps[path] != _stamp(path):
+                        raise ConversionError(
+                            f"{path} has changed while it was read; run again when no other program writes it"
+                        )
+                return by_name(found)
+
+            try:
+                yield result
+            finally:
+                stop.set()
+
+
+def _stamp(path: Path) -> tuple | None:
+    """What is different once a file has been written to or replaced; None if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def by_name(hashes: Mapping[Path, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -158,23 +473,106 @@ def by_name(hashes: Mapping[Path, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {path.name: hashes[path] for path in sorted(hashes, key=lambda path: path.name)}
 
 
+# Receipts
+
+
+def program_version() -> str:
+    """The version of this package, as it was installed."""
+    try:
+        return importlib.metadata.version("hf-gpt-scratch")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def new_receipt(what: str, **entries: Any) -> dict[str, Any]:
     """What was converted, when, and with which versions; `entries` in between."""
+    versions = {"hf_gpt_scratch": program_version(), "torch": torch.__version__}
     return {
         "what": f"{what} by hf_gpt_scratch",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **entries,
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": platform.python_version()},
+        "versions": {**versions, "transformers": transformers.__version__, "python": platform.python_version()},
     }
 
 
-def write_receipt(directory: Path, receipt: dict[str, Any]) -> None:
-    """Puts the receipt beside the files that it is about."""
-    (directory / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+def seal(directory: Path, receipt: dict[str, Any], known: Mapping[str, dict[str, Any]]) -> None:
+    """Adds sha256 and size of every file to the receipt, and puts it beside them.
+
+    Args:
+        known: the figures of files that were hashed when they were written, by name.
+    """
+    files = [path for path in directory.rglob("*") if not path.is_dir()]
+    names = {path: path.relative_to(directory).as_posix() for path in files}
+    hashed = digests(path for path in files if names[path] not in known)
+    figures = {**known, **{names[path]: figures for path, figures in hashed.items()}}
+    receipt["target"] = {"files": dict(sorted(figures.items()))}
+    # Whole or not at all: without one, what a killed run has left is known to be incomplete.
+    part = directory / f"{RECEIPT}.part"
+    part.write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+    part.replace(directory / RECEIPT)
+
+
+def read_receipt(directory: Path) -> dict[str, Any]:
+    """The receipt in a directory.
+
+    Raises:
+        ConversionError: there is none, or it is none.
+    """
+    path = directory / RECEIPT
+    if not _has_receipt(directory):
+        raise ConversionError(f"{directory} has no {RECEIPT}; give a directory that a conversion has written")
+    receipt = read_json(path)
+    if problem := _problem(receipt):
+        raise ConversionError(f"{path} is no receipt of a conversion: {problem}; convert the checkpoint again")
+    return receipt
+
+
+def _has_receipt(directory: Path) -> bool:
+    return (directory / RECEIPT).is_file() and not (directory / RECEIPT).is_symlink()
+
+
+def _problem(receipt: Any) -> str | None:
+    if not isinstance(receipt, dict):
+        return f"it is a {type(receipt).__name__}, but must be an object"
+    for name in ("what", "created"):
+        if not isinstance(receipt.get(name), str):
+            return f"{name!r} is {shorten(repr(receipt.get(name)))}, but must be a text"
+    try:
+        datetime.datetime.fromisoformat(receipt["created"])
+    except ValueError:
+        return f"'created' is {shorten(repr(receipt['created']))}, but must be a date and time"
+    parity = receipt.get("parity")
+    if parity is not None and not (isinstance(parity, dict) and isinstance(parity.get("passed"), bool)):
+        return f"'parity' is {shorten(repr(parity))}, but must be null, or have figures and 'passed'"
+    files = receipt["target"].get("files") if isinstance(receipt.get("target"), dict) else None
+    if not isinstance(files, dict) or not files:
+        return f"'target' is {shorten(repr(receipt.get('target')))}, but must have 'files'"
+    for name, figures in files.items():
+        if not _is_below(name):
+            return f"it names the file {shorten(repr(name))}, but its files lie below its own directory"
+        sha256, size = (figures.get(key) if isinstance(figures, dict) else None for key in ("sha256", "bytes"))
+        if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+            return (
+                f"the sha256 of {shorten(repr(name))} is {shorten(repr(sha256))}, but must be 64 digits of 0-9 and a-f"
+            )
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            return f"the bytes of {shorten(repr(name))} are {shorten(repr(size))}, but must be a whole number"
+    return None
+
+
+def _is_below(name: str) -> bool:
+    """Whether a receipt may give a file such a name: relative, without detours, and not the receipt's own."""
+    plain = PurePosixPath(name)
+    parts_are_plain = not plain.is_absolute() and ".." not in plain.parts and str(plain) == name
+    return parts_are_plain and name not in (".", RECEIPT) and "\0" not in name and "\\" not in name
+
+
+def _named(receipt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return receipt["target"]["files"]
 
 
 def verify_receipt(directory: str | os.PathLike, progress: Progress | None = None) -> dict[str, Any]:
-    """Compares a converted directory with its receipt, file by file.
+    """Compares a converted directory with its receipt: every file, and whatever else lies in it.
 
     The receipt tells accidents, not forgers: who can change a file can change the receipt.
 
@@ -182,37 +580,59 @@ def verify_receipt(directory: str | os.PathLike, progress: Progress | None = Non
         the receipt.
 
     Raises:
-        ConversionError: there is no receipt; or files are missing, extra or changed, each of which is named.
+        ConversionError: there is no receipt; or something is missing, extra or changed, each of which is named.
     """
-    directory, progress = Path(directory).expanduser(), progress or Progress()
-    if not (directory / RECEIPT).is_file():
-        raise ConversionError(f"{directory} has no {RECEIPT}; give a directory that a conversion has written")
-    receipt = read_json(directory / RECEIPT)
+    directory = local_path(directory)
     try:
-        expected = {
-            str(name): (str(figures["sha256"]), int(figures["bytes"]))
-            for name, figures in receipt["target"]["files"].items()
-        }
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise ConversionError(
-            f"{directory / RECEIPT} is no receipt of a conversion ({error!r}); convert the checkpoint again"
-        ) from error
-    found = {str(path.relative_to(directory)): path for path in directory.rglob("*") if not path.is_dir()}
-    del found[RECEIPT]
-    both = {name: found[name] for name in sorted(expected.keys() & found.keys()) if found[name].is_file()}
-    progress.step(f"Hashing {directory}", sum(path.stat().st_size for path in both.values()))
-    hashed = digests(both.values(), progress)
-    actual = {name: (hashed[path]["sha256"], hashed[path]["bytes"]) for name, path in both.items()}
-    wrong = {
-        "missing": expected.keys() - found.keys(),
-        "extra": found.keys() - expected.keys(),
-        "changed": {name for name in expected.keys() & found.keys() if actual.get(name) != expected[name]},
-    }
-    if any(wrong.values()):
-        told = "; ".join(
-            f"{kind}: {', '.join(repr(name) for name in sorted(names))}" for kind, names in wrong.items() if names
-        )
+        receipt = read_receipt(directory)
+        told = _differences(directory, receipt, _entries(directory), progress or Progress())
+    except OSError as error:
+        raise ConversionError(f"{directory} cannot be read ({error}); check its permissions") from error
+    if told:
         raise ConversionError(
             f"{directory} is not as its conversion left it ({told}); convert the checkpoint again, or restore the files"
         )
     return receipt
+
+
+def _differences(directory: Path, receipt: Mapping[str, Any], entries: Mapping[str, tuple], progress: Progress) -> str:
+    """What is missing, extra or changed, in words; nothing if all is as it was."""
+    named = _named(receipt)
+    folders = {f"{parent}/" for name in named for parent in PurePosixPath(name).parents if parent.name}
+    plain = {name for name in named.keys() & entries.keys() if stat.S_ISREG(entries[name][0])}
+    same_size = {name: directory / name for name in sorted(plain) if entries[name][2] == named[name]["bytes"]}
+    progress.step(f"Hashing {directory}", sum(entries[name][2] for name in same_size))
+    hashed = digests(same_size.values(), progress)
+    same = {name for name, path in same_size.items() if hashed[path] == {k: named[name][k] for k in hashed[path]}}
+    wrong = {
+        "missing": named.keys() - entries.keys(),
+        "extra": entries.keys() - named.keys() - folders - {RECEIPT},
+        "changed": (named.keys() & entries.keys()) - same,
+    }
+    return "; ".join(f"{kind}: {_some(sorted(names))}" for kind, names in wrong.items() if names)
+
+
+def _entries(directory: Path, below: str = "") -> dict[str, tuple]:
+    """Everything in a directory, by name from there, with kind, inode, size and time of change; no link is followed.
+
+    The names of directories end in a slash.
+    """
+    found = {}
+    with os.scandir(directory / below) as entries:
+        for entry in entries:
+            about, name = entry.stat(follow_symlinks=False), below + entry.name
+            if stat.S_ISDIR(about.st_mode):
+                name += "/"
+                found.update(_entries(directory, name))
+            found[name] = (about.st_mode, about.st_ino, about.st_size, about.st_mtime_ns)
+    return found
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(shorten(repr(name)) for name in names[:_NAMED]) + more
+
+
+def shorten(text: str, length: int = 200) -> str:
+    """The text, or its beginning and end."""
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 2 :]}"

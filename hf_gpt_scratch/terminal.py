@@ -83,6 +83,8 @@ def convert_and_report(
             f"{parity['greedy_tokens']} greedy ids equal, {parity['tensors']} tensors equal bit for bit.",
             soft_wrap=True,
         )
+    for note in receipt.get("notes", []):
+        console.print(f"Note: {escape(note)}", soft_wrap=True)
     console.print("Tokenizer: " + (receipt["tokenizer"] or "none in the source, so none in the target"))
     return receipt
 

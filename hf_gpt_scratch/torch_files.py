@@ -17,7 +17,8 @@ import torch
 from .checkpoint import ConversionError, Mapped, Progress, is_sound_archive
 from .configuration_gpt_scratch import GPTScratchConfig
 from .layouts import READABLE, variant
-from .lazy import Lazy, held
+from .lazy import Lazy, all_zero, held
+from .parity import same_bits
 
 # nanoGPT's `model_args`, in our names.
 MODEL_ARGS = {
@@ -157,13 +158,13 @@ def write_nanogpt(
         notes, and the file's sha256.
     """
     head, embedding = tensors["lm_head.weight"], tensors["transformer.wte.weight"]
-    if head is not embedding and not torch.equal(head.read(), embedding.read()):
+    if head is not embedding and not same_bits(head.read(), embedding.read()):
         raise ConversionError(
             "the model's out_head.weight differs from tok_emb.weight, but nanoGPT has one matrix for both; export to "
             "'book' or 'gpt2' instead"
         )
     tensors = {**tensors, "lm_head.weight": embedding}
-    set_biases = [name for name, tensor in tensors.items() if name.endswith(".bias") and tensor.read().any()]
+    set_biases = [name for name, tensor in tensors.items() if name.endswith(".bias") and not all_zero(tensor.read())]
     if bias is None:
         bias = config.qkv_bias or bool(set_biases)
     if not bias:

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,21 +14,32 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import errors
-from pairs import LAYERS, gpt2_config, random_gpt2, random_ids
+from pairs import LAYERS, gpt2_config, random_gpt2, random_ids, random_pair
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from typer.testing import CliRunner
 
-from hf_gpt_scratch import GPTScratchForCausalLM
+import hf_gpt_scratch
+from hf_gpt_scratch import GPTScratchForCausalLM, formats
+from hf_gpt_scratch.checkpoint import write_safetensors
+from hf_gpt_scratch.cli import app
 from hf_gpt_scratch.conversion import (
     RECEIPT,
     ConversionError,
-    atomic_directory,
     check_checkpoint,
     find_source,
     gpt2_to_scratch,
     scratch_to_gpt2,
 )
-from hf_gpt_scratch.parity import ParityError
+from hf_gpt_scratch.parity import ParityError, same_bits
+from hf_gpt_scratch.trust import CODE_KEYS
 
 CONVERT = Path(__file__).parents[1] / "convert"
 
@@ -87,6 +99,15 @@ def test_receipt_has_the_hashes_of_source_and_target(source, target):
         for name, figures in files.items():
             assert figures == {"sha256": sha256(directory / name), "bytes": (directory / name).stat().st_size}
     assert receipt["target"]["files"].keys() == {path.name for path in target.iterdir()} - {RECEIPT}
+
+
+def test_receipt_has_the_hashes_of_all_that_was_read_and_of_nothing_else(tmp_path, target):
+    shutil.copytree(TRAINED, tmp_path / "source")
+    (tmp_path / "source" / "picture.png").touch()
+    receipt = gpt2_to_scratch(tmp_path / "source", target, check=False)
+    read = {path.name for path in TRAINED.iterdir() if path.suffix in (".json", ".safetensors", ".txt", ".jinja")}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= read
+    assert receipt["source"]["files"].keys() == read
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -162,14 +183,13 @@ def test_wrong_result_is_not_published(source, target, monkeypatch):
 
 
 def test_existing_target_is_kept_unless_overwrite(source, target):
-    target.mkdir()
-    (target / "precious").write_text("mine")
+    gpt2_to_scratch(source, target, check=False)
+    before = sha256(target / RECEIPT)
     with pytest.raises(ConversionError, match=r"target exists already.*--overwrite"):
         gpt2_to_scratch(source, target)
-    assert (target / "precious").read_text() == "mine"
+    assert sha256(target / RECEIPT) == before
     gpt2_to_scratch(source, target, overwrite=True)
-    assert (target / "model.safetensors").exists()
-    assert not (target / "precious").exists()
+    assert sha256(target / RECEIPT) != before
     assert leftovers(target) == []
 
 
@@ -184,24 +204,6 @@ def test_failed_overwrite_keeps_the_old_target(source, target, monkeypatch):
     with pytest.raises(ConversionError, match=r"writing the target.*No space left.*as it was before.*free disk space"):
         gpt2_to_scratch(source, target, overwrite=True)
     assert sha256(target / "model.safetensors") == before
-    assert leftovers(target) == []
-
-
-def test_failed_swap_puts_the_old_target_back(tmp_path, monkeypatch):
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").touch()
-    rename = Path.rename
-
-    def fails_once(self, to):
-        if self.name.endswith(".incomplete"):
-            raise OSError("rename failed")
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", fails_once)
-    with pytest.raises(OSError, match="rename failed"), atomic_directory(target, overwrite=True) as staging:
-        (staging / "new").touch()
-    assert [path.name for path in target.iterdir()] == ["old"]
     assert leftovers(target) == []
 
 
@@ -333,6 +335,7 @@ def test_bad_checkpoint_of_ours_is_refused_by_our_names(source, target, tmp_path
     [
         ("./nowhere", r"no directory \./nowhere"),
         ("/no/such/place", r"no directory /no/such/place"),
+        ("/a" * 1000, r"no directory (/a)+…(/a)+;.{,20}$"),
         ("openai-community/gpt2", r"'openai-community/gpt2' is no directory here.*connect to the network"),
         ("not a name!", r"neither a directory nor a hub repository 'not a name!'"),
     ],
@@ -384,19 +387,178 @@ def test_hub_id_is_fetched_at_its_revision(source, target, monkeypatch):
 
 
 def test_source_is_no_target(source):
-    with pytest.raises(ConversionError, match="source and target are both"):
+    with pytest.raises(ConversionError, match="is or holds the source"):
         gpt2_to_scratch(source, source, overwrite=True)
 
 
 def test_full_disk_is_told_before_anything_is_written(source, target, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(ConversionError, match=r"0\.00 GB free, but the target needs"):
+    with pytest.raises(ConversionError, match=r"has 1\.0 kB free, but the target needs \d+\.\d kB"):
         gpt2_to_scratch(source, target)
     assert not target.exists()
 
 
 def test_check_reads_every_file_once_and_hashes_it(source):
     assert check_checkpoint(source, "gpt2").keys() == {"config.json", "model.safetensors"}
+
+
+# What makes code run
+
+
+def forged(source):
+    """A tokenizer, and settings in every file that name somebody's code, and code beside them."""
+    shutil.copytree(TRAINED, source)
+    code = {
+        "auto_map": {"AutoTokenizer": ["someone/repo--code.Tokenizer", None], "AutoConfig": "code.Config"},
+        "custom_code": "code.py",
+        "custom_generate": "someone/repo",
+        "custom_pipelines": {"task": {"impl": "code.Pipeline"}},
+        "kernel_config": {"RMSNorm": "someone/repo:RMSNorm"},
+        "trust_remote_code": True,
+        "use_kernels": True,
+    }
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        path = source / name
+        values = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**values, **code}))
+    (source / "code.py").write_text("raise SystemExit('code has run')")
+    (source / "custom_generate").mkdir()
+    (source / "custom_generate" / "generate.py").write_text("raise SystemExit('code has run')")
+    return source
+
+
+TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
+
+
+def named_code(directory):
+    """Everything in a directory's settings that transformers would take code from."""
+    found = {}
+    for path in directory.glob("*config.json"):
+        found.update(
+            {(path.name, key): value for key, value in json.loads(path.read_text()).items() if key in CODE_KEYS}
+        )
+    return found
+
+
+def test_no_code_of_the_source_comes_into_a_target(tmp_path, target):
+    receipt = gpt2_to_scratch(forged(tmp_path / "forged"), target)
+    ours = {
+        "AutoConfig": "configuration_gpt_scratch.GPTScratchConfig",
+        "AutoModelForCausalLM": "modeling_gpt_scratch.GPTScratchForCausalLM",
+    }
+    assert named_code(target) == {("config.json", "auto_map"): ours}
+    own = {path.name for path in Path(hf_gpt_scratch.__file__).parent.glob("*.py")}
+    assert {path.name for path in target.rglob("*.py")} <= own
+    assert not any(path.is_dir() for path in target.iterdir())
+    notes = "\n".join(receipt["notes"])
+    assert "left out of tokenizer_config.json, since it makes code run: 'auto_map', which was {" in notes
+    assert "left out of config.json, since it makes code run: 'custom_pipelines'" in notes
+    assert "left behind, since it is code: 'code.py'" in notes
+    assert "left behind, since it is code: 'custom_generate'" in notes
+    tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=True)
+    assert type(tokenizer) is GPT2Tokenizer
+    assert AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True).config.n_layers
+
+
+def test_what_was_taken_out_is_printed(tmp_path, target):
+    done = CliRunner().invoke(app, ["convert", str(forged(tmp_path / "forged")), str(target), "--no-verify"])
+    assert done.exit_code == 0
+    assert "Note: left out of tokenizer_config.json, since it makes code run: 'auto_map'" in done.output
+    assert "Note: left behind, since it is code: 'code.py'" in done.output
+
+
+def test_a_chat_template_is_data_and_comes_along(tmp_path, target):
+    source = forged(tmp_path / "forged")
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    gpt2_to_scratch(source, target, check=False)
+    assert AutoTokenizer.from_pretrained(target).chat_template == "{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("format", ["gpt2", "gguf", "book"])
+def test_no_code_goes_the_other_way(tmp_path, target, format):
+    native = tmp_path / "native"
+    gpt2_to_scratch(TRAINED, native, check=False)
+    values = json.loads((native / "tokenizer_config.json").read_text())
+    auto_map = {"AutoTokenizer": ["someone/repo--code.Tokenizer", None]}
+    (native / "tokenizer_config.json").write_text(json.dumps({**values, "auto_map": auto_map}))
+    receipt = formats.export_checkpoint(native, target, format, check=False)
+    assert named_code(target) == {}
+    assert list(target.rglob("*.py")) == []
+    told = "left out of tokenizer_config.json, since it makes code run: 'auto_map'"
+    assert any(note.startswith(told) for note in receipt["notes"]) == (format == "gpt2")
+
+
+def test_nothing_is_said_where_nothing_was_taken_out(source, target, tmp_path):
+    assert gpt2_to_scratch(source, target, check=False)["notes"] == []
+    assert scratch_to_gpt2(target, tmp_path / "back", check=False)["notes"] == []
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_that_is_a_program_on_the_hub_is_refused_before_it_is_fetched(
+    source, target, tmp_path, key, monkeypatch
+):
+    fetched = []
+    monkeypatch.setattr("transformers.integrations.hub_kernels.load_and_register_attn_kernel", fetched.append)
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetched.append)
+    edit_config(**{key: "someone/kernel"})(source)
+    with pytest.raises(
+        ConversionError, match=rf"config\.json has {key}='someone/kernel', a program on the hub.*remove"
+    ):
+        gpt2_to_scratch(source, target)
+    assert fetched == []
+
+
+# Bit for bit
+
+
+def test_one_bit_of_float64_is_seen(tmp_path, target, monkeypatch):
+    """Which float32, in which the models are compared, does not have; the mutation twin is the sound writer."""
+    source = tmp_path / "source"
+    random_gpt2().double().save_pretrained(source)
+    assert gpt2_to_scratch(source, target)["parity"]["passed"]
+
+    def nudged(path, specs, read, progress):
+        def wrong(name):
+            tensor = read(name)
+            return tensor + 1e-9 if name == "model.trf_blocks.1.att.out_proj.bias" else tensor
+
+        return write_safetensors(path, specs, wrong, progress)
+
+    monkeypatch.setattr("hf_gpt_scratch.conversion.write_safetensors", nudged)
+    with pytest.raises(ParityError, match=r"'h\.1\.attn\.c_proj\.bias' is not the source's, bit for bit"):
+        gpt2_to_scratch(source, tmp_path / "nudged")
+    assert not (tmp_path / "nudged").exists()
+
+
+@pytest.mark.parametrize("check", [True, "weights"])
+def test_the_sign_of_a_zero_is_kept_and_seen(source, target, tmp_path, monkeypatch, check):
+    def negative(tensors):
+        return {**tensors, "transformer.h.1.attn.c_attn.bias": -torch.zeros(3 * 48)}
+
+    rewrite(source, negative)
+    gpt2_to_scratch(source, target, check=check)
+    bias = load_file(target / "model.safetensors")["model.trf_blocks.1.att.W_key.bias"]
+    assert same_bits(bias, -torch.zeros(48))
+
+    def unsigned(path, specs, read, progress):
+        return write_safetensors(path, specs, lambda name: read(name) + 0.0, progress)
+
+    monkeypatch.setattr("hf_gpt_scratch.conversion.write_safetensors", unsigned)
+    with pytest.raises(ParityError, match=r"'h\.1\.attn\.c_attn\.bias' is not the source's"):
+        gpt2_to_scratch(source, tmp_path / "unsigned", check=check)
+
+
+def test_a_bias_of_negative_zeros_is_not_left_out(tmp_path):
+    """nanoGPT's `bias=False` has no place for it, and zeros in its stead would be other bits."""
+    model = random_pair()[1]
+    config = model.config
+    state_dict = {name: -torch.zeros_like(t) if name.endswith("bias") else t for name, t in model.state_dict().items()}
+    state_dict = {name: torch.zeros_like(t) if name.endswith("shift") else t for name, t in state_dict.items()}
+    with pytest.raises(ConversionError, match=r"bias=False was asked for, but \d+ biases are not zero"):
+        formats.write(state_dict, config, tmp_path / "ckpt.pt", "nanogpt", bias=False)
+    formats.write(state_dict, config, tmp_path / "ckpt.pt", "nanogpt", bias=True)
+    _, back = formats.read(tmp_path / "ckpt.pt")
+    assert same_bits(back["trf_blocks.0.att.W_query.bias"], -torch.zeros(48))
 
 
 # The scripts
@@ -425,7 +587,7 @@ def test_scripts_convert_and_report(source, target, tmp_path):
     [
         (["./nowhere", "{target}"], 1, "Not converted: there is no directory ./nowhere"),
         (["openai-community/gpt2", "{target}"], 1, "the hub cannot be reached"),
-        (["{source}", "{source}"], 1, "source and target are both"),
+        (["{source}", "{source}"], 1, "is or holds the source"),
         (["{source}"], 2, "target"),
     ],
 )
@@ -482,34 +644,4 @@ def test_script_interrupted_half_way(tmp_path, number):
     assert "as it was before" in errors
     assert "Traceback" not in errors
     assert not target.exists()
-    assert leftovers(target) == []
-
-
-@pytest.mark.parametrize("step", range(6))
-def test_interruption_between_any_two_steps_of_publishing(tmp_path, monkeypatch, step):
-    """The old target or the new one is there, whole, and nothing else is."""
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").touch()
-    calls = iter(range(100))
-
-    def interrupted(function):
-        def wrapper(*args, **kwargs):
-            if next(calls) == step:
-                function(*args, **kwargs)
-                raise KeyboardInterrupt
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    for name in ("mkdir", "rename"):
-        monkeypatch.setattr(Path, name, interrupted(getattr(Path, name)))
-    try:
-        with atomic_directory(target, overwrite=True) as staging:
-            (staging / "new").touch()
-    except KeyboardInterrupt:
-        pass
-    monkeypatch.undo()
-    assert [path.name for path in target.iterdir()] in (["old"], ["new"])
-    assert [path.name for path in target.iterdir()] == (["new"] if step >= 3 else ["old"])
     assert leftovers(target) == []

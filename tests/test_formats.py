@@ -768,8 +768,9 @@ def test_target_is_kept_and_source_is_never_replaced(tmp_path):
         import_checkpoint(path, tmp_path / "target")
     with pytest.raises(ConversionError, match="is or holds the source"):
         import_checkpoint(path, tmp_path, overwrite=True)
-    import_checkpoint(path, tmp_path / "target", overwrite=True)
-    assert not (tmp_path / "target/precious").exists()
+    with pytest.raises(ConversionError, match="no conversion has written it"):
+        import_checkpoint(path, tmp_path / "target", overwrite=True)
+    assert [file.name for file in (tmp_path / "target").iterdir()] == ["precious"]
     with pytest.raises(ConversionError, match=r"got format 'onnx'.*native, gpt2, book"):
         export_checkpoint(path, tmp_path / "onnx", "onnx")
 

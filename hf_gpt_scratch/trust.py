@@ -1,0 +1,68 @@
+"""What of a source would make code run, and so never comes into a target: its card says `trust_remote_code=True`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import ConversionError, read_json
+
+# Keys by which transformers finds code: of classes, pipelines, `generate`, attention and other kernels.
+CODE_KEYS = (
+    "auto_map",
+    "custom_code",
+    "custom_generate",
+    "custom_pipelines",
+    "kernel_config",
+    "trust_remote_code",
+    "use_kernels",
+)
+KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+
+
+def refuse_kernels(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuses a config whose attention is a program on the hub: transformers fetches it where a model is built.
+
+    Raises:
+        ConversionError: it is such a config.
+    """
+    for key in KERNEL_KEYS:
+        if "/" in str(values.get(key)):
+            raise ConversionError(
+                f"{path} has {key}={str(values[key])[:200]!r}, a program on the hub, which no conversion runs; remove "
+                "the key"
+            )
+
+
+def code_beside(directory: Path) -> list[str]:
+    """What of a source is code and was left behind, in sentences."""
+    names = [path.name for path in directory.iterdir() if path.suffix == ".py" or path.name == "custom_generate"]
+    return [f"left behind, since it is code: {name!r}" for name in sorted(names)]
+
+
+def strip_code(directory: Path) -> list[str]:
+    """Takes what makes code run out of the settings in a directory that is being written, but for our own classes.
+
+    Returns:
+        what was taken out, in sentences.
+    """
+    notes = []
+    for path in sorted(directory.glob("*config.json")):
+        values = read_json(path)
+        taken = [key for key in (*CODE_KEYS, *KERNEL_KEYS) if key in values and not _is_ours(path, key, values[key])]
+        for key in taken:
+            value = json.dumps(values.pop(key))
+            notes.append(f"left out of {path.name}, since it makes code run: {key!r}, which was {value[:200]}")
+        if taken:
+            path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return notes
+
+
+def _is_ours(path: Path, key: str, value: Any) -> bool:
+    """Whether a config's `auto_map` names nothing but the files that `save_pretrained` has put beside it."""
+    if (path.name, key) != ("config.json", "auto_map") or not isinstance(value, dict):
+        return False
+    return all(
+        isinstance(name, str) and "--" not in name and (path.parent / f"{name.partition('.')[0]}.py").is_file()
+        for name in value.values()
+    )
