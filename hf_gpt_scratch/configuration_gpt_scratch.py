@@ -88,7 +88,7 @@ class GPTScratchConfig(PreTrainedConfig):
     """
 
     model_type = "gpt_scratch"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "emb_dim",
         "max_position_embeddings": "context_length",

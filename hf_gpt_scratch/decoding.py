@@ -1,13 +1,11 @@
-"""What makes a token of `.generate()` cheap and changes none: a cache with room to grow, weights in reading order.
+"""What makes a token of `.generate()` cheap and changes none: a cache with room to grow.
 
 Shapes: B batch, H heads, T new tokens, S tokens so far, D head dimension.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -36,7 +34,8 @@ class GrowingLayer(DynamicLayer):
         total = seen + key_states.shape[-2]
         keys, values = self.room
         replaced = self.keys is not self.handed_out[0] or self.values is not self.handed_out[1]
-        if keys is None or replaced or total > keys.shape[-2]:
+        frozen = keys is not None and keys.is_inference() and not torch.is_inference_mode_enabled()
+        if keys is None or replaced or frozen or total > keys.shape[-2]:
             self.room = keys, values = [self._with_room(states, total) for states in (key_states, value_states)]
             if seen:
                 keys[:, :, :seen], values[:, :, :seen] = self.keys, self.values
@@ -61,30 +60,3 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() for _ in cache.layers]
     return cache
-
-
-def order_for_decoding(model: nn.Module) -> None:
-    """Lays float32 weights of linear layers on a CPU out in memory as `[in, out]`, the way Conv1D does.
-
-    Their shape, `[out, in]`, and their numbers stay. Products of few rows are faster so (`benchmarks/memory_order.py`);
-    those of other dtypes are slower, and their weights become contiguous. One weight at a time is copied.
-    """
-    _reorder(model, lambda weight: (weight.device.type, weight.dtype) == ("cpu", torch.float32))
-
-
-def order_for_training(model: nn.Module) -> None:
-    """Makes the weights of linear layers contiguous, as optimizers, wrappers and files may want them."""
-    _reorder(model, lambda weight: False)
-
-
-def _reorder(model: nn.Module, transposed: Callable[[torch.Tensor], bool]) -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        for weight in (module.weight for module in model.modules() if isinstance(module, nn.Linear)):
-            movable = (
-                type(weight.data) is torch.Tensor
-                and weight.device.type != "meta"
-                and not (weight.device.type == "cpu" and weight.is_shared())  # which another process would not follow
-                and not weight.is_inference()  # which another tensor cannot take the place of
-            )
-            if movable:  # no copy is made of what is in that order already
-                weight.data = weight.data.t().contiguous().t() if transposed(weight) else weight.data.contiguous()

@@ -194,7 +194,8 @@ class MultiHeadAttention(nn.Module):
         Args:
             x: (B, T, d_in).
             attention_mask: as `attention_function` wants it; None is plain causal for `causal_attention`.
-            past_key_values: anything with `update(keys, values, layer_idx)` that returns all keys and values so far.
+            past_key_values: anything with `update(keys, values, layer_idx, kwargs=kwargs)` that returns all keys and
+                values so far; a paged cache also writes into `kwargs` what the attention function is to know.
             kwargs: handed to `attention_function`.
 
         Returns:
@@ -209,7 +210,7 @@ class MultiHeadAttention(nn.Module):
         keys = self.W_key(x).view(heads).transpose(1, 2)  # (B, H, T, D)
         values = self.W_value(x).view(heads).transpose(1, 2)  # (B, H, T, D)
         if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)  # (B, H, S, D)
+            keys, values = past_key_values.update(keys, values, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
 
         context_vec, attn_weights = attention_function(
             self,

@@ -42,20 +42,22 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .compat import CACHE, LibraryCheck, advice, check_growth, check_mask, is_untested, one_cache
 from .configuration_gpt_scratch import GPTScratchConfig
-from .decoding import growing_cache, order_for_decoding, order_for_training
+from .decoding import growing_cache
 from .layers import GELU, LayerNorm, MultiHeadAttention, TransformerBlock, causal_attention, check_length
 from .loss import LazyLogitsOutput, can_skip_logits, head_loss
 from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
-from .weight_map import DROPPED_PATTERNS, conversions, to_gpt2_state_dict, views_allowed
+from .weight_map import DROPPED_PATTERNS, conversions, is_base_weight, to_gpt2_state_dict
 
 
-def register_conversions() -> None:
+def register_conversions(model_type: str = GPTScratchConfig.model_type) -> None:
     """Has transformers' own loader read official GPT-2 checkpoints by our table."""
-    register_checkpoint_conversion_mapping(GPTScratchConfig.model_type, conversions(), overwrite=True)
+    register_checkpoint_conversion_mapping(model_type, conversions(), overwrite=True)
 
 
 register_conversions()
+check_library = LibraryCheck(lambda: GPTScratchForCausalLM)
 
 
 def upcast_attention(module, queries, keys, values, attention_mask=None, **kwargs):
@@ -91,7 +93,7 @@ class CrossAttention(MultiHeadAttention):
             keys = self.W_key(encoder_hidden_states).view(heads).transpose(1, 2)  # (B, H, S, D)
             values = self.W_value(encoder_hidden_states).view(heads).transpose(1, 2)  # (B, H, S, D)
             if past_key_values is not None:
-                keys, values = past_key_values.cross_attention_cache.update(keys, values, self.layer_idx)
+                keys, values = past_key_values.cross_attention_cache.update(keys, values, self.layer_idx, kwargs={})
                 past_key_values.is_updated[self.layer_idx] = True
         if attention_mask is None:  # to our own attention functions that would mean causal
             attention_mask = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=x.device)
@@ -168,7 +170,7 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "tok_emb"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPTScratchBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     # The last are the mask buffers in the book's state dicts.
     _keys_to_ignore_on_load_unexpected = [*DROPPED_PATTERNS, r"\.att\.mask$"]
     _supports_flash_attn = True
@@ -193,31 +195,25 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.n_layers) ** 0.5)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, device_map=None, **kwargs) -> Self:
-        """As in transformers; float32 weights of official checkpoints become views on a CPU, not copies.
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Self:
+        """As in transformers, but a model some of whose base weights were not in the checkpoint is refused.
 
-        Transposed ones then lie in memory as in the file, until `train` or `state_dict` makes them contiguous.
+        Heads and cross-attention may be new; they are initialised, and transformers says so.
+
+        Raises:
+            ValueError: weights are missing; the message names them.
         """
-        # A second copy of this module, as remote code makes one, registers conversions that do not see this one's flag.
-        register_conversions()
-        # What is offloaded or spread over processes is to be contiguous.
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        token = views_allowed.set(device_map in (None, "cpu", torch.device("cpu")) and not distributed)
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, device_map=device_map, **kwargs)
-        finally:
-            views_allowed.reset(token)
-
-    def train(self, mode: bool = True) -> Self:
-        """Training mode, with contiguous weights, or evaluation mode."""
-        if mode:
-            order_for_training(self)
-        return super().train(mode)
-
-    def state_dict(self, *args, **kwargs):
-        """As in torch, with contiguous weights, which files want."""
-        order_for_training(self)
-        return super().state_dict(*args, **kwargs)
+        # Under the name of a subclass's config too; and again, since a second copy of this module may have come since.
+        register_conversions(cls.config_class.model_type)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(name for name in info["missing_keys"] if is_base_weight(name))
+        if missing and not output_loading_info:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise ValueError(
+                f"the checkpoint has no weights for {', '.join(missing[:5])}{more}, which would be random; give a "
+                f"complete GPT-2 or GPTScratch checkpoint. If it is one, {advice()}"
+            )
+        return (model, info) if output_loading_info else model  # type: ignore[return-value]  # as transformers does
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
         """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
@@ -309,6 +305,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """The hidden states after the final norm.
@@ -317,6 +314,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             input_ids: (B, T), or give `inputs_embeds` (B, T, E).
             attention_mask: (B, S), 1 for tokens and 0 for padding, also over what is cached; or a ready 4-D mask.
             position_ids: (B, T) or (1, T); default: on from the end of the cache.
+            past_key_values, cache: the cache of the tokens before, by its old name or that of transformers 5.24.
             token_type_ids: (B, T), embedded by `tok_emb` as in GPT-2.
             encoder_hidden_states: (B, S, E), for a model with `add_cross_attention`.
             encoder_attention_mask: (B, S), 1 for states that count.
@@ -325,9 +323,14 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             `last_hidden_state` (B, T, E).
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`, more tokens than `context_length`, or an
-                encoder's states for a model without cross-attention.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, more tokens than `context_length`, a mask
+                over more or fewer tokens than there are, or an encoder's states for a model without cross-attention.
+            TypeError: a cache under a name that is not looked at.
+            RuntimeError: this transformers hands over its cache in a way that was not foreseen.
         """
+        if is_untested():
+            check_library()
+        cache = one_cache(past_key_values, cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if encoder_hidden_states is not None and not self.config.add_cross_attention:
@@ -345,25 +348,29 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             and self.config._attn_implementation == "sdpa"
             and attention_mask is None
             and position_ids is None
-            and past_key_values is None
+            and cache is None
         )
-        if use_cache and past_key_values is None:
-            past_key_values = growing_cache(self.config)
-        if use_cache and self.config.add_cross_attention and not isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
+        if use_cache and cache is None:
+            cache = growing_cache(self.config)
+        if use_cache and self.config.add_cross_attention and not isinstance(cache, EncoderDecoderCache):
+            cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
 
-        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        num_new = inputs_embeds.shape[1]
+        num_past = cache.get_seq_length() if isinstance(cache, Cache) else 0
         if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + num_past
-        self._check_positions(position_ids, num_past + inputs_embeds.shape[1])
+            position_ids = torch.arange(num_new, device=inputs_embeds.device).unsqueeze(0) + num_past
+        self._check_positions(position_ids, num_past + num_new)
+        looks = isinstance(num_past, int) and not torch.compiler.is_compiling()
+        if looks and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            check_mask(attention_mask, num_past, num_new)
         causal_mask = None
         if not needs_no_mask:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             )
         if encoder_hidden_states is not None:
             kwargs["encoder_hidden_states"] = encoder_hidden_states
@@ -383,20 +390,22 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             x = x + self.tok_emb(token_type_ids)
         x = self.drop_emb(x)
         attention_function = self._attention_function()
+        # A checkpointed block runs twice, and would add to the cache twice.
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.trf_blocks:
             x = block(
                 x,
-                attention_mask=causal_mask,
-                past_key_values=past_key_values,
+                causal_mask,
+                None if checkpointing else cache,
                 attention_function=attention_function,
                 position_ids=position_ids,
                 use_cache=use_cache,
                 **kwargs,
             )
         x = self.final_norm(x)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=x, past_key_values=past_key_values if use_cache else None
-        )
+        if looks and isinstance(cache, Cache) and not checkpointing:
+            check_growth(cache, num_past + num_new)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, **{CACHE: cache if use_cache else None})
 
     def _check_positions(self, position_ids, num_tokens):
         # Padding takes no position, so that more than context_length tokens may still fit: the positions themselves
@@ -436,17 +445,25 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def generate(self, *args, **kwargs):
-        """transformers' `generate`; on a CPU it first orders the weights in memory, see `order_for_decoding`."""
-        if not self.training:
-            order_for_decoding(self)
+        """As in transformers, once a tiny model has been checked to generate the right ids; see `compat.py`.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        check_library()
         return super().generate(*args, **kwargs)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers, with the check of `generate`."""
+        check_library("generate_batch")
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
-        if made is not given and generation_config.cache_implementation in (None, "dynamic"):
-            model_kwargs["past_key_values"] = growing_cache(self.config)
+        made = model_kwargs.get(CACHE)
+        if made is not given and type(made) is DynamicCache:
+            model_kwargs[CACHE] = growing_cache(self.config)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.out_head
@@ -468,6 +485,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
         """The logits of the token after each token, and the loss if there are labels.
@@ -485,6 +503,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             token_type_ids=token_type_ids,
             encoder_hidden_states=encoder_hidden_states,
@@ -492,9 +511,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        further = {
-            name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions", "cross_attentions")
-        }
+        further = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions", "cross_attentions")}
         x = outputs.last_hidden_state  # (B, T, E)
         training = labels is not None and self.training and torch.is_grad_enabled()
         if training and self.chunked_loss and logits_to_keep == 0 and can_skip_logits(self):
@@ -536,6 +553,7 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
         labels: torch.LongTensor | None = None,
         mc_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> GPT2DoubleHeadsModelOutput:
         """The logits of the next tokens, and a score of each choice; C is the number of choices.
@@ -557,6 +575,7 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
             attention_mask=flat(attention_mask),
             position_ids=flat(position_ids),
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=flat(inputs_embeds, last_dims=2),
             token_type_ids=flat(token_type_ids),
             use_cache=use_cache,
@@ -577,9 +596,9 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
             mc_loss=mc_loss,
             logits=logits,
             mc_logits=mc_logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
 

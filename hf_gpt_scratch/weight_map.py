@@ -6,13 +6,12 @@ GPT-2 keeps query, key and value in one matrix and stores its matrices as Conv1D
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
-from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from .parallel import SHARDED_LOADING, Gather, Scatter, sharded_target
+from .parallel import SHARDED_LOADING, Gather, Scatter
 
 # Where a base model sits inside its head model: transformers' `GPT2LMHeadModel.transformer` and ours.
 GPT2_PREFIX, SCRATCH_PREFIX = "transformer.", "model."
@@ -142,6 +141,13 @@ def rows(n_layers: int, table: Iterable[Row] = TABLE) -> Iterator[Row]:
         yield from (row.at(n) for n in range(n_layers)) if "{n}" in row.gpt2 else (row,)
 
 
+def is_base_weight(name: str) -> bool:
+    """Whether the name, with or without the prefix, is one that every base model of ours has."""
+    pattern = re.sub(r"(?<=^trf_blocks\.)\d+", "{n}", name.removeprefix(SCRATCH_PREFIX))
+    optional = ("cross", ".ff.layers.1.")
+    return not any(part in pattern for part in optional) and any(pattern in row.scratch for row in BASE)
+
+
 def without_prefix(state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The same tensors under the names that the table uses, whether or not they had the base model's prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
@@ -189,40 +195,43 @@ def to_scratch_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int)
     return ours
 
 
-# Set while a model is loaded whose weights may be views.
-views_allowed: ContextVar[bool] = ContextVar("views_allowed", default=False)
+def only(tensors):
+    """The one tensor that an operation of the loader is given under a name."""
+    return tensors[0] if isinstance(tensors, list) else tensors
 
 
-class TransposeView(Transpose):
-    """transformers' `Transpose`, without its copy where a weight in `[in, out]` memory order serves as well.
+class ToScratch(ConversionOps):
+    """`Row.to_scratch` for the loader; each of our tensors owns its storage."""
 
-    On a CPU float32 products of few rows are faster so; see `order_for_decoding`.
-    """
+    def __init__(self, row: Row):
+        self.row = row
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        tensor = only(input_dict)
-        if (
-            not views_allowed.get()
-            or (tensor.device.type, tensor.dtype) != ("cpu", torch.float32)
-            or sharded_target(**kwargs) is not None
-        ):
-            return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
-        return {self.get_target_pattern(input_dict, source_patterns, target_patterns): tensor.T}
+        [tensor] = map(only, input_dict.values())
+        parts = self.row.to_scratch(tensor)
+        copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        return dict(zip(target_patterns, copies, strict=True))
+
+    @property
+    def reverse_op(self):
+        return ToGPT2(self.row)
 
 
-class ChunkView(Chunk):
-    """transformers' `Chunk` without its copies."""
+class ToGPT2(ConversionOps):
+    """`Row.to_gpt2` for the loader, which saves by the reverse of what it loads by."""
 
+    def __init__(self, row: Row):
+        self.row = row
+
+    @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        chunks = only(input_dict).chunk(len(target_patterns), dim=self.dim)
-        return dict(zip(target_patterns, chunks, strict=True))
+        [target] = target_patterns
+        return {target: self.row.to_gpt2([only(input_dict[name]) for name in source_patterns])}
 
-
-def only(tensors):
-    """The one tensor that an operation of the loader is given."""
-    [found] = tensors.values()
-    return found[0] if isinstance(found, list) else found
+    @property
+    def reverse_op(self):
+        return ToScratch(self.row)
 
 
 class QuantizableConverter(WeightConverter):
@@ -271,8 +280,7 @@ def conversions() -> list[WeightRenaming | WeightConverter]:
         # Behind the layer's number; a name without one stands alone or behind the prefix.
         source = re.escape(row.gpt2.removeprefix("h.{n}"))
         targets = [re.escape(name.removeprefix("trf_blocks.{n}")) for name in row.scratch]
-        operations = [TransposeView()] if row.transposed else []
-        operations += [ChunkView(dim=0)] if len(targets) > 1 else []
+        operations = [ToScratch(row)] if row.transposed or len(targets) > 1 else []
         if operations and SHARDED_LOADING:
             operations = [Gather(row.transposed, len(targets)), *operations, Scatter()]
         if "{n}" not in row.gpt2:

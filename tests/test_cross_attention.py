@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
+from hf_gpt_scratch.compat import CACHE
 from hf_gpt_scratch.conversion import ConversionError, scratch_to_gpt2
 from hf_gpt_scratch.formats import export_checkpoint
 from hf_gpt_scratch.parity import FP32_GRADIENTS, FP32_LOGITS, FP32_LOSS, gradient_errors, greedy_ids, relative_error
@@ -97,7 +98,7 @@ def test_cached_steps_equal_the_whole(pair):
         # The states of later steps are not looked at: keys and values are in the cache.
         given = states() if t == 0 else torch.full_like(states(), torch.nan)
         out = ours(ids[:, t : t + 1], encoder_hidden_states=given, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        cache = getattr(out, CACHE)
         steps.append(out.logits)
     assert relative_error(whole, torch.cat(steps, 1)) < FP32_LOGITS
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_gpt_scratch import GPTScratchForCausalLM
+from hf_gpt_scratch.compat import CACHE
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 
@@ -193,8 +194,8 @@ def test_continuing_from_a_cache_equals_starting_over(pair):
 
     for model in pair:
         cache = DynamicCache(config=model.config)
-        first = go_on(model, ids, past_key_values=cache, max_new_tokens=5)
-        then = go_on(model, first, past_key_values=cache, max_new_tokens=5)
+        first = go_on(model, ids, max_new_tokens=5, **{CACHE: cache})
+        then = go_on(model, first, max_new_tokens=5, **{CACHE: cache})
         assert torch.equal(then, go_on(model, ids, max_new_tokens=10))
 
 
@@ -203,10 +204,10 @@ def test_a_cropped_cache_is_a_shorter_one(pair):
     model = pair[1]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         cache.crop(-4)
         changed = torch.cat([ids[:, :6], ids[:, 7:]], dim=1)
-        got = model(changed[:, 6:], past_key_values=cache).logits
+        got = model(changed[:, 6:], **{CACHE: cache}).logits
         torch.testing.assert_close(got, model(changed).logits[:, 6:], atol=1e-4, rtol=1e-4)
 
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache, GPT2LMHeadModel, set_seed
 from transformers.activations import ACT2FN
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, LayerNorm
+from hf_gpt_scratch.compat import CACHE
 from hf_gpt_scratch.parity import (
     FLOAT64_RATIO,
     FP32_GRADIENTS,
@@ -109,7 +110,7 @@ def test_cache_equals_no_cache_and_the_officials_cache(pair, attention):
         cache = DynamicCache()
         for chunk in ids.split([10, 1, 1, 12], dim=1):
             with torch.no_grad():
-                logits.append(model(chunk, past_key_values=cache).logits)
+                logits.append(model(chunk, **{CACHE: cache}).logits)
     theirs, ours = (torch.cat(logits, dim=1) for logits in steps)
     assert relative_error(theirs, ours) <= FP32_LOGITS
     assert relative_error(pair[1](ids).logits, ours) <= FP32_LOGITS
