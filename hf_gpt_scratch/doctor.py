@@ -34,8 +34,8 @@ from rich.markup import escape
 from .version import __version__ as __version__
 from .version import versions
 
-# Minor releases of transformers; .ci/run tests both ends, .ci/matrix what lies between.
-OLDEST_TESTED, NEWEST_TESTED = "5.4", "5.24"
+# As in compat.py, which cannot be imported where transformers cannot.
+OLDEST_TESTED, NEWEST_TESTED = "5.4.0", "5.24.0"
 # For one check; the slowest takes some seconds, and a minute on a machine that has more to do than it can.
 SECONDS = 300
 LONGEST_REASON = 400
