@@ -35,6 +35,7 @@ from .modeling_gpt_scratch import (
     GPTScratchModel,
     GPTScratchPreTrainedModel,
 )
+from .version import __version__ as __version__
 
 __all__ = [
     "GELU",

@@ -15,9 +15,11 @@ from rich.markup import escape
 from . import formats, inspection
 from .compare_command import compare
 from .conversion import MAX_SHARD_SIZE, ConversionError, scratch_to_gpt2
+from .doctor import doctor
 from .inspection_report import explanation, report
 from .terminal import convert_and_report, verify_and_report
 from .verify_receipt_command import verify_receipt_command
+from .version import __version__
 
 Source = Annotated[str, typer.Argument(help="Directory or hub id of the checkpoint.")]
 Target = Annotated[str, typer.Argument(help="Directory to write; it appears only when complete and verified.")]
@@ -102,9 +104,23 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL)], as_json: AsJson =
 
 
 # The parts of the command; a new one is imported above and named here.
-COMMANDS = (convert, export, verify, compare, explain, inspect)
+COMMANDS = (convert, export, verify, compare, explain, inspect, doctor)
 
 app = typer.Typer(no_args_is_help=True, help="GPT-2 in the layers of the book: converted, verified, explained.")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-gpt-scratch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None: ...
+
+
 for command in COMMANDS:
     app.command()(command)
 app.command("verify-receipt")(verify_receipt_command)

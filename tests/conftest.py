@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import platform
 from pathlib import Path
 
 import torch
@@ -30,5 +31,5 @@ def pytest_sessionfinish(session):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         version = transformers.__version__
         run = {"transformers": version, "order": list(Version(version).release), "torch": torch.__version__}
-        run |= {"date": datetime.date.today().isoformat(), "tests": OUTCOMES}
+        run |= {"python": platform.python_version(), "date": datetime.date.today().isoformat(), "tests": OUTCOMES}
         Path(file).write_text(json.dumps(run, indent=1))

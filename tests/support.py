@@ -1,10 +1,10 @@
 """What is supported: each row of the README's table, and the tests that show it.
 
-    python -m pytest --support-table outputs/support/5.23.0.json     # on each version
-    python tests/support.py outputs/support/*.json                   # writes the README's table
-    python tests/support.py --check outputs/support/*.json           # or compares it
+    RECORDS=outputs/support .ci/run                          # on each version: pytest --support-table FILE
+    python tests/support.py outputs/support/*.json           # writes the README's table
+    python tests/support.py --check outputs/support/*.json   # or compares it
 
-A row is supported by a version if all its tests passed there.
+A row is supported by a version if all its tests passed there. On the oldest, .ci/run leaves out tests of no row.
 """
 
 import fnmatch
@@ -139,7 +139,7 @@ def markdown(runs):
     lines += [""] + [f"[{number}] {reason}.  " for reason, number in notes.items()]
     counts = [
         f"{run['transformers']}: {sum(t['outcome'] == 'passed' for t in run['tests'].values())} tests passed on "
-        f"{run['date']}, torch {run['torch']}"
+        f"{run['date']}, torch {run['torch']}, Python {run['python']}"
         for run in runs
     ]
     return "\n".join([*lines, "", "; ".join(counts) + ".", ""])

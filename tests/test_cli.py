@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hf_gpt_scratch import GPTScratchForCausalLM
+from hf_gpt_scratch import GPTScratchForCausalLM, __version__
 from hf_gpt_scratch.cli import COMMANDS, app
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
@@ -112,6 +112,10 @@ def test_nothing_is_wider_than_the_terminal(monkeypatch, arguments, width):
     assert len(lines) > 8
     assert max(map(cell_len, lines)) <= width
     assert not any("…" in line for line in lines if "x + …" not in line)
+
+
+def test_the_version_is_said():
+    assert run("--version").stdout == f"hf-gpt-scratch {__version__}\n"
 
 
 def test_a_wrong_command_line_is_2():

@@ -1,15 +1,20 @@
 """The wheel and the sdist, each installed into an environment of its own."""
 
+import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from hf_gpt_scratch import __version__
 
 ROOT = Path(__file__).parents[1]
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
@@ -28,8 +33,11 @@ assert gpt2_to_scratch(sys.argv[1], sys.argv[2])["parity"]["passed"]
 
 
 def run(*command, **options):
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    # PYTHONPATH would put a checkout before what is installed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, **options)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +51,15 @@ def test_wheel_holds_the_package_and_its_licence_only(built):
     names = zipfile.ZipFile(built[".whl"]).namelist()
     assert "hf_gpt_scratch/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert all(name.startswith(("hf_gpt_scratch/", "hf_gpt_scratch-")) for name in names)
+    ours = ("hf_gpt_scratch/", "hf_gpt_scratch-", "hf_gpt_scratch_command.py")
+    assert "hf_gpt_scratch_command.py" in names and all(name.startswith(ours) for name in names)
 
 
 def test_sdist_holds_tests_scripts_and_examples(built):
     with tarfile.open(built[".gz"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "CHANGELOG.md", "LICENSE", "tests/test_parity.py", "convert/gpt2_to_scratch.py"} <= names
-    assert {"examples/quickstart.py", "tests/fixtures/tiny-gpt2/model.safetensors"} <= names
+    assert {"requirements.lock", "examples/quickstart.py", "tests/fixtures/tiny-gpt2/model.safetensors"} <= names
 
 
 @pytest.mark.parametrize("kind", [".whl", ".gz"])
@@ -65,7 +74,34 @@ def test_it_installs_and_converts_in_a_clean_environment(built, kind, tmp_path):
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", built[kind])
     run(python, "-c", MAIN_JOB, TRAINED, tmp_path / "converted", cwd=tmp_path)
     run(environment / "bin" / "hf-gpt-scratch", "inspect", tmp_path / "converted", cwd=tmp_path)
+    asked = (
+        [environment / "bin" / "hf-gpt-scratch", "--version"],
+        [python, "-c", "import hf_gpt_scratch as h; print('hf-gpt-scratch', h.__version__)"],
+        [python, "-c", "from importlib.metadata import version; print('hf-gpt-scratch', version('hf-gpt-scratch'))"],
+    )
+    assert {run(*command, cwd=tmp_path) for command in asked} == {f"hf-gpt-scratch {__version__}\n"}
 
 
-def test_version_is_the_installed_one(built):
-    assert f"-{version('hf-gpt-scratch')}-" in built[".whl"].name
+def test_the_lock_is_within_what_is_declared_and_has_all_of_it():
+    """And every version of Python finds exactly one pin there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    declared = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
+    pins = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines() if line[0] != "#"]
+    assert len(pins) > 80
+    for requirement in map(Requirement, declared):
+        name = canonicalize_name(requirement.name)
+        if name == "hf-gpt-scratch":
+            continue
+        for python in ("3.11", "3.12", "3.13"):
+            system = {"python_version": python, "python_full_version": f"{python}.1"}
+            [pin] = [p for p in pins if p.name == name and (p.marker is None or p.marker.evaluate(system))]
+            [pinned] = pin.specifier
+            assert requirement.specifier.contains(pinned.version), f"{pin} is not {requirement}; run .ci/lock"
+            # A local version such as 2.13.0+cpu would forbid every other build.
+            assert pinned.operator == "==" and "+" not in pinned.version
+
+
+def test_the_readmes_commands_take_the_lock():
+    commands = [line for line in (ROOT / "README.md").read_text().splitlines() if "python3 -m venv" in line]
+    assert len(commands) == 2 and all(" -c requirements.lock " in command for command in commands)

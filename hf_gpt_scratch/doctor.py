@@ -1,0 +1,654 @@
+"""`hf-gpt-scratch doctor`: what is installed here, and whether it does what it should, tried on a tiny model.
+
+The libraries are imported inside the checks, and the checks run in a process of their own, so that one which is
+missing, broken, hangs or kills its process is one line among the others.
+"""
+
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .version import __version__ as __version__
+from .version import versions
+
+# As in compat.py, which cannot be imported where transformers cannot.
+OLDEST_TESTED, NEWEST_TESTED = "5.4.0", "5.24.0"
+# For one check; the slowest takes some seconds, and a minute on a machine that has more to do than it can.
+SECONDS = 300
+LONGEST_REASON = 400
+PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
+
+# tiktoken's copy of GPT-2's vocabulary: names in its cache, and sha256.
+VOCABULARY = {
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+# Without dropout, so that a step of training can be compared.
+TINY: dict[str, Any] = dict(vocab_size=211, n_positions=64, n_embd=48, n_head=4, n_layer=3, bos_token_id=210)
+TINY |= dict(eos_token_id=210, embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)
+GREEDY = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+
+# Another process than the one that saved, where this package does not exist.
+REMOTE = """
+import json, sys
+sys.modules["hf_gpt_scratch"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+ids, options = torch.tensor(json.loads(sys.argv[2])), json.loads(sys.argv[3])
+print("ids", json.dumps(model.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()))
+"""
+
+
+class Wrong(Exception):
+    """What a check has found to be wrong."""
+
+
+class NotRun(Exception):
+    """Why a check says nothing."""
+
+
+@dataclass(frozen=True)
+class Result:
+    check: str
+    status: str
+    reason: str
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+    traceback: str | None = None
+
+
+class Patient:
+    """A tiny official model with random weights, biases and norms, and ours that is converted from it."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.facts: dict[str, Any] = {}
+
+    @functools.cached_property
+    def official(self):
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        model = GPT2LMHeadModel(GPT2Config(**TINY)).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(0, 0.2 if parameter.ndim > 1 else 0.5, generator=generator)
+                if "ln_" in name and name.endswith("weight"):
+                    parameter += 1
+        return model
+
+    @functools.cached_property
+    def converted(self) -> Path:
+        from hf_gpt_scratch.conversion import gpt2_to_scratch
+
+        self.official.save_pretrained(self.directory / "official")
+        gpt2_to_scratch(self.directory / "official", self.directory / "converted", check=False)
+        return self.directory / "converted"
+
+    @functools.cached_property
+    def ours(self):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.converted)
+
+    @functools.cached_property
+    def elsewhere(self) -> subprocess.Popen:
+        """A process without this package that loads the converted model and generates."""
+        ids, options = json.dumps(self.prompts().tolist()), json.dumps(GREEDY)
+        return subprocess.Popen(
+            [sys.executable, "-c", REMOTE, str(self.converted), ids, options],
+            env={**os.environ, "HF_MODULES_CACHE": str(self.directory / "modules"), "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    @property
+    def pair(self):
+        """Both models.
+
+        Raises:
+            NotRun: they could not be made; the checks before say why.
+        """
+        try:
+            return self.official, self.ours
+        except Exception as error:
+            raise NotRun("there are no two models to compare; see the failures above") from error
+
+    def prompts(self, batch: int = 2, length: int = 9):
+        import torch
+
+        return torch.randint(210, (batch, length), generator=torch.Generator().manual_seed(1))
+
+    def generated(self, model, ids, mask=None, **options):
+        import torch
+
+        mask = torch.ones_like(ids) if mask is None else mask
+        return model.generate(ids, attention_mask=mask, **{**GREEDY, **options})
+
+
+def same_ids(theirs, ours, how: str) -> str:
+    """Raises `Wrong` unless the ids are equal."""
+    theirs, ours = (ids if isinstance(ids, list) else ids.tolist() for ids in (theirs, ours))
+    if theirs == ours:
+        return f"{sum(map(len, ours))} ids equal the official model's, {how}"
+    there, here = next((a, b) for a, b in zip([*theirs, []], [*ours, []], strict=False) if a != b)
+    first = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here)))
+    raise Wrong(
+        f"{how}, the ids are not the official model's: position {first} has {here[first : first + 4]} instead of "
+        f"{there[first : first + 4]}"
+    )
+
+
+def minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def check_libraries(patient: Patient) -> str:
+    """Whether what is installed is what this package declares that it needs."""
+    try:
+        declared = importlib.metadata.requires("hf-gpt-scratch") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise NotRun(
+            "this package runs from its folder and is not installed, so nothing declares what it needs"
+        ) from None
+    from packaging.requirements import Requirement
+
+    wrong, found = [], 0
+    for requirement in map(Requirement, declared):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found += 1
+        installed = versions((requirement.name,))[requirement.name]
+        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{requirement.name} {installed or 'missing'}, needed {requirement.specifier}")
+    if wrong:
+        raise Wrong(
+            "; ".join(wrong) + '; pip install "' + '" "'.join(w.split()[0] + w.split()[-1] for w in wrong) + '"'
+        )
+    return f"all {found} that are needed are installed, in versions that fit"
+
+
+def check_torch(patient: Patient) -> str:
+    """Whether torch imports and multiplies matrices rightly; device and threads."""
+    import torch
+
+    a, b = (torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    error = ((a @ b) - (a.double() @ b.double())).abs().max().item()
+    if not error < 1e-3:
+        raise Wrong(f"torch {torch.__version__} multiplies two 64 × 64 matrices with an error of {error:.1e}")
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda ({torch.cuda.get_device_name()})"
+    elif torch.backends.mps.is_available():
+        device = "mps"
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    patient.facts["torch"] = {
+        "version": torch.__version__,
+        "device": device,
+        "threads": threads,
+        "cpu_capability": capability,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+    return f"{torch.__version__}, device {device}, {threads} threads, {capability}"
+
+
+def check_transformers(patient: Patient) -> str:
+    """Whether transformers imports, and is one that this package was tested with."""
+    import transformers
+    from transformers import GPT2LMHeadModel  # transformers imports its models when they are first asked for
+
+    found = transformers.__version__
+    patient.facts["transformers"] = {"version": found, "oldest_tested": OLDEST_TESTED, "newest_tested": NEWEST_TESTED}
+    if minor(found) < minor(OLDEST_TESTED):
+        raise Wrong(f"{found} is older than {OLDEST_TESTED}; pip install --upgrade hf-gpt-scratch transformers")
+    recorded = versions(("transformers",))["transformers"]
+    if recorded is not None and recorded != found:
+        raise Wrong(
+            f"{found} is imported, but {recorded} is installed: two copies; see which folders are on PYTHONPATH"
+        )
+    if minor(found) > minor(NEWEST_TESTED):
+        return f"{found} is newer than {NEWEST_TESTED}, the newest that was tested; the checks below try it"
+    return f"{found}, within the tested {OLDEST_TESTED} to {NEWEST_TESTED} ({GPT2LMHeadModel.__name__} is there)"
+
+
+def check_package(patient: Patient) -> str:
+    """Whether the package imports, and which copy of it."""
+    package = importlib.import_module("hf_gpt_scratch")
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("gpt_scratch")
+    try:
+        recorded = importlib.metadata.version("hf-gpt-scratch")
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package.__version__}, from a folder, not installed"
+    if recorded != package.__version__:
+        raise Wrong(f"{package.__version__} is imported, but {recorded} is installed; run pip install again")
+    return f"{package.__version__}, known to transformers' auto classes"
+
+
+def vocabulary_cache() -> Path:
+    """Where tiktoken keeps what it has downloaded."""
+    named = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    return Path(tempfile.gettempdir(), "data-gym-cache") if named is None else Path(named)
+
+
+def check_tokenizer(patient: Patient) -> str:
+    """Whether GPT-2's vocabulary is there, whole, and becomes the tokenizer."""
+    directory = vocabulary_cache()
+    files = {name: directory / name for name in VOCABULARY}
+    there = [name for name, path in files.items() if path.is_file()]
+    patient.facts["tokenizer"] = {"cache": tidy(str(directory)), "cached": len(there) == len(files)}
+    if len(there) < len(files):
+        raise NotRun(f"GPT-2's vocabulary is not in {directory}; its first use needs the network (TIKTOKEN_CACHE_DIR)")
+    for name in there:
+        if hashlib.sha256(files[name].read_bytes()).hexdigest() != VOCABULARY[name]:
+            raise Wrong(f"{name} in {directory} is damaged; delete it, and it is fetched again")
+    from hf_gpt_scratch.tokenizer import gpt2_tokenizer
+
+    text, expected = "Every effort moves you", [6109, 3626, 6100, 345]
+    if (ids := gpt2_tokenizer()(text).input_ids) != expected:
+        raise Wrong(f"{text!r} became {ids}, not {expected}")
+    return f"GPT-2's vocabulary is in {directory}, whole"
+
+
+def check_build(patient: Patient) -> str:
+    """Whether the official model can be built and gives numbers."""
+    import torch
+
+    with torch.no_grad():
+        logits = patient.official(patient.prompts()).logits
+    if not logits.isfinite().all():
+        raise Wrong("the official model's logits are not finite")
+    return f"an official {type(patient.official).__name__} with {patient.official.num_parameters():,} random parameters"
+
+
+def check_convert(patient: Patient) -> str:
+    """Whether an official checkpoint becomes one of ours, which loads."""
+    from hf_gpt_scratch.conversion import gpt2_to_scratch
+
+    patient.elsewhere  # noqa: B018 takes as long as all the checks before "saved code", so it begins now
+    receipt = gpt2_to_scratch(patient.directory / "official", patient.directory / "verified")
+    return f"{type(patient.ours).__name__}: {receipt['parity']['tensors']} tensors equal bit for bit, logits and ids"
+
+
+def check_receipt(patient: Patient) -> str:
+    """Whether the receipt agrees with the files, and does not agree with others."""
+    from hf_gpt_scratch.publish import ConversionError, verify_receipt
+
+    files = len(verify_receipt(patient.converted)["target"]["files"])
+    extra = patient.converted / "extra"
+    extra.write_text("not in the receipt")
+    try:
+        verify_receipt(patient.converted)
+    except ConversionError:
+        return f"{files} files are as the conversion left them; a file more is noticed"
+    finally:
+        extra.unlink()
+    raise Wrong("a file that the receipt does not name was not noticed")
+
+
+def check_logits(patient: Patient) -> str:
+    """Whether both models compute the same logits, left-padded too."""
+    from hf_gpt_scratch.parity import FP32_LOGITS, compare_logits
+
+    official, ours = patient.pair
+    ids = patient.prompts()
+    mask = ids.new_ones(ids.shape)
+    mask[0, :4] = 0
+    found = {}
+    for how, inputs in (("plain", {}), ("left-padded", {"attention_mask": mask, "position_ids": positions(mask)})):
+        found[how] = compare_logits(official, ours, ids, **inputs).relative_error
+        if not found[how] <= FP32_LOGITS:
+            raise Wrong(f"{how}, the logits differ by {found[how]:.1e} of the largest; {FP32_LOGITS:.0e} is allowed")
+    return f"relative error {max(found.values()):.1e}, left-padded too (bound {FP32_LOGITS:.0e})"
+
+
+def positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def check_generate(patient: Patient) -> str:
+    """Greedy ids with a cache."""
+    official, ours = patient.pair
+    ids = patient.prompts()
+    return same_ids(patient.generated(official, ids), patient.generated(ours, ids), "with a cache")
+
+
+def check_generate_without_cache(patient: Patient) -> str:
+    """Greedy ids without a cache, which must be those with one."""
+    official, ours = patient.pair
+    ids = patient.prompts()
+    how = "without a cache"
+    return same_ids(patient.generated(official, ids), patient.generated(ours, ids, use_cache=False), how)
+
+
+def check_generate_padded(patient: Patient) -> str:
+    """Greedy ids of prompts of two lengths in one batch, and of the short one alone."""
+    official, ours = patient.pair
+    ids = patient.prompts()
+    mask = ids.new_ones(ids.shape)
+    mask[0, :4] = 0
+    batch = patient.generated(ours, ids, mask)
+    told = same_ids(patient.generated(official, ids, mask), batch, "left-padded")
+    same_ids(patient.generated(ours, ids[:1, 4:])[:, ids.shape[1] - 4 :], batch[:1, ids.shape[1] :], "padded or alone")
+    return told
+
+
+def check_generate_batch(patient: Patient) -> str:
+    """Continuous batching with paged caches: the ids of `generate`."""
+    import torch
+    import transformers
+
+    official, ours = patient.pair
+    if not hasattr(ours, "generate_batch") or not hasattr(transformers, "ContinuousBatchingConfig"):
+        raise NotRun(f"transformers {transformers.__version__} has no continuous batching")
+    prompts = [patient.prompts(1, length)[0].tolist() for length in (5, 9)]
+    # No id is -1, so that none ends early.
+    settings = transformers.GenerationConfig(**{**GREEDY, "eos_token_id": -1})
+
+    def answers(model):
+        small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+        # A copy: some releases leave the model with the attention that this needs.
+        given = copy.deepcopy(model).generate_batch(
+            prompts, generation_config=settings, continuous_batching_config=small
+        )
+        return [answer.generated_tokens for answer in given.values()]
+
+    expected = [
+        patient.generated(official, torch.tensor([ids]), eos_token_id=-1)[0, len(ids) :].tolist() for ids in prompts
+    ]
+    try:
+        there = answers(official)
+    except Exception as error:
+        raise NotRun(f"the official model cannot do it here either: {type(error).__name__}: {error}") from error
+    if there != expected:
+        raise NotRun("the official model has other ids in continuous batches than alone, here")
+    return same_ids(expected, answers(ours), "in continuous batches")
+
+
+def check_train(patient: Patient) -> str:
+    """Whether a step of training has the official loss, gradients and result."""
+    import torch
+
+    from hf_gpt_scratch.parity import FP32_GRADIENTS, FP32_LOSS, gradient_errors
+
+    models = [copy.deepcopy(model).train() for model in patient.pair]
+    ids = patient.prompts(length=24)
+    losses: list[list[float]] = []
+    for step in range(2):
+        found = [model(input_ids=ids, labels=ids).loss for model in models]
+        losses.append([loss.item() for loss in found])
+        if not abs(losses[step][0] - losses[step][1]) <= FP32_LOSS * 10**step * losses[step][0]:
+            raise Wrong(
+                f"after {step} steps the loss is {losses[step][1]:.7g}, the official model's {losses[step][0]:.7g}"
+            )
+        for model, loss in zip(models, found, strict=True):
+            model.zero_grad()
+            loss.backward()
+        if step == 0 and not (largest := max(gradient_errors(*models).values())) <= FP32_GRADIENTS:
+            raise Wrong(f"the gradients differ by {largest:.1e}; {FP32_GRADIENTS:.0e} is allowed")
+        for model in models:
+            torch.optim.SGD(model.parameters(), lr=0.05).step()
+    if not losses[1][1] < losses[0][1]:
+        raise Wrong(f"the loss went from {losses[0][1]:.4f} to {losses[1][1]:.4f} in a step")
+    return f"the official losses, {losses[0][1]:.4f} and after a step {losses[1][1]:.4f}, and the official gradients"
+
+
+def check_save(patient: Patient) -> str:
+    """Whether a saved model loads as it was, ours and as the official one."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+    official, ours = patient.pair
+    ours.save_pretrained(patient.directory / "saved")
+    ours.save_as_gpt2(patient.directory / "saved as gpt2")
+    again = AutoModelForCausalLM.from_pretrained(patient.directory / "saved")
+    back = GPT2LMHeadModel.from_pretrained(patient.directory / "saved as gpt2")
+    for kind, before, after in (("ours", ours, again), ("official", official, back)):
+        weights, loaded = before.state_dict(), after.state_dict()
+        if weights.keys() != loaded.keys():
+            raise Wrong(f"saved as {kind}, other tensors come back: {sorted(weights.keys() ^ loaded.keys())[:5]}")
+        if changed := [name for name in weights if not torch.equal(weights[name], loaded[name])]:
+            raise Wrong(f"saved as {kind}, {len(changed)} of {len(weights)} tensors changed: {changed[:5]}")
+    return (
+        f"{len(ours.state_dict())} tensors come back bit for bit, and {len(official.state_dict())} as an official model"
+    )
+
+
+def check_remote(patient: Patient) -> str:
+    """Whether a saved directory generates the official ids where this package is missing."""
+    official, _ = patient.pair
+    ids = patient.prompts()
+    out, errors = patient.elsewhere.communicate()
+    if patient.elsewhere.returncode:
+        raise Wrong(last_line(errors) or f"the process {ending(patient.elsewhere.returncode)}")
+    there = next(json.loads(line[4:]) for line in out.splitlines() if line.startswith("ids "))
+    return same_ids(patient.generated(official, ids), there, "in another process, by the code that was saved")
+
+
+Check = Callable[[Patient], str]
+CHECKS: dict[str, Check] = {
+    "libraries": check_libraries,
+    "torch": check_torch,
+    "transformers": check_transformers,
+    "hf_gpt_scratch": check_package,
+    "tokenizer": check_tokenizer,
+    "build": check_build,
+    "convert": check_convert,
+    "receipt": check_receipt,
+    "logits": check_logits,
+    "generate": check_generate,
+    "generate, no cache": check_generate_without_cache,
+    "generate, padded": check_generate_padded,
+    "generate_batch": check_generate_batch,
+    "train": check_train,
+    "save and load": check_save,
+    "saved code": check_remote,
+}
+
+
+def tidy(text: str) -> str:
+    """On one line, of bounded length, without the user's name in paths."""
+    text = " ".join(text.split()).replace(str(Path.home()), "~")
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 1] + "…"
+
+
+def last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def examine(directory: Path, names: list[str] | None = None) -> Iterator[Result | str]:
+    """Each check's name when it begins, and its result when it has ended, in this process."""
+    patient = Patient(directory)
+    for name in CHECKS if names is None else names:
+        yield name
+        began, trace = time.perf_counter(), None
+        try:
+            status, reason = PASSED, CHECKS[name](patient)
+        except NotRun as error:
+            status, reason = NOT_RUN, str(error)
+        except Wrong as error:
+            status, reason = FAILED, str(error)
+        except Exception as error:
+            status, reason = FAILED, f"{type(error).__name__}: {error}"
+            trace = traceback.format_exc().replace(str(Path.home()), "~")
+        seconds, facts = round(time.perf_counter() - began, 2), patient.facts
+        patient.facts = {}
+        yield Result(name, status, tidy(reason), seconds, facts, trace)
+    if "elsewhere" in vars(patient):
+        with patient.elsewhere as process:
+            process.kill()
+
+
+def work(directory: str, *names: str) -> None:
+    """What the other process does: examine, with a line of JSON for each that `examine` yields."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what the libraries print is not ours
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    for one in examine(Path(directory), list(names)):
+        out.write(json.dumps(one if isinstance(one, str) else asdict(one)) + "\n")
+        out.flush()
+
+
+# The way in is the one that works where the package does not import.
+WORK = "import sys; from hf_gpt_scratch_command import doctor_module; doctor_module().work(*sys.argv[1:])"
+
+
+def examine_elsewhere(
+    directory: Path, command: tuple[str, ...] = (sys.executable, "-c", WORK)
+) -> Iterator[Result | str]:
+    """As `examine`, in a process of its own; one that dies or hangs costs the check that it was at, no other."""
+    left = list(CHECKS)
+    while left:
+        place = directory / str(len(left))
+        place.mkdir()
+        with (directory / "errors").open("w+") as errors:
+            process = subprocess.Popen(
+                [*command, str(place), *left],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            assert process.stdout is not None
+            lines: queue.Queue[str | None] = queue.Queue()
+            reader = threading.Thread(target=pump, args=(process.stdout, lines), daemon=True)
+            reader.start()
+            try:
+                began = time.perf_counter()
+                while left:
+                    try:
+                        line = lines.get(timeout=SECONDS)
+                    except queue.Empty:
+                        reason = f"no answer in {SECONDS} seconds"
+                        break
+                    if line is None:
+                        errors.seek(0)
+                        reason = f"its process {ending(process.wait())}: {last_line(errors.read())}"
+                        break
+                    one = json.loads(line)
+                    if isinstance(one, str):
+                        yield one
+                    else:
+                        yield Result(**one)
+                        left.remove(one["check"])
+                else:
+                    return
+            finally:
+                with process:
+                    process.kill()
+                    reader.join()
+        yield Result(left.pop(0), FAILED, tidy(reason), round(time.perf_counter() - began, 2))
+
+
+def pump(lines, into: queue.Queue) -> None:
+    for line in lines:
+        into.put(line)
+    into.put(None)
+
+
+def ending(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+def system() -> dict[str, Any]:
+    """The machine, as far as it matters here; nothing that names its user."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        models = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        cpu = models[0] if models else cpu
+    memory: dict[str, float] = {}
+    with contextlib.suppress(OSError):
+        figures = dict(re.findall(r"^(MemTotal|MemAvailable):\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.M))
+        memory = {name: round(int(kib) / 2**20, 1) for name, kib in figures.items()}
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "cores": usable,
+        "memory_gib": memory,
+        "environment": {name: os.environ[name] for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE") if name in os.environ},
+    }
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON, for a bug report.")] = False,
+) -> None:
+    """What is installed, and whether it works: a tiny model converted, compared, generated with, trained and saved.
+
+    Offline, in some seconds. Exit status: 0 every check passed, 1 some did not.
+    """
+    console = Console(stderr=as_json, highlight=False)
+    found, machine = versions(), system()
+    told = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
+    memory = machine["memory_gib"].get("MemTotal")
+    console.print(f"[bold]Versions[/]  {escape(told)}", soft_wrap=True)
+    console.print(
+        f"[bold]System[/]    {escape(machine['platform'])}, {escape(machine['cpu'])}, {machine['cores']} cores"
+        + (f", {memory} GiB" if memory else ""),
+        soft_wrap=True,
+    )
+    width = max(map(len, CHECKS))
+    styles = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow"}
+    results: list[Result] = []
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="hf_gpt_scratch.") as place, console.status("Starting") as status:
+        for one in examine_elsewhere(Path(place)):
+            if isinstance(one, str):
+                status.update(f"Checking {one}")
+                continue
+            results.append(one)
+            line = f"[{styles[one.status]}]{one.status:<7}[/]  {one.check:<{width}}  {escape(one.reason)}"
+            console.print(line, soft_wrap=True)
+    failed = [one.check for one in results if one.status == FAILED]
+    seconds = time.perf_counter() - began
+    if failed:
+        console.print(
+            f"[bold red]{len(failed)} of {len(results)} checks failed[/] in {seconds:.1f} s: {'; '.join(failed)}. "
+            "`hf-gpt-scratch doctor --json` is what a bug report should hold.",
+            soft_wrap=True,
+        )
+    else:
+        passed = sum(one.status == PASSED for one in results)
+        console.print(f"[bold green]{passed} checks passed[/], none failed, in {seconds:.1f} s", soft_wrap=True)
+    if as_json:
+        facts = {name: fact for one in results for name, fact in one.facts.items()}
+        checks = [{name: value for name, value in asdict(one).items() if name != "facts"} for one in results]
+        report = {"versions": found, "system": machine, **facts, "checks": checks, "passed": not failed}
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    sys.exit(1 if failed else 0)
+
+
+def main() -> None:
+    app = typer.Typer(add_completion=False)
+    app.command()(doctor)
+    app()

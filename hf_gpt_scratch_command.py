@@ -1,0 +1,39 @@
+"""Starts `hf-gpt-scratch`. Lies beside the package, whose import needs torch and transformers: the doctor does not."""
+
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+
+
+def doctor_module() -> ModuleType:
+    """`hf_gpt_scratch.doctor`, without running the package's `__init__`; a later import of the package does."""
+    if "hf_gpt_scratch" in sys.modules:
+        return importlib.import_module("hf_gpt_scratch.doctor")
+    spec = importlib.util.find_spec("hf_gpt_scratch")
+    if spec is None or spec.submodule_search_locations is None:
+        sys.exit("hf-gpt-scratch is not installed whole: there is no package hf_gpt_scratch; pip install it again")
+    bare = sys.modules["hf_gpt_scratch"] = ModuleType("hf_gpt_scratch")
+    bare.__path__ = list(spec.submodule_search_locations)
+    try:
+        return importlib.import_module("hf_gpt_scratch.doctor")
+    finally:
+        del sys.modules["hf_gpt_scratch"]
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--version"]:
+        print(f"hf-gpt-scratch {doctor_module().__version__}")
+        return
+    if sys.argv[1:2] == ["doctor"]:
+        sys.argv[:2] = ["hf-gpt-scratch doctor"]
+        return doctor_module().main()
+    try:
+        from hf_gpt_scratch.cli import app
+    except ImportError as error:
+        sys.exit(f"hf-gpt-scratch cannot start: {error}\n`hf-gpt-scratch doctor` says what is missing or does not fit.")
+    app()
+
+
+if __name__ == "__main__":
+    main()
