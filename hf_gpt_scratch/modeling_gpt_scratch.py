@@ -759,6 +759,9 @@ def _build(model_class, config, state_dict, like):
 # Two models with the same weights and modules, in float32: 4e-7 on a CPU; a GPU may compute float32 in TF32.
 SAME_OUTPUTS, SAME_OUTPUTS_ELSEWHERE = 1e-4, 1e-2
 
+# What a module says of its weights' shapes, which are compared themselves: resizing a tied head does not update it.
+NO_DIFFERENCE = ("training", "in_features", "out_features", "num_embeddings")
+
 
 def _official_class(model_class):
     found = getattr(model_class, "gpt2_class", None)
@@ -789,7 +792,7 @@ def _differences(model, kind):
                 for key, value in vars(ours).items()
                 if isinstance(value, bool | int | float | str)
                 and not key.startswith("_")
-                and key != "training"
+                and key not in NO_DIFFERENCE
                 and getattr(theirs, key, None) != value
             ]
     shapes = ({name: tuple(p.shape) for name, p in m.named_parameters(remove_duplicate=False)} for m in (built, model))
