@@ -6,11 +6,12 @@ Nothing in a file is believed before it has been checked, and no code in one is 
 import codecs
 import hashlib
 import json
+import math
 import os
 import re
 import reprlib
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,15 @@ from .weight_map import DROPPED_PATTERNS
 # By safetensors' names, in the order in which a file has them: widest first.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MASK_DTYPES = {"U8": torch.uint8, "BOOL": torch.bool, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+# What a config.json can say of these without changing what a model is or gives back.
+SETTINGS: dict[str, tuple] = {
+    "return_dict": (True,),
+    "is_encoder_decoder": (False,),
+    "quantization_config": (None,),
+    "pruned_heads": (None, {}),
+    "per_layer_config": (None,),
+}
 ADAPTER = "adapter_config.json"  # PEFT's
 LONGEST_MESSAGE = 1500
 # Bytes; a shard index of 1558M has 50 kB, a header too.
@@ -41,10 +51,13 @@ class ConversionError(Exception):
     """What stands in the way of a conversion: the value, the rule and the remedy; at most `LONGEST_MESSAGE` letters."""
 
     def __init__(self, message: str):
-        if len(message) > LONGEST_MESSAGE:  # names in a damaged file can be as long as the file
-            half = LONGEST_MESSAGE // 2 - 5
-            message = f"{message[:half]} […] {message[-half:]}"
-        super().__init__(message)
+        super().__init__(shortened(message))
+
+
+def shortened(message: str) -> str:
+    """Its beginning and its end; what lies in a damaged file can be as long as the file."""
+    half = LONGEST_MESSAGE // 2 - 5
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} […] {message[-half:]}"
 
 
 def shown(value: Any) -> str:
@@ -96,6 +109,45 @@ def parse_json(data: bytes) -> Any:
         return values
 
     return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+
+
+def check_settings(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuses what a config.json may say and no model of ours, or of the official classes here, can obey.
+
+    Types that the config classes check themselves are left to them.
+
+    Raises:
+        ConversionError: a setting, by its name.
+    """
+    for name, value in values.items():
+        rule = None
+        if name in SETTINGS and not any(value == one and type(value) is type(one) for one in SETTINGS[name]):
+            rule = f"can be {' or '.join(json.dumps(one) for one in SETTINGS[name])} here"
+        elif name in ("dtype", "torch_dtype") and value not in (None, *FLOATS, *(f"torch.{one}" for one in FLOATS)):
+            rule = f"is one of {', '.join(FLOATS)}"
+        elif name == "architectures" and not _all_of(str, [] if value is None else value):
+            rule = "is a list of names"
+        elif name in ("id2label", "label2id") and not isinstance(value, dict | None):
+            rule = "maps numbers and names"
+        elif not all(math.isfinite(number) and abs(number) < 1 << 63 for number in _numbers(value)):
+            rule = "has finite numbers of at most 64 bits"
+        if rule is not None:
+            raise ConversionError(
+                f"{path} is not usable: {name}={shown(value)}, but it {rule}; correct it, or delete it"
+            )
+
+
+def _all_of(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """All numbers in it, however deep."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, dict | list):
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inside)
 
 
 def check_files(directory: Path) -> None:

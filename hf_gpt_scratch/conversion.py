@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from .checkpoint import Checkpoint, ConversionError, Progress, check_files, read_json, write_safetensors
+from .checkpoint import Checkpoint, ConversionError, Progress, check_files, check_settings, read_json, write_safetensors
 from .configuration_gpt_scratch import GPTScratchConfig
 from .lazy import Lazy, from_scratch, to_scratch, with_qkv_biases
 from .model_card import model_card
@@ -326,6 +326,7 @@ def _config_values(directory: Path, model_type: str) -> dict[str, Any]:
         other = {"gpt2": "convert/gpt2_to_scratch.py", "gpt_scratch": "convert/scratch_to_gpt2.py"}.get(found)
         remedy = f"{other} converts those" if other else "this converter reads no other models"
         raise ConversionError(f"{directory} holds a model of type {found!r}, but {model_type!r} is wanted; {remedy}")
+    check_settings(path, values)
     labels = values.get("num_labels")
     if isinstance(labels, int) and labels > MAX_LABELS:
         raise ConversionError(f"{path} is not usable: num_labels={labels}, but at most {MAX_LABELS} can be; correct it")

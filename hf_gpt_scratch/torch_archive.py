@@ -39,6 +39,9 @@ STORAGES = {
     "torch.ComplexFloatStorage": torch.complex64,
     "torch.ComplexDoubleStorage": torch.complex128,
     "torch.storage.UntypedStorage": torch.uint8,
+    "torch.QInt8Storage": torch.int8,  # and of these the sizes are right, which is all that is needed
+    "torch.QUInt8Storage": torch.uint8,
+    "torch.QInt32Storage": torch.int32,
 }
 # What else lies in checkpoints: it is passed over, or refused by this name where a tensor is wanted.
 UNBUILT = {
@@ -60,6 +63,9 @@ UNBUILT = {
     "__builtin__.complex": "complex",
     "__builtin__.bytearray": "bytearray",
 }
+# How a quantized tensor was quantized.
+UNBUILT |= {f"torch.per_{what}_affine": "torch.qscheme" for what in ("tensor", "channel")}
+UNBUILT |= {f"torch.per_{what}_symmetric": "torch.qscheme" for what in ("tensor", "channel")}
 
 
 class ForbiddenName(ValueError):
@@ -106,17 +112,19 @@ class Stored:
         return self.shape.numel() * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """The values, in memory of their own.
+        """The values, one behind the other, in memory of their own.
 
         Raises:
             EOFError: the file is shorter than it was.
         """
+        if not self.shape.numel():
+            return torch.empty(self.shape, dtype=self.dtype)
         size = _span(self.shape, self.stride) * self.dtype.itemsize
         offset = self.storage.offset + self.start * self.dtype.itemsize
         data = np.fromfile(self.path, dtype=np.uint8, count=size, offset=offset)
         if len(data) != size:
             raise EOFError(f"{len(data)} of {size} bytes from {offset} on")
-        return torch.from_numpy(data).view(self.dtype).as_strided(self.shape, self.stride)
+        return torch.from_numpy(data).view(self.dtype).as_strided(self.shape, self.stride).contiguous()
 
 
 def load(path: Path) -> Any:

@@ -76,11 +76,11 @@ def _read_model_args(path: Path, checkpoint: dict) -> dict[str, Any]:
     if foreign:
         raise ConversionError(f"{path} has the model_args {', '.join(foreign)}, which nanoGPT itself does not have")
     told = {ours: args[name] for name, ours in MODEL_ARGS.items() if name in args}
-    if wrong := [name for name, value in told.items() if not isinstance(value, int | float)]:
-        raise ConversionError(
-            f"{path} has the model_args {', '.join(wrong)}, which are no numbers but {kind_of(told[wrong[0]])}; they "
-            "are numbers; save the checkpoint again"
-        )
+    for name in MODEL_ARGS.keys() & args.keys():
+        if not isinstance(args[name], int | float):
+            raise ConversionError(
+                f"{path} has {kind_of(args[name])} for {name} in its model_args, but they are numbers; save it again"
+            )
     # Ours says which; nanoGPT's own file means the exact GELU.
     told["activation_function"] = settings.get("activation_function", "gelu") if isinstance(settings, dict) else "gelu"
     return told
