@@ -258,9 +258,9 @@ def inspect(model) -> Inspection:
     config, model_class = resolve(model)
     try:
         built = build(config, model_class)
+        events = trace(built)
     except Exception as error:  # settings of the heads that do not exist, dtypes that are none, and what else there is
         raise ValueError(f"no {model_class.__name__} can be built from its config ({error}); correct it") from error
-    events = trace(built)
     steps = _steps(built, events)
     tree = _node(built, "", "", [name for name, _, _ in events], {})
     total = tree.parameters
