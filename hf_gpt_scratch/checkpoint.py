@@ -161,6 +161,15 @@ def check_files(directory: Path) -> None:
     for path in directory.iterdir():
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ConversionError(f"{str(path)!r} is no file, but a pipe or a device; take it out of the directory")
+    refuse_adapter(directory)
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Refuses a directory that PEFT wrote.
+
+    Raises:
+        ConversionError: it is one.
+    """
     if (directory / ADAPTER).exists():
         raise ConversionError(
             f"{directory} holds a PEFT adapter ({ADAPTER}), which is no model but a change to one; merge it into its "
@@ -208,6 +217,12 @@ class Checkpoint:
                 raise ConversionError(
                     f"the shard index of {directory} names {name!r} in {path.name!r}, but it is not there; download "
                     "index and shards again"
+                )
+        for name in sorted(self.specs.keys() - promised.keys()) if promised else ():
+            if not MASK.search(name):
+                raise ConversionError(
+                    f"{self.specs[name].file.path} holds {name!r}, which the shard index does not name; download index "
+                    "and shards again"
                 )
 
     def read(self, name: str) -> torch.Tensor:

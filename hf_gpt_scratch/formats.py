@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from .checkpoint import Progress, checked_finite, read_json
+from .checkpoint import Progress, checked_finite, read_json, refuse_adapter
 from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
 from .conversion import (
     CARD,
@@ -300,6 +300,7 @@ def _open(path: str | os.PathLike) -> _Source:
 
 
 def _open_directory(path: Path) -> _Source:
+    refuse_adapter(path)
     if (path / "config.json").is_file():
         values = read_json(path / "config.json")
         model_type = values.get("model_type") if isinstance(values, dict) else None

@@ -24,7 +24,7 @@ from torch import nn
 from hf_gpt_scratch import GPTScratchForCausalLM, torch_archive
 from hf_gpt_scratch.checkpoint import LONGEST_MESSAGE, ConversionError
 from hf_gpt_scratch.conversion import gpt2_to_scratch
-from hf_gpt_scratch.formats import detect, read, write
+from hf_gpt_scratch.formats import detect, import_checkpoint, read, write
 from hf_gpt_scratch.tf_checkpoint import read_tensorflow
 
 HEADS = 4
@@ -374,8 +374,11 @@ def test_an_adapter_is_no_model_and_the_advice_works(tmp_path, source):
         official, LoraConfig(target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
     )
     adapted.save_pretrained(source)
-    with pytest.raises(ConversionError, match=r"PEFT adapter.*merge_and_unload\(\)\.save_pretrained"):
-        gpt2_to_scratch(source, tmp_path / "target")
+    adapted.save_pretrained(tmp_path / "alone")
+    for directory in (source, tmp_path / "alone"):
+        for convert in (gpt2_to_scratch, import_checkpoint):
+            with pytest.raises(ConversionError, match=r"PEFT adapter.*merge_and_unload\(\)\.save_pretrained"):
+                convert(directory, tmp_path / "target")
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     gpt2_to_scratch(tmp_path / "merged", tmp_path / "target")
 
@@ -399,6 +402,21 @@ def test_index_without_metadata_is_refused_and_the_advice_works(tmp_path, shards
         gpt2_to_scratch(shards, tmp_path / "target")
     path.write_text(json.dumps({"metadata": {}, **index}))
     assert gpt2_to_scratch(shards, tmp_path / "target")["parity"]["passed"]
+
+
+def test_index_that_names_other_tensors_than_the_shards_hold_is_refused(tmp_path, shards):
+    index = index_of(shards)
+    path, (name, other) = shards / "model.safetensors.index.json", sorted(index["weight_map"])[:2]
+    without = {key: file for key, file in index["weight_map"].items() if key != name}
+    for weight_map, message in (
+        (without, rf"holds '{name}', which the shard index does not name"),
+        ({**index["weight_map"], "x": index["weight_map"][name]}, r"names 'x' in .*but it is not there"),
+        ({**index["weight_map"], name: "../other.safetensors"}, r"a shard lies beside its index"),
+        ({**index["weight_map"], other: "absent.safetensors"}, r"'absent\.safetensors', which is missing"),
+    ):
+        path.write_text(json.dumps({**index, "weight_map": weight_map}))
+        with pytest.raises(ConversionError, match=message):
+            gpt2_to_scratch(shards, tmp_path / "target")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "config.json"])
