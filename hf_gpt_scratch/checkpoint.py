@@ -3,14 +3,15 @@
 Nothing in a file is believed before it has been checked, and no code in one is run.
 """
 
-import gc
+import codecs
 import hashlib
 import json
+import math
 import os
-import pickle
-import zipfile
-from collections import deque
-from collections.abc import Callable, Mapping
+import re
+import reprlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,47 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from . import torch_archive
+from .torch_archive import Stored, Unbuilt
+from .weight_map import DROPPED_PATTERNS
+
 # By safetensors' names, in the order in which a file has them: widest first.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MASK_DTYPES = {"U8": torch.uint8, "BOOL": torch.bool, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+# What a config.json can say of these without changing what a model is or gives back.
+SETTINGS: dict[str, tuple] = {
+    "return_dict": (True,),
+    "is_encoder_decoder": (False,),
+    "quantization_config": (None,),
+    "pruned_heads": (None, {}),
+    "per_layer_config": (None,),
+}
+ADAPTER = "adapter_config.json"  # PEFT's
+LONGEST_MESSAGE = 1500
+# Bytes; a shard index of 1558M has 50 kB, a header too.
+LARGEST_JSON = LARGEST_HEADER = 1 << 24
 _SYNCED_AT_ONCE = 1 << 28  # bytes
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MASK = re.compile("|".join(DROPPED_PATTERNS))
 
 
 class ConversionError(Exception):
-    """What stands in the way of a conversion: the value, the rule and the remedy."""
+    """What stands in the way of a conversion: the value, the rule and the remedy; at most `LONGEST_MESSAGE` letters."""
+
+    def __init__(self, message: str):
+        super().__init__(shortened(message))
+
+
+def shortened(message: str) -> str:
+    """Its beginning and its end; what lies in a damaged file can be as long as the file."""
+    half = LONGEST_MESSAGE // 2 - 5
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} […] {message[-half:]}"
+
+
+def shown(value: Any) -> str:
+    """A value out of a file, for a message: cut short, and not taken deeper than a few levels."""
+    return reprlib.repr(value)
 
 
 class Progress:
@@ -42,13 +76,24 @@ class Progress:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """The content of a JSON file, which is UTF-8 without a byte-order mark, as transformers wants it.
 
     Raises:
-        ConversionError: it is no valid JSON, or has a key twice.
+        ConversionError: it cannot be read, is no valid JSON, or has a key twice.
     """
     try:
-        return parse_json(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(LARGEST_JSON + 1)
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror}); check it") from error
+    if len(data) > LARGEST_JSON:
+        raise ConversionError(
+            f"{path} has more than {LARGEST_JSON:,} bytes, but such files are small; download it again"
+        )
+    if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConversionError(f"{path} begins with a byte-order mark, but JSON has none; save it as UTF-8 without it")
+    try:
+        return parse_json(data)
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is no valid JSON ({error}); download it again") from error
 
@@ -60,31 +105,77 @@ def parse_json(data: bytes) -> Any:
         values = dict(pairs)
         if len(values) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+            raise ValueError(f"the key {Counter(names).most_common(1)[0][0]!r} is there twice")
         return values
 
-    return json.loads(data, object_pairs_hook=unique)
+    return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+
+
+def check_settings(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuses what a config.json may say and no model of ours, or of the official classes here, can obey.
+
+    Types that the config classes check themselves are left to them.
+
+    Raises:
+        ConversionError: a setting, by its name.
+    """
+    for name, value in values.items():
+        rule = None
+        if name in SETTINGS and not any(value == one and type(value) is type(one) for one in SETTINGS[name]):
+            rule = f"can be {' or '.join(json.dumps(one) for one in SETTINGS[name])} here"
+        elif name in ("dtype", "torch_dtype") and value not in (None, *FLOATS, *(f"torch.{one}" for one in FLOATS)):
+            rule = f"is one of {', '.join(FLOATS)}"
+        elif name == "architectures" and not _all_of(str, [] if value is None else value):
+            rule = "is a list of names"
+        elif name in ("id2label", "label2id") and not isinstance(value, dict | None):
+            rule = "maps numbers and names"
+        elif not all(math.isfinite(number) and abs(number) < 1 << 63 for number in _numbers(value)):
+            rule = "has finite numbers of at most 64 bits"
+        if rule is not None:
+            raise ConversionError(
+                f"{path} is not usable: {name}={shown(value)}, but it {rule}; correct it, or delete it"
+            )
+
+
+def _all_of(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """All numbers in it, however deep."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, dict | list):
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inside)
 
 
 def check_files(directory: Path) -> None:
-    """Refuses what a checkpoint's directory has no use for: pipes and devices, and links that lead out of it.
+    """Refuses what a checkpoint's directory has no use for: pipes, sockets, devices, and a PEFT adapter.
 
-    Links of the hub's cache lead to its `blobs`, and may.
+    Links are followed, as `from_pretrained` follows them.
 
     Raises:
         ConversionError: there is such a thing.
     """
-    inside = Path(os.path.realpath(directory))
-    allowed = [inside] + ([inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else [])
     for path in directory.iterdir():
-        end = Path(os.path.realpath(path))
-        if not any(end.is_relative_to(place) for place in allowed):
-            raise ConversionError(
-                f"{str(path)!r} is a link out of its directory, to {str(end)!r}, but a checkpoint's files lie "
-                "together; if you trust the file, put a copy in the link's place"
-            )
-        if end.exists() and not end.is_file() and not end.is_dir():
+        if path.exists() and not path.is_file() and not path.is_dir():
             raise ConversionError(f"{str(path)!r} is no file, but a pipe or a device; take it out of the directory")
+    refuse_adapter(directory)
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Refuses a directory that PEFT wrote.
+
+    Raises:
+        ConversionError: it is one.
+    """
+    if (directory / ADAPTER).exists():
+        raise ConversionError(
+            f"{directory} holds a PEFT adapter ({ADAPTER}), which is no model but a change to one; merge it into its "
+            f"model and convert that: PeftModel.from_pretrained(model, {str(directory)!r}).merge_and_unload()"
+            ".save_pretrained(another directory)"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,6 +206,8 @@ class Checkpoint:
         for path in self.paths:
             file = _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
             for name, spec in file.specs().items():
+                if spec.dtype not in DTYPE_NAMES and not MASK.search(name):
+                    raise _wrong_dtype(name, path, str(spec.dtype))
                 if name in self.specs:
                     other = self.specs[name].file.path.name
                     raise ConversionError(f"{path.name} and {other} both hold {name!r}; keep one")
@@ -124,6 +217,12 @@ class Checkpoint:
                 raise ConversionError(
                     f"the shard index of {directory} names {name!r} in {path.name!r}, but it is not there; download "
                     "index and shards again"
+                )
+        for name in sorted(self.specs.keys() - promised.keys()) if promised else ():
+            if not MASK.search(name):
+                raise ConversionError(
+                    f"{self.specs[name].file.path} holds {name!r}, which the shard index does not name; download index "
+                    "and shards again"
                 )
 
     def read(self, name: str) -> torch.Tensor:
@@ -171,6 +270,9 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
             return [directory / single], {}
         if (directory / index).is_file():
             return _shards(directory / index, Path(single).suffix)
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    for link in (directory / name for name in names if (directory / name).is_symlink()):
+        raise _broken_link(link)
     raise ConversionError(f"{directory} has no {SAFE_WEIGHTS_NAME}, nor any other weights; give a whole checkpoint")
 
 
@@ -186,8 +288,14 @@ def _shards(index: Path, suffix: str) -> tuple[list[Path], dict[str, Path]]:
             )
         if not name.endswith(suffix):
             raise ConversionError(f"{index} names the shard {name!r}, but its shards end in {suffix}; do not trust it")
+        if (index.parent / name).is_symlink() and not (index.parent / name).is_file():
+            raise _broken_link(index.parent / name)
         if not (index.parent / name).is_file():
             raise ConversionError(f"{index} names the shard {name!r}, which is missing; download it again")
+    if not isinstance(content.get("metadata"), dict):
+        raise ConversionError(
+            f'{index} has no "metadata", without which transformers does not read it; write "metadata": {{}} into it'
+        )
     places = {name: index.parent / file for name, file in weight_map.items()}
     return sorted(set(places.values())), places
 
@@ -196,19 +304,25 @@ class _SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
+            with path.open("rb") as file:  # safetensors itself takes the last of equal names
+                length = int.from_bytes(file.read(8), "little")
+                if length > LARGEST_HEADER:
+                    raise ValueError(f"a header of {length:,} bytes, but none needs more than {LARGEST_HEADER:,}")
+                parse_json(file.read(length))
             # Memory that is mapped would count as ours; what is read into a tensor is given back with it.
             self.file = safe_open(path, framework="pt", backend="pread")
-            with path.open("rb") as file:  # safetensors has checked the length, but takes the last of equal names
-                parse_json(file.read(int.from_bytes(file.read(8), "little")))
         except (SafetensorError, ValueError, RecursionError, OSError) as error:
             raise _corrupt(path, error) from error
 
     def specs(self) -> dict[str, Spec]:
-        slices = {name: self.file.get_slice(name) for name in self.file.keys()}  # noqa: SIM118 -- not a dict
-        for name, found in slices.items():
-            if found.get_dtype() not in DTYPES:
+        specs = {}
+        for name in self.file.keys():  # noqa: SIM118 -- not a dict
+            found = self.file.get_slice(name)
+            dtype = (DTYPES | MASK_DTYPES).get(found.get_dtype())
+            if dtype is None:
                 raise _wrong_dtype(name, self.path, found.get_dtype())
-        return {n: Spec(torch.Size(s.get_shape()), DTYPES[s.get_dtype()], self) for n, s in slices.items()}
+            specs[name] = Spec(torch.Size(found.get_shape()), dtype, self)
+        return specs
 
     def read(self, name: str) -> torch.Tensor:
         try:
@@ -218,97 +332,71 @@ class _SafetensorsFile:
 
 
 class _PickleFile:
-    """A file of `torch.save`. Before 2020 it was no zip archive; such a file can only be read as a whole."""
+    """A file of `torch.save`."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.mapped = Mapped(self._load, is_sound_archive(path))
-
-    def _load(self, mapped: bool) -> dict[str, torch.Tensor]:
-        try:
-            tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
-        except pickle.UnpicklingError as error:
-            raise ConversionError(f"{self.path} is a pickle of more than weights ({error}); do not trust it") from error
-        except Exception as error:  # whatever the bytes of a corrupt pickle lead to
-            raise _corrupt(self.path, error) from error
-        if not isinstance(tensors, dict):
+        self.tensors = read_pickle(path)
+        if not isinstance(self.tensors, dict):
             raise ConversionError(
-                f"{self.path} holds a {type(tensors).__name__}, but weights are a dict of tensors; save "
+                f"{path} holds a {type(self.tensors).__name__}, but weights are a dict of tensors; save "
                 "model.state_dict()"
             )
-        for name, tensor in tensors.items():
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        for name, tensor in self.tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, Stored):
                 raise ConversionError(
-                    f"{self.path.name} holds {name!r} of type {type(tensor).__name__}, but weights are tensors by "
-                    "name; save model.state_dict()"
+                    f"{path.name} holds {name!r}: {kind_of(tensor)}, but weights are dense tensors by name; save "
+                    "model.state_dict()"
                 )
-            if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
-                raise _wrong_dtype(name, self.path, f"{tensor.dtype} ({tensor.layout}, {tensor.device})")
-        return tensors
 
     def specs(self) -> dict[str, Spec]:
-        return {name: Spec(tensor.shape, tensor.dtype, self) for name, tensor in self.mapped.tensors.items()}
+        return {name: Spec(tensor.shape, tensor.dtype, self) for name, tensor in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        return self.mapped.read(name)
+        return read_stored(self.tensors[name])
 
 
-class Mapped:
-    """Tensors in mapped memory, which is mapped anew before much of it has been read.
-
-    What has been read of a mapping counts as memory of ours for as long as the mapping is there.
-
-    Args:
-        load: the tensors; told whether to map them.
-        mapped: whether they can be; if not, they are loaded once and held.
-    """
-
-    def __init__(self, load: Callable[[bool], dict[str, torch.Tensor]], mapped: bool):
-        self.load, self.mapped = load, mapped
-        self._load()
-        self.largest = max((tensor.nbytes for tensor in self.tensors.values()), default=0)
-
-    def read(self, name: str) -> torch.Tensor:
-        size = self.tensors[name].nbytes
-        # A large one has a mapping of its own, because what is made of a small one may hold the mapping for long.
-        if self.mapped and self.touched and self.touched + size > self.largest // 4:
-            self._load()
-        self.touched += size
-        return self.tensors[name].detach()
-
-    def _load(self) -> None:
-        # torch.load leaves a cycle of references that holds the mapping: it is collected while it is young.
-        usual = gc.isenabled()
-        gc.disable()
-        try:
-            self.tensors, self.touched = self.load(self.mapped), 0
-            gc.collect(0)
-        finally:
-            if usual:
-                gc.enable()
-
-
-def is_sound_archive(path: Path) -> bool:
-    """Whether a file is a zip archive, as torch.save writes them today.
-
-    torch looks at the archive's checksums in some of its ways to read, and not in that which maps memory.
+def read_pickle(path: Path) -> Any:
+    """The content of a file of `torch.save`; nothing in it runs.
 
     Raises:
-        ConversionError: it is one, and damaged.
+        ConversionError: it is damaged, or a pickle of more than weights.
     """
     try:
-        if not zipfile.is_zipfile(path):
-            return False
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise zipfile.BadZipFile("compressed or overlapping entries, which torch does not write")
-            if bad := archive.testzip():
-                raise zipfile.BadZipFile(f"the checksum of {bad!r} is wrong")
-        return True
-    except Exception as error:  # whatever the bytes of a corrupt archive lead to
-        raise _corrupt(path, error) from error
+        return torch_archive.load(path)
+    except torch_archive.ForbiddenName as error:
+        raise ConversionError(
+            f"{path} is a pickle that asks for {error}, and such a file can run any program; do not trust it. If it is "
+            "your own, save model.state_dict() alone"
+        ) from error
+    except ValueError as error:
+        raise ConversionError(
+            f"{path} is truncated, corrupt or no weights ({error}); save or download it again"
+        ) from error
+
+
+def read_stored(tensor: Stored) -> torch.Tensor:
+    """Its values.
+
+    Raises:
+        ConversionError: the file has changed since it was opened.
+    """
+    try:
+        return tensor.read()
+    except (EOFError, OSError) as error:
+        raise _corrupt(tensor.path, error) from error
+
+
+def kind_of(value: Any) -> str:
+    """What it is, in words."""
+    return f"a {value.what if isinstance(value, Unbuilt) else type(value).__name__}"
+
+
+def _broken_link(path: Path) -> ConversionError:
+    return ConversionError(
+        f"{path} is a link to {os.readlink(path)!r}, where no file lies; fetch it first (git annex get, dvc pull), or "
+        "put the file in the link's place"
+    )
 
 
 def _corrupt(path: Path, error: Exception) -> ConversionError:

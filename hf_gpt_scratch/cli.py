@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import formats, inspection
+from .checkpoint import shortened
 from .compare_command import compare
 from .conversion import MAX_SHARD_SIZE, ConversionError, scratch_to_gpt2
 from .doctor import doctor
@@ -130,7 +131,7 @@ def _or_fail(function, *arguments) -> Any:
     try:
         return function(*arguments)
     except (ValueError, StrictDataclassError, ConversionError) as error:
-        Console(stderr=True).print(f"[bold red]Failed:[/] {escape(str(error))}", soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]Failed:[/] {escape(shortened(str(error)))}", soft_wrap=True)
         sys.exit(1)
 
 

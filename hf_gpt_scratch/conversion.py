@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .architecture import UnknownArchitecture, architecture
-from .checkpoint import Checkpoint, ConversionError, Progress, check_files, read_json, write_safetensors
+from .checkpoint import Checkpoint, ConversionError, Progress, check_files, check_settings, read_json, write_safetensors
 from .configuration_gpt_scratch import OF_ANOTHER_TYPE, GPTScratchConfig, ignored_by_gpt2, model_type_of, told
 from .lazy import Lazy, all_zero, from_scratch, to_scratch, with_qkv_biases
 from .model_card import model_card
@@ -336,6 +336,7 @@ def _config_values(directory: Path, model_type: str) -> dict[str, Any]:
         remedy = f"{other} converts those" if other else OF_ANOTHER_TYPE
         raise ConversionError(f"{directory} holds a model of type {found!r}, but {model_type!r} is wanted; {remedy}")
     refuse_kernels(path, values)
+    check_settings(path, values)
     labels = values.get("num_labels")
     if isinstance(labels, int) and labels > MAX_LABELS:
         raise ConversionError(f"{path} is not usable: num_labels={labels}, but at most {MAX_LABELS} can be; correct it")

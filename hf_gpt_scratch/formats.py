@@ -25,7 +25,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .checkpoint import Progress, checked_finite, read_json
+from .checkpoint import Progress, checked_finite, read_json, refuse_adapter
 from .configuration_gpt_scratch import OF_ANOTHER_TYPE, PRESETS, GPTScratchConfig, model_type_of
 from .configuration_gpt_scratch import told as shown
 from .conversion import (
@@ -327,6 +327,7 @@ def _open(path: str | os.PathLike) -> _Source:
 
 
 def _open_directory(path: Path) -> _Source:
+    refuse_adapter(path)
     if (path / "config.json").is_file():
         values = read_json(path / "config.json")
         model_type = model_type_of(values) if isinstance(values, dict) else None

@@ -1,6 +1,8 @@
-"""GPT-2 in a GGUF file, as llama.cpp reads it; written and read by the `gguf` package."""
+"""GPT-2 in a GGUF file, as llama.cpp reads it; written by the `gguf` package."""
 
 import json
+import math
+import struct
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import ConversionError, Progress, read_part
+from .checkpoint import ConversionError, Progress, read_part, shown
 from .configuration_gpt_scratch import GPTScratchConfig
 from .lazy import Lazy
 
@@ -22,8 +24,16 @@ METADATA = {
     "feed_forward_length": "n_inner",
     "attention.head_count": "n_heads",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    "vocab_size": "vocab_size",
 }
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+QUANTISED = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0"}
+QUANTISED |= {10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
+# Kinds of metadata, in struct's letters.
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+LARGEST_HEADER = 1 << 24  # bytes; GPT-2's has 2 MB, most of it its tokens
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 
 
@@ -115,37 +125,137 @@ def _add_tokenizer(writer, config: GPTScratchConfig, tokenizer: PreTrainedTokeni
 def read_gguf(path: Path) -> tuple[dict[str, Lazy], dict[str, Any]]:
     """A GGUF file's tensors in its own names, and what its metadata say, in our names.
 
-    All tensors have the dtype of the token embedding, or float32 if some would lose by it.
+    All tensors have the dtype of the token embedding, or float32 if some would lose by it. The package's own reader
+    checks nothing, so the header is read here.
 
     Raises:
-        ConversionError: no GPT-2, quantised, or corrupt.
+        ConversionError: no GPT-2, quantised, of another byte order, or corrupt.
     """
-    gguf = _gguf()
     try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # the reader checks nothing: whatever numpy raises on a broken file
-        raise ConversionError(f"{path} is truncated or corrupt ({error!r}); download it again") from error
-    architecture = fields.get("general.architecture")
-    if architecture != "gpt2":
-        raise ConversionError(f"{path} holds a model of architecture {architecture!r}, but only 'gpt2' is read")
-    tensors = {}
-    dtypes = {kind: dtype for dtype, kind in DTYPES.items()}
-    for tensor in reader.tensors:
-        kind = tensor.tensor_type.name
-        if kind not in dtypes:
+        with path.open("rb") as file:
+            metadata, tensors = _Header(file.read(LARGEST_HEADER), path).read()
+    except (ValueError, struct.error) as error:
+        raise ConversionError(f"{path} is truncated or corrupt ({error}); download it again") from error
+    return _one_dtype(tensors), _told(path, metadata)
+
+
+def _told(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    told = {}
+    for name, value in metadata.items():
+        if not name.startswith("gpt2."):
+            continue
+        ours = METADATA.get(name.removeprefix("gpt2."))
+        wanted = float if ours == "layer_norm_epsilon" else int
+        if ours is None or type(value) is not wanted:
             raise ConversionError(
-                f"{tensor.name!r} in {path} is quantised ({kind}), but only F32, F16 and BF16 are read bit for bit; "
-                "take the file that was not quantised"
+                f"{path} says {name}={shown(value)}, but GPT-2's are {', '.join(METADATA)}: whole numbers, and an "
+                "epsilon; take a file of a plain GPT-2"
             )
-        shape = torch.Size(reversed(tensor.shape.tolist()))
-        read = partial(read_part, path, int(tensor.data_offset), shape, dtypes[kind])
-        tensors[tensor.name] = Lazy(shape, dtypes[kind], read)
-    told = {ours: fields[f"gpt2.{name}"] for name, ours in METADATA.items() if f"gpt2.{name}" in fields}
-    told["tokenizer"] = "tokenizer.ggml.model" in fields
+        told[ours] = value
+    told["tokenizer"] = "tokenizer.ggml.model" in metadata
     if "layer_norm_epsilon" in told:
         told["layer_norm_epsilon"] = float(str(np.float32(told["layer_norm_epsilon"])))  # 1e-5, not 9.99999974e-06
-    return _one_dtype(tensors), told
+    return told
+
+
+class _Header:
+    """What stands before a GGUF file's tensors, piece by piece; no length in it is believed before it is checked.
+
+    Raises, in all methods:
+        ValueError, struct.error: it is corrupt.
+    """
+
+    def __init__(self, data: bytes, path: Path):
+        self.data, self.path, self.at = data, path, 0
+
+    def number(self, format: str) -> Any:
+        (number,) = struct.unpack_from(f"<{format}", self.data, self.at)
+        self.at += struct.calcsize(f"<{format}")
+        return number
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.at:
+            raise ValueError(f"{size} bytes are promised at {self.at}, but its header ends before {len(self.data)}")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def string(self) -> str:
+        return self.take(self.number("Q")).decode()
+
+    def value(self, kind: int) -> Any:
+        if kind in SCALARS:
+            return self.number(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            raise ValueError(f"a value of kind {kind} at {self.at}")
+        kind, count = self.number("I"), self.number("Q")
+        if kind in SCALARS:
+            return np.frombuffer(self.take(count * struct.calcsize(f"<{SCALARS[kind]}")), f"<{SCALARS[kind]}")
+        if kind != STRING or count > (len(self.data) - self.at) // 8:
+            raise ValueError(f"an array of {count} values of kind {kind} at {self.at}")
+        return [self.string() for _ in range(count)]
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Lazy]]:
+        """The metadata, and the tensors."""
+        self.take(4)
+        version, count, pairs = self.number("I"), self.number("Q"), self.number("Q")
+        if version & 0xFFFF == 0:
+            raise ConversionError(
+                f"{self.path} is big-endian, but little-endian files are read; the package gguf turns it in its "
+                f"place: gguf-convert-endian {self.path} little"
+            )
+        if version not in (2, 3):
+            raise ValueError(f"version {version}, but 2 and 3 are known")
+        metadata: dict[str, Any] = {}
+        for _ in range(pairs):
+            name = self.string()
+            if name in metadata:
+                raise ValueError(f"the key {name!r} is there twice")
+            metadata[name] = self.value(self.number("I"))
+        architecture = metadata.get("general.architecture")
+        if architecture != "gpt2":
+            raise ConversionError(
+                f"{self.path} holds a model of architecture {shown(architecture)}, but only 'gpt2' is read"
+            )
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment < 1 << 20 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment={shown(alignment)}, which is no power of two")
+        infos = [self.info() for _ in range(count)]
+        begin = self.at + -self.at % alignment
+        return metadata, self.tensors(infos, begin, alignment)
+
+    def info(self) -> tuple[str, torch.Size, int, int]:
+        """Of a tensor its name, shape, type and place behind the header."""
+        name, dimensions = self.string(), self.number("I")
+        if not 0 < dimensions <= 4:
+            raise ValueError(f"{name!r} has {dimensions} dimensions, but 1 to 4 can be")
+        sizes = [self.number("Q") for _ in range(dimensions)]
+        if not all(0 < size < 1 << 40 for size in sizes):
+            raise ValueError(f"{name!r} has the sizes {sizes}")
+        return name, torch.Size(sizes[::-1]), self.number("I"), self.number("Q")
+
+    def tensors(self, infos: list[tuple[str, torch.Size, int, int]], begin: int, alignment: int) -> dict[str, Lazy]:
+        """They must fill the file, one behind the other, as llama.cpp demands."""
+        tensors: dict[str, Lazy] = {}
+        end = 0
+        for name, shape, kind, offset in infos:
+            if name in tensors:
+                raise ValueError(f"the tensor {name!r} is there twice")
+            if kind not in TYPES:
+                raise ConversionError(
+                    f"{name!r} in {self.path} is quantised ({QUANTISED.get(kind, f'type {kind}')}), but only F32, F16 "
+                    "and BF16 are read bit for bit; take the file that was not quantised"
+                )
+            if offset != end + -end % alignment:
+                raise ValueError(f"{name!r} begins at {offset}, but the one before it ends at {end}")
+            end = offset + math.prod(shape) * TYPES[kind].itemsize
+            read = partial(read_part, self.path, begin + offset, shape, TYPES[kind])
+            tensors[name] = Lazy(shape, TYPES[kind], read)
+        size = self.path.stat().st_size
+        if not begin + end <= size <= begin + end + -end % alignment:
+            raise ValueError(f"it has {size} bytes, but by its header {begin + end}")
+        return tensors
 
 
 def _one_dtype(tensors: dict[str, Lazy]) -> dict[str, Lazy]:

@@ -16,6 +16,7 @@ from math import prod
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -133,6 +134,10 @@ def resolve(
             f"got {name!r}, but a model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
             f"hub id ({str(error).splitlines()[0]})"
         ) from error
+    except (ValueError, StrictDataclassError):
+        raise
+    except Exception as error:  # transformers takes a config in many ways, and fails in as many
+        raise ValueError(f"{name!r} has a config.json that is not usable ({error!r}); correct it") from error
     return config, architecture(values, name)
 
 
@@ -261,8 +266,11 @@ def inspect(model) -> Inspection:
         ValueError: see `resolve`.
     """
     config, model_class = resolve(model)
-    built = build(config, model_class)
-    events = trace(built)
+    try:
+        built = build(config, model_class)
+        events = trace(built)
+    except Exception as error:  # settings of the heads that do not exist, dtypes that are none, and what else there is
+        raise ValueError(f"no {model_class.__name__} can be built from its config ({error}); correct it") from error
     steps = _steps(built, events)
     tree = _node(built, "", "", [name for name, _, _ in events], {})
     total = tree.parameters

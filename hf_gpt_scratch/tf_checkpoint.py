@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from .checkpoint import ConversionError, read_part
 from .lazy import Lazy
 
 FOOTER_BYTES, MAGIC = 48, 0xDB4775248B80FB57
-LARGEST_INDEX = 1 << 26  # bytes; GPT-2 1558M has 54 kB
+# Bytes; the index of 1558M has 54 kB, and its names at most 30.
+LARGEST_INDEX, LONGEST_NAME = 1 << 22, 1000
+MOST_DIMENSIONS = 8
 DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}  # tensorflow.DataType
 CRC_POLYNOMIAL = 0x82F63B78
 CRC_ROW, CRC_PIECE = 512, 1 << 20  # bytes; the piece stays in the processor's cache
@@ -38,6 +40,8 @@ def read_tensorflow(directory: Path) -> dict[str, Lazy]:
         if index.stat().st_size > LARGEST_INDEX:
             raise ValueError(f"it has {index.stat().st_size} bytes; the index of a GPT-2 has less than 100,000")
         entries = dict(_table(index.read_bytes()))
+        if b"" not in entries:
+            raise ValueError("its header is missing")
         header = _message(entries.pop(b""))
         if header.get(2, [0])[0] != 0:
             raise ValueError("its tensors are big-endian, which only TensorFlow itself reads")
@@ -51,13 +55,12 @@ def read_tensorflow(directory: Path) -> dict[str, Lazy]:
 def _checkpoint_name(directory: Path) -> str:
     """What stands before `.index`: as the file `checkpoint` says, else the only one there is."""
     try:
-        told = re.search(
-            r'^model_checkpoint_path: "(.*)"', (directory / "checkpoint").read_text(encoding="utf-8"), re.M
-        )
+        with (directory / "checkpoint").open(encoding="utf-8") as file:
+            told = re.search(r'^model_checkpoint_path: "(.*)"', file.read(1 << 16), re.M)
     except (OSError, UnicodeDecodeError):
         told = None
-    # A training run writes the absolute path it had on the machine of that time.
-    names = [Path(told[1]).name] if told else sorted(path.stem for path in directory.glob("*.index"))
+    # A training run writes the absolute path it had on the machine of that time, with backslashes if that was Windows.
+    names = [PureWindowsPath(told[1]).name] if told else sorted(path.stem for path in directory.glob("*.index"))
     if len(names) == 1 and (directory / f"{names[0]}.index").is_file():
         return names[0]
     raise ConversionError(
@@ -71,26 +74,31 @@ def _tensors(prefix: Path, entries: dict[bytes, bytes], num_shards: int) -> dict
     for key, value in entries.items():
         name, entry = key.decode(), _message(value)
         number, shard, offset, size = (entry.get(field, [0])[0] for field in (1, 3, 4, 5))
-        if number not in DTYPES:
-            continue  # counters of a training run
         if 7 in entry:
             raise ValueError(f"{name!r} is cut into slices, which only TensorFlow itself reads")
-        dtype = DTYPES[number]
         shape = [_message(dim).get(1, [0])[0] for dim in _message(entry.get(2, [b""])[0]).get(2, [])]
+        if len(shape) > MOST_DIMENSIONS:
+            raise ValueError(f"{name!r} has {len(shape)} dimensions")
         if shard >= num_shards:
             raise ValueError(f"{name!r} lies in shard {shard} of {num_shards}")
         path = prefix.with_name(f"{prefix.name}.data-{shard:05}-of-{num_shards:05}")
         if not path.is_file() or path.stat().st_size == 0:
             raise ValueError(f"{path.name} is missing or empty")
-        if offset + size > path.stat().st_size or math.prod(shape) * dtype.itemsize != size:
-            raise ValueError(f"{name!r} of shape {shape} should have {size} bytes from {offset} on in its data file")
-        extents.append((shard, offset, size, name))
+        extents.append((path, offset, offset + size, name))
+        if number not in DTYPES:
+            continue  # counters of a training run
+        dtype = DTYPES[number]
+        if math.prod(shape) * dtype.itemsize != size:
+            raise ValueError(f"{name!r} of shape {shape} has {size} bytes")
         read = partial(_read, name, path, offset, torch.Size(shape), dtype, entry[6][0])
         tensors[name] = Lazy(torch.Size(shape), dtype, read)
     extents.sort()
-    for (shard, offset, size, name), (next_shard, next_offset, _, next_name) in pairwise(extents):
-        if shard == next_shard and offset + size > next_offset:
+    for (path, _, end, name), (next_path, begin, _, next_name) in pairwise(extents):
+        if path == next_path and end > begin:
             raise ValueError(f"{name!r} and {next_name!r} overlap")
+    for path, end in {path: end for path, _, end, _ in extents}.items():
+        if end != path.stat().st_size:
+            raise ValueError(f"{path.name} has {path.stat().st_size} bytes, but its tensors end at {end}")
     return tensors
 
 
@@ -107,8 +115,17 @@ def _table(file: bytes) -> Iterator[tuple[bytes, bytes]]:
     if len(footer) < FOOTER_BYTES or struct.unpack("<Q", footer[-8:])[0] != MAGIC:
         raise ValueError("its last 8 bytes are not those of an index")
     _, _, list_offset, list_size = _varints(footer, 4)
+    last, end = None, 0
     for _, handle in _block(file, list_offset, list_size):
-        yield from _block(file, *_varints(handle, 2))
+        offset, size = _varints(handle, 2)
+        if offset < end:
+            raise ValueError("its blocks overlap")
+        end = offset + size
+        for key, value in _block(file, offset, size):
+            if last is not None and key <= last:
+                raise ValueError(f"the key {key!r} follows {last!r}, but keys are sorted")
+            last = key
+            yield key, value
 
 
 def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
@@ -125,6 +142,8 @@ def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
     key, at = b"", 0
     while at < end:
         shared, rest, value_size, at = _varints(block, 3, at, with_end=True)
+        if shared > len(key) or shared + rest > LONGEST_NAME or at + rest + value_size > end:
+            raise ValueError("an entry is longer than its block, or its name than any")
         key = key[:shared] + block[at : at + rest]
         yield key, block[at + rest : at + rest + value_size]
         at += rest + value_size
@@ -156,6 +175,8 @@ def _message(data: bytes) -> dict[int, list]:
             value, at = _varints(data, 1, at, with_end=True)
         elif tag & 7 == 2:
             size, at = _varints(data, 1, at, with_end=True)
+            if size > len(data) - at:
+                raise ValueError("a message that ends within a value")
             value, at = data[at : at + size], at + size
         elif tag & 7 == 5:
             value, at = struct.unpack("<I", data[at : at + 4])[0], at + 4

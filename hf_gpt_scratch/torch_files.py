@@ -5,7 +5,6 @@ import io
 import mmap
 import re
 import tempfile
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,11 +13,12 @@ from typing import Any
 
 import torch
 
-from .checkpoint import ConversionError, Mapped, Progress, is_sound_archive
+from .checkpoint import ConversionError, Progress, kind_of, read_pickle, read_stored
 from .configuration_gpt_scratch import GPTScratchConfig
 from .layouts import READABLE, variant
 from .lazy import Lazy, all_zero, held
 from .parity import same_bits
+from .torch_archive import Stored
 
 # nanoGPT's `model_args`, in our names.
 MODEL_ARGS = {
@@ -34,38 +34,16 @@ MODEL_ARGS = {
 def read_torch_file(path: Path) -> tuple[str, dict[str, Lazy], dict[str, Any]]:
     """The format of a file, its tensors in their own names, and what it tells, in our names.
 
-    A file from before 2020, which is no zip archive, is held in memory as a whole.
-
     Raises:
         ConversionError: not such a file, or a pickle of more than weights, of which nothing runs.
     """
-    told: dict[str, Any] = {}
-
-    def load(mapped: bool) -> dict[str, torch.Tensor]:
-        tensors, about = _load(path, mapped)
-        told.update(about)
-        return tensors
-
-    mapped = Mapped(load, is_sound_archive(path))
-    format = _format(path, mapped.tensors, told)
-    tensors = {n: Lazy(t.shape, t.dtype, partial(mapped.read, n)) for n, t in mapped.tensors.items()}
-    return format, tensors, told
+    stored, told = _load(path)
+    format = _format(path, stored, told)
+    return format, {n: Lazy(t.shape, t.dtype, partial(read_stored, t)) for n, t in stored.items()}, told
 
 
-def _load(path: Path, mapped: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of other pickle protocols and TorchScript; both fail below
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # on a broken file torch.load raises whatever its parts do
-        if found := re.search(r"unsupported global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE):
-            raise ConversionError(
-                f"{path} is a pickle that asks for {found[1]}, and such a file can run any program; do not trust it. "
-                "If it is your own, save model.state_dict() alone"
-            ) from error
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0] or type(error).__name__
-        raise ConversionError(
-            f"{path} is truncated, corrupt or no weights ({reason}); save or download it again"
-        ) from error
+def _load(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    content = read_pickle(path)
     told: dict[str, Any] = {}
     tensors = content
     for key in ("state_dict", "state", "model"):
@@ -83,16 +61,16 @@ def _load(path: Path, mapped: bool) -> tuple[dict[str, torch.Tensor], dict[str, 
         raise ConversionError(
             f"{path} holds a {type(tensors).__name__}, but a state dict is wanted; what can be read is {READABLE}"
         )
-    bare: dict[str, torch.Tensor] = {}
+    bare: dict[str, Stored] = {}
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not _is_plain(tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Stored):
             raise ConversionError(
-                f"{path} holds {name!r}: {_kind(tensor)}, but a state dict maps names to dense tensors"
+                f"{path} holds {name!r}: {kind_of(tensor)}, but a state dict maps names to dense tensors"
             )
         name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)  # torch.compile, DataParallel
         if name in bare:
             raise ConversionError(f"{path} holds {name!r} twice, with different prefixes; keep one")
-        bare[name] = tensor.detach()
+        bare[name] = tensor
     return bare, told
 
 
@@ -106,31 +84,21 @@ def _read_model_args(path: Path, checkpoint: dict) -> dict[str, Any]:
     if foreign:
         raise ConversionError(f"{path} has the model_args {', '.join(foreign)}, which nanoGPT itself does not have")
     told = {ours: args[name] for name, ours in MODEL_ARGS.items() if name in args}
-    if not all(isinstance(value, int | float) for value in told.values()):
-        raise ConversionError(f"{path} has the model_args {args}, but they are numbers; save the checkpoint again")
+    for name in MODEL_ARGS.keys() & args.keys():
+        if not isinstance(args[name], int | float):
+            raise ConversionError(
+                f"{path} has {kind_of(args[name])} for {name} in its model_args, but they are numbers; save it again"
+            )
     if isinstance(settings, dict) and "activation_function" in settings:  # ours says which, nanoGPT's own does not
         told["activation_function"] = settings["activation_function"]
     return told
 
 
-def _is_plain(tensor: Any) -> bool:
-    """A tensor with its values in its own memory; not sparse, quantised, or one value repeated over terabytes."""
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        return False
-    return not tensor.is_quantized and tensor.nbytes <= tensor.untyped_storage().nbytes()
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {value.layout} tensor of {value.dtype} and shape {list(value.shape)} in {value.device.type} memory"
-    return f"a {type(value).__name__}"
-
-
-def _format(path: Path, tensors: Mapping[str, torch.Tensor], told: dict[str, Any]) -> str:
+def _format(path: Path, tensors: Mapping[str, Stored], told: dict[str, Any]) -> str:
     if "trf_blocks.0.norm1.scale" in tensors:
         return "book"
     fused = tensors.get("transformer.h.0.attn.c_attn.weight", tensors.get("h.0.attn.c_attn.weight"))
-    if fused is not None and fused.ndim == 2 and fused.shape[1] == 3 * fused.shape[0]:
+    if fused is not None and len(fused.shape) == 2 and fused.shape[1] == 3 * fused.shape[0]:
         raise ConversionError(f"{path} is the weights file of an official checkpoint; give the directory it lies in")
     if "transformer.h.0.attn.c_attn.weight" not in tensors:
         if known := variant({name: tensor.shape for name, tensor in tensors.items()}):

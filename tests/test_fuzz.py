@@ -1,60 +1,79 @@
 """Some hundreds of the cases of fuzz.py, and that it would notice what it looks for."""
 
+import time
+
 import pytest
 import torch
-from fuzz import DAMAGE, Broken, make_sources, run_case, run_cases
+from fuzz import DAMAGE, Broken, Worker, make_sources, memory, run_case, run_cases
 
-from hf_gpt_scratch import conversion
+from hf_gpt_scratch import checkpoint, conversion, formats, torch_archive
 from hf_gpt_scratch.checkpoint import Checkpoint
 
-CASES = 420
+CASES = 10 * len(DAMAGE)
 
 
-def test_spoiled_checkpoints_are_refused_or_converted_as_they_are(tmp_path):
-    outcomes, broken = run_cases(range(CASES), seed=1, place=tmp_path)
+def test_spoiled_checkpoints_are_refused_or_taken_as_they_are(tmp_path):
+    outcomes, broken = run_cases(range(CASES), seed=2, place=tmp_path)
     assert broken == []
     assert sum(outcomes.values()) == CASES
-    assert {name for name, _ in outcomes} == {damage.__name__ for damage, _, _ in DAMAGE}
-    refused = sum(n for (_, outcome), n in outcomes.items() if outcome == "refused")
+    assert {name for name, _, _ in outcomes} == {damage.__name__ for damage, _, _ in DAMAGE}
+    assert {command.split()[0] for _, command, _ in outcomes} >= {
+        "convert",
+        "export",
+        "verify",
+        "verify-receipt",
+        "inspect",
+    }
+    refused = sum(n for (_, _, outcome), n in outcomes.items() if outcome == "refused")
     assert CASES // 2 < refused < CASES
 
 
-@pytest.fixture
-def sources(tmp_path):
-    make_sources(tmp_path / "sources")
-    return tmp_path / "sources"
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sources")
+    make_sources(directory)
+    return directory
 
 
-def number_of(name):
-    return next(i for i, (damage, _, _) in enumerate(DAMAGE) if damage.__name__ == name)
+def numbers_of(name, count=1000):
+    """The cases with that damage."""
+    first = next(i for i, (damage, _, _) in enumerate(DAMAGE) if damage.__name__ == name)
+    return range(first, count * len(DAMAGE), len(DAMAGE))
+
+
+def first_broken(sources, place, name):
+    for number in numbers_of(name):
+        run_case(sources, place, 0, number)
 
 
 def test_fuzz_notices_a_converter_that_overlooks_damage(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "read", lambda self, name: self.specs[name].file.read(name))
-    with pytest.raises(Broken, match="not_finite was overlooked"):
-        run_case(sources, tmp_path, 0, number_of("not_finite"))
+    with pytest.raises(Broken, match=r"not_finite was overlooked|is not finite"):
+        first_broken(sources, tmp_path, "not_finite")
 
 
 def test_fuzz_notices_a_converter_that_changes_a_bit(sources, tmp_path, monkeypatch):
-    read = Checkpoint.read
+    def wrong(tensor):
+        values = read(tensor)
+        if values.shape == (8, 32):
+            values.view(torch.int32)[0, 0] ^= 1
+        return values
 
-    def wrong(self, name):
-        tensor = read(self, name)
-        if name.endswith("ln_f.bias"):
-            tensor.view(torch.int32)[0] ^= 1
-        return tensor
-
-    monkeypatch.setattr(Checkpoint, "read", wrong)
-    with pytest.raises(Broken, match=r"final_norm\.shift is not what it was"):
-        for number in range(number_of("odd_extra_file"), 1000, len(DAMAGE)):
-            run_case(sources, tmp_path, 0, number)
+    read = torch_archive.Stored.read
+    monkeypatch.setattr(torch_archive.Stored, "read", wrong)
+    with pytest.raises(Broken, match=r"layers\.[02]\.weight is not what it was"):
+        first_broken(sources, tmp_path, "odd_extra_file")
 
 
 def test_fuzz_notices_code_that_was_run(sources, tmp_path, monkeypatch):
-    load = torch.load
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": False}))
+    def load(path):
+        torch.load(path, weights_only=False)
+        return read(path)
+
+    read = checkpoint.read_pickle
+    monkeypatch.setattr(checkpoint, "read_pickle", load)
     seen = []
-    for number in range(number_of("hostile"), 30 * len(DAMAGE), len(DAMAGE)):
+    for number in numbers_of("hostile", 60):
         try:
             run_case(sources, tmp_path, 0, number)
         except Broken as error:
@@ -67,5 +86,46 @@ def test_fuzz_notices_errors_of_another_kind(sources, tmp_path, monkeypatch):
         raise KeyError("x")
 
     monkeypatch.setattr(conversion, "check_files", crash)
-    with pytest.raises(Broken, match="KeyError instead of ConversionError"):
-        run_case(sources, tmp_path, 0, number_of("hostile"))
+    with pytest.raises(Broken, match="KeyError instead of a message"):
+        first_broken(sources, tmp_path, "not_finite")
+
+
+def test_fuzz_notices_long_messages(sources, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise conversion.ConversionError("x")
+
+    monkeypatch.setattr(checkpoint, "shortened", lambda message: 3000 * message)
+    monkeypatch.setattr(conversion, "check_files", refuse)
+    with pytest.raises(Broken, match="a message of 30"):
+        first_broken(sources, tmp_path, "not_finite")
+
+
+def test_fuzz_notices_memory():
+    with memory(50 << 20, "little"):
+        bytearray(10 << 20)
+    with pytest.raises(Broken, match=r"much: took \d+ MB, but 50 MB are allowed"), memory(50 << 20, "much"):
+        bytearray(200 << 20)
+
+
+def test_fuzz_notices_what_is_left_behind(sources, tmp_path, monkeypatch):
+    def leave(*args, **options):
+        (args[1] if len(args) > 1 else options["target"]).mkdir()
+        raise conversion.ConversionError("a message that is long enough")
+
+    monkeypatch.setattr(formats, "_convert", lambda opened, target, *args: leave(opened, type(opened.path)(target)))
+    with pytest.raises(Broken, match="exit status 1, but left"):
+        first_broken(sources, tmp_path, "odd_gguf")
+
+
+def test_a_worker_that_hangs_is_replaced_and_its_case_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("fuzz.LONGEST_S", 1e-3)
+    monkeypatch.setattr(Worker, "begin", begin_and_sleep)
+    outcomes, broken = run_cases(range(3), seed=0, place=tmp_path)
+    assert outcomes.total() == 3
+    assert any("hangs" in line and "--seed 0 --first" in line for line in broken)
+
+
+def begin_and_sleep(worker, number):
+    worker.number, worker.since = number, time.monotonic()
+    if number is None:
+        worker.connection.send(number)

@@ -16,7 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from hf_gpt_scratch import torch_files
-from hf_gpt_scratch.checkpoint import Checkpoint, ConversionError, Progress, is_sound_archive, write_safetensors
+from hf_gpt_scratch.checkpoint import Checkpoint, ConversionError, Progress, read_pickle, write_safetensors
 from hf_gpt_scratch.cli import app
 from hf_gpt_scratch.conversion import (
     CARD,
@@ -345,7 +345,7 @@ def test_foreign_import_is_opened_once_and_shards(tmp_path, monkeypatch):
     ours = random_pair()[1]
     write(ours, ours.config, tmp_path / "model.pth", "book")
     loads = []
-    monkeypatch.setattr(torch_files, "is_sound_archive", lambda path: loads.append(path) or is_sound_archive(path))
+    monkeypatch.setattr(torch_files, "read_pickle", lambda path: loads.append(path) or read_pickle(path))
     done = CliRunner().invoke(
         app,
         ["convert", str(tmp_path / "model.pth"), str(tmp_path / "b"), "--n-heads", "4", "--max-shard-size", "60KB"],
