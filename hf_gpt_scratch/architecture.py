@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .configuration_gpt_scratch import GPTScratchConfig
+from .configuration_gpt_scratch import GPTScratchConfig, model_type_of
 from .modeling_gpt_scratch import MODELS, GPTScratchPreTrainedModel
 
 # What our own saved models name as their code.
@@ -34,7 +34,7 @@ def architecture(values: Mapping[str, Any], directory: str | os.PathLike) -> typ
     """
     if not isinstance(values, Mapping):
         raise UnknownArchitecture(f"config.json of {directory} is no map of settings; take the weights' own")
-    official = values.get("model_type") == "gpt2"
+    official = model_type_of(values) == "gpt2"
     known = {(kind.gpt2_class if official else kind).__name__: kind for kind in MODELS}
     named = values.get("architectures") or [next(iter(known))]
     names = list(dict.fromkeys(str(name) for name in (named if isinstance(named, list) else [named])))

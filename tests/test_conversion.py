@@ -409,7 +409,7 @@ def forged(source):
     """A tokenizer, and settings in every file that name somebody's code, and code beside them."""
     shutil.copytree(TRAINED, source)
     code = {
-        "auto_map": {"AutoTokenizer": ["someone/repo--code.Tokenizer", None], "AutoConfig": "code.Config"},
+        "auto_map": {"AutoTokenizer": ["someone/repo--code.Tokenizer", None]},  # of the model it would be refused
         "custom_code": "code.py",
         "custom_generate": "someone/repo",
         "custom_pipelines": {"task": {"impl": "code.Pipeline"}},
