@@ -459,9 +459,14 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
                 **kwargs,
             )
         x = self.final_norm(x)
-        if looks and isinstance(cache, Cache) and not checkpointing:
+        if looks and isinstance(cache, Cache) and not checkpointing and self._has_first_block():
             check_growth(cache, num_past + num_new)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, **{CACHE: cache if use_cache else None})
+
+    def _has_first_block(self):
+        """Whether this is no later stage of a pipeline: a cache counts the tokens of its first layer."""
+        first = self.trf_blocks[0]
+        return isinstance(first, GPTScratchBlock) and first.att.layer_idx == 0
 
     def _check_positions(self, position_ids, num_tokens):
         # Padding takes no position, so that more than context_length tokens may still fit: the positions themselves

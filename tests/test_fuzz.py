@@ -1,6 +1,7 @@
 """Some hundreds of the cases of fuzz.py, and that it would notice what it looks for."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_fuzz_notices_what_is_left_behind(sources, tmp_path, monkeypatch):
         (args[1] if len(args) > 1 else options["target"]).mkdir()
         raise conversion.ConversionError("a message that is long enough")
 
-    monkeypatch.setattr(formats, "_convert", lambda opened, target, *args: leave(opened, type(opened.path)(target)))
+    monkeypatch.setattr(formats, "_convert", lambda opened, stamps, target, *args: leave(opened, Path(target)))
     with pytest.raises(Broken, match="exit status 1, but left"):
         first_broken(sources, tmp_path, "odd_gguf")
 

@@ -26,8 +26,10 @@ from hf_gpt_scratch.parity import FP32_LOGITS, compare_outputs, relative_error
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "push_to_hub.py"
-MODULES = "configuration_gpt_scratch", "decoding", "layers", "loss", "modeling_gpt_scratch", "parallel", "weight_map"
-CODE = {f"{module}.py" for module in MODULES}
+MODULES = """
+compat configuration_gpt_scratch decoding int8 layers library_check loss modeling_gpt_scratch parallel weight_map
+"""
+CODE = {f"{module}.py" for module in MODULES.split()}
 
 LOAD = """
 import json
