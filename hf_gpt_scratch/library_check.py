@@ -80,10 +80,11 @@ class LibraryCheck:
 
 @contextmanager
 def _undisturbed():
-    """The check neither sees nor leaves anything: random numbers, default device, dtype, autocast, gradients."""
-    dtype, progress = torch.get_default_dtype(), logging.is_progress_bar_enabled()
+    """The check neither sees nor leaves anything: random numbers, default device, dtype, autocast, gradients, logs."""
+    dtype, progress, verbosity = torch.get_default_dtype(), logging.is_progress_bar_enabled(), logging.get_verbosity()
     torch.set_default_dtype(torch.float32)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         with (
             torch.random.fork_rng(devices=[]),
@@ -95,6 +96,7 @@ def _undisturbed():
             yield
     finally:
         torch.set_default_dtype(dtype)
+        logging.set_verbosity(verbosity)
         if progress:
             logging.enable_progress_bar()
 
