@@ -4,6 +4,7 @@ transformers has a minor release nearly every week, and hands a model what it li
 this model under an unknown name would give other text without an error, so no cache is ever ignored here.
 """
 
+import re
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -48,14 +49,16 @@ def is_cache(value: Any) -> bool:
     return isinstance(value, Cache) or (callable(getattr(value, "update", None)) and "Cache" in type(value).__name__)
 
 
-def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:
+def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any], attention_mask: Any = None) -> Any:
     """The cache that a forward pass was given, by either name.
 
     Before 5.24 `cache` was the paged cache of continuous batching, which goes to the attention function.
 
     Raises:
-        TypeError: two caches, or one under a name that would not be looked at.
+        TypeError: two caches, one under a name that would not be looked at, or what is none.
     """
+    if is_cache(attention_mask):
+        raise TypeError(f"got a cache in the place of attention_mask; give it by its name, {CACHE}=…")
     if CACHE == "past_key_values" and cache is not None and not isinstance(cache, Cache):
         kwargs["cache"] = cache
         cache = None
@@ -67,8 +70,28 @@ def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:
                 f"and would be ignored here; {advice()}"
             )
     if past_key_values is not None and cache is not None and past_key_values is not cache:
-        raise TypeError("got both `past_key_values` and `cache`, two names of one argument; give one of them")
-    return past_key_values if cache is None else cache
+        raise TypeError(
+            "got both `past_key_values` and `cache`, two names of one argument; give one of them. PEFT's prefix tuning "
+            "gives both, and would lose one: generate with use_cache=False"
+        )
+    found = past_key_values if cache is None else cache
+    if found is not None and not is_cache(found):
+        raise TypeError(f"got a {type(found).__name__} as the cache; give one of transformers', such as DynamicCache()")
+    return found
+
+
+# Tensors that forward passes are given by keyword, and hand on to attention functions and losses.
+READ_ELSEWHERE = re.compile(
+    r"cache|cache_position|labels|shift_labels|num_items_in_batch|seq_idx|block_table|logits_indices|"
+    r"(cu_seq_lens|max_length|max_seqlen|cu_seqlens)(_[qk])?|(read|write)_index|[kv]_cache|s_aux"
+)
+
+
+def refuse_unread(kwargs: dict[str, Any]) -> None:
+    """Raises TypeError for a tensor by a keyword that neither this model nor what it calls is known to read."""
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and not READ_ELSEWHERE.fullmatch(name):
+            raise TypeError(f"got the tensor {name!r}, which nothing here reads; {advice()}")
 
 
 def check_mask(attention_mask: torch.Tensor, num_past: int, num_new: int) -> None:

@@ -79,7 +79,7 @@ def shifted(labels, ignore_index):
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
-def head_loss(x, weight, labels, *, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_):
+def head_loss(x, weight, labels, *, num_items_in_batch=None, ignore_index=-100, shift_labels=None):
     """`ForCausalLMLoss` of the logits `x @ weight.T`, exact but for the order of summation.
 
     Args:
@@ -96,6 +96,10 @@ def head_loss(x, weight, labels, *, num_items_in_batch=None, ignore_index=-100, 
     return HeadLoss.apply(x.flatten(0, -2), weight, targets, num_items_in_batch, ignore_index)
 
 
+# Of the keywords of a forward pass, those that `head_loss` takes.
+LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+
 def can_skip_logits(model: nn.Module) -> bool:
     """Whether `head_loss` computes what the model's own head and loss function would, hooks and wrappers and all."""
     head = model.out_head
@@ -105,7 +109,9 @@ def can_skip_logits(model: nn.Module) -> bool:
         and head.bias is None
         and type(weight) is nn.Parameter
         and weight.shape == (head.out_features, head.in_features)  # not when its shards are elsewhere
+        and "forward" not in vars(head)
         and not (head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
+        and not (head._backward_hooks or head._backward_pre_hooks or torch.nn.modules.module._has_any_global_hook())
         and torch.float16 not in (weight.dtype, product_dtype(weight))  # gradients that need scaling first
         and model.loss_function is ForCausalLMLoss
         and not torch.compiler.is_compiling()

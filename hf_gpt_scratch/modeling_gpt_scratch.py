@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from .compat import CACHE, advice, check_growth, check_mask, explained, is_untested, one_cache
+from .compat import CACHE, advice, check_growth, check_mask, explained, is_untested, one_cache, refuse_unread
 
 with explained():
     from transformers import (
@@ -55,7 +55,7 @@ with explained():
     from .int8 import Int8Config  # noqa: F401  # so that a quantized model brings its quantizer along
     from .layers import GELU, SIZES, LayerNorm, MultiHeadAttention, TransformerBlock, causal_attention, check_length
     from .library_check import LibraryCheck
-    from .loss import LazyLogitsOutput, can_skip_logits, head_loss
+    from .loss import LOSS_OPTIONS, LazyLogitsOutput, can_skip_logits, head_loss
     from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
     from .weight_map import DROPPED_PATTERNS, conversions, is_base_weight, to_gpt2_state_dict
 
@@ -384,9 +384,12 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             TypeError: a cache under a name that is not looked at.
             RuntimeError: this transformers hands over its cache in a way that was not foreseen.
         """
+        cache = one_cache(past_key_values, cache, kwargs, attention_mask)
         if is_untested():
             check_library()
-        cache = one_cache(past_key_values, cache, kwargs)
+            if "paged" in self.config._attn_implementation:
+                check_library("generate_batch")
+            refuse_unread(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if encoder_hidden_states is not None and not self.config.add_cross_attention:
@@ -523,7 +526,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         given = model_kwargs.get(CACHE)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get(CACHE)
-        if made is not given and type(made) is DynamicCache:
+        if made is not given and type(made) is DynamicCache and not getattr(made, "offloading", False):
             model_kwargs[CACHE] = growing_cache(self.config)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -575,8 +578,10 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         further = {name: outputs.get(name) for name in (CACHE, "hidden_states", "attentions", "cross_attentions")}
         x = outputs.last_hidden_state  # (B, T, E)
         training = labels is not None and self.training and torch.is_grad_enabled()
-        if training and self.chunked_loss and logits_to_keep == 0 and can_skip_logits(self):
-            loss = head_loss(x, self.out_head.weight, labels, **kwargs)
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if training and self.chunked_loss and keeps_all and can_skip_logits(self):
+            options = {name: kwargs[name] for name in LOSS_OPTIONS if name in kwargs}
+            loss = head_loss(x, self.out_head.weight, labels, **options)
             output = LazyLogitsOutput(loss=loss, logits=x, **further)
             output["logits"] = lambda: self.out_head(x)
             return output

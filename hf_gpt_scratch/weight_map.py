@@ -142,10 +142,15 @@ def rows(n_layers: int, table: Iterable[Row] = TABLE) -> Iterator[Row]:
 
 
 def is_base_weight(name: str) -> bool:
-    """Whether the name, with or without the prefix, is one that every base model of ours has."""
-    pattern = re.sub(r"(?<=^trf_blocks\.)\d+", "{n}", name.removeprefix(SCRATCH_PREFIX))
-    optional = ("cross", ".ff.layers.1.")
-    return not any(part in pattern for part in optional) and any(pattern in row.scratch for row in BASE)
+    """Whether a parameter, with or without the prefix, quantized or not, is of a module that every base model has.
+
+    A quantized head counts too: unlike a float one it is never new.
+    """
+    module, _, kind = re.sub(r"(?<=^trf_blocks\.)\d+", "{n}", name.removeprefix(SCRATCH_PREFIX)).rpartition(".")
+    if "cross" in module or module.endswith(".ff.layers.1"):
+        return False
+    modules = {ours.rpartition(".")[0] for row in BASE for ours in row.scratch}
+    return module in modules or (module == "out_head" and kind not in ("weight", "bias"))
 
 
 def without_prefix(state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

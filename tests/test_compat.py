@@ -11,6 +11,7 @@ import torch
 import transformers
 from pairs import random_ids, random_pair
 from remote import run_without_the_package
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from hf_gpt_scratch import GPTScratchDoubleHeadsModel, GPTScratchForCausalLM, compat, library_check
@@ -27,7 +28,8 @@ def model():
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    monkeypatch.setattr(modeling.check_library, "failure", {})
+    monkeypatch.setattr(modeling.check_library, "passed", set())
+    monkeypatch.setattr(modeling.check_library, "told", False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,9 +111,9 @@ def test_import_says_nothing_and_an_untested_version_gets_one_line(monkeypatch, 
 
 def test_on_a_tested_version_a_forward_pass_checks_nothing_and_generate_does(unchecked, model):
     model(random_ids())
-    assert modeling.check_library.failure == {}
+    assert modeling.check_library.passed == set()
     model.generate(random_ids(), max_new_tokens=2, pad_token_id=0)
-    assert modeling.check_library.failure == {"generate": None}
+    assert modeling.check_library.passed == {"generate"}
 
 
 def test_the_check_refuses_again_and_again_and_names_version_and_remedy(monkeypatch, unchecked, model):
@@ -129,7 +131,9 @@ def test_the_check_refuses_again_and_again_and_names_version_and_remedy(monkeypa
     assert transformers.__version__ in str(told.value) and len(str(told.value)) < 1500
 
 
-def test_the_check_leaves_no_trace(unchecked, model):
+@pytest.mark.parametrize("untested", [False, True])
+def test_the_check_leaves_no_trace(monkeypatch, unchecked, untested):
+    monkeypatch.setattr(library_check, "is_untested", lambda: untested)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -141,16 +145,76 @@ def test_the_check_leaves_no_trace(unchecked, model):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.rand(3), expected) and torch.is_grad_enabled()
-    assert modeling.check_library.failure == {"generate": None}
+    assert modeling.check_library.passed == {"generate"}
+
+
+def test_the_check_is_not_counted_nor_traced(unchecked, model):
+    ids = random_ids()
+    with FlopCounterMode(display=False) as counter:
+        model(ids)
+        alone = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        modeling.check_library()
+        model(ids)
+    assert counter.get_total_flops() == alone
+    assert modeling.check_library.passed == set()  # the next use checks
+
+
+def test_what_does_not_come_again_is_raised_and_is_no_verdict(monkeypatch, unchecked, model):
+    class Late(Exception):
+        pass
+
+    calls = []
+    right = library_check.MODES["greedy"]
+
+    def once_late(model):
+        calls.append(model)
+        if len(calls) == 1:
+            raise Late("a time limit of the user's")
+        return right(model)
+
+    monkeypatch.setitem(library_check.MODES, "greedy", once_late)
+    with pytest.raises(Late):
+        modeling.check_library()
+    modeling.check_library()
+    assert modeling.check_library.passed == {"generate"}
+
+
+def test_a_process_that_is_forked_during_the_check_has_a_lock_of_its_own(unchecked):
+    reader, writer = os.pipe()
+    with modeling.check_library.lock:
+        child = os.fork()
+        if child == 0:
+            taken = modeling.check_library.lock.acquire(timeout=5)
+            os.write(writer, b"1" if taken and not modeling.check_library.running else b"0")
+            os._exit(0)
+    assert os.read(reader, 1) == b"1"
+    os.waitpid(child, 0)
+
+
+def test_an_unread_tensor_is_refused_on_an_untested_version(monkeypatch, model):
+    model(random_ids(), something=torch.ones(2))
+    monkeypatch.setattr(modeling, "is_untested", lambda: True)
+    with pytest.raises(TypeError, match="the tensor 'something', which nothing here reads"):
+        model(random_ids(), something=torch.ones(2))
+    model(random_ids(), labels=random_ids(), num_items_in_batch=torch.tensor(7))
+
+
+def test_a_cache_in_another_place_and_what_is_no_cache_are_refused(model):
+    with pytest.raises(TypeError, match=f"in the place of attention_mask; give it by its name, {CACHE}="):
+        model(random_ids(), DynamicCache())
+    with pytest.raises(TypeError, match="got a tuple as the cache"):
+        model(random_ids(), **{CACHE: ((torch.ones(2), torch.ones(2)),)})
 
 
 def test_the_tiny_model_tells_prompts_positions_and_padding_apart():
     with library_check._undisturbed():
-        _, official, book = library_check._tiny_models(GPTScratchForCausalLM)
+        _, official, book = library_check._tiny_models(GPTScratchForCausalLM).values()
         right = library_check._greedy(book)
         assert torch.equal(right, library_check.MODES["greedy"](official))
         assert len(set(right.flatten().tolist())) > 5
         ids, _ = library_check._padded()
+        assert not torch.equal(library_check.MODES["beams"](official), right)
         unmasked = official.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
         assert not torch.equal(unmasked[0, 5:], right[0])
 

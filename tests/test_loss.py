@@ -231,3 +231,40 @@ def test_whatever_changes_the_head_or_the_loss_is_obeyed(pair, change):
     assert type(output) is CausalLMOutputWithCrossAttentions
     expected = ours.loss_function(logits=output.logits, labels=IDS, vocab_size=VOCAB)
     torch.testing.assert_close(output.loss, expected)
+
+
+def halve(head):
+    whole = head.forward
+    head.forward = lambda x: whole(x) / 2
+
+
+WRAPPED_HEADS = {
+    "forward of its own": halve,
+    "backward hook": lambda head: head.register_full_backward_hook(lambda _, grad_in, grad_out: (grad_in[0] * 2,)),
+    "backward pre-hook": lambda head: head.register_full_backward_pre_hook(lambda _, grad_out: (grad_out[0] * 2,)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED_HEADS.values(), ids=WRAPPED_HEADS)
+def test_a_head_that_is_wrapped_is_called(wrap):
+    gpt2, ours = random_pair(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    ids, results = random_ids(), []
+    for model in (gpt2, ours):
+        wrap(model.get_output_embeddings())
+        model.train()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.item(), model.get_input_embeddings().weight.grad.norm().item()))
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+    plain = ours.from_gpt2(random_pair(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)[0]).train()
+    loss = plain(ids, labels=ids).loss
+    loss.backward()
+    assert (loss.item(), plain.get_input_embeddings().weight.grad.norm().item()) != pytest.approx(results[0], rel=1e-2)
+
+
+def test_kept_logits_may_be_named_by_a_tensor_in_training():
+    _, ours = random_pair()
+    ours.train()
+    ids = random_ids()
+    kept = torch.arange(ids.shape[1])
+    assert ours(ids, labels=ids, logits_to_keep=kept).logits.shape == (*ids.shape, VOCAB)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from pairs import random_gpt2, random_ids, random_pair
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.nn.utils import parameters_to_vector, prune
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
@@ -21,6 +21,7 @@ from hf_gpt_scratch import (
     GPTScratchForCausalLM,
     GPTScratchForSequenceClassification,
     GPTScratchModel,
+    Int8Config,
 )
 
 OPTIONS = dict(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -326,3 +327,16 @@ def test_a_new_head_is_no_reason_to_refuse(official):
     assert theirs.score.weight.shape == model.score.weight.shape
     with_cross = GPTScratchForCausalLM.from_pretrained(official[1], add_cross_attention=True)
     assert with_cross.model.trf_blocks[0].cross_att is not None
+
+
+@pytest.mark.parametrize("kind", ["int8_weight", "scales"])
+@pytest.mark.parametrize("layer", ["model.trf_blocks.0.att.W_key", "model.trf_blocks.1.ff.layers.2", "out_head"])
+def test_a_quantized_checkpoint_without_a_tensor_is_refused(official, tmp_path, layer, kind):
+    options = dict(dtype=torch.bfloat16, quantization_config=Int8Config())
+    GPTScratchForCausalLM.from_pretrained(official[1], **options).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {n: w for n, w in weights.items() if n != f"{layer}.{kind}"}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=rf"no weights for {layer}\.{kind}"):
+        GPTScratchForCausalLM.from_pretrained(tmp_path)
