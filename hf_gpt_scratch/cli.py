@@ -65,9 +65,9 @@ def export(
 ) -> None:
     """Converts a GPTScratch checkpoint into an official GPT-2 one, or another program's, weights unchanged."""
     check = "weights" if verify and weights_only else verify
-    options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size)
+    options: dict[str, Any] = dict(revision=revision, check=check, overwrite=overwrite, max_shard_size=max_shard_size)
     if format == "gpt2":
-        convert_and_report(scratch_to_gpt2, source, target, revision=revision, **options)
+        convert_and_report(scratch_to_gpt2, source, target, **options)
     else:
         convert_and_report(formats.export_checkpoint, source, target, format=format, **options)
 

@@ -1,6 +1,7 @@
 """Configuration in the book's names, and its translation from and to `GPT2Config`."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -88,7 +89,7 @@ OF_ANOTHER_TYPE = (
 )
 
 
-def model_type_of(values: dict[str, Any]) -> str | None:
+def model_type_of(values: Mapping[str, Any]) -> str | None:
     """What a config.json says it is of; files of the first years are GPT-2's without saying so."""
     model_type = values.get("model_type")
     if model_type is None:

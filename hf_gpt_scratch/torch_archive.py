@@ -346,7 +346,8 @@ class _Steps:
             elif step == p.BUILD:
                 stack.pop()  # attributes, such as a state dict's _metadata
             elif step == p.PROTO:
-                self.take(1)
+                if (protocol := self.number("B")) > 2:
+                    raise ValueError(f"its pickle is of protocol {protocol}; save it with torch.save's own, which is 2")
             elif step == p.STOP:
                 return stack.pop()
             else:
