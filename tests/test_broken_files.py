@@ -1,5 +1,6 @@
 """Checkpoints as people find them: half fetched, under other names, of other programs; and files that never end."""
 
+import argparse
 import json
 import os
 import struct
@@ -9,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from pairs import random_pair, randomize
+from pairs import random_ids, random_pair, randomize
 from safetensors.torch import load_file, save_file
 from test_hostile_files import HUGE
 from torch import nn
@@ -113,6 +114,32 @@ def test_the_advice_for_another_pickle_protocol_works(tmp_path):
     assert "is of protocol 4" in refusal(tmp_path / "model.pth", n_heads=3)
     torch.save(state_dict, tmp_path / "model.pth")
     import_checkpoint(tmp_path / "model.pth", tmp_path / "out", n_heads=3)
+
+
+def test_what_scripts_save_beside_the_weights_is_passed_over_and_not_built(tmp_path):
+    model = randomize(GPTModel(CFG)).eval()
+    beside = {"loss": np.float64(1.5), "args": argparse.Namespace(lr=1e-3), "out_dir": tmp_path / "x"}
+    torch.save({"model_state_dict": model.state_dict(), **beside}, tmp_path / "model.pth")
+    import_checkpoint(tmp_path / "model.pth", tmp_path / "out", n_heads=3)
+    ids = random_ids(1, 8, vocab_size=97)
+    logits = GPTScratchForCausalLM.from_pretrained(tmp_path / "out").eval()(ids).logits
+    torch.testing.assert_close(logits, model(ids), atol=1e-4, rtol=1e-5)
+    torch.save({"tok_emb.weight": np.float64(1.5)}, tmp_path / "model.pth")
+    assert "a number of numpy" in refusal(tmp_path / "model.pth", n_heads=3)
+
+
+def test_a_tokenizer_in_a_folder_is_said_to_be_left_behind(official, tmp_path):
+    (official[1] / "tokenizer").mkdir()
+    (official[1] / "tokenizer" / "tokenizer.json").write_text("{}")
+    [note] = import_checkpoint(official[1], tmp_path / "out")["notes"]
+    assert "left behind" in note and "tokenizer/tokenizer.json" in note
+
+
+def test_a_receipt_does_not_write_what_it_likes_on_the_terminal(ours):
+    values = json.loads((ours / "conversion_receipt.json").read_text()) | {"what": "\x1b[31mred" * 500}
+    (ours / "conversion_receipt.json").write_text(json.dumps(values))
+    status, output = run("verify-receipt", ours)
+    assert status == 0 and len(output) < 1000 and "\x1b[31m" not in output
 
 
 # GGUF
