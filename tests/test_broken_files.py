@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import struct
+import subprocess
+import sys
 import time
 
 import gguf
@@ -140,6 +142,14 @@ def test_a_receipt_does_not_write_what_it_likes_on_the_terminal(ours):
     (ours / "conversion_receipt.json").write_text(json.dumps(values))
     status, output = run("verify-receipt", ours)
     assert status == 0 and len(output) < 1000 and "\x1b[31m" not in output
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_some_letters_gets_the_others(encoding):
+    code = "from hf_gpt_scratch.cli import app; app(['explain', 'W_key'])"
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert result.returncode == 0 and b"W_key" in result.stdout and b"Traceback" not in result.stderr
 
 
 # GGUF
