@@ -40,6 +40,8 @@ SETTINGS: dict[str, tuple] = {
 }
 ADAPTER = "adapter_config.json"  # PEFT's
 LONGEST_MESSAGE = 1500
+# Of what is not read in a directory with a config.json: other names, other libraries, half a download.
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".ckpt", ".incomplete", ".part")
 # Bytes; a shard index of 1558M has 50 kB, a header too.
 LARGEST_JSON = LARGEST_HEADER = 1 << 24
 _SYNCED_AT_ONCE = 1 << 28  # bytes
@@ -159,9 +161,18 @@ def check_files(directory: Path) -> None:
         ConversionError: there is such a thing.
     """
     for path in directory.iterdir():
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise ConversionError(f"{str(path)!r} is no file, but a pipe or a device; take it out of the directory")
+        refuse_no_file(path)
     refuse_adapter(directory)
+
+
+def refuse_no_file(path: Path) -> None:
+    """Refuses what would be waited for without an end.
+
+    Raises:
+        ConversionError: it is a pipe, a socket or a device.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ConversionError(f"{str(path)!r} is no file, but a pipe or a device; put a copy of its content in a file")
 
 
 def refuse_adapter(directory: Path) -> None:
@@ -273,7 +284,21 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     for link in (directory / name for name in names if (directory / name).is_symlink()):
         raise _broken_link(link)
-    raise ConversionError(f"{directory} has no {SAFE_WEIGHTS_NAME}, nor any other weights; give a whole checkpoint")
+    raise ConversionError(f"{directory} has no {SAFE_WEIGHTS_NAME}, nor any other weights{_instead(directory)}")
+
+
+def _instead(directory: Path) -> str:
+    """What lies where weights were looked for, and what to do."""
+    names = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_WEIGHTS)
+    whole = [name for name in names if re.fullmatch(r"(pytorch_)?model\.[\w.-]+\.(safetensors|bin)", name)]
+    if any(re.search(r"-\d+-of-\d+\.", name) for name in names):
+        return " that can be read: its shards lack their index; download that too"
+    if len(whole) == 1:
+        suffix = Path(whole[0]).suffix
+        right = WEIGHTS_NAME if suffix == Path(WEIGHTS_NAME).suffix else SAFE_WEIGHTS_NAME
+        return f" under a name that is read; if {whole[0]!r} is all of it, rename it to {right}"
+    told = f" that can be read, but {', '.join(repr(name[:200]) for name in names[:5])}" if names else ""
+    return f"{told}; give a whole checkpoint"
 
 
 def _shards(index: Path, suffix: str) -> tuple[list[Path], dict[str, Path]]:
@@ -304,6 +329,7 @@ class _SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
+            refuse_pointer(path)
             with path.open("rb") as file:  # safetensors itself takes the last of equal names
                 length = int.from_bytes(file.read(8), "little")
                 if length > LARGEST_HEADER:
@@ -363,6 +389,7 @@ def read_pickle(path: Path) -> Any:
         ConversionError: it is damaged, or a pickle of more than weights.
     """
     try:
+        refuse_pointer(path)
         return torch_archive.load(path)
     except torch_archive.ForbiddenName as error:
         raise ConversionError(
@@ -390,6 +417,22 @@ def read_stored(tensor: Stored) -> torch.Tensor:
 def kind_of(value: Any) -> str:
     """What it is, in words."""
     return f"a {value.what if isinstance(value, Unbuilt) else type(value).__name__}"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuses the text that lies where weights were not fetched.
+
+    Raises:
+        ConversionError: it is a pointer of Git LFS, or a web page.
+    """
+    with path.open("rb") as file:
+        start = file.read(100).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise ConversionError(f"{path} is no weights, but Git LFS's pointer to them; fetch them first: git lfs pull")
+    if start.startswith((b"<!doctype", b"<html")):
+        raise ConversionError(
+            f"{path} is a web page instead of weights; download it again, from the file's own address"
+        )
 
 
 def _broken_link(path: Path) -> ConversionError:

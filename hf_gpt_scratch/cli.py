@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 not done, 2 wrong command line, 3 the models differ, 130 interrupted.
 """
 
+import io
 import json
 import sys
 from typing import Annotated, Any, Literal
@@ -65,9 +66,9 @@ def export(
 ) -> None:
     """Converts a GPTScratch checkpoint into an official GPT-2 one, or another program's, weights unchanged."""
     check = "weights" if verify and weights_only else verify
-    options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size)
+    options: dict[str, Any] = dict(revision=revision, check=check, overwrite=overwrite, max_shard_size=max_shard_size)
     if format == "gpt2":
-        convert_and_report(scratch_to_gpt2, source, target, revision=revision, **options)
+        convert_and_report(scratch_to_gpt2, source, target, **options)
     else:
         convert_and_report(formats.export_checkpoint, source, target, format=format, **options)
 
@@ -119,7 +120,11 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
-) -> None: ...
+) -> None:
+    # What the terminal's encoding lacks, as on Windows and in pipes, is shown as a question mark.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 for command in COMMANDS:

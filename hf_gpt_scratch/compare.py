@@ -15,10 +15,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .modeling_gpt_scratch import GPTScratchForCausalLM
-from .parity import FLOAT64_STAGE, FP32_LOGITS, FP32_STAGE, differing, finite, relative_errors, warm_up
+from .parity import (
+    FLOAT64_STAGE,
+    FP32_LOGITS,
+    FP32_STAGE,
+    differing,
+    differing_settings,
+    finite,
+    relative_errors,
+    warm_up,
+)
 from .subjects import LabError, Match, Subject, parameters
 
 LOGITS, CHOICES = "out_head", "mc_logits"
@@ -122,6 +132,7 @@ class Comparison:
     kind: str = GPTScratchForCausalLM.__name__
     tensors: int = 0
     different_tensors: list[str] | None = None
+    different_settings: list[str] = field(default_factory=list)
     traces: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = field(default=({}, {}), repr=False)
 
     @property
@@ -144,7 +155,7 @@ class Comparison:
     @property
     def same(self) -> bool:
         """Whether the models are one: in what they compute, and two checkpoints in their weights too, bit for bit."""
-        return self.equivalent and not self.different_tensors
+        return self.equivalent and not self.different_tensors and not self.different_settings
 
     @property
     def growth(self) -> list[float]:
@@ -158,6 +169,10 @@ class Comparison:
             more = f" and {bug:.1e} in float64: what float32 shows is rounding" if self.dtype == "float64" else ""
             bits = f"; {self.tensors} tensors equal bit for bit" if self.different_tensors is not None else ""
             return f"the same model: relative logit error {rounding:.1e} in float32{more}{bits}"
+        if self.equivalent and not self.different_tensors:
+            return (
+                f"different settings: the outputs are equal, but the configs have {'; '.join(self.different_settings)}"
+            )
         if self.equivalent:
             return (
                 f"different weights: the outputs are equal within rounding ({rounding:.1e} in float32), but "
@@ -211,6 +226,7 @@ class Comparison:
                 "kind": self.kind,
                 "same": self.same,
                 "different_tensors": self.different_tensors,
+                "different_settings": self.different_settings,
                 "verdict": self.verdict,
                 "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
                 "first_divergence": first.stage if first else None,
@@ -537,6 +553,8 @@ def compare_models(
     if reference.tensors is not None and candidate.tensors is not None:
         result.tensors = len(reference.tensors.keys() | candidate.tensors.keys())
         result.different_tensors = differing(reference.tensors, candidate.tensors)
+    if all(isinstance(subject.module, PreTrainedModel) for subject in (reference, candidate)):
+        result.different_settings = differing_settings(reference.module, candidate.module)
     if text_ids is not None and reference.is_language_model:
         result.perplexity = {
             side: perplexity(subject, text_ids, input_ids.shape[1])

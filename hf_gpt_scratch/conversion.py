@@ -78,6 +78,7 @@ SETTINGS = tuple(pattern[1:] for pattern in BESIDE)
 MAX_SHARD_SIZE = "50GB"
 # transformers makes a name for each label of a classifier; no checkpoint has more.
 MAX_LABELS = 1_000_000
+MAX_LAYERS = 1000
 # Whether the result is compared with the source: as models in float32, or the weights alone, or not.
 Check = bool | Literal["weights"]
 
@@ -179,6 +180,8 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
             raise ConversionError(f"{source} is a directory, so --revision {revision} has no meaning; leave it out")
         return path
     if path.exists():
+        if revision is not None:
+            raise ConversionError(f"{source} is a file, so --revision {revision} has no meaning; leave it out")
         raise ConversionError(f"{source} is a file, but a checkpoint is a directory; give the directory it lies in")
     name = str(source)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
@@ -274,7 +277,7 @@ class Weights:
                 raise ConversionError(f"{file} holds {name!r}, which is there already as {names[bare]!r}; keep one")
             if bare not in shapes:
                 old = bare == "lm_head.decoder.weight"
-                remedy = "rename it to 'lm_head.weight'" if old else "take weights and config from the same model"
+                remedy = "rename it to 'lm_head.weight'" if old else self._about(name, shapes)
                 raise ConversionError(
                     f"{file} holds the tensor {name!r}, which a {type(self.model).__name__} of this config.json does "
                     f"not have; {remedy}"
@@ -303,6 +306,19 @@ class Weights:
                 )
             names.pop(second, None)
         return names
+
+    def _about(self, name: str, shapes: Mapping[str, torch.Size]) -> str:
+        """What to do about a name that is unknown."""
+        if any("lora_" in there for there in self.checkpoint.specs):
+            return (
+                "it is of a model with LoRA adapters: merge them, model.merge_and_unload(), and save what that returns"
+            )
+        for bare in sorted(shapes, key=len, reverse=True):
+            for known in (_PREFIXES[self.model_type] + bare, bare):
+                if name.endswith(f".{known}"):
+                    prefix = name.removesuffix(known)[:200]
+                    return f"save it with names without {prefix!r}, name.removeprefix({prefix!r})"
+        return "take weights and config from the same model"
 
     def read(self, name: str) -> torch.Tensor:
         return self.checkpoint.read(self.names[name])
@@ -355,10 +371,12 @@ def _config(directory: Path, model_type: str, values: dict[str, Any], tensors: i
         raise ConversionError(f"{path} is not usable: {error}; take the config.json that came with the weights") from (
             error
         )
-    if config.num_hidden_layers > tensors:
+    # Each layer has 12 tensors and more, and takes some memory even without weights.
+    if config.num_hidden_layers > min(tensors, MAX_LAYERS):
         raise ConversionError(
             f"{path} promises {config.num_hidden_layers} layers, but {directory} lacks them: it holds {tensors} "
-            "tensors in all; take weights and config from the same model"
+            f"tensors in all, and {MAX_LAYERS} layers are the most that are read; take weights and config from the "
+            "same model"
         )
     return config
 
@@ -426,8 +444,10 @@ def write_model(
     specs = {name: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for name, lazy in lazies.items()}
     try:
         split = huggingface_hub.split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise ConversionError(f"max_shard_size={max_shard_size!r}: {error}; give a size such as 5GB") from error
+    except (ValueError, OverflowError) as error:
+        raise ConversionError(
+            f"max_shard_size={str(max_shard_size)[:80]!r}: {error}; give a size such as 5GB"
+        ) from error
     progress.step("Converting", sum(lazy.nbytes for lazy in lazies.values()))
     hashes = {}
     for file, names in split.filename_to_tensors.items():

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .checkpoint import Progress, checked_finite, read_json, refuse_adapter
+from .checkpoint import Progress, check_files, checked_finite, read_json, refuse_no_file, refuse_pointer
 from .configuration_gpt_scratch import OF_ANOTHER_TYPE, PRESETS, GPTScratchConfig, model_type_of
 from .configuration_gpt_scratch import told as shown
 from .conversion import (
@@ -34,6 +34,7 @@ from .conversion import (
     Check,
     ConversionError,
     Weights,
+    find_source,
     gpt2_to_scratch,
     meta_model,
     quiet_transformers,
@@ -218,6 +219,7 @@ def export_checkpoint(
     format: str,
     *,
     n_heads: int | None = None,
+    revision: str | None = None,
     bias: bool | None = None,
     check: Check = True,
     overwrite: bool = False,
@@ -232,13 +234,16 @@ def export_checkpoint(
     Returns, raises: as `import_checkpoint`.
     """
     with told_while("reading the source", target):
-        stamps = Stamps(local_path(source))
-        opened = _open(source)
+        path = local_path(source)
+        there = os.path.exists(path) or path.suffix in (".pth", ".pt", ".gguf")
+        path = path if there and revision is None else find_source(source, revision)
+        stamps = Stamps(path)
+        opened = _open(path)
     if (opened.format, format) == ("native", "gpt2"):
         if n_heads is not None:
             _interpret(opened, n_heads)
         options: dict[str, Any] = dict(overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
-        return scratch_to_gpt2(source, target, check=check, **options)
+        return scratch_to_gpt2(source, target, revision=revision, check=check, **options)
     return _convert(opened, stamps, target, format, n_heads, bias, check, overwrite, max_shard_size, progress)
 
 
@@ -304,6 +309,7 @@ def _open(path: str | os.PathLike) -> _Source:
     path = Path(path).expanduser()
     if path.is_dir():
         return _open_directory(path)
+    refuse_no_file(path)
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -315,6 +321,7 @@ def _open(path: str | os.PathLike) -> _Source:
         return _Source(path, "gguf", tensors, told, notes)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return _Source(path, *read_torch_file(path))
+    refuse_pointer(path)
     if path.suffix == ".safetensors" and not (path.parent / "config.json").is_file():
         raise ConversionError(
             f"{path} has no config.json beside it, without which safetensors are not read; if it is the book's state "
@@ -327,7 +334,7 @@ def _open(path: str | os.PathLike) -> _Source:
 
 
 def _open_directory(path: Path) -> _Source:
-    refuse_adapter(path)
+    check_files(path)
     if (path / "config.json").is_file():
         values = read_json(path / "config.json")
         model_type = model_type_of(values) if isinstance(values, dict) else None

@@ -27,7 +27,7 @@ METADATA = {
     "vocab_size": "vocab_size",
 }
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-TYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+TYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 QUANTISED = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0"}
 QUANTISED |= {10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
 # Kinds of metadata, in struct's letters.
@@ -218,6 +218,12 @@ class _Header:
             raise ConversionError(
                 f"{self.path} holds a model of architecture {shown(architecture)}, but only 'gpt2' is read"
             )
+        parts = metadata.get("split.count")
+        if type(parts) is int and parts > 1:
+            raise ConversionError(
+                f"{self.path} is one of {parts} parts of a model; join them first, as llama.cpp does: llama-gguf-split "
+                "--merge FIRST-PART WHOLE.gguf"
+            )
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment < 1 << 20 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment={shown(alignment)}, which is no power of two")
@@ -244,8 +250,8 @@ class _Header:
                 raise ValueError(f"the tensor {name!r} is there twice")
             if kind not in TYPES:
                 raise ConversionError(
-                    f"{name!r} in {self.path} is quantised ({QUANTISED.get(kind, f'type {kind}')}), but only F32, F16 "
-                    "and BF16 are read bit for bit; take the file that was not quantised"
+                    f"{name!r} in {self.path} is quantised ({QUANTISED.get(kind, f'type {kind}')}), but only F64, F32, "
+                    "F16 and BF16 are read bit for bit; take the file that was not quantised"
                 )
             if offset != end + -end % alignment:
                 raise ValueError(f"{name!r} begins at {offset}, but the one before it ends at {end}")

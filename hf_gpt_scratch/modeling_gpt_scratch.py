@@ -267,6 +267,13 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
         if isinstance(cfg, GPTScratchConfig):
             config = cfg
         else:
+            if not isinstance(cfg, dict):
+                raise ValueError(f"got a {type(cfg).__name__} as cfg; give the book's dict or a GPTScratchConfig")
+            for name in SIZES:
+                if name in cfg and type(cfg[name]) is not int:
+                    raise ValueError(
+                        f"the cfg has {name}={str(cfg[name])[:80]!r}, but it is a whole number; convert it"
+                    )
             end = 50256 if cfg.get("vocab_size", 0) > 50256 else None  # a smaller vocabulary is not GPT-2's
             tied = len(pair) == 2 and len({(tensor.data_ptr(), tensor.shape) for tensor in pair}) == 1
             config = GPTScratchConfig.from_book(cfg, bos_token_id=end, eos_token_id=end, tie_word_embeddings=tied)
@@ -300,6 +307,11 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: it is quantized, or no official model as its config says; the message names what is not.
         """
+        if not hasattr(gpt2, "config"):
+            raise ValueError(
+                f"got a {type(gpt2).__name__}, but an official model is wanted; give the model inside it, such as its "
+                ".module"
+            )
         _refuse_quantized(gpt2)
         official = _official_class(cls)
         _refuse_other_code(gpt2, official)
@@ -754,6 +766,8 @@ def _refuse_quantized(model):
 def _build(model_class, config, state_dict, like):
     """A `model_class` with these weights; dtype, device, attention and generation settings are those of `like`."""
     attention = like.config._attn_implementation
+    if len(dtypes := {str(p.dtype) for p in like.parameters()}) > 1:
+        raise ValueError(f"the weights are of {', '.join(sorted(dtypes))}, but a copy has one dtype; cast them first")
     model = model_class.from_pretrained(
         None, config=config, state_dict=state_dict, dtype=like.dtype, attn_implementation=attention
     )

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, GPT2LMHeadModel, GPT2PreTrainedModel
+from transformers import GenerationConfig, GPT2LMHeadModel, GPT2PreTrainedModel, PreTrainedModel
 
 from .modeling_gpt_scratch import GPTScratchPreTrainedModel
 from .weight_map import SCRATCH_PREFIX, TABLE, to_gpt2_state_dict, to_scratch_state_dict, without_prefix
@@ -220,6 +220,19 @@ def differing(reference: Mapping[str, Readable], candidate: Mapping[str, Readabl
         return len(both) == 2 and same_bits(*both)
 
     return [name for name in sorted(reference.keys() | candidate.keys()) if not equal(name)]
+
+
+def differing_settings(reference: PreTrainedModel, candidate: PreTrainedModel) -> list[str]:
+    """What two classifiers of one kind make of the same weights, where it differs: in words, with both values.
+
+    The padding token says which token of a padded sequence is classified; labels say what the classes are.
+    """
+    names = {"score": ("pad_token_id", "id2label"), "classifier": ("id2label",)}
+    of_kind = [setting for head, settings in names.items() if hasattr(reference, head) for setting in settings]
+    values = {name: [getattr(model.config, name) for model in (reference, candidate)] for name in of_kind}
+    return [
+        f"{name} {str(theirs)[:100]} and {str(ours)[:100]}" for name, (theirs, ours) in values.items() if theirs != ours
+    ]
 
 
 def weights_equal(gpt2: GPT2PreTrainedModel, scratch: GPTScratchPreTrainedModel) -> bool:

@@ -612,19 +612,21 @@ def _differences(directory: Path, receipt: Mapping[str, Any], entries: Mapping[s
     return "; ".join(f"{kind}: {_some(sorted(names))}" for kind, names in wrong.items() if names)
 
 
-def _entries(directory: Path, below: str = "") -> dict[str, tuple]:
+def _entries(directory: Path) -> dict[str, tuple]:
     """Everything in a directory, by name from there, with kind, inode, size and time of change; no link is followed.
 
     The names of directories end in a slash.
     """
-    found = {}
-    with os.scandir(directory / below) as entries:
-        for entry in entries:
-            about, name = entry.stat(follow_symlinks=False), below + entry.name
-            if stat.S_ISDIR(about.st_mode):
-                name += "/"
-                found.update(_entries(directory, name))
-            found[name] = (about.st_mode, about.st_ino, about.st_size, about.st_mtime_ns)
+    found, folders = {}, [""]
+    while folders:  # no recursion, which a directory can be too deep for
+        below = folders.pop()
+        with os.scandir(f"{directory}/{below}") as entries:
+            for entry in entries:
+                about, name = entry.stat(follow_symlinks=False), below + entry.name
+                if stat.S_ISDIR(about.st_mode):
+                    name += "/"
+                    folders.append(name)
+                found[name] = (about.st_mode, about.st_ino, about.st_size, about.st_mtime_ns)
     return found
 
 

@@ -26,11 +26,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import architecture, kind_of
-from .checkpoint import read_json
+from .checkpoint import check_files, read_json, read_pickle, refuse_no_file
 from .configuration_gpt_scratch import TO_GPT2, GPTScratchConfig
 from .conversion import ConversionError, Weights, find_source
 from .lazy import Lazy, to_scratch
 from .modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
+from .torch_archive import Stored
 from .weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, TABLE, Row, rows
 
 # What a layer of one's own may be called; the whole path inside the block has to fit.
@@ -505,6 +506,8 @@ def load_checkpoint(directory: Path, name: str) -> Subject:
         raise LabError(f"{name} {what}; the lab compares checkpoints of gpt2 and gpt_scratch, and my.py:MyModel")
     quantized = "quantization_config" in values
     weights = None if quantized else Weights(directory, model_type)
+    if quantized:
+        check_pickles(directory)
     kind = weights.ours if weights else architecture(values, directory)
     model_class: Any = kind.gpt2_class if model_type == "gpt2" else kind
     model, info = model_class.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
@@ -516,6 +519,17 @@ def load_checkpoint(directory: Path, name: str) -> Subject:
     else:
         result.notes.append(f"{name} is quantized, so its weights are not compared bit for bit")
     return result
+
+
+def check_pickles(directory: Path) -> None:
+    """Looks through pickles of weights that are not read here, before transformers does.
+
+    Raises:
+        ConversionError: one is damaged, or is a pickle of more than weights.
+    """
+    check_files(directory)
+    for path in sorted(directory.glob("*.bin")):
+        read_pickle(path)
 
 
 def raw_tensors(weights: Weights) -> dict[str, Lazy]:
@@ -677,18 +691,21 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
         LabError: it cannot be read, or does not fit; the message names the tensors.
     """
     try:
-        safe = file.suffix == ".safetensors"
-        values: Any = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        refuse_no_file(file)
+        values: Any = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
         if not isinstance(values, Mapping):
             raise TypeError(f"it holds a {type(values).__name__}, and no state dict; save model.state_dict()")
         for key in ("model_state_dict", "state_dict", "model"):
             if isinstance(values.get(key), Mapping):
                 values = values[key]
-        values = {name.removeprefix("_orig_mod."): tensor for name, tensor in values.items()}  # of torch.compile
-        others = [name for name, tensor in values.items() if not isinstance(tensor, torch.Tensor)]
+        values = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in values.items()}  # of torch.compile
+        others = [name for name, tensor in values.items() if not isinstance(tensor, torch.Tensor | Stored)]
         if others:
             raise TypeError(f"{others[0]!r} is no tensor, but a state dict has nothing else; save model.state_dict()")
-    except Exception as error:  # UnpicklingError, OSError, RuntimeError, …: whatever a broken file makes torch raise
+        values = {name: tensor.read() if isinstance(tensor, Stored) else tensor for name, tensor in values.items()}
+    except ConversionError as error:
+        raise LabError(f"cannot read weights: {error}") from error
+    except Exception as error:  # OSError, SafetensorError, …: whatever a broken file leads to
         raise LabError(f"cannot read weights from {file}: {type(error).__name__}: {error}") from error
     own = model.state_dict()
     persistent = {name for name in own if name in parameters(model)}

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bars
 from safetensors import SafetensorError
 
 from .conversion import ConversionError, Progress, Weights, find_source, quiet_transformers
-from .parity import ParityError, differing, measure
+from .parity import ParityError, differing, differing_settings, measure
 
 # Exit statuses; 2 is a wrong command line, as typer has it.
 FAILED, DIFFERENT, INTERRUPTED = 1, 3, 130
@@ -103,7 +103,7 @@ def verify_and_report(reference: str, candidate: str, as_json: bool = False) -> 
             raise ConversionError(f"{kinds}; give two checkpoints of one kind")
         theirs, own = official.translated(), ours.tensors()
         different = differing(theirs, own)
-        found = None
+        found, settings = None, []
         if all(theirs[name].shape == own[name].shape for name in theirs.keys() & own.keys()):
             with quiet_transformers():
                 gpt2 = official.ours.gpt2_class.from_pretrained(official.directory, dtype=torch.float32)
@@ -111,18 +111,21 @@ def verify_and_report(reference: str, candidate: str, as_json: bool = False) -> 
             for model in (gpt2, scratch):
                 model.config.return_dict = True
             found = measure(gpt2, scratch, same_weights=not different)
+            settings = differing_settings(gpt2, scratch)
     except (ConversionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         errors.print(f"[bold red]Not verified:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
-    passed = found is not None and found.passed
+    passed = found is not None and found.passed and not settings
     if as_json:
         figures = found.to_dict() if found else {"passed": False}
-        print(json.dumps({**figures, "different_tensors": different}, indent=2, allow_nan=False))
+        figures |= {"passed": passed, "different_tensors": different, "different_settings": settings}
+        print(json.dumps(figures, indent=2, allow_nan=False))
     else:
         verdict = "[bold green]The same model[/]" if passed else "[bold red]Different models[/]"
         text = f"in float32; {found}" if found else "of other sizes"
         more = f" and {len(different) - 5} more" if len(different) > 5 else ""
         names = f". Different tensors: {', '.join(different[:5])}{more}" if different else ""
+        names += f". Different settings: {'; '.join(settings)}" if settings else ""
         Console().print(f"{verdict} {escape(text + names)}", soft_wrap=True)
     if not passed:
         sys.exit(DIFFERENT)

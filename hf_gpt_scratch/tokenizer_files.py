@@ -63,7 +63,7 @@ def carry_tokenizer(source: Path, target: Path) -> tuple[str | None, list[str]]:
     """
     tokenizer = tokenizer_beside(source)
     if tokenizer is None:
-        return None, left_behind(source, "there is no vocabulary beside them")
+        return None, [*left_behind(source, "there is no vocabulary beside them"), *_below(source)]
     _copy(source, target, tokenizer)
     carried = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     texts = _texts(tokenizer)
@@ -93,6 +93,14 @@ def left_behind(directory: Path, reason: str) -> list[str]:
     """Which files of a tokenizer do not go along, if there are any, in a sentence."""
     names = _files(directory, (*VOCABULARIES, *SETTINGS, *OPENAI_FILES))
     return [f"left behind, since {reason}: {', '.join(names[:20])}"] if names else []
+
+
+def _below(directory: Path) -> list[str]:
+    """Which folders of a checkpoint hold a tokenizer, which is not looked for there, in a sentence."""
+    folders = sorted(path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
+    names = [f"{folder.name}/{name}" for folder in folders for name in _files(folder, VOCABULARIES)]
+    told = ", ".join(name[:200] for name in names[:5])
+    return [f"left behind, since a tokenizer lies beside the weights, not in a folder: {told}"] if names else []
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:

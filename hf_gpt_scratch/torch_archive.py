@@ -62,6 +62,13 @@ UNBUILT = {
     "__builtin__.set": "set",
     "__builtin__.complex": "complex",
     "__builtin__.bytearray": "bytearray",
+    # What training scripts save beside the weights.
+    "numpy.core.multiarray.scalar": "number of numpy",
+    "numpy._core.multiarray.scalar": "number of numpy",
+    "numpy.dtype": "dtype of numpy",
+    "argparse.Namespace": "Namespace",
+    "pathlib.PosixPath": "path",
+    "pathlib.WindowsPath": "path",
 }
 # How a quantized tensor was quantized.
 UNBUILT |= {f"torch.per_{what}_affine": "torch.qscheme" for what in ("tensor", "channel")}
@@ -346,7 +353,8 @@ class _Steps:
             elif step == p.BUILD:
                 stack.pop()  # attributes, such as a state dict's _metadata
             elif step == p.PROTO:
-                self.take(1)
+                if (protocol := self.number("B")) > 2:
+                    raise ValueError(f"its pickle is of protocol {protocol}; save it with torch.save's own, which is 2")
             elif step == p.STOP:
                 return stack.pop()
             else:

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .publish import ConversionError, verify_receipt
+from .publish import ConversionError, shorten, verify_receipt
 from .terminal import FAILED
 
 
@@ -20,8 +20,9 @@ def verify_receipt_command(
     except ConversionError as error:
         Console(stderr=True).print(f"[bold red]Not as it was:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(FAILED) from error
+    what = "".join(letter if letter.isprintable() else "?" for letter in shorten(receipt["what"]))
     Console().print(
         f"[bold green]As it was:[/] {escape(str(directory))}, {len(receipt['target']['files'])} files, "
-        f"{escape(receipt['what'])} on {escape(receipt['created'])}",
+        f"{escape(what)} on {escape(receipt['created'])}",
         soft_wrap=True,
     )
