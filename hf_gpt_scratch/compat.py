@@ -82,7 +82,7 @@ def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any], attentio
 
 # Tensors that forward passes are given by keyword, and hand on to attention functions and losses.
 READ_ELSEWHERE = re.compile(
-    r"cache|cache_position|labels|shift_labels|num_items_in_batch|seq_idx|block_table|logits_indices|"
+    r"cache|cache_position|labels|shift_labels|num_items_in_batch|seq_idx|block_table|logits_indices|logits_processor_args|"
     r"(cu_seq_lens|max_length|max_seqlen|cu_seqlens)(_[qk])?|(read|write)_index|[kv]_cache|s_aux"
 )
 

@@ -138,7 +138,7 @@ def _convert(source_type, source, target, revision, check, overwrite, max_shard_
     progress.step(f"Finding {source}")
     with told_while("reading the source", target):
         directory = find_source(source, revision)
-        refuse_overlap(target, directory)
+        refuse_overlap(target, directory, overwrite)
         stamps = Stamps(directory)
         weights = Weights(directory, source_type)
         settings = [path for path in directory.iterdir() if path.suffix in SETTINGS and path.is_file()]
@@ -348,8 +348,10 @@ def _config_values(directory: Path, model_type: str) -> dict[str, Any]:
     values = read_json(path)
     found = str(model_type_of(values)) if isinstance(values, dict) else "none"
     if found != model_type:
-        other = {"gpt2": "convert/gpt2_to_scratch.py", "gpt_scratch": "convert/scratch_to_gpt2.py"}.get(found)
-        remedy = f"{other} converts those" if other else OF_ANOTHER_TYPE
+        other = {"gpt2": "convert", "gpt_scratch": "export"}.get(found)
+        remedy = OF_ANOTHER_TYPE
+        if other:
+            remedy = f"hf-gpt-scratch {other} takes those; verify takes the official one first"
         raise ConversionError(f"{directory} holds a model of type {found!r}, but {model_type!r} is wanted; {remedy}")
     refuse_kernels(path, values)
     check_settings(path, values)

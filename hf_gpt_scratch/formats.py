@@ -251,7 +251,7 @@ def _convert(opened: _Source, stamps, target, format, n_heads, bias, check, over
     if format not in FILES:
         raise ConversionError(f"got format {format!r}, but what can be written is {', '.join(FILES)}; choose one")
     path, target, progress = opened.path, target_path(target), progress or Progress()
-    refuse_overlap(target, path)
+    refuse_overlap(target, path, overwrite)
     if opened.format == format:
         raise ConversionError(f"{opened.path} has the format {format!r} already; choose another one")
     with told_while("reading the source", target):

@@ -235,6 +235,8 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
         """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
+        if os.path.isfile(save_directory):  # transformers would log that, and save nothing
+            raise NotADirectoryError(f"{save_directory} is a file, but a model is saved as a directory; name another")
         if save_original_format:
             _refuse_quantized(self)
         _refuse_to_save_other_code(self)
@@ -256,6 +258,16 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
             ValueError: `cfg` has a key that means nothing here, or the state dict is not that of a model with this
                 config; the message names the tensors.
         """
+        if not isinstance(state_dict, Mapping):
+            whole = isinstance(state_dict, nn.Module)
+            given = "model.state_dict()" if whole else "torch.load(path, weights_only=True)"
+            raise ValueError(f"got a {type(state_dict).__name__} as the state dict; pass {given}")
+        values = cfg.values() if isinstance(cfg, Mapping) else ()
+        if not isinstance(cfg, Mapping | GPTScratchConfig) or any(isinstance(v, torch.Tensor) for v in values):
+            raise ValueError(
+                f"got a {type(cfg).__name__} as the cfg; the state dict comes first, then the dict that the model was "
+                "built with, such as GPT_CONFIG_124M"
+            )
         for name, tensor in state_dict.items():
             if not isinstance(tensor, torch.Tensor):
                 raise ValueError(
@@ -342,6 +354,8 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
 
         Without `qkv_bias` the official biases are zeros. `kwargs` go to `save_pretrained`.
         """
+        if os.path.isfile(save_directory):
+            raise NotADirectoryError(f"{save_directory} is a file, but a model is saved as a directory; name another")
         self.to_gpt2().save_pretrained(save_directory, **kwargs)
 
 

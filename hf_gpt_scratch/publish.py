@@ -106,8 +106,10 @@ def target_path(target: str | os.PathLike) -> Path:
     return real
 
 
-def refuse_overlap(target: Path, source: Path) -> None:
+def refuse_overlap(target: Path, source: Path, overwrite: bool) -> None:
     """Lets no target through that is the source, holds it or lies in it, by whatever names and links.
+
+    A new name in the source's directory is let through unless something may be overwritten: nothing can be lost.
 
     Raises:
         ConversionError: it is one of these.
@@ -125,7 +127,8 @@ def refuse_overlap(target: Path, source: Path) -> None:
         for place in (target, *_beside(target)):
             if any(same(place, parent) for parent in (path, *path.parents)):
                 raise ConversionError(f"the target {place} is or holds the source {path}; choose another target")
-    if source.is_dir() and any(same(source, place) for place in target.parents):
+    fresh = not overwrite and not os.path.lexists(target)
+    if source.is_dir() and not fresh and any(same(source, place) for place in target.parents):
         raise ConversionError(f"the target {target} lies in the source {source}; choose a target outside of it")
 
 

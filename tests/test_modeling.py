@@ -658,3 +658,22 @@ def test_what_is_told_of_a_state_dict_that_does_not_fit_has_the_values_and_a_bou
     with pytest.raises(ValueError, match=r"n_heads=3, n_layers=2, .*qkv_bias=True") as error:
         GPTScratchForCausalLM.from_book(state_dict, BOOK_CFG)
     assert "and 990 more" in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_from_book_says_what_it_was_given_instead():
+    config = tiny_config()
+    book = GPTModel(config)
+    for wrong, advice in ((book, r"pass model\.state_dict\(\)"), ("model.pth", r"pass torch\.load\(path")):
+        with pytest.raises(ValueError, match=advice):
+            GPTScratchForCausalLM.from_book(wrong, config)
+    for cfg in (None, book.state_dict()):
+        with pytest.raises(ValueError, match="as the cfg; the state dict comes first"):
+            GPTScratchForCausalLM.from_book(book.state_dict(), cfg)
+    GPTScratchForCausalLM.from_book(book.state_dict(), config)
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for save in (tiny_model().save_pretrained, tiny_model().save_as_gpt2):
+        with pytest.raises(NotADirectoryError, match="is a file, but a model is saved as a directory"):
+            save(tmp_path / "file")

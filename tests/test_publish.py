@@ -318,6 +318,14 @@ def test_no_export_goes_over_or_into_its_source(copy, format):
     assert publish_module._entries(copy.parent) == before
 
 
+def test_a_new_name_in_the_source_takes_nothing_from_it(copy):
+    before = publish_module._entries(copy)
+    export_checkpoint(copy, copy / "target", "gpt2")
+    assert {name: entry for name, entry in publish_module._entries(copy).items() if "target" not in str(name)} == before
+    with pytest.raises(ConversionError, match=r"is or holds the source|lies in the source"):
+        export_checkpoint(copy, copy / "target", "gpt2")
+
+
 def test_files_that_a_source_links_to_are_part_of_it(copy, tmp_path):
     """As in the hub's cache, whose snapshots link to their blobs."""
     snapshot = tmp_path / "snapshots" / "abc"
