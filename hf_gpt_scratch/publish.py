@@ -246,7 +246,10 @@ def _replaceable(target: Path, overwrite: bool) -> dict[str, tuple] | None:
     if not any(target.iterdir()):
         return {}
     if not overwrite and _has_receipt(target):
-        raise ConversionError(f"{target} exists already; choose another target, or pass --overwrite to replace it")
+        raise ConversionError(
+            f"{target} exists already; choose another target, or pass --overwrite "
+            "(in Python overwrite=True) to replace it"
+        )
     if not _has_receipt(target):
         raise ConversionError(
             f"{target} exists already and has no {RECEIPT}, so no conversion has written it, and --overwrite would not "
