@@ -629,10 +629,10 @@ def explains(error):
     return COMING in text and "pip install" in text
 
 
-def modes(name):
+def modes(name, expected):
     """Continuous batching takes a second, so it is run for the changes that may touch it."""
     batched = any(word in (name or "paged") for word in ("paged", "attention"))
-    return {mode: run for mode, run in MODES.items() if batched or mode != "batch"}
+    return {mode: MODES[mode] for mode in expected if batched or mode != "batch"}
 
 
 def outcome(name, what, directory, expected):
@@ -642,7 +642,7 @@ def outcome(name, what, directory, expected):
     except Exception as error:
         return {"loading": "error" if explains(error) else f"unexplained {error!r:.300}"}
     told = {}
-    for mode_name, mode in modes(name).items():
+    for mode_name, mode in modes(name, expected).items():
         try:
             got = mode(model)
             told[mode_name] = "same" if got == expected[mode_name] else f"WRONG {got}"[:300]
@@ -697,7 +697,21 @@ def prepare(directory):
     failed = in_a_child(save)
     if failed:
         raise SystemExit(failed["crash"])
-    return in_a_child(lambda: {name: mode(official) for name, mode in MODES.items()})
+    return in_a_child(official_ids, official)
+
+
+def official_ids(model):
+    """Of the modes that the official model has in this version, and on this machine."""
+    expected = {}
+    for name, mode in MODES.items():
+        try:
+            expected[name] = mode(model)
+        except Exception as error:
+            print(f"{name}: the official model fails too, {type(error).__name__}")
+    greedy = [row[-8:] for row in expected["greedy"]]
+    if expected.get("batch") != greedy:
+        expected.pop("batch", None)
+    return expected
 
 
 def main(arguments=None):

@@ -171,6 +171,7 @@ def test_active_adapters_are_not_dropped_in_silence(tmp_path):
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
     reason="this transformers wants a newer PEFT for add_adapter than there is",
 )
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # which looks for the base model's config
 def test_adapters_that_transformers_added_are_not_dropped_in_silence(tmp_path):
     added = random_pair()[1]
     added.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["W_query", "out_proj"]))

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -307,6 +308,8 @@ def test_remote_copy_and_package_live_in_one_process(tmp_path, monkeypatch):
     model = tiny_model()
     model.save_pretrained(tmp_path)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # of another folder
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     remote = get_class_from_dynamic_module("modeling_gpt_scratch.GPTScratchForCausalLM", str(tmp_path))
