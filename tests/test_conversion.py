@@ -274,7 +274,7 @@ BAD = {
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), r"config\.json is no valid JSON.*download"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), r"type 'none', but 'gpt2' is wanted"),
     "another model": (another_model, r"type 'llama', but 'gpt2' is wanted"),
-    "already converted": (edit_config(model_type="gpt_scratch"), r"'gpt_scratch'.*scratch_to_gpt2\.py"),
+    "already converted": (edit_config(model_type="gpt_scratch"), r"'gpt_scratch'.*hf-gpt-scratch export"),
     "wrong option": (edit_config(n_embd="48"), r"config\.json is not usable.*expected int, got str"),
     "cross-attention promised": (edit_config(add_cross_attention=True), r"lacks 'h\.0\.(crossattention|ln_cross_attn)"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"has no model\.safetensors.*whole checkpoint"),
@@ -326,7 +326,7 @@ def test_bad_checkpoint_of_ours_is_refused_by_our_names(source, target, tmp_path
     drop("model.trf_blocks.2.att.W_key.bias")(target)
     with pytest.raises(ConversionError, match=r"lacks 'trf_blocks\.2\.att\.W_key\.bias'"):
         scratch_to_gpt2(target, tmp_path / "back")
-    with pytest.raises(ConversionError, match=r"'gpt2', but 'gpt_scratch' is wanted; convert/gpt2_to_scratch\.py"):
+    with pytest.raises(ConversionError, match=r"'gpt2', but 'gpt_scratch' is wanted; hf-gpt-scratch convert"):
         scratch_to_gpt2(source, tmp_path / "back")
 
 
