@@ -780,7 +780,9 @@ def _refuse_quantized(model):
 def _build(model_class, config, state_dict, like):
     """A `model_class` with these weights; dtype, device, attention and generation settings are those of `like`."""
     attention = like.config._attn_implementation
-    if len(dtypes := {str(p.dtype) for p in like.parameters()}) > 1:
+    # Activations may have a dtype of their own, as transformers' xIELU does.
+    weights = (p for name, p in like.named_parameters() if not re.search(r"\.(act|ff\.layers\.1)\.", name))
+    if len(dtypes := {str(p.dtype) for p in weights}) > 1:
         raise ValueError(f"the weights are of {', '.join(sorted(dtypes))}, but a copy has one dtype; cast them first")
     model = model_class.from_pretrained(
         None, config=config, state_dict=state_dict, dtype=like.dtype, attn_implementation=attention
