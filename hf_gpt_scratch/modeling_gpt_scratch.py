@@ -235,8 +235,7 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
         """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
-        if os.path.isfile(save_directory):  # transformers would log that, and save nothing
-            raise NotADirectoryError(f"{save_directory} is a file, but a model is saved as a directory; name another")
+        _refuse_file(save_directory)
         if save_original_format:
             _refuse_quantized(self)
         _refuse_to_save_other_code(self)
@@ -354,8 +353,7 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
 
         Without `qkv_bias` the official biases are zeros. `kwargs` go to `save_pretrained`.
         """
-        if os.path.isfile(save_directory):
-            raise NotADirectoryError(f"{save_directory} is a file, but a model is saved as a directory; name another")
+        _refuse_file(save_directory)
         self.to_gpt2().save_pretrained(save_directory, **kwargs)
 
 
@@ -765,6 +763,11 @@ for _names, _model_class in (
     (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, GPTScratchForTokenClassification),
 ):
     _names[GPTScratchConfig.model_type] = _model_class.__name__
+
+
+def _refuse_file(save_directory):
+    if os.path.isfile(save_directory):  # transformers would log that, and save nothing
+        raise NotADirectoryError(f"{save_directory} is a file, but a model is saved as a directory; name another")
 
 
 def _refuse_quantized(model):
