@@ -5,6 +5,7 @@
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated
 
 import torch
@@ -23,16 +24,20 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the Transformers model goes.")] = Path("outputs/mine"),
 ) -> None:
     """Turns a GPTModel into a Transformers model, saves it, loads it and generates."""
-    if weights is None:
-        settings = SMALL
-        set_seed(123)
-        state_dict = GPTModel(settings).state_dict()
-    else:
-        settings = {**GPT_CONFIG_124M, **json.loads(cfg or "{}")}
-        state_dict = torch.load(weights, map_location="cpu", weights_only=True)
-        state_dict = state_dict.get("model_state_dict", state_dict)  # the book's model_and_optimizer.pth
-
-    GPTScratchForCausalLM.from_book(state_dict, settings).save_pretrained(output)
+    try:
+        if weights is None:
+            settings = SMALL
+            set_seed(123)
+            state_dict = GPTModel(settings).state_dict()
+        else:
+            settings = {**GPT_CONFIG_124M, **json.loads(cfg or "{}")}
+            state_dict = torch.load(weights, map_location="cpu", weights_only=True)
+            state_dict = state_dict.get("model_state_dict", state_dict)  # the book's model_and_optimizer.pth
+        GPTScratchForCausalLM.from_book(state_dict, settings).save_pretrained(output)
+    except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
+        raise SystemExit(
+            f"{error}\nThe cfg is {f'--cfg {cfg}' if cfg else 'GPT_CONFIG_124M; give your own by --cfg'}"
+        ) from None
     model = AutoModelForCausalLM.from_pretrained(output)
 
     book = GPTModel(settings).eval()

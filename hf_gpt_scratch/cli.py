@@ -49,7 +49,7 @@ def convert(
 
     Reads official ones, and the book's model.pth, nanoGPT's and minGPT's, OpenAI's TensorFlow directories and GGUF.
     """
-    check = "weights" if verify and weights_only else verify
+    check = _check(verify, weights_only)
     options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
     convert_and_report(formats.import_checkpoint, source, target, max_shard_size=max_shard_size, **options)
 
@@ -65,7 +65,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Converts a GPTScratch checkpoint into an official GPT-2 one, or another program's, weights unchanged."""
-    check = "weights" if verify and weights_only else verify
+    check = _check(verify, weights_only)
     options: dict[str, Any] = dict(revision=revision, check=check, overwrite=overwrite, max_shard_size=max_shard_size)
     if format == "gpt2":
         convert_and_report(scratch_to_gpt2, source, target, **options)
@@ -130,6 +130,12 @@ def _options(
 for command in COMMANDS:
     app.command()(command)
 app.command("verify-receipt")(verify_receipt_command)
+
+
+def _check(verify: bool, weights_only: bool) -> bool | str:
+    if weights_only and not verify:
+        raise typer.BadParameter("--weights-only says how to verify and --no-verify not to; give one of the two")
+    return "weights" if weights_only else verify
 
 
 def _or_fail(function, *arguments) -> Any:

@@ -61,6 +61,8 @@ def input_tokens(tokens: str | None, text_ids: torch.Tensor | None, vocab_size: 
 def text_tokens(file: Path | None, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor | None:
     if file is None:
         return None
+    if not file.exists():
+        raise LabError(f"there is no text {file}; check the path")
     if tokenizer is None:
         raise LabError(f"{file} cannot be read as tokens: no tokenizer lies beside the models; give --tokens")
     try:

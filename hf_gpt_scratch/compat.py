@@ -15,22 +15,30 @@ from packaging.version import Version
 from transformers import Cache, GenerationMixin
 
 OLDEST_TESTED, NEWEST_TESTED = "5.4.0", "5.24.0"
+INSTALLED = transformers.__version__
 
 # transformers' name for the cache: `cache` from 5.24 on, in forward passes, outputs and `generate`.
 _names = signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _names else "past_key_values"
 
 
+def is_newer_than_tested(version: str) -> bool:
+    """Whether a version of transformers is of a later minor release than every one that the tests ran on."""
+    return Version(version).release[:2] > Version(NEWEST_TESTED).release[:2]
+
+
+_UNTESTED = is_newer_than_tested(INSTALLED)
+
+
 def is_untested() -> bool:
     """Whether this transformers is newer than every version that the tests ran on."""
-    there, newest = Version(transformers.__version__), Version(NEWEST_TESTED)
-    return there.release[:2] > newest.release[:2]
+    return _UNTESTED
 
 
 def advice() -> str:
     """What helps when transformers does what this package does not expect."""
     return (
-        f"this is transformers {transformers.__version__}, and {OLDEST_TESTED} to {NEWEST_TESTED} were tested: "
+        f"this is transformers {INSTALLED}, and {OLDEST_TESTED} to {NEWEST_TESTED} were tested: "
         f'pip install "transformers<={NEWEST_TESTED}", or a newer hf_gpt_scratch'
     )
 

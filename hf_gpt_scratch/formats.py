@@ -274,6 +274,8 @@ def _convert(opened: _Source, stamps, target, format, n_heads, bias, check, over
             notes += left
         elif tokenizer is None:
             notes += left_behind(path, f"{FILES[format]} has no place for a tokenizer")
+        if not path.is_dir():
+            notes += left_behind(path.parent, f"nothing says that they belong to {path.name}")
         notes = [*opened.notes, *notes, *strip_code(staging)]
         receipt = new_receipt(
             f"{opened.format} converted to {format}",
@@ -466,8 +468,9 @@ def _n_heads(source: _Source, emb_dim: int, given: int | None) -> int:
     )
     if n_heads is None:
         raise ConversionError(
-            f"{source.path} does not tell n_heads, and no tensor does; pass n_heads ({advice}). A wrong number that "
-            f"divides emb_dim={emb_dim} cannot be noticed: the model would load and compute something else"
+            f"{source.path} does not tell n_heads, and no tensor does; pass n_heads, in a command --n-heads "
+            f"({advice}). A wrong number "
+            f"that divides emb_dim={emb_dim} cannot be noticed: the model would load and compute something else"
         )
     if not isinstance(n_heads, int) or isinstance(n_heads, bool) or n_heads < 1 or emb_dim % n_heads:
         raise ConversionError(

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,8 +131,15 @@ def resolve(
             raise OSError("no config.json")
         config = GPTScratchConfig.from_pretrained(name)
     except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:  # a config.json can hold anything
+        if Path(name).is_file() and not name.endswith(".json"):
+            raise ValueError(
+                f"{name} is a file, but sizes are read from a directory with a config.json; give that, or, if it "
+                f"is the book's or another program's checkpoint, convert it: hf-gpt-scratch convert {name} DIRECTORY"
+            ) from error
+        meant = difflib.get_close_matches(name, (*PRESETS, BOOK), n=1, cutoff=0.7)
+        hint = f"; did you mean {meant[0]!r}?" if meant else "."
         raise ValueError(
-            f"got {name!r}, but a model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
+            f"got {name!r}{hint} A model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
             f"hub id ({str(error).splitlines()[0]})"
         ) from error
     except (ValueError, StrictDataclassError):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .compat import CACHE, NEWEST_TESTED, advice, is_untested
+from .compat import CACHE, INSTALLED, NEWEST_TESTED, advice, is_untested
 from .layers import GPTModel, generate_text_simple
 from .weight_map import to_scratch_state_dict
 
@@ -58,7 +58,7 @@ class LibraryCheck:
             if is_untested() and not self.told:
                 self.told = True
                 logger.warning(
-                    f"transformers {transformers.__version__} is newer than {NEWEST_TESTED}, the newest that "
+                    f"transformers {INSTALLED} is newer than {NEWEST_TESTED}, the newest that "
                     "hf_gpt_scratch was tested with; a tiny model is checked first."
                 )
             self.running = True

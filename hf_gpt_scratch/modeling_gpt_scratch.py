@@ -226,11 +226,18 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(name for name in info["missing_keys"] if is_base_weight(name))
         if missing and not output_loading_info:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise ValueError(
-                f"the checkpoint has no weights for {', '.join(missing[:5])}{more}, which would be random; give a "
+                f"the checkpoint has no weights for {_some(missing)}, which would be random; give a "
                 f"complete GPT-2 or GPTScratch checkpoint. If it is one, {advice()}"
             )
+        if cls in MODELS:
+            known = {name for kind in MODELS for name in (kind.__name__, kind.gpt2_class.__name__)}
+            others = [name for name in model.config.architectures or [] if name not in known]
+            if others:
+                logger.warning(
+                    f"the checkpoint is of the class {str(others[0])[:100]!r}, and is loaded as {cls.__name__}, which "
+                    f"may compute something else; load it by its own class, or with trust_remote_code=True"
+                )
         return (model, info) if output_loading_info else model  # type: ignore[return-value]  # as transformers does
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
@@ -293,23 +300,9 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
                 "the config says tie_word_embeddings=True, but out_head.weight is not equal to tok_emb.weight; set it "
                 "to False if both are meant"
             )
+        _check_fit(cls, config, weights)
         weights = {name: tensor.clone() for name, tensor in weights.items()}
-        model, info = cls.from_pretrained(
-            None, config=config, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        wrong = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
-        if any(wrong.values()):
-            told = "; ".join(
-                f"{name}: {', '.join(names[:10])}" + f" and {len(names) - 10} more" * (len(names) > 10)
-                for name, names in wrong.items()
-                if names
-            )
-            sizes = ", ".join(f"{name}={getattr(config, name)}" for name in (*SIZES, "n_inner", "qkv_bias"))
-            raise ValueError(
-                f"the state dict does not fit the config ({told}), which says {sizes}; give the whole state dict and "
-                "the cfg that the model was built with"
-            )
-        return model
+        return cls.from_pretrained(None, config=config, state_dict=weights)
 
     @classmethod
     def from_gpt2(cls, gpt2: GPT2PreTrainedModel) -> Self:
@@ -804,6 +797,48 @@ SAME_OUTPUTS, SAME_OUTPUTS_ELSEWHERE = 1e-4, 1e-2
 
 # What a module says of its weights' shapes, which are compared themselves: resizing a tied head does not update it.
 NO_DIFFERENCE = ("training", "in_features", "out_features", "num_embeddings")
+
+
+def _check_fit(model_class, config, weights):
+    """Raises ValueError unless these are the weights of the book's model with this config."""
+    found = {"qkv_bias": "trf_blocks.0.att.W_query.bias" in weights}
+    for name, sizes in (("tok_emb", ("vocab_size", "emb_dim")), ("pos_emb", ("context_length", "emb_dim"))):
+        shape = weights[f"{name}.weight"].shape if f"{name}.weight" in weights else ()
+        found |= zip(sizes, shape, strict=False)
+    layers = [int(name.split(".")[1]) for name in weights if re.match(r"trf_blocks\.\d+\.", name)]
+    found["n_layers"] = max(layers, default=-1) + 1
+    other = [name for name, value in found.items() if value != getattr(config, name)]
+    if layers and other:
+        told = [", ".join(f"{name}={value(name)}" for name in other) for value in (found.get, config.__getattribute__)]
+        raise ValueError(
+            f"the state dict is of a model with {told[0]}, but the config says {told[1]}; give the cfg that this model "
+            "was built with"
+        )
+    with torch.device("meta"):
+        expected = {name.removeprefix("model."): w for name, w in model_class(copy.copy(config)).state_dict().items()}
+    ignored = "|".join(model_class._keys_to_ignore_on_load_unexpected)
+    tied = "out_head.weight" if config.tie_word_embeddings else None
+    lacks = sorted(expected.keys() - weights.keys() - {tied})
+    has = sorted(name for name in weights.keys() - expected.keys() if not re.search(ignored, name))
+    wrong = [
+        f"{len(names)} tensors {what}: {_some(names)}"
+        for what, names in (("missing", lacks), ("unknown", has))
+        if names
+    ]
+    wrong += [
+        f"{name} has shape {list(tensor.shape)} instead of {list(expected[name].shape)}"
+        for name, tensor in sorted(weights.items())
+        if name in expected and tensor.shape != expected[name].shape
+    ][:5]
+    if wrong:
+        raise ValueError(
+            f"the state dict does not fit the config ({'; '.join(wrong)}); give the whole state dict of a GPTModel and "
+            "the cfg that it was built with"
+        )
+
+
+def _some(names):
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _official_class(model_class):

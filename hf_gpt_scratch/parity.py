@@ -223,13 +223,17 @@ def differing(reference: Mapping[str, Readable], candidate: Mapping[str, Readabl
 
 
 def differing_settings(reference: PreTrainedModel, candidate: PreTrainedModel) -> list[str]:
-    """What two classifiers of one kind make of the same weights, where it differs: in words, with both values.
+    """What two models of one kind make of the same weights, where it differs: in words, with both values.
 
-    The padding token says which token of a padded sequence is classified; labels say what the classes are.
+    The end token says where `generate` stops, the padding token which token of a padded sequence is classified, and
+    labels what the classes are.
     """
     names = {"score": ("pad_token_id", "id2label"), "classifier": ("id2label",)}
     of_kind = [setting for head, settings in names.items() if hasattr(reference, head) for setting in settings]
     values = {name: [getattr(model.config, name) for model in (reference, candidate)] for name in of_kind}
+    if reference.can_generate() and candidate.can_generate():
+        ends = [model.generation_config.eos_token_id for model in (reference, candidate)]
+        values["eos_token_id"] = [end[0] if isinstance(end, list) and len(end) == 1 else end for end in ends]
     return [
         f"{name} {str(theirs)[:100]} and {str(ours)[:100]}" for name, (theirs, ours) in values.items() if theirs != ours
     ]

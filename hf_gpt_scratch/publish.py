@@ -55,6 +55,12 @@ def local_path(path: str | os.PathLike) -> Path:
     if "\0" in text:
         raise ConversionError(f"the path {shorten(text)!r} has a null character in it, which no path has; correct it")
     try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConversionError(
+            f"the path {shorten(text)!r} is not UTF-8, which safetensors neither reads nor writes; rename it"
+        ) from error
+    try:
         expanded = Path(text).expanduser()
         expanded.lstat()
     except RuntimeError as error:  # ~nosuch
@@ -525,6 +531,8 @@ def read_receipt(directory: Path) -> dict[str, Any]:
         ConversionError: there is none, or it is none.
     """
     path = directory / RECEIPT
+    if not directory.is_dir():
+        raise ConversionError(f"there is no directory {directory}; check the path")
     if not _has_receipt(directory):
         raise ConversionError(f"{directory} has no {RECEIPT}; give a directory that a conversion has written")
     receipt = read_json(path)

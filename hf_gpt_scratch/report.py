@@ -43,13 +43,23 @@ def decoder(tokenizer: Any) -> Callable[[int], str]:
 # On the terminal
 
 
-def stage_table(comparison: Comparison) -> Table:
-    """The stages from the first that differs on to the end of its block, and the blocks' ends."""
+def stage_table(comparison: Comparison, width: int = 120) -> Table:
+    """The stages from the first that differs on to the end of its block, and the blocks' ends.
+
+    Names and figures are never cut: in a narrow terminal there are fewer columns.
+    """
+    columns = ["stage", "what", "max |a−b|", "RMS", "relative", "float32"]
+    shown = [0, 4] if width < 80 else [0, 2, 4, 5] if width < 100 else range(len(columns))
     table = Table(box=box.SIMPLE_HEAD, title="Error by stage, in execution order", title_justify="left")
-    for heading in ("stage", "what"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("max |a−b|", "RMS", "relative", "float32"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for index in shown:
+        left = columns[index] in ("stage", "what")
+        table.add_column(
+            columns[index],
+            justify="left" if left else "right",
+            overflow="fold",
+            no_wrap=not left,
+            min_width=32 if index == 0 else None,  # the longest, of a block with two digits
+        )
     first = comparison.first_divergence
     at = comparison.stages.index(first) if first else -1
     block = ".".join(first.stage.split(".")[:2]) + "." if first else ""
@@ -59,9 +69,11 @@ def stage_table(comparison: Comparison) -> Table:
             continue
         bad = not stage.relative <= comparison.bound
         style = "bold red" if stage is first else "red" if bad else "green"
-        what = stage.meaning + (" ← the first that differs" if stage is first else "")
+        mark = " ← the first that differs" if stage is first else ""
         figures = [number(value) for value in (stage.max_abs, stage.rms, stage.relative, stage.float32)]
-        table.add_row(stage.stage, escape(what + (f" ({stage.note})" if stage.note else "")), *figures, style=style)
+        name, what = stage.stage, stage.meaning + mark + (f" ({stage.note})" if stage.note else "")
+        cells = [name if 1 in shown else name + mark[:2], escape(what), *figures]
+        table.add_row(*(cells[index] for index in shown), style=style)
     return table
 
 
@@ -152,8 +164,8 @@ def token_table(comparison: Comparison, tokenizer: Any = None, k: int = 5) -> Ta
     return table
 
 
-def terminal_report(comparison: Comparison, tokenizer: Any = None) -> RenderableType:
-    """All that a terminal shows."""
+def terminal_report(comparison: Comparison, tokenizer: Any = None, width: int = 120) -> RenderableType:
+    """All that a terminal of so many columns shows."""
     head = Table(box=None, show_header=False)
     for name, value in (
         ("reference", comparison.reference),
@@ -166,7 +178,7 @@ def terminal_report(comparison: Comparison, tokenizer: Any = None) -> Renderable
     parts: list[Any] = [
         *guessed,
         head,
-        stage_table(comparison),
+        stage_table(comparison, width),
         *([token_table(comparison, tokenizer)] if comparison.is_language_model else []),
         diagnosis_panel(comparison),
     ]
@@ -174,7 +186,7 @@ def terminal_report(comparison: Comparison, tokenizer: Any = None) -> Renderable
 
 
 def print_report(comparison: Comparison, console: Console, tokenizer: Any = None) -> None:
-    console.print(terminal_report(comparison, tokenizer))
+    console.print(terminal_report(comparison, tokenizer, console.width))
 
 
 # On a page

@@ -486,6 +486,13 @@ def load(
         return load_class(source, file, attribute, weights, cfg, mapping or {}, like)
     if weights or cfg or mapping:
         raise LabError(f"weights, cfg and map are for a class of your own, file.py:Name, but this is {source!r}")
+    if source.endswith(".py"):
+        raise LabError(f"got {source}, but a file can hold many models; name the one that is meant, {source}:Name")
+    if Path(source).is_file():
+        raise LabError(
+            f"got the file {source}, but a model is a directory or a class; give the directory it lies in, or the "
+            f"class with these weights, file.py:Name and --weights {source}"
+        )
     try:
         return load_checkpoint(find_source(source), source)
     except (ConversionError, OSError, SafetensorError, ValueError, RuntimeError, TypeError, AttributeError) as error:
@@ -640,6 +647,8 @@ def read_cfg(cfg: str | None, module: ModuleType) -> Settings | None:
         return None
     if isinstance(named := getattr(module, cfg, None), dict):
         return Settings(named)
+    if cfg.endswith(".json") and not Path(cfg).is_file():
+        raise LabError(f"there is no file {cfg}; check the path")
     try:
         values = json.loads(Path(cfg).read_text(encoding="utf-8") if not cfg.lstrip().startswith("{") else cfg)
         return Settings(**values)
@@ -690,6 +699,8 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         LabError: it cannot be read, or does not fit; the message names the tensors.
     """
+    if not file.exists():
+        raise LabError(f"there is no file {file} to read weights from; check the path")
     try:
         refuse_no_file(file)
         values: Any = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)

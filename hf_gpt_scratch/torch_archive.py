@@ -67,8 +67,10 @@ UNBUILT = {
     "numpy._core.multiarray.scalar": "number of numpy",
     "numpy.dtype": "dtype of numpy",
     "argparse.Namespace": "Namespace",
-    "pathlib.PosixPath": "path",
-    "pathlib.WindowsPath": "path",
+    # In Python 3.13, and there alone, pathlib is a package whose classes say so.
+    **dict.fromkeys(
+        [f"{pathlib}.{os}Path" for pathlib in ("pathlib", "pathlib._local") for os in ("Posix", "Windows")], "path"
+    ),
 }
 # How a quantized tensor was quantized.
 UNBUILT |= {f"torch.per_{what}_affine": "torch.qscheme" for what in ("tensor", "channel")}

@@ -1,15 +1,17 @@
 """Every command loads the model that a config names, head and all, and refuses what is neither ours nor official."""
 
 import json
+import logging
 import shutil
 
 import pytest
 import torch
 from pairs import gpt2_config, randomize
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
 from hf_gpt_scratch.architecture import UnknownArchitecture, architecture
 from hf_gpt_scratch.cli import app
 from hf_gpt_scratch.modeling_gpt_scratch import MODELS
@@ -89,6 +91,18 @@ def test_every_head_is_the_same_and_its_noise_is_noticed(pair, command, tmp_path
     output = run(command, gpt2, edited(ours, tmp_path / "noise", noise), status=3)
     assert "Different" in output and ("final_norm" in output or any(name in output for name in heads))
     assert kind.__name__ in json.loads((ours / "config.json").read_text())["architectures"]
+
+
+@pytest.mark.parametrize("command", ["verify", "compare"])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_another_end_token_is_a_difference(language, command, file, tmp_path):
+    gpt2, ours = language
+    shutil.copytree(ours, tmp_path / "other")
+    if file == "config.json":
+        (tmp_path / "other" / "generation_config.json").unlink()
+    values = json.loads((tmp_path / "other" / file).read_text())
+    (tmp_path / "other" / file).write_text(json.dumps(values | {"eos_token_id": 7}))
+    assert "eos_token_id" in run(command, gpt2, tmp_path / "other", status=3)
 
 
 @pytest.mark.parametrize("command", ["verify", "compare"])
@@ -172,6 +186,18 @@ def strangers(tmp_path_factory):
     copied("with an adapter")
     (place / "with an adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     return place
+
+
+def test_a_class_of_ones_own_is_loaded_as_ours_with_a_warning(strangers, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hf_gpt_scratch.modeling_gpt_scratch"), "propagate", True)
+    for name in ("ours", "official"):
+        GPTScratchForCausalLM.from_pretrained(strangers / name)
+    assert not caplog.records
+    for load in (GPTScratchForCausalLM, GPTScratchModel, AutoModelForCausalLM):
+        caplog.clear()
+        load.from_pretrained(strangers / "subclass")
+        assert "the checkpoint is of the class 'MyGPT', and is loaded as GPTScratch" in caplog.text
 
 
 STRANGERS = ["subclass", "its code", "its code on the hub", "two", "with an adapter"]

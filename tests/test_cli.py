@@ -52,6 +52,23 @@ def test_the_command_and_the_package_work_in_one_process(tmp_path):
     assert GPTScratchForCausalLM.from_pretrained(tmp_path / "ours").config.n_layers == 4
 
 
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_two_options_that_contradict_one_another_are_a_wrong_command_line(pair, command, tmp_path):
+    out = run(command, pair[0], tmp_path / "out", "--weights-only", "--no-verify", status=2)
+    assert "give one of the two" in " ".join(out.output.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_is_not_there_is_named():
+    assert "there is no directory nowhere" in run("verify-receipt", "nowhere", status=1).output
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_the_work(pair, tmp_path):
+    done = in_a_process("convert", pair[0], os.fsdecode(os.fsencode(tmp_path) + b"/o\xff"))
+    assert done.returncode == 1 and "is not UTF-8" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_convert_export_and_verify_go_around(pair, tmp_path):
     official, _ = pair
     run("convert", official, tmp_path / "ours")

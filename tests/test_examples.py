@@ -39,6 +39,20 @@ def test_bring_your_own(tmp_path, saved):
     assert (tmp_path / "outputs/mine/model.safetensors").is_file()
 
 
+def test_bring_your_own_asks_for_the_cfg(tmp_path):
+    cfg = {"vocab_size": 97, "context_length": 32, "emb_dim": 24, "n_heads": 3, "n_layers": 2}
+    torch.save(GPTModel(cfg).state_dict(), tmp_path / "model.pth")
+    for arguments, told in (
+        (["model.pth"], "vocab_size=97, emb_dim=24, context_length=32, n_layers=2, but the config says"),
+        (["no.pth"], "No such file"),
+        (["model.pth", "--cfg", "{"], "--cfg {"),
+    ):
+        command = [sys.executable, EXAMPLES / "bring_your_own.py", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and told in done.stderr and "--cfg" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_streaming(tmp_path):
     out = run("streaming.py", "--new-tokens", 20, cwd=tmp_path)
     assert out.count("I had always thought") == 1

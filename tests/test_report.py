@@ -23,7 +23,7 @@ from hf_gpt_scratch.cli import app
 from hf_gpt_scratch.compare import compare_models
 from hf_gpt_scratch.compare_command import compare
 from hf_gpt_scratch.diagnose import diagnose
-from hf_gpt_scratch.report import HEADS_SHOWN, heat_map, html_report, logarithmic, number, shade, terminal_report
+from hf_gpt_scratch.report import HEADS_SHOWN, heat_map, html_report, logarithmic, number, print_report, shade
 from hf_gpt_scratch.subjects import copy_weights, subject
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
@@ -76,8 +76,17 @@ def different():
 
 def terminal_text(comparison, width=150):
     console = Console(width=width, file=io.StringIO())
-    console.print(terminal_report(comparison))
+    print_report(comparison, console)
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [120, 90, 60, 48])
+def test_names_of_stages_are_never_cut(different, width):
+    table = terminal_text(different, width).split("Error by stage")[1].split("Most probable")[0]
+    shown = [stage.stage for stage in different.stages if f" {stage.stage} " in table]
+    assert different.first_divergence.stage in shown and len(shown) > 4
+    assert all(line.startswith("  " + stage) for stage in shown for line in table.splitlines() if f" {stage} " in line)
+    assert "…" not in table and len(re.findall(r"\de[-+]\d\d", table)) >= len(shown) - 3
 
 
 class Page(HTMLParser):
@@ -320,7 +329,7 @@ def test_the_command_exits_1_with_a_reason(files, arguments, message):
         (b"{", ["official", "mine.py:MyGPT", "--cfg"], "neither JSON"),
         (b"[1]", ["official", "mine.py:MyGPT", "--map"], "is no map"),
         (b"", ["official", "mine.py:MyGPT", "--weights"], "cannot read weights"),
-        (b"x", ["official"], "is a file, but a checkpoint is a directory"),
+        (b"x", ["official"], "got the file"),
     ],
 )
 def test_files_of_the_wrong_kind_are_refused(files, tmp_path, content, arguments, message):
@@ -328,6 +337,20 @@ def test_files_of_the_wrong_kind_are_refused(files, tmp_path, content, arguments
     result = run(*(f"{files}/{a}" if a[0] in "om" else a for a in arguments), tmp_path / "given")
     assert result.exit_code == 1, result.output
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["official", "ours", "--text", "no.txt"], "there is no text no.txt"),
+        (["official", "mine.py:MyGPT", "--cfg", "no.json"], "there is no file no.json"),
+        (["official", "mine.py:MyGPT", "--weights", "no.pth"], "there is no file no.pth"),
+        (["official", "mine.py"], "mine.py:Name"),
+    ],
+)
+def test_a_file_that_is_not_there_is_named(files, arguments, message):
+    result = run(*(f"{files}/{a}" if a[0] in "om" else a for a in arguments))
+    assert result.exit_code == 1 and message in result.output, result.output
 
 
 QUANTIZED = '{"model_type": "gpt2", "quantization_config": 7}'

@@ -8,6 +8,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from hf_gpt_scratch import GPTScratchConfig
 from hf_gpt_scratch.conversion import ConversionError, gpt2_to_scratch, scratch_to_gpt2, tokenizer_beside
 from hf_gpt_scratch.formats import export_checkpoint, import_checkpoint
 
@@ -192,6 +193,17 @@ def test_a_file_that_has_no_place_for_a_tokenizer_says_which_it_left_behind(tmp_
     assert receipt["tokenizer"] is None
     names = "added_tokens.json, chat_template.jinja, merges.txt, special_tokens_map.json, vocab.json"
     assert any(f"has no place for a tokenizer: {names}" in note for note in receipt["notes"])
+
+
+def test_a_tokenizer_beside_a_file_of_weights_is_said_to_be_left_behind(tmp_path, source):
+    gpt2s_own(source)
+    export_checkpoint(source, tmp_path / "book", "book")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(source / name, tmp_path / "book" / name)
+    heads = GPTScratchConfig.from_pretrained(source).n_heads
+    receipt = import_checkpoint(tmp_path / "book/model.pth", tmp_path / "back", n_heads=heads)
+    told = "left behind, since nothing says that they belong to model.pth: merges.txt, vocab.json"
+    assert receipt["tokenizer"] is None and told in receipt["notes"]
 
 
 def test_without_any_file_there_is_no_tokenizer(tmp_path):
