@@ -7,18 +7,19 @@ from types import ModuleType
 
 
 def doctor_module() -> ModuleType:
-    """`hf_gpt_scratch.doctor`, without running the package's `__init__`; a later import of the package does."""
+    """`hf_gpt_scratch.cli.doctor`, without running the package's `__init__`; a later import of the package does."""
     if "hf_gpt_scratch" in sys.modules:
-        return importlib.import_module("hf_gpt_scratch.doctor")
+        return importlib.import_module("hf_gpt_scratch.cli.doctor")
     spec = importlib.util.find_spec("hf_gpt_scratch")
     if spec is None or spec.submodule_search_locations is None:
         sys.exit("hf-gpt-scratch is not installed whole: there is no package hf_gpt_scratch; pip install it again")
     bare = sys.modules["hf_gpt_scratch"] = ModuleType("hf_gpt_scratch")
     bare.__path__ = list(spec.submodule_search_locations)
     try:
-        return importlib.import_module("hf_gpt_scratch.doctor")
+        return importlib.import_module("hf_gpt_scratch.cli.doctor")
     finally:
-        del sys.modules["hf_gpt_scratch"]
+        for name in ("hf_gpt_scratch", "hf_gpt_scratch.cli"):
+            sys.modules.pop(name, None)
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
         sys.argv[:2] = ["hf-gpt-scratch doctor"]
         return doctor_module().main()
     try:
-        from hf_gpt_scratch.cli import app
+        from hf_gpt_scratch.cli.app import app
     except ImportError as error:
         sys.exit(f"hf-gpt-scratch cannot start: {error}\n`hf-gpt-scratch doctor` says what is missing or does not fit.")
     app()

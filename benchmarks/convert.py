@@ -26,18 +26,19 @@ import typer
 from rich.console import Console
 from transformers import GPT2LMHeadModel
 
-from hf_gpt_scratch import GPTScratchConfig, formats
-from hf_gpt_scratch.checkpoint import Checkpoint, Progress, write_safetensors
-from hf_gpt_scratch.conversion import Weights, gpt2_to_scratch
-from hf_gpt_scratch.layouts import TENSORFLOW
-from hf_gpt_scratch.lazy import Lazy, with_qkv_biases
-from hf_gpt_scratch.tf_checkpoint import MAGIC, masked_crc32c
+from hf_gpt_scratch import GPTScratchConfig
+from hf_gpt_scratch.weights import formats
+from hf_gpt_scratch.weights.checkpoint import Checkpoint, Progress, write_safetensors
+from hf_gpt_scratch.weights.conversion import Weights, gpt2_to_scratch
+from hf_gpt_scratch.weights.layouts import TENSORFLOW
+from hf_gpt_scratch.weights.lazy import Lazy, with_qkv_biases
+from hf_gpt_scratch.weights.tf_checkpoint import MAGIC, masked_crc32c
 
 # The peak is read from /proc: `ru_maxrss` of a child begins with that of its parent.
 CHILD = """
 import json, os, re, shutil, sys, time, warnings
 warnings.simplefilter("ignore")
-from hf_gpt_scratch import conversion, formats
+from hf_gpt_scratch.weights import conversion, formats
 
 def copy(source, target):
     with open(source, "rb") as reader, open(target, "wb") as writer:

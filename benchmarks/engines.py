@@ -32,10 +32,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, Int8Config
-from hf_gpt_scratch.checkpoint import Progress
-from hf_gpt_scratch.conversion import Weights
-from hf_gpt_scratch.gguf_file import write_gguf
-from hf_gpt_scratch.layouts import GGUF
+from hf_gpt_scratch.weights.checkpoint import Progress
+from hf_gpt_scratch.weights.conversion import Weights
+from hf_gpt_scratch.weights.gguf_file import write_gguf
+from hf_gpt_scratch.weights.layouts import GGUF
 
 torch._dynamo.config.recompile_limit = 64  # the compiled rows have models of their own, whose code is the same
 

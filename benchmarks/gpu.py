@@ -25,7 +25,7 @@ from training import dropout_rates
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_gpt_scratch import GPTScratchForCausalLM
-from hf_gpt_scratch.parity import FLOAT64_RATIO, FP32_LOSS, rms_error
+from hf_gpt_scratch.weights.parity import FLOAT64_RATIO, FP32_LOSS, rms_error
 
 # FLOPs a second of dense bf16 products, by the makers' datasheets; the first name that the GPU's contains.
 PEAKS = {

@@ -14,7 +14,7 @@ import typer
 from engines import built
 from harness import REFERENCE, Checkpoint, Only, Output, Quick, Report, Rounds, Size, Threads
 
-from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
+from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 # These only differ in how they generate, or only generate.
 SAME = "no cache|static cache|llama.cpp"

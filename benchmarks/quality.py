@@ -28,7 +28,7 @@ from rich.progress import track
 from torch.nn import functional as F
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, set_seed
 
-from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
+from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 NARROWER = "^ours, sdpa$|bf16|int8"
 SMALL = dict(n_positions=256, n_embd=256, n_head=4, n_layer=4)

@@ -16,8 +16,8 @@ import typer
 from engines import built
 from harness import REFERENCE, Only, Output, Quick, Report, Rounds, Threads
 
-from hf_gpt_scratch.configuration_gpt_scratch import PRESETS
-from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
+from hf_gpt_scratch.model.configuration_gpt_scratch import PRESETS
+from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 OURS = "ours, sdpa"
 

@@ -17,7 +17,7 @@ from harness import REFERENCE, Checkpoint, Only, Output, Quick, Report, Rounds, 
 from transformers import GPT2LMHeadModel
 
 from hf_gpt_scratch import GPTScratchForCausalLM
-from hf_gpt_scratch.parity import FP32_LOSS
+from hf_gpt_scratch.weights.parity import FP32_LOSS
 
 
 def dropout_rates(model_class: type, dropout: float | None) -> dict[str, float]:

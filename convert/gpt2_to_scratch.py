@@ -2,7 +2,7 @@
 
 import typer
 
-from hf_gpt_scratch.cli import convert
+from hf_gpt_scratch.cli.app import convert
 
 if __name__ == "__main__":
     typer.run(convert)

@@ -2,7 +2,7 @@
 
 import typer
 
-from hf_gpt_scratch.cli import export
+from hf_gpt_scratch.cli.app import export
 
 if __name__ == "__main__":
     typer.run(export)

@@ -17,7 +17,7 @@ from rich import print
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from hf_gpt_scratch import GPTScratchForCausalLM
-from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
+from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 SMALL = Path(__file__).parents[1] / "tests" / "fixtures" / "tiny-gpt2"
 TARGETS = ["W_query", "W_key", "W_value", "out_proj", "ff.layers.0", "ff.layers.2"]

@@ -17,10 +17,11 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchPreTrainedModel
-from hf_gpt_scratch.architecture import architecture
-from hf_gpt_scratch.checkpoint import read_json
-from hf_gpt_scratch.conversion import CARD, RECEIPT, ConversionError, find_source, tokenizer_beside
-from hf_gpt_scratch.model_card import model_card
+from hf_gpt_scratch.errors import ConversionError
+from hf_gpt_scratch.weights.architecture import architecture
+from hf_gpt_scratch.weights.checkpoint import read_json
+from hf_gpt_scratch.weights.conversion import CARD, RECEIPT, find_source, tokenizer_beside
+from hf_gpt_scratch.weights.model_card import model_card
 
 
 def load(directory: Path) -> GPTScratchPreTrainedModel:

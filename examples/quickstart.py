@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, s
 from transformers import logging as transformers_logging
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
-from hf_gpt_scratch.conversion import ConversionError, find_source, gpt2_to_scratch
-from hf_gpt_scratch.terminal import convert_and_report
+from hf_gpt_scratch.cli.terminal import convert_and_report
+from hf_gpt_scratch.errors import ConversionError
 from hf_gpt_scratch.tokenizer import gpt2_tokenizer
+from hf_gpt_scratch.weights.conversion import find_source, gpt2_to_scratch
 
 HUB_ID = "openai-community/gpt2"
 

@@ -1,4 +1,11 @@
-"""GPT-2 in the layers of *Build a Large Language Model (From Scratch)*, as a first-class Transformers model."""
+"""GPT-2 in the layers of *Build a Large Language Model (From Scratch)*, as a first-class Transformers model.
+
+Everything that README and documentation use is here: the classes, and `convert`, `export`, `verify`, `compare`,
+`explain`, `inspect`, `gpt2_tokenizer` and `model_card`, which are imported when they are first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoConfig,
@@ -12,9 +19,10 @@ from transformers import (
     GPT2Tokenizer,
 )
 
-from .configuration_gpt_scratch import GPTScratchConfig
-from .int8 import Int8Config
-from .layers import (
+from .errors import ConversionError, GPTScratchError, LabError, ParityError, UnknownArchitecture, UnknownName
+from .model.configuration_gpt_scratch import GPTScratchConfig
+from .model.int8 import Int8Config
+from .model.layers import (
     GELU,
     GPT_CONFIG_124M,
     FeedForward,
@@ -26,7 +34,7 @@ from .layers import (
     text_to_token_ids,
     token_ids_to_text,
 )
-from .modeling_gpt_scratch import (
+from .model.modeling_gpt_scratch import (
     GPTScratchDoubleHeadsModel,
     GPTScratchForCausalLM,
     GPTScratchForQuestionAnswering,
@@ -35,15 +43,26 @@ from .modeling_gpt_scratch import (
     GPTScratchModel,
     GPTScratchPreTrainedModel,
 )
-from .version import __version__ as __version__
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .lab.inspection import explain, inspect
+    from .lab.session import compare
+    from .tokenizer import gpt2_tokenizer
+    from .weights.formats import export_checkpoint as export
+    from .weights.formats import import_checkpoint as convert
+    from .weights.model_card import model_card
+    from .weights.verify import verify
 
 __all__ = [
     "GELU",
     "GPT_CONFIG_124M",
+    "ConversionError",
     "FeedForward",
     "GPTModel",
     "GPTScratchConfig",
     "GPTScratchDoubleHeadsModel",
+    "GPTScratchError",
     "GPTScratchForCausalLM",
     "GPTScratchForQuestionAnswering",
     "GPTScratchForSequenceClassification",
@@ -51,13 +70,51 @@ __all__ = [
     "GPTScratchModel",
     "GPTScratchPreTrainedModel",
     "Int8Config",
+    "LabError",
     "LayerNorm",
     "MultiHeadAttention",
+    "ParityError",
     "TransformerBlock",
+    "UnknownArchitecture",
+    "UnknownName",
+    "__version__",
+    "compare",
+    "convert",
+    "explain",
+    "export",
     "generate_text_simple",
+    "gpt2_tokenizer",
+    "inspect",
+    "model_card",
     "text_to_token_ids",
     "token_ids_to_text",
+    "verify",
 ]
+
+# Their modules need more than a model does.
+_ON_DEMAND = {
+    "compare": (".lab.session", "compare"),
+    "convert": (".weights.formats", "import_checkpoint"),
+    "explain": (".lab.inspection", "explain"),
+    "export": (".weights.formats", "export_checkpoint"),
+    "gpt2_tokenizer": (".tokenizer", "gpt2_tokenizer"),
+    "inspect": (".lab.inspection", "inspect"),
+    "model_card": (".weights.model_card", "model_card"),
+    "verify": (".weights.verify", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _ON_DEMAND[name]
+    value = globals()[name] = getattr(import_module(module, __name__), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_DEMAND})
+
 
 AutoConfig.register(GPTScratchConfig.model_type, GPTScratchConfig, exist_ok=True)
 AutoTokenizer.register(GPTScratchConfig, fast_tokenizer_class=GPT2Tokenizer, exist_ok=True)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from hf_gpt_scratch.parity import warm_up
+from hf_gpt_scratch.weights.parity import warm_up
 
 warm_up()
 OUTCOMES = {}

@@ -41,13 +41,13 @@ from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from typer.testing import CliRunner
 
-from hf_gpt_scratch.cli import app
-from hf_gpt_scratch.conversion import RECEIPT, gpt2_to_scratch
-from hf_gpt_scratch.formats import FILES, export_checkpoint
-from hf_gpt_scratch.layouts import BOOK, GGUF, NANOGPT
-from hf_gpt_scratch.lazy import held
-from hf_gpt_scratch.tf_checkpoint import masked_crc32c, read_tensorflow
-from hf_gpt_scratch.weight_map import to_gpt2_state_dict, to_scratch_state_dict
+from hf_gpt_scratch.cli.app import app
+from hf_gpt_scratch.model.weight_map import to_gpt2_state_dict, to_scratch_state_dict
+from hf_gpt_scratch.weights.conversion import RECEIPT, gpt2_to_scratch
+from hf_gpt_scratch.weights.formats import FILES, export_checkpoint
+from hf_gpt_scratch.weights.layouts import BOOK, GGUF, NANOGPT
+from hf_gpt_scratch.weights.lazy import held
+from hf_gpt_scratch.weights.tf_checkpoint import masked_crc32c, read_tensorflow
 
 Random = random.Random
 TOKENIZER = Path(__file__).parent / "fixtures" / "tiny-gpt2"
@@ -841,7 +841,7 @@ def read_sound(clean: Path) -> dict[str, torch.Tensor]:
 
 def load_sound_tensorflow(clean: Path) -> dict[str, torch.Tensor]:
     """Those of the file that was not damaged; other tests show that they are what TensorFlow wrote."""
-    from hf_gpt_scratch.formats import read
+    from hf_gpt_scratch.weights.formats import read
 
     return read(clean)[1]
 

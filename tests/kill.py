@@ -26,10 +26,11 @@ from pairs import random_gpt2
 from rich.console import Console
 from rich.progress import track
 
-from hf_gpt_scratch import checkpoint, conversion, formats, publish, terminal
+from hf_gpt_scratch.cli import terminal
+from hf_gpt_scratch.weights import checkpoint, conversion, formats, publish
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["hf_gpt_scratch.terminal", "hf_gpt_scratch.formats"])
+PROCESSES.set_forkserver_preload(["hf_gpt_scratch.cli.terminal", "hf_gpt_scratch.weights.formats"])
 
 TO_OURS, TO_GPT2 = conversion.gpt2_to_scratch, conversion.scratch_to_gpt2
 IMPORT, EXPORT = formats.import_checkpoint, formats.export_checkpoint

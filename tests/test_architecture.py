@@ -12,15 +12,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
-from hf_gpt_scratch.architecture import UnknownArchitecture, architecture
-from hf_gpt_scratch.cli import app
-from hf_gpt_scratch.modeling_gpt_scratch import MODELS
-from hf_gpt_scratch.weight_map import HEADS
+from hf_gpt_scratch.cli.app import app
+from hf_gpt_scratch.errors import UnknownArchitecture
+from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS
+from hf_gpt_scratch.model.weight_map import HEADS
+from hf_gpt_scratch.weights.architecture import architecture
 
 # A model with our config and our tensors' names, and a block that computes something else.
 MINE = """
 from hf_gpt_scratch import GPTScratchForCausalLM
-from hf_gpt_scratch.modeling_gpt_scratch import GPTScratchBlock
+from hf_gpt_scratch.model.modeling_gpt_scratch import GPTScratchBlock
 
 class MyBlock(GPTScratchBlock):
     def forward(self, x, *args, **kwargs):
@@ -190,7 +191,7 @@ def strangers(tmp_path_factory):
 
 def test_a_class_of_ones_own_is_loaded_as_ours_with_a_warning(strangers, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("hf_gpt_scratch.modeling_gpt_scratch"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hf_gpt_scratch.model.modeling_gpt_scratch"), "propagate", True)
     for name in ("ours", "official"):
         GPTScratchForCausalLM.from_pretrained(strangers / name)
     assert not caplog.records

@@ -20,10 +20,11 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from typer.testing import CliRunner
 
 from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM
-from hf_gpt_scratch.cli import app
-from hf_gpt_scratch.conversion import ConversionError, verify_receipt
-from hf_gpt_scratch.formats import export_checkpoint, import_checkpoint
-from hf_gpt_scratch.subjects import LabError, load
+from hf_gpt_scratch.cli.app import app
+from hf_gpt_scratch.errors import ConversionError, LabError
+from hf_gpt_scratch.lab.subjects import load
+from hf_gpt_scratch.weights.conversion import verify_receipt
+from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint
 
 CFG = dict(vocab_size=97, context_length=32, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=True)
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 548105171\n"
@@ -146,7 +147,7 @@ def test_a_receipt_does_not_write_what_it_likes_on_the_terminal(ours):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_terminal_without_some_letters_gets_the_others(encoding):
-    code = "from hf_gpt_scratch.cli import app; app(['explain', 'W_key'])"
+    code = "from hf_gpt_scratch.cli.app import app; app(['explain', 'W_key'])"
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert result.returncode == 0 and b"W_key" in result.stdout and b"Traceback" not in result.stderr

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hf_gpt_scratch import GPTScratchForCausalLM, __version__
-from hf_gpt_scratch.cli import COMMANDS, app
+from hf_gpt_scratch.cli.app import COMMANDS, app
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
-STARTED = "from hf_gpt_scratch.cli import app; app()"
+STARTED = "from hf_gpt_scratch.cli.app import app; app()"
 
 
 def run(*arguments, status=0):

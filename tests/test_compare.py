@@ -11,11 +11,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig
-from hf_gpt_scratch.compare import aligned, compare_models, errors, in_dtype, stages, trace
-from hf_gpt_scratch.parity import FLOAT64_STAGE, FP32_GRADIENTS, FP32_LOGITS
-from hf_gpt_scratch.subjects import (
+from hf_gpt_scratch.errors import LabError
+from hf_gpt_scratch.lab.compare import aligned, compare_models, errors, in_dtype, stages, trace
+from hf_gpt_scratch.lab.subjects import (
     SIZES,
-    LabError,
     block_container,
     book_settings,
     copy_weights,
@@ -23,6 +22,7 @@ from hf_gpt_scratch.subjects import (
     match_parameters,
     subject,
 )
+from hf_gpt_scratch.weights.parity import FLOAT64_STAGE, FP32_GRADIENTS, FP32_LOGITS
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from remote import run_without_the_package
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
-from hf_gpt_scratch import GPTScratchDoubleHeadsModel, GPTScratchForCausalLM, compat, library_check
-from hf_gpt_scratch import modeling_gpt_scratch as modeling
-from hf_gpt_scratch.compat import CACHE, check_growth, check_mask, one_cache
+from hf_gpt_scratch import GPTScratchDoubleHeadsModel, GPTScratchForCausalLM
+from hf_gpt_scratch.model import compat, library_check
+from hf_gpt_scratch.model import modeling_gpt_scratch as modeling
+from hf_gpt_scratch.model.compat import CACHE, check_growth, check_mask, one_cache
 
 NAMES = ("past_key_values", "cache")
 
@@ -102,7 +103,7 @@ def test_import_says_nothing_and_an_untested_version_gets_one_line(monkeypatch, 
     monkeypatch.setattr(library_check, "INSTALLED", "5.99.0")
     monkeypatch.setattr(compat, "_UNTESTED", True)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    logger = logging.getLogger("hf_gpt_scratch.library_check")
+    logger = logging.getLogger("hf_gpt_scratch.model.library_check")
     monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
         model(random_ids())

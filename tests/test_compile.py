@@ -6,7 +6,7 @@ from pairs import random_ids, random_pair
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
-from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
+from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, GPT2Config
 
 from hf_gpt_scratch import GPT_CONFIG_124M, GPTScratchConfig
-from hf_gpt_scratch.configuration_gpt_scratch import FROM_GPT2
+from hf_gpt_scratch.model.configuration_gpt_scratch import FROM_GPT2
 
 
 def test_defaults_are_the_books():

@@ -27,19 +27,14 @@ from transformers import (
 from typer.testing import CliRunner
 
 import hf_gpt_scratch
-from hf_gpt_scratch import GPTScratchForCausalLM, formats
-from hf_gpt_scratch.checkpoint import write_safetensors
-from hf_gpt_scratch.cli import app
-from hf_gpt_scratch.conversion import (
-    RECEIPT,
-    ConversionError,
-    check_checkpoint,
-    find_source,
-    gpt2_to_scratch,
-    scratch_to_gpt2,
-)
-from hf_gpt_scratch.parity import ParityError, same_bits
-from hf_gpt_scratch.trust import CODE_KEYS
+from hf_gpt_scratch import GPTScratchForCausalLM
+from hf_gpt_scratch.cli.app import app
+from hf_gpt_scratch.errors import ConversionError, ParityError
+from hf_gpt_scratch.weights import formats
+from hf_gpt_scratch.weights.checkpoint import write_safetensors
+from hf_gpt_scratch.weights.conversion import RECEIPT, check_checkpoint, find_source, gpt2_to_scratch, scratch_to_gpt2
+from hf_gpt_scratch.weights.parity import same_bits
+from hf_gpt_scratch.weights.trust import CODE_KEYS
 
 CONVERT = Path(__file__).parents[1] / "convert"
 
@@ -171,11 +166,11 @@ def test_verification_can_be_left_out(source, target):
 def test_wrong_result_is_not_published(source, target, monkeypatch):
     def sabotaged(gpt2, scratch):
         scratch.model.trf_blocks[1].norm1.shift.data += 0.1
-        return verify(gpt2, scratch)
+        return verify_models(gpt2, scratch)
 
-    from hf_gpt_scratch.parity import verify
+    from hf_gpt_scratch.weights.parity import verify_models
 
-    monkeypatch.setattr("hf_gpt_scratch.conversion.verify", sabotaged)
+    monkeypatch.setattr("hf_gpt_scratch.weights.conversion.verify_models", sabotaged)
     with pytest.raises(ParityError, match="weights: DIFFERENT"):
         gpt2_to_scratch(source, target)
     assert not target.exists()
@@ -335,7 +330,7 @@ def test_bad_checkpoint_of_ours_is_refused_by_our_names(source, target, tmp_path
     [
         ("./nowhere", r"no directory \./nowhere"),
         ("/no/such/place", r"no directory /no/such/place"),
-        ("/a" * 1000, r"no directory (/a)+…(/a)+;.{,20}$"),
+        ("/a" * 1000, r"no directory (/a)+ … (/?a)+;.{,20}$"),
         ("openai-community/gpt2", r"'openai-community/gpt2' is no directory here.*connect to the network"),
         ("not a name!", r"neither a directory nor a hub repository 'not a name!'"),
     ],
@@ -447,7 +442,7 @@ def test_no_code_of_the_source_comes_into_a_target(tmp_path, target):
         "AutoModelForCausalLM": "modeling_gpt_scratch.GPTScratchForCausalLM",
     }
     assert named_code(target) == {("config.json", "auto_map"): ours}
-    own = {path.name for path in Path(hf_gpt_scratch.__file__).parent.glob("*.py")}
+    own = {path.name for path in (Path(hf_gpt_scratch.__file__).parent / "model").glob("*.py")}
     assert {path.name for path in target.rglob("*.py")} <= own
     assert not any(path.is_dir() for path in target.iterdir())
     notes = "\n".join(receipt["notes"])
@@ -524,7 +519,7 @@ def test_one_bit_of_float64_is_seen(tmp_path, target, monkeypatch):
 
         return write_safetensors(path, specs, wrong, progress)
 
-    monkeypatch.setattr("hf_gpt_scratch.conversion.write_safetensors", nudged)
+    monkeypatch.setattr("hf_gpt_scratch.weights.conversion.write_safetensors", nudged)
     with pytest.raises(ParityError, match=r"'h\.1\.attn\.c_proj\.bias' is not the source's, bit for bit"):
         gpt2_to_scratch(source, tmp_path / "nudged")
     assert not (tmp_path / "nudged").exists()
@@ -543,7 +538,7 @@ def test_the_sign_of_a_zero_is_kept_and_seen(source, target, tmp_path, monkeypat
     def unsigned(path, specs, read, progress):
         return write_safetensors(path, specs, lambda name: read(name) + 0.0, progress)
 
-    monkeypatch.setattr("hf_gpt_scratch.conversion.write_safetensors", unsigned)
+    monkeypatch.setattr("hf_gpt_scratch.weights.conversion.write_safetensors", unsigned)
     with pytest.raises(ParityError, match=r"'h\.1\.attn\.c_attn\.bias' is not the source's"):
         gpt2_to_scratch(source, tmp_path / "unsigned", check=check)
 

@@ -14,10 +14,18 @@ from transformers import (
 )
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
-from hf_gpt_scratch.compat import CACHE
-from hf_gpt_scratch.conversion import ConversionError, scratch_to_gpt2
-from hf_gpt_scratch.formats import export_checkpoint
-from hf_gpt_scratch.parity import FP32_GRADIENTS, FP32_LOGITS, FP32_LOSS, gradient_errors, greedy_ids, relative_error
+from hf_gpt_scratch.errors import ConversionError
+from hf_gpt_scratch.model.compat import CACHE
+from hf_gpt_scratch.weights.conversion import scratch_to_gpt2
+from hf_gpt_scratch.weights.formats import export_checkpoint
+from hf_gpt_scratch.weights.parity import (
+    FP32_GRADIENTS,
+    FP32_LOGITS,
+    FP32_LOSS,
+    gradient_errors,
+    greedy_ids,
+    relative_error,
+)
 
 
 def states(batch=2, length=7, seed=5):

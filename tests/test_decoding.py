@@ -9,9 +9,9 @@ from pairs import LAYERS, random_ids, random_pair
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hf_gpt_scratch import decoding
-from hf_gpt_scratch.compat import CACHE
-from hf_gpt_scratch.decoding import GrowingLayer, growing_cache
+from hf_gpt_scratch.model import decoding
+from hf_gpt_scratch.model.compat import CACHE
+from hf_gpt_scratch.model.decoding import GrowingLayer, growing_cache
 
 
 def updates(count, batch=2, heads=3, dim=4):

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM
-from hf_gpt_scratch.compare import compare_models, stages
-from hf_gpt_scratch.diagnose import Bench, Mistakes, diagnose, everywhere, hypotheses, simulate
-from hf_gpt_scratch.layers import causal_mask
-from hf_gpt_scratch.parity import FLOAT64_STAGE, relative_error
-from hf_gpt_scratch.subjects import SIZES, book_settings, copy_weights, subject
+from hf_gpt_scratch.lab.compare import compare_models, stages
+from hf_gpt_scratch.lab.diagnose import Bench, Mistakes, diagnose, everywhere, hypotheses, simulate
+from hf_gpt_scratch.lab.subjects import SIZES, book_settings, copy_weights, subject
+from hf_gpt_scratch.model.layers import causal_mask
+from hf_gpt_scratch.weights.parity import FLOAT64_STAGE, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +435,7 @@ def test_no_block_is_named_by_who_takes_all_blocks_together(deep, monkeypatch):
     model = with_blocks_of(deep, each_block(exact_gelu), [2])
     assert diagnosis_of(deep, model).faults[0].blocks == [2]
     monkeypatch.setattr(Bench, "parts", lambda bench: [bench.places])
-    monkeypatch.setattr("hf_gpt_scratch.diagnose.place_of", lambda stage, n_layers: -1)
+    monkeypatch.setattr("hf_gpt_scratch.lab.diagnose.place_of", lambda stage, n_layers: -1)
     monkeypatch.setattr(Bench, "shared", property(lambda bench: [s for s in stages(5) if s in bench.heard]))
     assert not diagnosis_of(deep, model).explained
 

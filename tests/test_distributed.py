@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchForSequenceClassification, GPTScratchModel
-from hf_gpt_scratch.parity import FP32_GRADIENTS, FP32_LOGITS, greedy_ids, relative_error, relative_errors
+from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, FP32_LOGITS, greedy_ids, relative_error, relative_errors
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 NO_DROPOUT = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
@@ -225,7 +225,7 @@ class TestTensorParallel:
 def tensor_parallel_without_gathering(rank, directory):
     from transformers.distributed import DistributedConfig
 
-    from hf_gpt_scratch.parallel import Gather, Unchanged
+    from hf_gpt_scratch.model.parallel import Gather, Unchanged
 
     Gather.convert = Unchanged.convert
     try:

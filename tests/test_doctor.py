@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import hf_gpt_scratch
-from hf_gpt_scratch import FeedForward, GPTScratchForCausalLM, compat, doctor
-from hf_gpt_scratch.cli import app
-from hf_gpt_scratch.doctor import CHECKS, FAILED, NOT_RUN, PASSED
+from hf_gpt_scratch import FeedForward, GPTScratchForCausalLM
+from hf_gpt_scratch.cli import doctor
+from hf_gpt_scratch.cli.app import app
+from hf_gpt_scratch.cli.doctor import CHECKS, FAILED, NOT_RUN, PASSED
+from hf_gpt_scratch.model import compat
 from hf_gpt_scratch.tokenizer import CACHED_FILES
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +108,7 @@ def convert(monkeypatch, tmp_path):
 
 def receipt(monkeypatch, tmp_path):
     blind = {"target": {"files": {}}}
-    monkeypatch.setattr("hf_gpt_scratch.publish.verify_receipt", lambda directory: blind)
+    monkeypatch.setattr("hf_gpt_scratch.weights.publish.verify_receipt", lambda directory: blind)
     return "was not noticed"
 
 

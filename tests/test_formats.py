@@ -17,15 +17,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, formats
-from hf_gpt_scratch.checkpoint import Progress
-from hf_gpt_scratch.conversion import RECEIPT, ConversionError, verify_weights
-from hf_gpt_scratch.formats import FILES, LAYOUTS, detect, export_checkpoint, import_checkpoint, read, write
-from hf_gpt_scratch.layouts import BOOK, GGUF, NANOGPT, TENSORFLOW, Layout
-from hf_gpt_scratch.lazy import held
-from hf_gpt_scratch.parity import ParityError
-from hf_gpt_scratch.tf_checkpoint import masked_crc32c, read_tensorflow
-from hf_gpt_scratch.weight_map import SCRATCH_PREFIX, rows, without_prefix
+from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM
+from hf_gpt_scratch.errors import ConversionError, ParityError
+from hf_gpt_scratch.model.weight_map import SCRATCH_PREFIX, rows, without_prefix
+from hf_gpt_scratch.weights import formats
+from hf_gpt_scratch.weights.checkpoint import Progress
+from hf_gpt_scratch.weights.conversion import RECEIPT, verify_weights
+from hf_gpt_scratch.weights.formats import FILES, LAYOUTS, detect, export_checkpoint, import_checkpoint, read, write
+from hf_gpt_scratch.weights.layouts import BOOK, GGUF, NANOGPT, TENSORFLOW, Layout
+from hf_gpt_scratch.weights.lazy import held
+from hf_gpt_scratch.weights.tf_checkpoint import masked_crc32c, read_tensorflow
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TF, TINY = FIXTURES / "tiny-tensorflow", FIXTURES / "tiny-gpt2"

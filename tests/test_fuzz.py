@@ -7,8 +7,8 @@ import pytest
 import torch
 from fuzz import DAMAGE, Broken, Worker, make_sources, memory, run_case, run_cases
 
-from hf_gpt_scratch import checkpoint, conversion, formats, torch_archive
-from hf_gpt_scratch.checkpoint import Checkpoint
+from hf_gpt_scratch.weights import checkpoint, conversion, formats, torch_archive
+from hf_gpt_scratch.weights.checkpoint import Checkpoint
 
 CASES = 10 * len(DAMAGE)
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_gpt_scratch import GPTScratchForCausalLM
-from hf_gpt_scratch.compat import CACHE
+from hf_gpt_scratch.model.compat import CACHE
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 

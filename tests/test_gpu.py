@@ -5,7 +5,7 @@ import torch
 from pairs import random_ids, random_pair
 from transformers.utils import is_flash_attn_2_available
 
-from hf_gpt_scratch.parity import greedy_ids, relative_error
+from hf_gpt_scratch.weights.parity import greedy_ids, relative_error
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -28,7 +28,7 @@ from hf_gpt_scratch import (
     GPTScratchForTokenClassification,
     GPTScratchModel,
 )
-from hf_gpt_scratch.parity import FP32_GRADIENTS, FP32_LOGITS, FP32_LOSS, gradient_errors, relative_error
+from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, FP32_LOGITS, FP32_LOSS, gradient_errors, relative_error
 
 LABELS = 5
 IDS = random_ids(4, 12)

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from test_formats import TF, Fused, book_model, nanogpt_file
 from torch import nn
 
-from hf_gpt_scratch import GPTScratchForCausalLM, torch_archive
-from hf_gpt_scratch.checkpoint import LONGEST_MESSAGE, ConversionError
-from hf_gpt_scratch.conversion import gpt2_to_scratch
-from hf_gpt_scratch.formats import detect, import_checkpoint, read, write
-from hf_gpt_scratch.tf_checkpoint import read_tensorflow
+from hf_gpt_scratch import GPTScratchForCausalLM
+from hf_gpt_scratch.errors import LONGEST_MESSAGE, ConversionError
+from hf_gpt_scratch.weights import torch_archive
+from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
+from hf_gpt_scratch.weights.formats import detect, import_checkpoint, read, write
+from hf_gpt_scratch.weights.tf_checkpoint import read_tensorflow
 
 HEADS = 4
 

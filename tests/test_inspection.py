@@ -9,9 +9,10 @@ from pairs import LAYERS, gpt2_config, random_pair
 from transformers import GPT2ForSequenceClassification
 
 from hf_gpt_scratch import GPT_CONFIG_124M, GPTScratchConfig, GPTScratchForCausalLM
-from hf_gpt_scratch.inspection import MODELS, Inspection, UnknownName, arithmetic, explain, inspect
-from hf_gpt_scratch.modeling_gpt_scratch import GPTScratchBlock
-from hf_gpt_scratch.weight_map import BASE, DROPPED, LM_HEAD, TABLE
+from hf_gpt_scratch.errors import UnknownName
+from hf_gpt_scratch.lab.inspection import MODELS, Inspection, arithmetic, explain, inspect
+from hf_gpt_scratch.model.modeling_gpt_scratch import GPTScratchBlock
+from hf_gpt_scratch.model.weight_map import BASE, DROPPED, LM_HEAD, TABLE
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from hf_gpt_scratch import (
     GPTScratchForSequenceClassification,
     GPTScratchPreTrainedModel,
 )
-from hf_gpt_scratch.modeling_gpt_scratch import MODELS, GPTScratchBlock
-from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
+from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS, GPTScratchBlock
+from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 
 class OtherFeedForward(nn.Module):
@@ -197,7 +197,7 @@ class HalfGPT(GPTScratchForCausalLM):
 @pytest.mark.parametrize("own_type", [False, True])
 def test_a_class_with_another_block_is_saved_as_itself_and_told_apart(own_type, tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_gpt_scratch.modeling_gpt_scratch.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_gpt_scratch.model.modeling_gpt_scratch.logger.warning", warnings.append)
     config = (OwnConfig if own_type else GPTScratchConfig).from_gpt2(gpt2_config())
     HalfGPT(config).save_pretrained(tmp_path)
     assert [("trf_blocks.0 is a test_interop.HalfBlock" in text) for text in warnings] == [True] * (not own_type)

@@ -17,7 +17,7 @@ from hf_gpt_scratch import (
     TransformerBlock,
     generate_text_simple,
 )
-from hf_gpt_scratch.layers import causal_mask
+from hf_gpt_scratch.model.layers import causal_mask
 
 TINY = {
     "vocab_size": 97,

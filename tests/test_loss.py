@@ -8,9 +8,9 @@ from pairs import VOCAB, random_ids, random_pair
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from hf_gpt_scratch import loss as loss_module
-from hf_gpt_scratch.loss import LazyLogitsOutput, can_skip_logits
-from hf_gpt_scratch.parity import FP32_GRADIENTS, relative_error
+from hf_gpt_scratch.model import loss as loss_module
+from hf_gpt_scratch.model.loss import LazyLogitsOutput, can_skip_logits
+from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, relative_error
 
 
 @pytest.fixture(autouse=True)

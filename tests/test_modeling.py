@@ -24,9 +24,9 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
-from hf_gpt_scratch.layers import SIZES, causal_attention
-from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
-from hf_gpt_scratch.weight_map import SCRATCH_PREFIX
+from hf_gpt_scratch.model.layers import SIZES, causal_attention
+from hf_gpt_scratch.model.weight_map import SCRATCH_PREFIX
+from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}

@@ -6,7 +6,7 @@ import torch
 from pairs import CONTEXT, VOCAB, random_ids, random_pair
 from transformers import GPT2LMHeadModel
 
-from hf_gpt_scratch.parity import FP32_LOGITS, relative_error
+from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 pytestmark = [
     # One name for the batch of both inputs is what is wanted; the exporter says that it names it once.

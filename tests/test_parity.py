@@ -10,24 +10,24 @@ from transformers import DynamicCache, GPT2LMHeadModel, set_seed
 from transformers.activations import ACT2FN
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, LayerNorm
-from hf_gpt_scratch.compat import CACHE
-from hf_gpt_scratch.parity import (
+from hf_gpt_scratch.errors import ParityError
+from hf_gpt_scratch.model.compat import CACHE
+from hf_gpt_scratch.model.weight_map import BASE, LM_HEAD, TABLE
+from hf_gpt_scratch.weights.parity import (
     FLOAT64_RATIO,
     FP32_GRADIENTS,
     FP32_LOGITS,
     FP32_LOSS,
     LogitParity,
-    ParityError,
     compare_logits,
     gradient_errors,
     greedy_ids,
     probe_ids,
     relative_error,
     rms_error,
-    verify,
+    verify_models,
     weights_equal,
 )
-from hf_gpt_scratch.weight_map import BASE, LM_HEAD, TABLE
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -332,37 +332,37 @@ def test_wrong_arithmetic_is_noticed(mutate, monkeypatch):
 
 def test_a_small_change_of_one_weight_is_noticed_by_weights_logits_and_verify():
     gpt2, scratch = random_pair()
-    assert verify(gpt2, scratch).passed
+    assert verify_models(gpt2, scratch).passed
     with torch.no_grad():
         scratch.model.trf_blocks[2].att.W_key.bias[5] += 1e-6  # invisible in logits
     with pytest.raises(ParityError, match=r"weights: DIFFERENT"):
-        verify(gpt2, scratch)
+        verify_models(gpt2, scratch)
 
 
 def test_verify_compares_generated_ids_and_restores_settings(monkeypatch):
     gpt2, scratch = random_pair()
     settings = scratch.generation_config
-    figures = verify(gpt2, scratch).to_dict()
+    figures = verify_models(gpt2, scratch).to_dict()
     assert figures["greedy_tokens"] == 32
     assert figures["passed"]
     assert scratch.generation_config is settings
     ids = probe_ids(211, 8)
     assert greedy_ids(scratch, ids, 3).shape == (2, 11)
-    monkeypatch.setattr("hf_gpt_scratch.parity.greedy_ids", lambda model, ids, n: ids + (model is scratch))
+    monkeypatch.setattr("hf_gpt_scratch.weights.parity.greedy_ids", lambda model, ids, n: ids + (model is scratch))
     with pytest.raises(ParityError, match=r"greedy ids: DIFFERENT"):
-        verify(gpt2, scratch)
+        verify_models(gpt2, scratch)
 
 
 def test_verify_works_at_the_smallest_context():
     gpt2, scratch = random_pair(n_positions=1)
-    assert verify(gpt2, scratch).greedy_tokens == 0
+    assert verify_models(gpt2, scratch).greedy_tokens == 0
 
 
 def test_nan_is_never_parity():
     gpt2, scratch = random_pair()
     randomize(scratch, seed=1).out_head.weight.data[3] = float("nan")
     with pytest.raises(ParityError):
-        verify(gpt2, scratch)
+        verify_models(gpt2, scratch)
     nan = float("nan")
     assert not LogitParity(1, 1.0, nan, 1.0).relative_error <= FP32_LOGITS
 
@@ -371,6 +371,6 @@ def test_biases_that_ours_lacks_must_be_zero():
     config = GPTScratchConfig(vocab_size=211, context_length=64, emb_dim=48, n_heads=4, n_layers=LAYERS)
     scratch = randomize(GPTScratchForCausalLM(config)).eval()
     gpt2 = scratch.to_gpt2()
-    assert verify(gpt2, scratch).passed
+    assert verify_models(gpt2, scratch).passed
     gpt2.transformer.h[0].attn.c_attn.bias.data[3] = 1e-9
     assert not weights_equal(gpt2, scratch)

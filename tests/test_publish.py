@@ -17,13 +17,15 @@ from pairs import random_gpt2, random_pair
 from test_conversion import leftovers
 from typer.testing import CliRunner
 
-from hf_gpt_scratch import GPTScratchForCausalLM, conversion, formats
-from hf_gpt_scratch import publish as publish_module
-from hf_gpt_scratch.cli import app as cli
-from hf_gpt_scratch.conversion import RECEIPT, ConversionError, atomic_directory, gpt2_to_scratch, verify_receipt
-from hf_gpt_scratch.formats import export_checkpoint, import_checkpoint, write
-from hf_gpt_scratch.publish import new_receipt, seal
-from hf_gpt_scratch.verify_receipt_command import verify_receipt_command
+from hf_gpt_scratch import GPTScratchForCausalLM
+from hf_gpt_scratch.cli.app import app as cli
+from hf_gpt_scratch.cli.verify_receipt_command import verify_receipt_command
+from hf_gpt_scratch.errors import ConversionError
+from hf_gpt_scratch.weights import conversion, formats
+from hf_gpt_scratch.weights import publish as publish_module
+from hf_gpt_scratch.weights.conversion import RECEIPT, atomic_directory, gpt2_to_scratch, verify_receipt
+from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint, write
+from hf_gpt_scratch.weights.publish import new_receipt, seal
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +424,7 @@ def test_no_permission_is_told(converted, tmp_path, monkeypatch):
 
 
 def test_nothing_needs_fcntl_which_windows_does_not_have():
-    code = "import sys; sys.modules['fcntl'] = None; import hf_gpt_scratch.cli"
+    code = "import sys; sys.modules['fcntl'] = None; import hf_gpt_scratch.cli.app"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

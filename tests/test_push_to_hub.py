@@ -19,10 +19,10 @@ from remote import run_without_the_package
 from transformers import AutoTokenizer
 
 from hf_gpt_scratch import GPTScratchForCausalLM
-from hf_gpt_scratch.conversion import gpt2_to_scratch
-from hf_gpt_scratch.model_card import PIPELINES, model_card
-from hf_gpt_scratch.modeling_gpt_scratch import MODELS
-from hf_gpt_scratch.parity import FP32_LOGITS, compare_outputs, relative_error
+from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS
+from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
+from hf_gpt_scratch.weights.model_card import PIPELINES, model_card
+from hf_gpt_scratch.weights.parity import FP32_LOGITS, compare_outputs, relative_error
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "push_to_hub.py"

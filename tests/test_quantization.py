@@ -18,8 +18,8 @@ from transformers import (
 from transformers.core_model_loading import WeightConverter
 
 from hf_gpt_scratch import GPTScratchForCausalLM, GPTScratchForSequenceClassification
-from hf_gpt_scratch.parity import FP32_LOGITS, greedy_ids, relative_error
-from hf_gpt_scratch.weight_map import QuantizableConverter
+from hf_gpt_scratch.model.weight_map import QuantizableConverter
+from hf_gpt_scratch.weights.parity import FP32_LOGITS, greedy_ids, relative_error
 
 pytestmark = [
     # bitsandbytes computes 8-bit products in half precision, and says so of float32 inputs.

@@ -19,12 +19,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from hf_gpt_scratch import GPTModel
-from hf_gpt_scratch.cli import app
-from hf_gpt_scratch.compare import compare_models
-from hf_gpt_scratch.compare_command import compare
-from hf_gpt_scratch.diagnose import diagnose
-from hf_gpt_scratch.report import HEADS_SHOWN, heat_map, html_report, logarithmic, number, print_report, shade
-from hf_gpt_scratch.subjects import copy_weights, subject
+from hf_gpt_scratch.cli.app import app
+from hf_gpt_scratch.cli.compare_command import compare
+from hf_gpt_scratch.cli.report import HEADS_SHOWN, heat_map, html_report, logarithmic, number, print_report, shade
+from hf_gpt_scratch.lab.compare import compare_models
+from hf_gpt_scratch.lab.diagnose import diagnose
+from hf_gpt_scratch.lab.subjects import copy_weights, subject
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 READERS = Path(__file__).parent / "readers.py"
@@ -385,14 +385,14 @@ def test_a_file_that_exits_is_not_the_same_model(files, tmp_path):
 
 @pytest.mark.parametrize("option", ["--html", "--json"])
 def test_files_that_cannot_be_written_are_refused_before_the_work(files, option, monkeypatch):
-    monkeypatch.setattr("hf_gpt_scratch.compare_command.load_both", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr("hf_gpt_scratch.lab.session.load_both", lambda *_: pytest.fail("the work has begun"))
     for file in (files / "missing" / "report", files / "official", files / "model.pth" / "report"):
         result = run(files / "official", files / "ours", option, file)
         assert result.exit_code == 1 and f"{option} {file} cannot be written" in result.output
 
 
 def test_a_missing_matplotlib_is_told_before_the_work(files, monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_gpt_scratch.compare_command.load_both", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr("hf_gpt_scratch.lab.session.load_both", lambda *_: pytest.fail("the work has begun"))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = run(files / "official", files / "ours", "--html", tmp_path / "report.html")
     assert result.exit_code == 1 and "hf-gpt-scratch[examples]" in result.output
@@ -402,7 +402,7 @@ def test_a_page_that_fails_takes_neither_the_json_nor_the_verdict_along(files, m
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("hf_gpt_scratch.compare_command.html_report", full)
+    monkeypatch.setattr("hf_gpt_scratch.cli.compare_command.html_report", full)
     for candidate, status in ((files / "ours", 0), (f"{files / 'mine.py'}:MyWrongGPT", 3)):
         result = run(files / "official", candidate, "--html", tmp_path / "a.html", "--json", tmp_path / "a.json")
         assert result.exit_code == status, result.output

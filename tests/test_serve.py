@@ -18,8 +18,8 @@ import transformers
 from pairs import random_ids, random_pair
 from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 
-from hf_gpt_scratch.conversion import gpt2_to_scratch
-from hf_gpt_scratch.parity import greedy_ids
+from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
+from hf_gpt_scratch.weights.parity import greedy_ids
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "serve.py"

@@ -15,21 +15,22 @@ from test_conversion import rewrite, sha256
 from torch import nn
 from typer.testing import CliRunner
 
-from hf_gpt_scratch import torch_files
-from hf_gpt_scratch.checkpoint import Checkpoint, ConversionError, Progress, read_pickle, write_safetensors
-from hf_gpt_scratch.cli import app
-from hf_gpt_scratch.conversion import (
+from hf_gpt_scratch.cli.app import app
+from hf_gpt_scratch.errors import ConversionError, ParityError
+from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS
+from hf_gpt_scratch.weights import torch_files
+from hf_gpt_scratch.weights.checkpoint import Checkpoint, Progress, read_pickle, write_safetensors
+from hf_gpt_scratch.weights.conversion import (
     CARD,
     RECEIPT,
     gpt2_to_scratch,
     scratch_to_gpt2,
     verify_receipt,
 )
-from hf_gpt_scratch.formats import detect, export_checkpoint, import_checkpoint, write
-from hf_gpt_scratch.lazy import held
-from hf_gpt_scratch.modeling_gpt_scratch import MODELS
-from hf_gpt_scratch.parity import ParityError, same_bits
-from hf_gpt_scratch.torch_files import _save
+from hf_gpt_scratch.weights.formats import detect, export_checkpoint, import_checkpoint, write
+from hf_gpt_scratch.weights.lazy import held
+from hf_gpt_scratch.weights.parity import same_bits
+from hf_gpt_scratch.weights.torch_files import _save
 
 
 def files(directory):
@@ -167,7 +168,7 @@ def test_comparison_of_the_weights_finds_one_wrong_bit(tmp_path, monkeypatch):
 
         return write_safetensors(path, specs, wrong, progress)
 
-    monkeypatch.setattr("hf_gpt_scratch.conversion.write_safetensors", flipped)
+    monkeypatch.setattr("hf_gpt_scratch.weights.conversion.write_safetensors", flipped)
     with pytest.raises(ParityError, match=r"'h\.1\.attn\.c_attn\.weight' is not the source's"):
         gpt2_to_scratch(tmp_path / "a", tmp_path / "c", check="weights")
     assert not (tmp_path / "c").exists()
@@ -193,7 +194,7 @@ def test_bad_shard_size_is_refused(tmp_path):
 PEAK = """
 import json, os, resource, sys, warnings
 warnings.simplefilter("ignore")
-from hf_gpt_scratch import conversion
+from hf_gpt_scratch.weights import conversion
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -240,8 +241,8 @@ def test_memory_is_bounded_by_two_of_the_largest_tensors(tmp_path):
 FORMATS_PEAK = """
 import json, os, resource, sys, warnings
 warnings.simplefilter("ignore")
-from hf_gpt_scratch import formats
-from hf_gpt_scratch.lazy import held
+from hf_gpt_scratch.weights import formats
+from hf_gpt_scratch.weights.lazy import held
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

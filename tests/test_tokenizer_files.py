@@ -9,8 +9,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, GPT2LMHeadMod
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_gpt_scratch import GPTScratchConfig
-from hf_gpt_scratch.conversion import ConversionError, gpt2_to_scratch, scratch_to_gpt2, tokenizer_beside
-from hf_gpt_scratch.formats import export_checkpoint, import_checkpoint
+from hf_gpt_scratch.errors import ConversionError
+from hf_gpt_scratch.weights.conversion import gpt2_to_scratch, scratch_to_gpt2, tokenizer_beside
+from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint
 
 TEXTS = ["the cat sat on the mat", "Naïve cats; 3.14 %\n\n日本語 🤗", "[CLS] cat <sep> mat [UNK]</s><|endoftext|>"]
 WORDS = ["the", "cat", "sat", "on", "mat", "##s", ";", "3", ".", "14"]

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
-from hf_gpt_scratch.configuration_gpt_scratch import FROM_GPT2
-from hf_gpt_scratch.parity import FP32_LOGITS, greedy_ids, relative_error
+from hf_gpt_scratch.model.configuration_gpt_scratch import FROM_GPT2
+from hf_gpt_scratch.weights.parity import FP32_LOGITS, greedy_ids, relative_error
 
 
 @pytest.fixture(scope="module")

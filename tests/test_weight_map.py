@@ -15,7 +15,7 @@ from hf_gpt_scratch import (
     GPTScratchForSequenceClassification,
     GPTScratchForTokenClassification,
 )
-from hf_gpt_scratch.weight_map import (
+from hf_gpt_scratch.model.weight_map import (
     GPT2_PREFIX,
     SCRATCH_PREFIX,
     TABLE,

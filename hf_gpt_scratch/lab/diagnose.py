@@ -20,8 +20,8 @@ import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from ..model.configuration_gpt_scratch import GPTScratchConfig
 from .compare import LOGITS, Comparison, double_trace, errors, logit_bound, meaning, stage_bound, stages, trace
-from .configuration_gpt_scratch import GPTScratchConfig
 from .subjects import Subject
 
 QKV = ("W_query", "W_key", "W_value")

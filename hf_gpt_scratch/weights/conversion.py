@@ -29,13 +29,15 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from .architecture import UnknownArchitecture, architecture
-from .checkpoint import Checkpoint, ConversionError, Progress, check_files, check_settings, read_json, write_safetensors
-from .configuration_gpt_scratch import OF_ANOTHER_TYPE, GPTScratchConfig, ignored_by_gpt2, model_type_of, told
+from ..errors import ConversionError, ParityError, UnknownArchitecture, shortened
+from ..model.configuration_gpt_scratch import OF_ANOTHER_TYPE, GPTScratchConfig, ignored_by_gpt2, model_type_of, told
+from ..model.modeling_gpt_scratch import GPTScratchPreTrainedModel
+from ..model.weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, rows
+from .architecture import architecture
+from .checkpoint import Checkpoint, Progress, check_files, check_settings, read_json, write_safetensors
 from .lazy import Lazy, all_zero, from_scratch, to_scratch, with_qkv_biases
 from .model_card import model_card
-from .modeling_gpt_scratch import GPTScratchPreTrainedModel
-from .parity import ParityError, same_bits, verify
+from .parity import same_bits, verify_models
 from .publish import (
     RECEIPT,
     Stamps,
@@ -47,14 +49,12 @@ from .publish import (
     publishing,
     refuse_overlap,
     seal,
-    shorten,
     target_path,
     told_while,
     verify_receipt,
 )
 from .tokenizer_files import carry_tokenizer, tokenizer_beside
 from .trust import code_beside, refuse_kernels, strip_code
-from .weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, rows
 
 __all__ = [
     "RECEIPT",
@@ -185,7 +185,7 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
         raise ConversionError(f"{source} is a file, but a checkpoint is a directory; give the directory it lies in")
     name = str(source)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise ConversionError(f"there is no directory {shorten(name)}; check the path")
+        raise ConversionError(f"there is no directory {shortened(name)}; check the path")
     wanted = [*BESIDE, "*.safetensors"]
     try:
         directory = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
@@ -471,7 +471,7 @@ def _verify(source: Weights, result: Weights, check: Check, progress: Progress) 
     progress.step(f"Verifying against {source.ours.gpt2_class.__name__}")
     gpt2 = source.ours.gpt2_class.from_pretrained(gpt2_directory, dtype=torch.float32)
     scratch = source.ours.from_pretrained(scratch_directory, dtype=torch.float32)
-    return verify(gpt2, scratch).to_dict()
+    return verify_models(gpt2, scratch).to_dict()
 
 
 def verify_weights(source: Mapping[str, Lazy], back: Mapping[str, Lazy], progress: Progress) -> None:

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, GPT2LMHeadModel, GPT2PreTrainedModel, PreTrainedModel
 
-from .modeling_gpt_scratch import GPTScratchPreTrainedModel
-from .weight_map import SCRATCH_PREFIX, TABLE, to_gpt2_state_dict, to_scratch_state_dict, without_prefix
+from ..errors import ParityError
+from ..model.modeling_gpt_scratch import GPTScratchPreTrainedModel
+from ..model.weight_map import SCRATCH_PREFIX, TABLE, to_gpt2_state_dict, to_scratch_state_dict, without_prefix
 
 # Both models in float32. Measured: at most 4e-7 on tiny random pairs and the trained one, 9.2e-7 at the official sizes
 # (tests/test_parity_real_size.py, examples/quickstart.py); a wrong transpose, activation or mask makes 1e-3 and more.
@@ -33,10 +34,6 @@ FLOAT64_STAGE = 1e-6
 FP32_STAGE = 1e-5
 
 
-class ParityError(AssertionError):
-    """A model is further from the official one than its bound."""
-
-
 @dataclass(frozen=True)
 class LogitParity:
     """Two models' logits on the same tokens."""
@@ -53,7 +50,7 @@ class LogitParity:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` measured: float32 logits, greedy continuations and the weights themselves."""
+    """What `verify_models` measured: float32 logits, greedy continuations and the weights themselves."""
 
     logits: LogitParity
     logit_bound: float
@@ -272,7 +269,7 @@ def measure(
     )
 
 
-def verify(gpt2: GPT2PreTrainedModel, scratch: GPTScratchPreTrainedModel) -> Verification:
+def verify_models(gpt2: GPT2PreTrainedModel, scratch: GPTScratchPreTrainedModel) -> Verification:
     """What `measure` finds.
 
     Raises:

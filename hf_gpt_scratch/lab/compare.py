@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .modeling_gpt_scratch import GPTScratchForCausalLM
-from .parity import (
+from ..errors import LabError
+from ..model.modeling_gpt_scratch import GPTScratchForCausalLM
+from ..weights.parity import (
     FLOAT64_STAGE,
     FP32_LOGITS,
     FP32_STAGE,
@@ -29,7 +30,7 @@ from .parity import (
     relative_errors,
     warm_up,
 )
-from .subjects import LabError, Match, Subject, parameters
+from .subjects import Match, Subject, parameters
 
 LOGITS, CHOICES = "out_head", "mc_logits"
 # What is heard inside a block, in the order of execution. `x.input` is what goes into x.
@@ -134,6 +135,7 @@ class Comparison:
     different_tensors: list[str] | None = None
     different_settings: list[str] = field(default_factory=list)
     traces: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = field(default=({}, {}), repr=False)
+    tokenizer: Any = field(default=None, repr=False)
 
     @property
     def first_divergence(self) -> StageError | None:

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .inspection import BYTES, Explanation, Inspection, Step
+from ..lab.inspection import BYTES, Explanation, Inspection, Step
 
 SYMBOLS = {
     "x": "a token's vector, along the shortcuts",

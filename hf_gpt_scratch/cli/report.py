@@ -19,9 +19,10 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from .compare import BLOCK_STAGES, Comparison, StageError
-from .diagnose import Diagnosis
-from .subjects import LabError, Match
+from ..errors import LabError
+from ..lab.compare import BLOCK_STAGES, Comparison, StageError
+from ..lab.diagnose import Diagnosis
+from ..lab.subjects import Match
 
 # Stages on the terminal that are told even when all is well.
 ALWAYS = (BLOCK_STAGES[""], "logits")
@@ -152,8 +153,8 @@ def after(comparison: Comparison) -> str:
     return f"token {place} of row {row}, where the models differ most"
 
 
-def token_table(comparison: Comparison, tokenizer: Any = None, k: int = 5) -> Table:
-    show = decoder(tokenizer)
+def token_table(comparison: Comparison, k: int = 5) -> Table:
+    show = decoder(comparison.tokenizer)
     table = Table(box=box.SIMPLE_HEAD, title=f"Most probable tokens after {after(comparison)}", title_justify="left")
     for heading in ("", "reference", "", "candidate", ""):
         table.add_column(heading, justify="right" if not heading else "left")
@@ -164,7 +165,7 @@ def token_table(comparison: Comparison, tokenizer: Any = None, k: int = 5) -> Ta
     return table
 
 
-def terminal_report(comparison: Comparison, tokenizer: Any = None, width: int = 120) -> RenderableType:
+def terminal_report(comparison: Comparison, width: int = 120) -> RenderableType:
     """All that a terminal of so many columns shows."""
     head = Table(box=None, show_header=False)
     for name, value in (
@@ -179,20 +180,20 @@ def terminal_report(comparison: Comparison, tokenizer: Any = None, width: int = 
         *guessed,
         head,
         stage_table(comparison, width),
-        *([token_table(comparison, tokenizer)] if comparison.is_language_model else []),
+        *([token_table(comparison)] if comparison.is_language_model else []),
         diagnosis_panel(comparison),
     ]
     return Group(*parts)
 
 
-def print_report(comparison: Comparison, console: Console, tokenizer: Any = None) -> None:
-    console.print(terminal_report(comparison, tokenizer, console.width))
+def print_report(comparison: Comparison, console: Console) -> None:
+    console.print(terminal_report(comparison, console.width))
 
 
 # On a page
 
 
-def html_report(comparison: Comparison, tokenizer: Any = None) -> str:
+def html_report(comparison: Comparison) -> str:
     """One page with everything in it: no scripts, no fonts, no images from elsewhere.
 
     Raises:
@@ -202,7 +203,7 @@ def html_report(comparison: Comparison, tokenizer: Any = None) -> str:
     from matplotlib import rc_context
 
     environment = Environment(loader=PackageLoader(__package__, "templates"), autoescape=True, trim_blocks=True)
-    environment.globals |= {"number": number, "show": decoder(tokenizer)}
+    environment.globals |= {"number": number, "show": decoder(comparison.tokenizer)}
     environment.filters["shade"] = shade
     with rc_context(STYLE):  # the caller's own plots stay as they are
         depth, attention = depth_figure(comparison), attention_figure(comparison)

@@ -22,21 +22,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architecture import architecture, kind_of
-from .configuration_gpt_scratch import PRESETS, GPTScratchConfig
-from .layers import GELU, GPT_CONFIG_124M, MultiHeadAttention
-from .modeling_gpt_scratch import MODELS, GPTScratchForCausalLM, GPTScratchPreTrainedModel
-from .weight_map import DROPPED, GPT2_PREFIX, HEADS, LM_HEAD, SCRATCH_PREFIX, TABLE, Row
+from ..errors import UnknownName
+from ..model.configuration_gpt_scratch import PRESETS, GPTScratchConfig
+from ..model.layers import GELU, GPT_CONFIG_124M, MultiHeadAttention
+from ..model.modeling_gpt_scratch import MODELS, GPTScratchForCausalLM, GPTScratchPreTrainedModel
+from ..model.weight_map import DROPPED, GPT2_PREFIX, HEADS, LM_HEAD, SCRATCH_PREFIX, TABLE, Row
+from ..weights.architecture import architecture, kind_of
 
 BOOK = "book"  # a name for the book's GPT_CONFIG_124M beside the official sizes
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 # What the base model's place in a head, PEFT, DistributedDataParallel and torch.compile put before a name.
 PREFIXES = (GPT2_PREFIX[:-1], SCRATCH_PREFIX[:-1], "base_model", "module", "_orig_mod")
 BLOCK = re.compile(r"(?<!\w)(h|trf_blocks)\.(\d+|\{n\})(?=\.|$)")
-
-
-class UnknownName(ValueError):
-    """No row of the weight map and no model has this name."""
 
 
 NORM = (

@@ -29,7 +29,8 @@ import transformers
 from rich.filesize import decimal
 from safetensors import SafetensorError
 
-from .checkpoint import ConversionError, Progress, read_json
+from ..errors import ConversionError, shortened
+from .checkpoint import Progress, read_json
 
 RECEIPT = "conversion_receipt.json"
 _CHUNK = 1 << 20
@@ -53,22 +54,24 @@ def local_path(path: str | os.PathLike) -> Path:
     if not text:
         raise ConversionError("got an empty path; give the name of a directory or file")
     if "\0" in text:
-        raise ConversionError(f"the path {shorten(text)!r} has a null character in it, which no path has; correct it")
+        raise ConversionError(f"the path {shortened(text)!r} has a null character in it, which no path has; correct it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConversionError(
-            f"the path {shorten(text)!r} is not UTF-8, which safetensors neither reads nor writes; rename it"
+            f"the path {shortened(text)!r} is not UTF-8, which safetensors neither reads nor writes; rename it"
         ) from error
     try:
         expanded = Path(text).expanduser()
         expanded.lstat()
     except RuntimeError as error:  # ~nosuch
-        raise ConversionError(f"{shorten(text)!r} begins with no user's home directory; write out the path") from error
+        raise ConversionError(
+            f"{shortened(text)!r} begins with no user's home directory; write out the path"
+        ) from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise ConversionError(
-                f"{shorten(text)!r} is longer than a path can be here; correct it, or choose a shorter one"
+                f"{shortened(text)!r} is longer than a path can be here; correct it, or choose a shorter one"
             ) from error
     return expanded
 
@@ -80,11 +83,11 @@ def target_path(target: str | os.PathLike) -> Path:
         ConversionError: no directory can be made there, or none that could be replaced as a whole.
     """
     path = local_path(target)
-    shown = shorten(str(path))
+    shown = shortened(str(path))
     try:
         if path.is_symlink() and not path.exists():
             raise ConversionError(
-                f"the target {shown} is a link to {shorten(os.readlink(path))}, which is not there; remove the link, "
+                f"the target {shown} is a link to {shortened(os.readlink(path))}, which is not there; remove the link, "
                 "or choose another target"
             )
         real = Path(os.path.realpath(path))
@@ -149,8 +152,8 @@ def told_while(doing: str, target: str | os.PathLike) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError to a full disk
         raise ConversionError(
-            f"failed while {doing}: {shorten(str(error), 500)}; {shorten(str(target))} is as it was before; free disk "
-            "space, check permissions or choose another target, then run again"
+            f"failed while {doing}: {shortened(str(error), 500)}; {shortened(str(target))} is as it was before; free "
+            "disk space, check permissions or choose another target, then run again"
         ) from error
 
 
@@ -550,27 +553,26 @@ def _problem(receipt: Any) -> str | None:
         return f"it is a {type(receipt).__name__}, but must be an object"
     for name in ("what", "created"):
         if not isinstance(receipt.get(name), str):
-            return f"{name!r} is {shorten(repr(receipt.get(name)))}, but must be a text"
+            return f"{name!r} is {shortened(repr(receipt.get(name)))}, but must be a text"
     try:
         datetime.datetime.fromisoformat(receipt["created"])
     except ValueError:
-        return f"'created' is {shorten(repr(receipt['created']))}, but must be a date and time"
+        return f"'created' is {shortened(repr(receipt['created']))}, but must be a date and time"
     parity = receipt.get("parity")
     if parity is not None and not (isinstance(parity, dict) and isinstance(parity.get("passed"), bool)):
-        return f"'parity' is {shorten(repr(parity))}, but must be null, or have figures and 'passed'"
+        return f"'parity' is {shortened(repr(parity))}, but must be null, or have figures and 'passed'"
     files = receipt["target"].get("files") if isinstance(receipt.get("target"), dict) else None
     if not isinstance(files, dict) or not files:
-        return f"'target' is {shorten(repr(receipt.get('target')))}, but must have 'files'"
+        return f"'target' is {shortened(repr(receipt.get('target')))}, but must have 'files'"
     for name, figures in files.items():
         if not _is_below(name):
-            return f"it names the file {shorten(repr(name))}, but its files lie below its own directory"
+            return f"it names the file {shortened(repr(name))}, but its files lie below its own directory"
         sha256, size = (figures.get(key) if isinstance(figures, dict) else None for key in ("sha256", "bytes"))
         if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-            return (
-                f"the sha256 of {shorten(repr(name))} is {shorten(repr(sha256))}, but must be 64 digits of 0-9 and a-f"
-            )
+            shown = shortened(repr(sha256))
+            return f"the sha256 of {shortened(repr(name))} is {shown}, but must be 64 digits of 0-9 and a-f"
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            return f"the bytes of {shorten(repr(name))} are {shorten(repr(size))}, but must be a whole number"
+            return f"the bytes of {shortened(repr(name))} are {shortened(repr(size))}, but must be a whole number"
     return None
 
 
@@ -646,9 +648,4 @@ def _entries(directory: Path) -> dict[str, tuple]:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(shorten(repr(name)) for name in names[:_NAMED]) + more
-
-
-def shorten(text: str, length: int = 200) -> str:
-    """The text, or its beginning and end."""
-    return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 2 :]}"
+    return ", ".join(shortened(repr(name)) for name in names[:_NAMED]) + more

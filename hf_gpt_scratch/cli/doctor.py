@@ -31,8 +31,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .version import __version__ as __version__
-from .version import versions
+from ..version import __version__ as __version__
+from ..version import versions
 
 # As in compat.py, which cannot be imported where transformers cannot.
 OLDEST_TESTED, NEWEST_TESTED = "5.4.0", "5.24.0"
@@ -105,7 +105,7 @@ class Patient:
 
     @functools.cached_property
     def converted(self) -> Path:
-        from hf_gpt_scratch.conversion import gpt2_to_scratch
+        from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
 
         self.official.save_pretrained(self.directory / "official")
         gpt2_to_scratch(self.directory / "official", self.directory / "converted", check=False)
@@ -292,7 +292,7 @@ def check_build(patient: Patient) -> str:
 
 def check_convert(patient: Patient) -> str:
     """Whether an official checkpoint becomes one of ours, which loads."""
-    from hf_gpt_scratch.conversion import gpt2_to_scratch
+    from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
 
     patient.elsewhere  # noqa: B018 takes as long as all the checks before "saved code", so it begins now
     receipt = gpt2_to_scratch(patient.directory / "official", patient.directory / "verified")
@@ -301,7 +301,8 @@ def check_convert(patient: Patient) -> str:
 
 def check_receipt(patient: Patient) -> str:
     """Whether the receipt agrees with the files, and does not agree with others."""
-    from hf_gpt_scratch.publish import ConversionError, verify_receipt
+    from hf_gpt_scratch.errors import ConversionError
+    from hf_gpt_scratch.weights.publish import verify_receipt
 
     files = len(verify_receipt(patient.converted)["target"]["files"])
     extra = patient.converted / "extra"
@@ -317,7 +318,7 @@ def check_receipt(patient: Patient) -> str:
 
 def check_logits(patient: Patient) -> str:
     """Whether both models compute the same logits, left-padded too."""
-    from hf_gpt_scratch.parity import FP32_LOGITS, compare_logits
+    from hf_gpt_scratch.weights.parity import FP32_LOGITS, compare_logits
 
     official, ours = patient.pair
     ids = patient.prompts()
@@ -398,7 +399,7 @@ def check_train(patient: Patient) -> str:
     """Whether a step of training has the official loss, gradients and result."""
     import torch
 
-    from hf_gpt_scratch.parity import FP32_GRADIENTS, FP32_LOSS, gradient_errors
+    from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, FP32_LOSS, gradient_errors
 
     models = [copy.deepcopy(model).train() for model in patient.pair]
     ids = patient.prompts(length=24)

@@ -22,9 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from ..errors import ConversionError
+from ..model.weight_map import DROPPED_PATTERNS
 from . import torch_archive
 from .torch_archive import Stored, Unbuilt
-from .weight_map import DROPPED_PATTERNS
 
 # By safetensors' names, in the order in which a file has them: widest first.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -39,7 +40,6 @@ SETTINGS: dict[str, tuple] = {
     "per_layer_config": (None,),
 }
 ADAPTER = "adapter_config.json"  # PEFT's
-LONGEST_MESSAGE = 1500
 # Of what is not read in a directory with a config.json: other names, other libraries, half a download.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".ckpt", ".incomplete", ".part")
 # Bytes; a shard index of 1558M has 50 kB, a header too.
@@ -47,19 +47,6 @@ LARGEST_JSON = LARGEST_HEADER = 1 << 24
 _SYNCED_AT_ONCE = 1 << 28  # bytes
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MASK = re.compile("|".join(DROPPED_PATTERNS))
-
-
-class ConversionError(Exception):
-    """What stands in the way of a conversion: the value, the rule and the remedy; at most `LONGEST_MESSAGE` letters."""
-
-    def __init__(self, message: str):
-        super().__init__(shortened(message))
-
-
-def shortened(message: str) -> str:
-    """Its beginning and its end; what lies in a damaged file can be as long as the file."""
-    half = LONGEST_MESSAGE // 2 - 5
-    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} […] {message[-half:]}"
 
 
 def shown(value: Any) -> str:

@@ -8,16 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from .configuration_gpt_scratch import GPTScratchConfig, model_type_of
-from .modeling_gpt_scratch import MODELS, GPTScratchPreTrainedModel
+from ..errors import UnknownArchitecture, shortened
+from ..model.configuration_gpt_scratch import GPTScratchConfig, model_type_of
+from ..model.modeling_gpt_scratch import MODELS, GPTScratchPreTrainedModel
 
 # What our own saved models name as their code.
 _CONFIG_CODE = f"configuration_gpt_scratch.{GPTScratchConfig.__name__}"
 _MODEL_CODE = {f"modeling_gpt_scratch.{kind.__name__}": kind for kind in MODELS}
-
-
-class UnknownArchitecture(ValueError):
-    """A model that is neither ours nor the official one."""
 
 
 def architecture(values: Mapping[str, Any], directory: str | os.PathLike) -> type[GPTScratchPreTrainedModel]:
@@ -83,4 +80,4 @@ def _remedy(names: list[str], directory: str | os.PathLike) -> str:
 
 def _short(names: list[Any]) -> str:
     text = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return text if len(text) <= 200 else text[:200] + "…"
+    return shortened(text)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import ConversionError, read_json
+from ..errors import ConversionError
+from .checkpoint import read_json
 
 # Keys by which transformers finds code: of classes, pipelines, `generate`, attention and other kernels.
 CODE_KEYS = (

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .checkpoint import ConversionError
+from ..errors import ConversionError
+from ..model.weight_map import Row, rows
 from .parity import same_bits
-from .weight_map import Row, rows
 
 
 @dataclass(frozen=True, eq=False)

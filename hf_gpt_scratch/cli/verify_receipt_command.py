@@ -7,7 +7,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .publish import ConversionError, shorten, verify_receipt
+from ..errors import ConversionError, shortened
+from ..weights.publish import verify_receipt
 from .terminal import FAILED
 
 
@@ -20,7 +21,7 @@ def verify_receipt_command(
     except ConversionError as error:
         Console(stderr=True).print(f"[bold red]Not as it was:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(FAILED) from error
-    what = "".join(letter if letter.isprintable() else "?" for letter in shorten(receipt["what"]))
+    what = "".join(letter if letter.isprintable() else "?" for letter in shortened(receipt["what"]))
     Console().print(
         f"[bold green]As it was:[/] {escape(str(directory))}, {len(receipt['target']['files'])} files, "
         f"{escape(what)} on {escape(receipt['created'])}",

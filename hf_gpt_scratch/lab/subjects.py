@@ -25,14 +25,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from .architecture import architecture, kind_of
-from .checkpoint import check_files, read_json, read_pickle, refuse_no_file
-from .configuration_gpt_scratch import TO_GPT2, GPTScratchConfig
-from .conversion import ConversionError, Weights, find_source
-from .lazy import Lazy, to_scratch
-from .modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
-from .torch_archive import Stored
-from .weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, TABLE, Row, rows
+from ..errors import ConversionError, LabError
+from ..model.configuration_gpt_scratch import TO_GPT2, GPTScratchConfig
+from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
+from ..model.weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, TABLE, Row, rows
+from ..weights.architecture import architecture, kind_of
+from ..weights.checkpoint import check_files, read_json, read_pickle, refuse_no_file
+from ..weights.conversion import Weights, find_source
+from ..weights.lazy import Lazy, to_scratch
+from ..weights.torch_archive import Stored
 
 # What a layer of one's own may be called; the whole path inside the block has to fit.
 ATTENTION = r"(?:self_?)?(?:att|attn|attention|mha|sa|multi_?head)[^.]*\."
@@ -59,10 +60,6 @@ ALIKE, LEAD = 0.6, 0.15
 SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 # What a model may lack and still be looked at; the lab then finds out what that does.
 OPTIONAL = ("pos_emb", "final_norm", "out_head")
-
-
-class LabError(Exception):
-    """Why two models cannot be compared: the value, the rule and the remedy."""
 
 
 @dataclass(frozen=True)

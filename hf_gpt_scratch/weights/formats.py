@@ -25,14 +25,17 @@ from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..errors import ConversionError
+from ..model.configuration_gpt_scratch import OF_ANOTHER_TYPE, PRESETS, GPTScratchConfig, model_type_of
+from ..model.configuration_gpt_scratch import told as shown
+from ..model.layers import TANH_GELU
+from ..model.modeling_gpt_scratch import GPTScratchForCausalLM
+from ..model.weight_map import SCRATCH_PREFIX, without_prefix
 from .checkpoint import Progress, check_files, checked_finite, read_json, refuse_no_file, refuse_pointer
-from .configuration_gpt_scratch import OF_ANOTHER_TYPE, PRESETS, GPTScratchConfig, model_type_of
-from .configuration_gpt_scratch import told as shown
 from .conversion import (
     CARD,
     MAX_SHARD_SIZE,
     Check,
-    ConversionError,
     Weights,
     find_source,
     gpt2_to_scratch,
@@ -43,18 +46,15 @@ from .conversion import (
     write_model,
 )
 from .gguf_file import read_gguf, write_gguf
-from .layers import TANH_GELU
 from .layouts import BOOK, GGUF, GPT2, NANOGPT, NATIVE, READABLE, TENSORFLOW, variant
 from .lazy import Lazy, held, with_qkv_biases, zero
 from .model_card import model_card
-from .modeling_gpt_scratch import GPTScratchForCausalLM
 from .parity import same_bits
 from .publish import Stamps, local_path, new_receipt, publishing, refuse_overlap, seal, target_path, told_while
 from .tf_checkpoint import read_tensorflow
 from .tokenizer_files import carry_tokenizer, left_behind, tokenizer_beside
 from .torch_files import read_torch_file, write_book, write_nanogpt
 from .trust import strip_code
-from .weight_map import SCRATCH_PREFIX, without_prefix
 
 LAYOUTS = {
     "native": NATIVE,

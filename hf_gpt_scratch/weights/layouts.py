@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..model.weight_map import BASE, DROPPED, GPT2_PREFIX, LM_HEAD, Row, rows
 from .lazy import Lazy, from_scratch, to_scratch
-from .weight_map import BASE, DROPPED, GPT2_PREFIX, LM_HEAD, Row, rows
 
 # What `formats` reads, for messages.
 READABLE = (

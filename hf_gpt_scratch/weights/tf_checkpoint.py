@@ -16,7 +16,8 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import torch
 
-from .checkpoint import ConversionError, read_part
+from ..errors import ConversionError
+from .checkpoint import read_part
 from .lazy import Lazy
 
 FOOTER_BYTES, MAGIC = 48, 0xDB4775248B80FB57

@@ -6,15 +6,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
-from safetensors import SafetensorError
 
-from .conversion import ConversionError, Progress, Weights, find_source, quiet_transformers
-from .parity import ParityError, differing, differing_settings, measure
+from ..errors import ConversionError, ParityError
+from ..weights.conversion import Progress
+from ..weights.verify import verify
 
 # Exit statuses; 2 is a wrong command line, as typer has it.
 FAILED, DIFFERENT, INTERRUPTED = 1, 3, 130
@@ -95,37 +94,15 @@ def verify_and_report(reference: str, candidate: str, as_json: bool = False) -> 
     Raises:
         SystemExit: 1 one of them cannot be read, or they are models of two kinds; 3 they differ.
     """
-    errors = Console(stderr=True)
     try:
-        official, ours = Weights(find_source(reference), "gpt2"), Weights(find_source(candidate), "gpt_scratch")
-        if official.ours is not ours.ours:
-            kinds = f"{reference} is a {official.ours.gpt2_class.__name__}, but {candidate} is a {ours.ours.__name__}"
-            raise ConversionError(f"{kinds}; give two checkpoints of one kind")
-        theirs, own = official.translated(), ours.tensors()
-        different = differing(theirs, own)
-        found, settings = None, []
-        if all(theirs[name].shape == own[name].shape for name in theirs.keys() & own.keys()):
-            with quiet_transformers():
-                gpt2 = official.ours.gpt2_class.from_pretrained(official.directory, dtype=torch.float32)
-                scratch = ours.ours.from_pretrained(ours.directory, dtype=torch.float32)
-            for model in (gpt2, scratch):
-                model.config.return_dict = True
-            found = measure(gpt2, scratch, same_weights=not different)
-            settings = differing_settings(gpt2, scratch)
-    except (ConversionError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-        errors.print(f"[bold red]Not verified:[/] {escape(str(error))}", soft_wrap=True)
+        found = verify(reference, candidate)
+    except ConversionError as error:
+        Console(stderr=True).print(f"[bold red]Not verified:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
-    passed = found is not None and found.passed and not settings
     if as_json:
-        figures = found.to_dict() if found else {"passed": False}
-        figures |= {"passed": passed, "different_tensors": different, "different_settings": settings}
-        print(json.dumps(figures, indent=2, allow_nan=False))
+        print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
     else:
-        verdict = "[bold green]The same model[/]" if passed else "[bold red]Different models[/]"
-        text = f"in float32; {found}" if found else "of other sizes"
-        more = f" and {len(different) - 5} more" if len(different) > 5 else ""
-        names = f". Different tensors: {', '.join(different[:5])}{more}" if different else ""
-        names += f". Different settings: {'; '.join(settings)}" if settings else ""
-        Console().print(f"{verdict} {escape(text + names)}", soft_wrap=True)
-    if not passed:
+        verdict = "[bold green]The same model[/]" if found.passed else "[bold red]Different models[/]"
+        Console().print(f"{verdict} {escape(str(found))}", soft_wrap=True)
+    if not found.passed:
         sys.exit(DIFFERENT)

@@ -13,15 +13,16 @@ from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.markup import escape
 
-from . import formats, inspection
-from .checkpoint import shortened
+from ..errors import LONGEST_MESSAGE, ConversionError, shortened
+from ..lab import inspection
+from ..version import __version__
+from ..weights import formats
+from ..weights.conversion import MAX_SHARD_SIZE, scratch_to_gpt2
 from .compare_command import compare
-from .conversion import MAX_SHARD_SIZE, ConversionError, scratch_to_gpt2
 from .doctor import doctor
 from .inspection_report import explanation, report
 from .terminal import convert_and_report, verify_and_report
 from .verify_receipt_command import verify_receipt_command
-from .version import __version__
 
 Source = Annotated[str, typer.Argument(help="Directory or hub id of the checkpoint.")]
 Target = Annotated[str, typer.Argument(help="Directory to write; it appears only when complete and verified.")]
@@ -142,7 +143,9 @@ def _or_fail(function, *arguments) -> Any:
     try:
         return function(*arguments)
     except (ValueError, StrictDataclassError, ConversionError) as error:
-        Console(stderr=True).print(f"[bold red]Failed:[/] {escape(shortened(str(error)))}", soft_wrap=True)
+        Console(stderr=True).print(
+            f"[bold red]Failed:[/] {escape(shortened(str(error), LONGEST_MESSAGE))}", soft_wrap=True
+        )
         sys.exit(1)
 
 

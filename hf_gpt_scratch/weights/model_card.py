@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .modeling_gpt_scratch import GPTScratchPreTrainedModel
+from ..model.modeling_gpt_scratch import GPTScratchPreTrainedModel
 
 # What OpenAI published on the hub, all under one licence.
 OPENAI_GPT2 = {f"openai-community/gpt2{size}": "mit" for size in ("", "-medium", "-large", "-xl")}

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from .checkpoint import ConversionError, Progress, kind_of, read_pickle, read_stored
-from .configuration_gpt_scratch import GPTScratchConfig
+from ..errors import ConversionError
+from ..model.configuration_gpt_scratch import GPTScratchConfig
+from .checkpoint import Progress, kind_of, read_pickle, read_stored
 from .layouts import READABLE, variant
 from .lazy import Lazy, all_zero, held
 from .parity import same_bits

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GPT2Config, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from .checkpoint import ConversionError, read_json
+from ..errors import ConversionError
+from .checkpoint import read_json
 
 OPENAI_FILES = ("encoder.json", "vocab.bpe")
 VOCABULARIES = (

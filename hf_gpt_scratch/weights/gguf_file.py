@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import ConversionError, Progress, read_part, shown
-from .configuration_gpt_scratch import GPTScratchConfig
+from ..errors import ConversionError
+from ..model.configuration_gpt_scratch import GPTScratchConfig
+from .checkpoint import Progress, read_part, shown
 from .lazy import Lazy
 
 # Our name of what the metadata say under `gpt2.…`.

@@ -1,0 +1,1 @@
+"""What is wrong with my GPT: comparison stage by stage, diagnosis, inspection."""

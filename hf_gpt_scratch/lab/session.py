@@ -1,0 +1,138 @@
+"""Two models by their names, the tokens that both read, and what becomes of them: a whole comparison."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import LabError
+from ..tokenizer import gpt2_tokenizer
+from ..weights.conversion import find_source, tokenizer_beside
+from ..weights.parity import probe_ids
+from .compare import Comparison, compare_models
+from .diagnose import diagnose
+from .subjects import Subject, load, names_a_class
+
+# Enough to show any mistake in the mask or the positions, and quick.
+PROBE = 32
+
+
+def tokenizer_of(sources: list[str], vocab_size: int) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the first model that has one; GPT-2's own for its vocabulary; else none."""
+    for source in sources:
+        if not names_a_class(source) and (tokenizer := tokenizer_beside(find_source(source))) is not None:
+            return tokenizer
+    try:
+        return gpt2_tokenizer() if vocab_size == 50257 else None
+    except OSError:
+        return None
+
+
+def input_tokens(tokens: str | None, text_ids: torch.Tensor | None, vocab_size: int, context: int) -> torch.Tensor:
+    """What both models read (B, T): the tokens given, the text's beginning, or random ones.
+
+    Raises:
+        LabError: no token ids, or some that the models do not have.
+    """
+    if tokens is None:
+        # Half of the context at most, so that positions that start late still exist.
+        length = min(PROBE, max(context // 2, 1))
+        return probe_ids(vocab_size, length, length=length) if text_ids is None else text_ids[:, : min(256, context)]
+    try:
+        ids = [int(token) for token in tokens.replace(",", " ").split()]
+    except ValueError as error:
+        raise LabError(f"got tokens {tokens!r}, but token ids are numbers such as 6109,3626,6100,345") from error
+    if not ids or not all(0 <= token < vocab_size for token in ids):
+        raise LabError(f"got tokens {tokens!r}, but the model has ids from 0 to {vocab_size - 1}")
+    if len(ids) > context:
+        raise LabError(f"got {len(ids)} tokens, but the model has only {context} positions; give fewer")
+    return torch.tensor([ids])
+
+
+def text_tokens(file: Path | None, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor | None:
+    if file is None:
+        return None
+    if not file.exists():
+        raise LabError(f"there is no text {file}; check the path")
+    if tokenizer is None:
+        raise LabError(f"{file} cannot be read as tokens: no tokenizer lies beside the models; give --tokens")
+    try:
+        ids = tokenizer(file.read_text(encoding="utf-8"), verbose=False).input_ids
+    except (OSError, UnicodeDecodeError) as error:
+        raise LabError(f"cannot read {file}: {error}") from error
+    if len(ids) < 2:
+        raise LabError(f"{file} has {len(ids)} tokens; a text has at least 2")
+    return torch.tensor([ids])
+
+
+def load_both(reference, candidate, weights, cfg, mapping) -> tuple[Subject, Subject]:
+    """Both models; the options are the candidate's if it is a class, else the reference's."""
+    given = dict(weights=weights, cfg=cfg, mapping=read_map(mapping))
+    if names_a_class(reference) and not names_a_class(candidate):
+        second = load(candidate)
+        return load(reference, **given, like=second), second
+    first = load(reference, cfg=cfg if names_a_class(reference) else None)
+    return first, load(candidate, **given, like=first)
+
+
+def read_map(file: Path | None) -> dict[str, str | None]:
+    if file is None:
+        return {}
+    try:
+        mapping = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LabError(f"cannot read the map {file}: {error}") from error
+    if not isinstance(mapping, dict) or not all(v is None or isinstance(v, str) for v in mapping.values()):
+        raise LabError(f'{file} is no map; write JSON such as {{"my.wq.weight": "trf_blocks.0.att.W_query.weight"}}')
+    return mapping
+
+
+def compare(
+    reference: str | os.PathLike,
+    candidate: str | os.PathLike,
+    *,
+    tokens: str | None = None,
+    text: str | os.PathLike | None = None,
+    weights: str | os.PathLike | None = None,
+    cfg: str | None = None,
+    mapping: str | os.PathLike | None = None,
+    gradients: bool = False,
+    step: Callable[[str], None] = lambda step: None,
+) -> Comparison:
+    """Compares two models layer by layer, and looks for the mistake if they differ.
+
+    Args:
+        reference: directory, hub id or `my_gpt.py:MyGPTModel`: the model that is right. A .py file is run.
+        candidate: the same for the model in question.
+        tokens: ids to compare on, such as "6109,3626,6100,345"; default: random ones.
+        text: a file to compare on; gives perplexities too.
+        weights: of the class: model.pth, .safetensors or a directory.
+        cfg: of the class: JSON, a JSON file, or the name of a dict in its file.
+        mapping: a JSON file, parameter names of the class to the book's or GPT-2's.
+        gradients: compare gradients too.
+        step: is called with the name of each step.
+
+    Raises:
+        LabError, ConversionError: a model cannot be loaded, or the two cannot be compared.
+    """
+    step("Loading")
+    sources = [os.fspath(reference), os.fspath(candidate)]
+    right, other = load_both(*sources, weights and Path(weights), cfg, mapping and Path(mapping))
+    config = right.config or other.config
+    if config is None:
+        raise LabError("the sizes of the models are not known; give --cfg")
+    tokenizer = tokenizer_of(sources, config.vocab_size)
+    text_ids = text_tokens(text and Path(text), tokenizer)
+    input_ids = input_tokens(tokens, text_ids, config.vocab_size, config.context_length)
+    if not right.is_language_model:
+        input_ids = input_ids[:1]  # a classifier takes several sequences only if its config names a padding token
+    step("Comparing")
+    comparison = compare_models(right, other, input_ids, text_ids=text_ids, gradients=gradients)
+    comparison.tokenizer = tokenizer
+    if comparison.is_language_model and not comparison.equivalent:
+        step("Looking for the mistake")
+        comparison.diagnosis = diagnose(comparison, right, other)
+    return comparison

@@ -1,0 +1,1 @@
+"""All that moves weights: files of every format, conversion, publishing, parity."""
