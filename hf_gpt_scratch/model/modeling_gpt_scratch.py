@@ -174,6 +174,8 @@ class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
 
 
 class GPTScratchPreTrainedModel(PreTrainedModel):
+    """What all models here share: initialisation, loading, saving, and the ways from and to the book and GPT-2."""
+
     config_class = GPTScratchConfig
     config: GPTScratchConfig
     gpt2_class: type[GPT2PreTrainedModel]  # the official model of the same kind

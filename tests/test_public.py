@@ -1,0 +1,47 @@
+"""The package's face: everything is importable from it, and what 0.1.0's README imported still is, with a warning."""
+
+import subprocess
+import sys
+
+import pytest
+
+import hf_gpt_scratch
+
+
+@pytest.mark.parametrize("name", hf_gpt_scratch.__all__)
+def test_every_public_name_is_there_and_says_what_it_is(name):
+    value = getattr(hf_gpt_scratch, name)
+    assert name in dir(hf_gpt_scratch)
+    assert value.__doc__ or not callable(value)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'converts'"):
+        hf_gpt_scratch.converts  # noqa: B018
+
+
+def test_the_import_brings_models_only():
+    script = "import sys, hf_gpt_scratch; print(*(m for m in sys.modules if m.startswith('hf_gpt_scratch.')))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.split(".")[1] for name in loaded} == {"errors", "model", "version"}
+
+
+def test_errors_are_of_one_family():
+    errors = [value for value in vars(hf_gpt_scratch).values() if isinstance(value, type) and "Error" in value.__name__]
+    assert len(errors) >= 4 and all(issubclass(error, hf_gpt_scratch.GPTScratchError) for error in errors)
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        "from hf_gpt_scratch.formats import export_checkpoint, import_checkpoint",
+        "import hf_gpt_scratch.model_card; hf_gpt_scratch.model_card.model_card",
+        "from hf_gpt_scratch.model_card import model_card",
+        "from hf_gpt_scratch.tokenizer import gpt2_tokenizer",
+    ],
+)
+def test_imports_of_0_1_0_work_and_say_where_things_are(old):
+    still = "import hf_gpt_scratch; assert all(map(callable, (hf_gpt_scratch.model_card, hf_gpt_scratch.convert)))"
+    done = subprocess.run([sys.executable, "-c", f"{old}\n{still}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "has moved" in done.stderr or "tokenizer" in old
