@@ -133,6 +133,15 @@ def test_a_tokenizer_that_cannot_be_carried_is_refused_by_name_and_without_it_th
     assert (receipt["tokenizer"], receipt["notes"]) == (None, [])
 
 
+def test_a_setting_that_is_looked_at_only_in_use_is_refused_before_the_work(tmp_path, source):
+    gpt2s_own(source)
+    settings = source / "tokenizer_config.json"
+    values = json.loads(settings.read_text()) if settings.is_file() else {}
+    write_json(settings, **values, model_max_length={"a": 1})
+    with pytest.raises(ConversionError, match=r"cannot be read \(TypeError"):
+        gpt2_to_scratch(source, tmp_path / "native")
+
+
 def test_settings_without_a_vocabulary_are_left_behind_and_noted(tmp_path, source):
     write_json(source / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     (source / "chat_template.jinja").write_text("{{ messages }}")

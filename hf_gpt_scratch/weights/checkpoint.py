@@ -38,6 +38,8 @@ SETTINGS: dict[str, tuple] = {
     "quantization_config": (None,),
     "pruned_heads": (None, {}),
     "per_layer_config": (None,),
+    "output_hidden_states": (None, False, True),
+    "output_attentions": (None, False, True),
 }
 ADAPTER = "adapter_config.json"  # PEFT's
 # Of what is not read in a directory with a config.json: other names, other libraries, half a download.

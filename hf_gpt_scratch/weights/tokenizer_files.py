@@ -37,6 +37,7 @@ def tokenizer_beside(directory: Path) -> PreTrainedTokenizerBase | None:
         if not vocabulary and not _files(directory, SETTINGS):
             return None
         tokenizer = AutoTokenizer.from_pretrained(directory, config=_config(directory), trust_remote_code=False)
+        tokenizer(SAMPLE, verbose=False)  # some settings are looked at only now
     except Exception as error:  # the files are the tokenizers library's, and so are the kinds of errors
         reason = " ".join(str(error).split())[:500]
         raise _refusal(directory, f"cannot be read ({type(error).__name__}: {reason})") from error
