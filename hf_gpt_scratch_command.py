@@ -23,6 +23,15 @@ def doctor_module() -> ModuleType:
 
 
 def main() -> None:
+    """Runs the command; Ctrl-C ends it with status 130 and without a traceback, also while libraries are imported."""
+    try:
+        _main()
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted\n")
+        sys.exit(130)
+
+
+def _main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"hf-gpt-scratch {doctor_module().__version__}")
         return

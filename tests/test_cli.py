@@ -59,6 +59,24 @@ def test_two_options_that_contradict_one_another_are_a_wrong_command_line(pair, 
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_while_libraries_are_imported_ends_the_command_without_a_traceback():
+    script = """
+import sys
+import hf_gpt_scratch_command
+
+class Interrupted:
+    def find_spec(name, *_):
+        if name == "hf_gpt_scratch.cli.app":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted)
+hf_gpt_scratch_command.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script, "inspect", "124M"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, "Interrupted")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_directory_that_is_not_there_is_named():
     assert "there is no directory nowhere" in run("verify-receipt", "nowhere", status=1).output
 
