@@ -1,4 +1,4 @@
-"""Two models side by side: what is heard, what is measured, and whose parameters are whose."""
+"""Two models side by side: what is recorded, what is measured, and whose parameters are whose."""
 
 import json
 import math

@@ -14,7 +14,10 @@ from transformers import GPT2LMHeadModel
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM
 from hf_gpt_scratch.lab.compare import compare_models, stages
-from hf_gpt_scratch.lab.diagnose import Bench, Mistakes, diagnose, everywhere, hypotheses, simulate
+from hf_gpt_scratch.lab.diagnose import diagnose
+from hf_gpt_scratch.lab.mistakes import hypotheses
+from hf_gpt_scratch.lab.search import Experiment
+from hf_gpt_scratch.lab.simulate import Mistakes, everywhere, simulate
 from hf_gpt_scratch.lab.subjects import SIZES, book_settings, copy_weights, subject
 from hf_gpt_scratch.model.layers import causal_mask
 from hf_gpt_scratch.weights.parity import FLOAT64_STAGE, relative_error
@@ -434,9 +437,11 @@ def test_healthy_blocks_of_another_copy_are_no_mistake(deep):
 def test_no_block_is_named_by_who_takes_all_blocks_together(deep, monkeypatch):
     model = with_blocks_of(deep, each_block(exact_gelu), [2])
     assert diagnosis_of(deep, model).faults[0].blocks == [2]
-    monkeypatch.setattr(Bench, "parts", lambda bench: [bench.places])
-    monkeypatch.setattr("hf_gpt_scratch.lab.diagnose.place_of", lambda stage, n_layers: -1)
-    monkeypatch.setattr(Bench, "shared", property(lambda bench: [s for s in stages(5) if s in bench.heard]))
+    monkeypatch.setattr(Experiment, "parts", lambda experiment: [experiment.places])
+    monkeypatch.setattr("hf_gpt_scratch.lab.search.place_of", lambda stage, n_layers: -1)
+    monkeypatch.setattr(
+        Experiment, "shared", property(lambda experiment: [s for s in stages(5) if s in experiment.activations])
+    )
     assert not diagnosis_of(deep, model).explained
 
 
@@ -518,7 +523,7 @@ def test_dropout_that_was_left_on_in_some_blocks(deep, blocks):
 
 @pytest.mark.parametrize("n", [0, 2, 4])
 def test_one_block_of_a_class_whose_blocks_are_no_calls(deep, n):
-    """Then nothing is heard between the blocks, and they are looked at together."""
+    """Then nothing is recorded between the blocks, and they are looked at together."""
     candidate = readers_model(deep, RawGPT, RAW_MAP)
     for norm in (candidate.module.stack[n].before, candidate.module.stack[n].behind):
         norm.scale, norm.shift, norm.eps = norm.gain, norm.offset, 1e-5

@@ -120,7 +120,7 @@ def diagnosis_panel(comparison: Comparison) -> Panel:
             f"\nThe reference with {found} reproduces the candidate to {number(diagnosis.unexplained)} "
             f"({diagnosis.tried} experiments)."
         )
-    lines += [f"As good an explanation: {escape(says)}" for says in diagnosis.also]
+    lines += [f"As good an explanation: {escape(says)}" for says in diagnosis.alternatives]
     lines += [f"\n[yellow]{escape(diagnosis.note)}[/]"] if diagnosis.note else []
     names = ", ".join(fault.title for fault in diagnosis.faults) or "no known mistake"
     return Panel("\n".join(lines), title=f"Different: {names}", border_style="red")
@@ -288,7 +288,7 @@ def depth_figure(comparison: Comparison) -> str:
 
 
 def heat_map(comparison: Comparison) -> dict[str, Any]:
-    """Layers × stages: rows of (layer, cells), a cell being a `StageError` or None where nothing was heard."""
+    """Layers × stages: rows of (layer, cells), a cell being a `StageError` or None where nothing was recorded."""
     found = {stage.stage: stage for stage in comparison.stages}
     layers = sorted({int(m[1]) for name in found if (m := re.match(r"trf_blocks\.(\d+)", name))})
     columns = [(key, what) for key, what in BLOCK_STAGES.items() if key != "input"]
@@ -310,12 +310,12 @@ def shade(stage: StageError | None) -> str:
 def attention_figure(comparison: Comparison) -> dict[str, Any] | None:
     """The attention maps of both models and their difference, in the first layer where they differ, as PNG.
 
-    None where they cannot be heard, or have other shapes.
+    None where they cannot be recorded, or have other shapes.
     """
     pairs: list[tuple[StageError, torch.Tensor, torch.Tensor]] = []
     for stage in comparison.stages:
         if stage.stage.endswith("att.weights"):
-            maps = [heard[stage.stage][0, :, :TOKENS_SHOWN, :TOKENS_SHOWN] for heard in comparison.traces]
+            maps = [activations[stage.stage][0, :, :TOKENS_SHOWN, :TOKENS_SHOWN] for activations in comparison.traces]
             pairs.append((stage, maps[0], maps[1]))  # (H, T, T)
     if not pairs:
         return None

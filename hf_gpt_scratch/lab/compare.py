@@ -33,7 +33,7 @@ from ..weights.parity import (
 from .subjects import Match, Subject, parameters
 
 LOGITS, CHOICES = "out_head", "mc_logits"
-# What is heard inside a block, in the order of execution. `x.input` is what goes into x.
+# What is recorded inside a block, in the order of execution. `x.input` is what goes into x.
 BLOCK_STAGES = {
     "input": "into the block",
     "norm1": "norm before attention",
@@ -291,7 +291,7 @@ def first_tensor(output: Any) -> torch.Tensor | None:
     return output if isinstance(output, torch.Tensor) else None
 
 
-def taps(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, ...], bool]]:
+def hook_points(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, ...], bool]]:
     """Where to listen: path and module, the stages that it gives (side by side in its last dimension), input or not."""
     owners: dict[str, set[tuple[str, ...]]] = {}
     blocks: dict[str, list[str]] = {}
@@ -317,7 +317,7 @@ def taps(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, ...], bo
 
 
 def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) -> dict[str, torch.Tensor]:
-    """The outputs of all stages that can be heard, in the order in which they were, and the logits.
+    """The outputs of all stages that can be recorded, in the order in which they ran, and the logits.
 
     Args:
         dropout: False switches it off wherever it is, even where the model applies it in evaluation mode.
@@ -326,14 +326,14 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
         LabError: the model does not run on these tokens.
     """
     warm_up()
-    heard: dict[str, torch.Tensor] = {}
+    activations: dict[str, torch.Tensor] = {}
 
     def hear(names: tuple[str, ...], value: Any) -> None:
         tensor = first_tensor(value)
         if tensor is not None and tensor.ndim and tensor.shape[-1] % len(names) == 0:
             for name, part in zip(names, tensor.detach().chunk(len(names), dim=-1), strict=True):
                 # A copy: what comes after may work in place. The first call counts, should there be several.
-                heard.setdefault(name, part.clone())
+                activations.setdefault(name, part.clone())
 
     def before(names):
         return lambda module, args, kwargs: hear(names, args or tuple(kwargs.values()))
@@ -342,7 +342,7 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
         return lambda module, args, output: hear(names, output)
 
     with ExitStack() as stack:
-        for _, module, names, is_input in taps(subject):
+        for _, module, names, is_input in hook_points(subject):
             if is_input:
                 handle = module.register_forward_pre_hook(before(names), with_kwargs=True)
             else:
@@ -362,11 +362,11 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
         raise LabError(f"{subject.name} returns no logits (B, T, V) but {type(output).__name__}; return them first")
     layers = {match.row.scratch[0].split(".")[1] for match in subject.matches if match.row.scratch[0].startswith("trf")}
     if len(listener.attention) == len(layers):
-        heard |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(listener.attention)}
+        activations |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(listener.attention)}
     if isinstance(getattr(output, CHOICES, None), torch.Tensor):
-        heard[CHOICES] = output.mc_logits
-    heard[LOGITS] = logits
-    return heard
+        activations[CHOICES] = output.mc_logits
+    activations[LOGITS] = logits
+    return activations
 
 
 def outputs_of(output: Any) -> torch.Tensor | None:
@@ -383,7 +383,7 @@ def outputs_of(output: Any) -> torch.Tensor | None:
 
 @contextmanager
 def written_out_attention(module: nn.Module) -> Iterator[None]:
-    """Transformers' models compute attention in one kernel, where nothing can be heard; here written out."""
+    """Transformers' models compute attention in one kernel, which hooks do not see into; here it is written out."""
     config = getattr(module, "config", None)
     used = getattr(config, "_attn_implementation", None)
     if used is None or not hasattr(module, "set_attn_implementation"):
@@ -411,10 +411,10 @@ def double_trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool) ->
     """The trace in float64; None if the model cannot, or computes in float32 on the way."""
     try:
         with in_dtype(subject.module, torch.float64):
-            heard = trace(subject, input_ids, dropout=dropout)
+            activations = trace(subject, input_ids, dropout=dropout)
     except LabError:
         return None
-    return heard if all(tensor.dtype == torch.float64 for tensor in heard.values()) else None
+    return activations if all(tensor.dtype == torch.float64 for tensor in activations.values()) else None
 
 
 # Measuring
@@ -527,7 +527,7 @@ def compare_models(
     deterministic = errors(single[1][LOGITS], again)[2] <= FP32_LOGITS
     double = [double_trace(subject, input_ids, dropout=True) for subject in (reference, candidate)]
     exact = all(double)
-    used = [heard for heard in double if heard] if exact else single
+    used = [activations for activations in double if activations] if exact else single
     order = [stage for stage in used[0] if stage in used[1]]
     measured = []
     for stage in order:
