@@ -19,7 +19,7 @@ from rich import print
 from torch import nn
 
 from hf_gpt_scratch import GELU, GPT_CONFIG_124M, GPTModel, GPTScratchConfig, LayerNorm
-from hf_gpt_scratch.lab.inspection import inspect
+from hf_gpt_scratch.lab.inspect import inspect
 from hf_gpt_scratch.model.configuration_gpt_scratch import PRESETS
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#9A9A9A"

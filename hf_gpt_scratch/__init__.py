@@ -46,7 +46,8 @@ from .model.modeling_gpt_scratch import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .lab.inspection import explain, inspect
+    from .lab.explain import explain
+    from .lab.inspect import inspect
     from .lab.session import compare
     from .tokenizer import gpt2_tokenizer
     from .weights.formats import export_checkpoint as export
@@ -95,10 +96,10 @@ __all__ = [
 _ON_DEMAND = {
     "compare": (".lab.session", "compare"),
     "convert": (".weights.formats", "import_checkpoint"),
-    "explain": (".lab.inspection", "explain"),
+    "explain": (".lab.explain", "explain"),
     "export": (".weights.formats", "export_checkpoint"),
     "gpt2_tokenizer": (".tokenizer", "gpt2_tokenizer"),
-    "inspect": (".lab.inspection", "inspect"),
+    "inspect": (".lab.inspect", "inspect"),
     "model_card": (".weights.model_card", "model_card"),
     "verify": (".weights.verify", "verify"),
 }

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.errors import ConversionError, LabError
-from hf_gpt_scratch.lab.subjects import load
+from hf_gpt_scratch.lab.subject import load
 from hf_gpt_scratch.weights.conversion import verify_receipt
 from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint
 

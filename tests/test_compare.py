@@ -12,16 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig
 from hf_gpt_scratch.errors import LabError
-from hf_gpt_scratch.lab.compare import aligned, compare_models, errors, in_dtype, stages, trace
-from hf_gpt_scratch.lab.subjects import (
-    SIZES,
-    block_container,
-    book_settings,
-    copy_weights,
-    load,
-    match_parameters,
-    subject,
-)
+from hf_gpt_scratch.lab.compare import aligned, compare_models, errors
+from hf_gpt_scratch.lab.pairing import block_container, match_parameters
+from hf_gpt_scratch.lab.subject import SIZES, book_settings, copy_weights, load, subject
+from hf_gpt_scratch.lab.trace import in_dtype, stages, trace
 from hf_gpt_scratch.weights.parity import FLOAT64_STAGE, FP32_GRADIENTS, FP32_LOGITS
 
 

@@ -24,7 +24,7 @@ from hf_gpt_scratch.cli.compare_command import compare
 from hf_gpt_scratch.cli.report import HEADS_SHOWN, heat_map, html_report, logarithmic, number, print_report, shade
 from hf_gpt_scratch.lab.compare import compare_models
 from hf_gpt_scratch.lab.diagnose import diagnose
-from hf_gpt_scratch.lab.subjects import copy_weights, subject
+from hf_gpt_scratch.lab.subject import copy_weights, subject
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 READERS = Path(__file__).parent / "readers.py"

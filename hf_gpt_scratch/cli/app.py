@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import LONGEST_MESSAGE, ConversionError, shortened
-from ..lab import inspection
+from ..lab.explain import explain as explain_name
+from ..lab.inspect import inspect as inspect_model
 from ..version import __version__
 from ..weights import formats
 from ..weights.conversion import MAX_SHARD_SIZE, scratch_to_gpt2
@@ -89,7 +90,7 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Where a parameter comes from and goes to, what it does, and in which equation."""
-    found = _or_fail(inspection.explain, name, model)
+    found = _or_fail(explain_name, name, model)
     if as_json:
         typer.echo(json.dumps([one.to_dict() for one in found], indent=2, ensure_ascii=False))
     else:
@@ -98,7 +99,7 @@ def explain(
 
 def inspect(model: Annotated[str, typer.Argument(help=MODEL)], as_json: AsJson = False) -> None:
     """A model's tree with shapes, parameters and memory step by step, and what it does, in words."""
-    found = _or_fail(inspection.inspect, model)
+    found = _or_fail(inspect_model, model)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:

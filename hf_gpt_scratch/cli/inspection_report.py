@@ -7,7 +7,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..lab.inspection import BYTES, Explanation, Inspection, Step
+from ..lab.explain import Explanation
+from ..lab.inspect import BYTES, Inspection, Step
 
 SYMBOLS = {
     "x": "a token's vector, along the shortcuts",

@@ -20,9 +20,10 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import LabError
-from ..lab.compare import BLOCK_STAGES, Comparison, StageError
+from ..lab.compare import Comparison, StageError
 from ..lab.diagnose import Diagnosis
-from ..lab.subjects import Match
+from ..lab.pairing import Match
+from ..lab.trace import BLOCK_STAGES
 
 # Stages on the terminal that are told even when all is well.
 ALWAYS = (BLOCK_STAGES[""], "logits")

@@ -5,18 +5,12 @@ Shapes: B batch, T tokens, E emb_dim, H heads, V vocabulary.
 
 import math
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from os.path import commonpath
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from ..errors import LabError
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM
@@ -28,55 +22,21 @@ from ..weights.parity import (
     differing_settings,
     finite,
     relative_errors,
-    warm_up,
 )
-from .subjects import Match, Subject, parameters
-
-LOGITS, CHOICES = "out_head", "mc_logits"
-# What is recorded inside a block, in the order of execution. `x.input` is what goes into x.
-BLOCK_STAGES = {
-    "input": "into the block",
-    "norm1": "norm before attention",
-    "att.W_query": "queries",
-    "att.W_key": "keys",
-    "att.W_value": "values",
-    "att.weights": "attention weights",
-    "att.out_proj.input": "context vectors",
-    "att.out_proj": "attention output",
-    "norm2.input": "after attention and shortcut",
-    "norm2": "norm before feed-forward",
-    "ff.layers.0": "feed-forward, to n_inner",
-    "ff.layers.2.input": "after the activation",
-    "ff.layers.2": "feed-forward output",
-    "": "out of the block",
-}
-OTHER_STAGES = {
-    "tok_emb": "token embedding",
-    "pos_emb": "position embedding",
-    "final_norm": "norm after the last block",
-    LOGITS: "logits",
-}
-# What models with other heads have between the last norm and the outputs.
-HEAD_STAGES = {
-    "score": "label scores of each token",
-    "classifier": "label scores of each token",
-    "qa_outputs": "scores as start and end",
-    "multiple_choice_head.summary": "score of each choice",
-    CHOICES: "choices' scores",
-}
-SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
-DROPOUT, KERNEL = (F.dropout, torch.dropout), F.scaled_dot_product_attention
-
-
-def meaning(stage: str) -> str:
-    """What a stage is, in words."""
-    return OTHER_STAGES.get(stage) or HEAD_STAGES.get(stage) or BLOCK_STAGES[re.sub(r"^trf_blocks\.\d+\.?", "", stage)]
-
-
-def stages(n_layers: int) -> list[str]:
-    """All stages of a language model in execution order."""
-    blocks = [f"trf_blocks.{n}.{stage}".rstrip(".") for n in range(n_layers) for stage in BLOCK_STAGES]
-    return ["tok_emb", "pos_emb", *blocks, "final_norm", LOGITS]
+from .pairing import Match, parameters
+from .subject import Subject
+from .trace import (
+    BLOCK_STAGES,
+    CHOICES,
+    HEAD_STAGES,
+    LOGITS,
+    OTHER_STAGES,
+    double_trace,
+    first_tensor,
+    meaning,
+    stages,
+    trace,
+)
 
 
 @dataclass(frozen=True)
@@ -256,165 +216,6 @@ def logit_bound(dtype: str) -> float:
 
 def stage_bound(dtype: str) -> float:
     return FLOAT64_STAGE if dtype == "float64" else FP32_STAGE
-
-
-# Listening
-
-
-class Listener(TorchFunctionMode):
-    """Hears each attention softmax of a forward pass, and switches dropout off if asked to."""
-
-    def __init__(self, dropout: bool):
-        super().__init__()
-        self.dropout = dropout
-        self.attention: list[torch.Tensor] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if not self.dropout and func in DROPOUT:
-            return args[0] if args else kwargs["input"]
-        if not self.dropout and func is KERNEL:
-            args, kwargs = (
-                args[:4],
-                {name: value for name, value in kwargs.items() if name != "dropout_p"}
-                | ({"is_causal": args[5]} if len(args) > 5 else {}),
-            )
-        result = func(*args, **kwargs)
-        if func in SOFTMAX and result.ndim == 4 and result.shape[-1] == result.shape[-2]:
-            self.attention.append(result.detach())
-        return result
-
-
-def first_tensor(output: Any) -> torch.Tensor | None:
-    if isinstance(output, tuple | list):
-        return next((tensor for item in output if (tensor := first_tensor(item)) is not None), None)
-    return output if isinstance(output, torch.Tensor) else None
-
-
-def hook_points(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, ...], bool]]:
-    """Where to listen: path and module, the stages that it gives (side by side in its last dimension), input or not."""
-    owners: dict[str, set[tuple[str, ...]]] = {}
-    blocks: dict[str, list[str]] = {}
-    for match in subject.matches:
-        owner = match.row.gpt2.rpartition(".")[0]
-        owners.setdefault(owner, set()).add(tuple(name.rpartition(".")[0] for name in match.row.scratch))
-        if layer := re.match(r"trf_blocks\.\d+", match.row.scratch[0]):
-            blocks.setdefault(layer[0], []).append(owner.replace(".", "/"))
-    for owner, named in owners.items():
-        if len(named) > 1 or not owner:  # several matrices of one module cannot be told apart by its output
-            continue
-        module, names = subject.module.get_submodule(owner), next(iter(named))
-        if names[0] != LOGITS:
-            yield owner, module, names, False
-        if re.sub(r"^trf_blocks\.\d+\.", "", names[0]) + ".input" in BLOCK_STAGES:
-            yield owner, module, (f"{names[0]}.input",), True
-    for stage, paths in blocks.items():
-        path = commonpath(paths).replace("/", ".")
-        if path and len(set(paths)) > 1:
-            module = subject.module.get_submodule(path)
-            yield path, module, (f"{stage}.input",), True
-            yield path, module, (stage,), False
-
-
-def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) -> dict[str, torch.Tensor]:
-    """The outputs of all stages that can be recorded, in the order in which they ran, and the logits.
-
-    Args:
-        dropout: False switches it off wherever it is, even where the model applies it in evaluation mode.
-
-    Raises:
-        LabError: the model does not run on these tokens.
-    """
-    warm_up()
-    activations: dict[str, torch.Tensor] = {}
-
-    def hear(names: tuple[str, ...], value: Any) -> None:
-        tensor = first_tensor(value)
-        if tensor is not None and tensor.ndim and tensor.shape[-1] % len(names) == 0:
-            for name, part in zip(names, tensor.detach().chunk(len(names), dim=-1), strict=True):
-                # A copy: what comes after may work in place. The first call counts, should there be several.
-                activations.setdefault(name, part.clone())
-
-    def before(names):
-        return lambda module, args, kwargs: hear(names, args or tuple(kwargs.values()))
-
-    def after(names):
-        return lambda module, args, output: hear(names, output)
-
-    with ExitStack() as stack:
-        for _, module, names, is_input in hook_points(subject):
-            if is_input:
-                handle = module.register_forward_pre_hook(before(names), with_kwargs=True)
-            else:
-                handle = module.register_forward_hook(after(names))
-            stack.callback(handle.remove)
-        stack.enter_context(written_out_attention(subject.module))
-        listener = stack.enter_context(Listener(dropout))
-        try:
-            output = subject.module(input_ids)
-        except Exception as error:  # whatever the user's class raises
-            raise LabError(
-                f"{subject.name} does not run on tokens of shape {tuple(input_ids.shape)}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-    logits = outputs_of(output)
-    if logits is None or logits.ndim != 3:
-        raise LabError(f"{subject.name} returns no logits (B, T, V) but {type(output).__name__}; return them first")
-    layers = {match.row.scratch[0].split(".")[1] for match in subject.matches if match.row.scratch[0].startswith("trf")}
-    if len(listener.attention) == len(layers):
-        activations |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(listener.attention)}
-    if isinstance(getattr(output, CHOICES, None), torch.Tensor):
-        activations[CHOICES] = output.mc_logits
-    activations[LOGITS] = logits
-    return activations
-
-
-def outputs_of(output: Any) -> torch.Tensor | None:
-    """The logits (B, T, V) of a model's output; of other heads what they compute, with as many dimensions."""
-    if isinstance(output, ModelOutput):
-        if "start_logits" in output:
-            return torch.stack([output.start_logits, output.end_logits], dim=1)  # (B, 2, T)
-        if "logits" not in output:
-            return output.get("last_hidden_state")  # (B, T, E)
-        if output.logits.ndim == 2:
-            return output.logits.unsqueeze(1)  # (B, 1, labels)
-    return first_tensor(output.logits if hasattr(output, "logits") else output)
-
-
-@contextmanager
-def written_out_attention(module: nn.Module) -> Iterator[None]:
-    """Transformers' models compute attention in one kernel, which hooks do not see into; here it is written out."""
-    config = getattr(module, "config", None)
-    used = getattr(config, "_attn_implementation", None)
-    if used is None or not hasattr(module, "set_attn_implementation"):
-        yield
-        return
-    module.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        module.set_attn_implementation(used)
-
-
-@contextmanager
-def in_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The module in another floating dtype; float32 comes back from float64 bit for bit."""
-    kept = {p.dtype for p in module.parameters()}
-    module.to(dtype)
-    try:
-        yield
-    finally:
-        module.to(kept.pop() if len(kept) == 1 else torch.float32)
-
-
-def double_trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool) -> dict[str, torch.Tensor] | None:
-    """The trace in float64; None if the model cannot, or computes in float32 on the way."""
-    try:
-        with in_dtype(subject.module, torch.float64):
-            activations = trace(subject, input_ids, dropout=dropout)
-    except LabError:
-        return None
-    return activations if all(tensor.dtype == torch.float64 for tensor in activations.values()) else None
 
 
 # Measuring

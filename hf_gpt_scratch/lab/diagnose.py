@@ -1,12 +1,12 @@
 """Why a model is not the reference: known mistakes, each tried by experiment, and the one named that explains it.
 
-Two questions are asked apart. Which tensors hold other numbers, and what was done to them? They are compared one by
-one. And does the candidate compute something else with its numbers? GPT-2's forward pass, written out here with one
-switch for each mistake, runs on the candidate's own weights until it gives what the candidate gives, stage by stage;
-each block by itself where it can be activations, so that a mistake in one of them is found, and said to be there.
+Two questions are asked apart. Which tensors hold other numbers, and what was done to them (`weight_faults.py`)? Does
+the candidate compute something else with its numbers? GPT-2's forward pass with one switch for each mistake
+(`simulate.py`) runs on the candidate's own weights until it gives what the candidate gives, stage by stage
+(`search.py`): each block by itself where hooks reach it, so that a mistake in one of them is found in its place.
 The proof is the same run with the mistakes undone one after the other: the error against the reference vanishes.
 
-Shapes: B batch, T tokens, E emb_dim, H heads, D = E / H, I n_inner, V vocabulary.
+Shapes: B batch, T tokens, E emb_dim, V vocabulary.
 """
 
 import math
@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from .compare import LOGITS, Comparison, double_trace, errors, logit_bound, stage_bound, stages, trace
+from .compare import Comparison, errors, logit_bound, stage_bound
 from .mistakes import Hypothesis, hypotheses
 from .search import SHORT, Experiment, Forward, forward_mistakes
 from .simulate import QKV, everywhere
-from .subjects import Subject
+from .subject import Subject
+from .trace import LOGITS, double_trace, stages, trace
 from .weight_faults import Change, grouped, in_any_block, listed, weight_changes
 
 

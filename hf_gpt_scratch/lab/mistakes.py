@@ -6,8 +6,8 @@ from itertools import permutations
 from typing import Any
 
 from ..model.configuration_gpt_scratch import GPTScratchConfig
-from .compare import LOGITS, stages
 from .simulate import QKV
+from .trace import LOGITS, stages
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,10 @@ from itertools import combinations, pairwise
 import torch
 
 from ..model.configuration_gpt_scratch import GPTScratchConfig
-from .compare import errors, meaning, stages
+from .compare import errors
 from .mistakes import Hypothesis
 from .simulate import Mistakes, simulate
+from .trace import meaning, stages
 
 # Forward mistakes that are looked for at once, and the tokens on which: enough for any mask, and quick.
 MOST, SHORT = 4, 12
@@ -62,7 +63,7 @@ class Experiment:
         return [s for s in stages(n_layers) if s in self.activations and place_of(s, n_layers) in self.places]
 
     def agreement(self, findings: Findings) -> tuple[int, float]:
-        """How many of the recorded stages agree before the first that does not, and the last's error (inf until then)."""
+        """How many recorded stages agree before the first that does not, and the last one's error (inf until then)."""
         self.tried.append(findings)
         agreed, error = 0, math.inf
         for stage, tensor in self.simulated(findings):
@@ -93,7 +94,7 @@ class Experiment:
         return replace(self, activations={stage: self.activations[stage] for stage in kept})
 
     def parts(self) -> list[range]:
-        """The places, cut wherever the activations between two of them are recorded: each block is a part if all was."""
+        """The places, cut wherever what one gives to the next is recorded: each block by itself if all is."""
         between = [stage for stage in self.activations if re.fullmatch(r"trf_blocks\.\d+(\.input)?", stage)]
         cuts = {self.places.start, self.places.stop, *(place_of(s, self.config.n_layers) + 1 for s in between)}
         return [range(*pair) for pair in pairwise(sorted(cuts))]
@@ -202,8 +203,8 @@ def explain_part(experiment: Experiment, known: list[Hypothesis], earlier: list[
 class Forward:
     """The forward mistakes.
 
-    `undetectable` are the other blocks that could have a mistake as well without a difference, `unexplained` the places that no
-    mistake explains, `also` what else would explain a single one.
+    `undetectable` are the other blocks that could have a mistake without making a difference, `unexplained` the places
+    that no mistake explains, `alternatives` what else would explain a single one.
     """
 
     findings: Findings

@@ -14,7 +14,7 @@ from ..weights.conversion import find_source, tokenizer_beside
 from ..weights.parity import probe_ids
 from .compare import Comparison, compare_models
 from .diagnose import diagnose
-from .subjects import Subject, load, names_a_class
+from .subject import Subject, load, names_a_class
 
 # Enough to show any mistake in the mask or the positions, and quick.
 PROBE = 32

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ..model.configuration_gpt_scratch import GPTScratchConfig
-from .compare import LOGITS
+from .trace import LOGITS
 
 QKV = ("W_query", "W_key", "W_value")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .compare import LOGITS
+from .trace import LOGITS
 
 # Mistakes in the weights that are one mistake in however many tensors.
 COLLECTIVE = ("qkv-order", "block-order", "wrong-tensor", "not-loaded", "rounded-weights", "other-weights")
