@@ -82,7 +82,7 @@ def edited(directory, target, change):
 def test_every_head_is_the_same_and_its_noise_is_noticed(pair, command, tmp_path):
     gpt2, ours, kind = pair
     assert "The same model" in run(command, gpt2, ours, status=0)
-    heads = {name for row in HEADS[1:] for name in row.scratch}
+    heads = {name for row in HEADS[1:] for name in row.ours}
 
     def noise(tensors):
         names = heads & tensors.keys() or {next(name for name in tensors if name.endswith("final_norm.shift"))}

@@ -202,19 +202,19 @@ def test_other_vocabularies_and_lengths_are_refused(pair):
 
 
 def names_of(matches):
-    return {match.row.gpt2: match.row.scratch for match in matches}
+    return {match.row.theirs: match.row.ours for match in matches}
 
 
 def test_guesses_pair_each_parameter_with_the_right_one(pair):
     reference = pair[0]
-    matches = {m.row.gpt2: m for m in reader(reference, FusedGPT).matches}
+    matches = {m.row.theirs: m for m in reader(reference, FusedGPT).matches}
     fused = matches["transformer.h.1.attn.c_attn.weight"]
-    assert fused.row.scratch == tuple(f"trf_blocks.1.att.{n}.weight" for n in ("W_query", "W_key", "W_value"))
-    assert matches["transformer.h.2.ln_2.bias"].row.scratch == ("trf_blocks.2.norm2.shift",)
-    assert matches["lm_head.weight"].row.scratch == ("out_head.weight",)
-    bare = {m.row.gpt2: m for m in reader(reference, RawGPT, RAW_MAP).matches}
-    assert bare["stack.0.wide.weight"].row.scratch == ("trf_blocks.0.ff.layers.0.weight",)
-    assert bare["stack.0.behind.gain"].row.scratch == ("trf_blocks.0.norm2.scale",)
+    assert fused.row.ours == tuple(f"trf_blocks.1.att.{n}.weight" for n in ("W_query", "W_key", "W_value"))
+    assert matches["transformer.h.2.ln_2.bias"].row.ours == ("trf_blocks.2.norm2.shift",)
+    assert matches["lm_head.weight"].row.ours == ("out_head.weight",)
+    bare = {m.row.theirs: m for m in reader(reference, RawGPT, RAW_MAP).matches}
+    assert bare["stack.0.wide.weight"].row.ours == ("trf_blocks.0.ff.layers.0.weight",)
+    assert bare["stack.0.behind.gain"].row.ours == ("trf_blocks.0.norm2.scale",)
     assert bare["stack.0.behind.gain"].confidence < bare["stack.0.wide.weight"].confidence < 1
     assert bare["stack.1.attention.w_o"].row.transposed
     assert all(match.reason for match in bare.values())
@@ -239,14 +239,14 @@ def test_usual_names_are_known(pair, renamed):
     matches = match_parameters(model, pair[0].config, {})
     assert len(matches) == len(list(model.parameters()))
     for match in matches:
-        assert match.row.scratch == (".".join(back.get(part, part) for part in match.row.gpt2.split(".")),)
+        assert match.row.ours == (".".join(back.get(part, part) for part in match.row.theirs.split(".")),)
 
 
 def test_conv1d_is_known_to_be_in_out(pair):
     model = GPTModel(settings(pair[0]))
     for block in model.trf_blocks:
         block.att.out_proj = Conv1D(48, 48)
-    rows = {m.row.gpt2: m.row for m in match_parameters(model, pair[0].config, {})}
+    rows = {m.row.theirs: m.row for m in match_parameters(model, pair[0].config, {})}
     assert rows["trf_blocks.0.att.out_proj.weight"].transposed
     assert not rows["trf_blocks.0.att.W_query.weight"].transposed
 
@@ -282,7 +282,7 @@ def test_square_bare_matrices_need_to_be_told_their_layout(pair):
         subject(model, config)
     for suffix, transposed in (("", False), (".T", True)):
         told = {"trf_blocks.{n}.att.out_proj.weight": f"trf_blocks.{{n}}.att.out_proj.weight{suffix}"}
-        rows = {m.row.gpt2: m.row for m in subject(model, config, mapping=told).matches}
+        rows = {m.row.theirs: m.row for m in subject(model, config, mapping=told).matches}
         assert rows["trf_blocks.1.att.out_proj.weight"].transposed is transposed
 
 

@@ -621,8 +621,8 @@ def test_black_boxes_are_diagnosed_by_attention_weights_and_logits(official, cha
 def test_black_boxes_are_diagnosed_by_logits_alone(official, monkeypatch):
     reader = readers_model(official, FusedGPT)
     # A fused tensor goes by GPT-2's name; the others by the book's, which says that they are stored [out, in].
-    names = {m.row.gpt2: m.row.scratch[0] for m in reader.matches if len(m.row.scratch) == 1}
-    names |= {m.row.gpt2: m.row.gpt2.removeprefix("transformer.") for m in reader.matches if len(m.row.scratch) == 3}
+    names = {m.row.theirs: m.row.ours[0] for m in reader.matches if len(m.row.ours) == 1}
+    names |= {m.row.theirs: m.row.theirs.removeprefix("transformer.") for m in reader.matches if len(m.row.ours) == 3}
     del names["lm_head.weight"]
     candidate = boxed(official, reader.module, names)
     assert verdict_of(official, candidate) is None

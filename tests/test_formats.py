@@ -433,8 +433,8 @@ def test_missing_gguf_package_is_named(tmp_path, monkeypatch):
 def test_tables_are_injective_and_cover_every_weight(layout):
     ours = set(plain(random_pair()[1])) - ({"out_head.weight"} if layout is TENSORFLOW else set())
     there = list(rows(LAYERS, layout.table))
-    assert {name for row in there for name in row.scratch} == ours
-    assert len({row.gpt2 for row in there}) == len(there)
+    assert {name for row in there for name in row.ours} == ours
+    assert len({row.theirs for row in there}) == len(there)
 
 
 def mutants(layout):
@@ -442,10 +442,10 @@ def mutants(layout):
     table = layout.table
     matrices = ("W_query.weight", "out_proj.weight", "layers.0.weight", "layers.2.weight")
     for i, row in enumerate(table):
-        if row.scratch[0].endswith(matrices):
-            yield f"{row.gpt2} transposed", i, i, replace(row, transposed=not row.transposed), None
-        if len(row.scratch) == 3:
-            yield f"{row.gpt2} reversed", i, i, replace(row, scratch=row.scratch[::-1]), None
+        if row.ours[0].endswith(matrices):
+            yield f"{row.theirs} transposed", i, i, replace(row, transposed=not row.transposed), None
+        if len(row.ours) == 3:
+            yield f"{row.theirs} reversed", i, i, replace(row, ours=row.ours[::-1]), None
     pairs = [("norm1.scale", "norm2.scale"), ("norm1.shift", "norm2.shift"), ("norm1.shift", "out_proj.bias")]
     pairs += [
         ("norm2.shift", "layers.2.bias"),
@@ -453,14 +453,14 @@ def mutants(layout):
         ("final_norm.shift", "norm1.scale"),
     ]
     for one, other in pairs:
-        i, j = (next(k for k, row in enumerate(table) if row.scratch[0].endswith(end)) for end in (one, other))
-        if ("{n}" in table[i].gpt2) == ("{n}" in table[j].gpt2):
+        i, j = (next(k for k, row in enumerate(table) if row.ours[0].endswith(end)) for end in (one, other))
+        if ("{n}" in table[i].theirs) == ("{n}" in table[j].theirs):
             yield (
                 f"{one} and {other}",
                 i,
                 j,
-                replace(table[i], gpt2=table[j].gpt2),
-                replace(table[j], gpt2=table[i].gpt2),
+                replace(table[i], theirs=table[j].theirs),
+                replace(table[j], theirs=table[i].theirs),
             )
 
 
@@ -501,9 +501,9 @@ def test_every_row_carries_its_own_tensor(tmp_path):
     for layout in (BOOK, NANOGPT, GGUF):
         tensors = values(layout.from_scratch(held(state_dict), LAYERS))
         for row in rows(LAYERS, layout.table):
-            theirs = held({**tensors, row.gpt2: tensors[row.gpt2] + 1})
+            theirs = held({**tensors, row.theirs: tensors[row.theirs] + 1})
             changed = values(layout.to_scratch(theirs, config.n_layers))
-            assert {n for n in state_dict if not torch.equal(changed[n], state_dict[n])} == set(row.scratch)
+            assert {n for n in state_dict if not torch.equal(changed[n], state_dict[n])} == set(row.ours)
 
 
 # What is refused

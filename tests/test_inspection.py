@@ -207,12 +207,12 @@ def namespaces(gpt2, scratch, layer):
     return theirs, {**scratch._modules, **scratch.model._modules, **scratch.model.trf_blocks[layer]._modules}
 
 
-@pytest.mark.parametrize("row", [row.at(1) for row in (*BASE, LM_HEAD)], ids=lambda row: row.gpt2)
+@pytest.mark.parametrize("row", [row.at(1) for row in (*BASE, LM_HEAD)], ids=lambda row: row.theirs)
 def test_the_code_of_an_explanation_moves_the_weights(row):
     activation = next((name for name in ("prelu", "xielu") if name in row.meaning), "gelu_new")
-    gpt2, scratch = random_pair(activation_function=activation, add_cross_attention="cross" in row.gpt2)
+    gpt2, scratch = random_pair(activation_function=activation, add_cross_attention="cross" in row.theirs)
     theirs, ours = namespaces(gpt2, scratch, 1)
-    [found] = explain(row.gpt2, gpt2.config)
+    [found] = explain(row.theirs, gpt2.config)
     moved = [eval(part.value, theirs) for part in found.parts]
     for part, tensor in zip(found.parts, moved, strict=True):
         assert torch.equal(tensor, eval(part.code, ours))
@@ -263,7 +263,7 @@ def test_a_part_of_a_name_finds_all_that_have_it():
 
 
 def test_every_name_has_an_explanation_without_open_braces():
-    names = {name for row in TABLE for name in (row.gpt2, *row.scratch)} | set(DROPPED)
+    names = {name for row in TABLE for name in (row.theirs, *row.ours)} | set(DROPPED)
     for name in names:
         for found in explain(name, gpt2_config()):
             assert found.does and found.equation and not re.search(r"\{(?!n\})", found.does + found.equation)

@@ -247,10 +247,10 @@ def test_upcast_attention_is_the_officials_in_bfloat16(autocast):
 def set_row(scratch, row, change):
     """Replaces the tensors of a table row by `change` of GPT-2's tensor, read back as ours."""
     parameters = dict(scratch.named_parameters())
-    names = [name if name in parameters else f"model.{name}" for name in row.scratch]
+    names = [name if name in parameters else f"model.{name}" for name in row.ours]
     with torch.no_grad():
-        fused = row.to_gpt2([parameters[name].clone() for name in names])
-        for name, part in zip(names, row.to_scratch(change(fused)), strict=True):
+        fused = row.to_theirs([parameters[name].clone() for name in names])
+        for name, part in zip(names, row.to_ours(change(fused)), strict=True):
             parameters[name].copy_(part)
 
 
@@ -261,12 +261,12 @@ def not_transposed(tensor):
     return tensor.reshape(tensor.shape[::-1]).T
 
 
-LM_ROWS = [row for row in (*BASE, LM_HEAD) if ".act." not in row.gpt2]
+LM_ROWS = [row for row in (*BASE, LM_HEAD) if ".act." not in row.theirs]
 
 
-@pytest.mark.parametrize("row", LM_ROWS, ids=lambda row: row.gpt2)
+@pytest.mark.parametrize("row", LM_ROWS, ids=lambda row: row.theirs)
 def test_any_row_read_wrongly_is_noticed(row):
-    cross = "cross" in row.gpt2
+    cross = "cross" in row.theirs
     gpt2, scratch = random_pair(tie_word_embeddings=False, add_cross_attention=cross)
     states = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(1))
     inputs = {"encoder_hidden_states": states[: len(ids_for(gpt2))]} if cross else {}
@@ -281,7 +281,7 @@ def test_any_row_read_wrongly_is_noticed(row):
 @pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1), (2, 1, 0), (2, 0, 1), (1, 2, 0)])
 def test_swapped_query_key_and_value_are_noticed(kind, order):
     gpt2, scratch = random_pair()
-    row = next(row for row in TABLE if row.gpt2.endswith(f"c_attn.{kind}"))
+    row = next(row for row in TABLE if row.theirs.endswith(f"c_attn.{kind}"))
 
     def swap(tensor):
         parts = tensor.chunk(3, dim=-1)

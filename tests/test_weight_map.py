@@ -49,8 +49,8 @@ def names_on_meta(activation="gelu_new", model_class=GPTScratchForCausalLM, **ch
 
 @pytest.mark.parametrize("n_layer", [1, 12, 48])
 def test_table_is_injective(n_layer):
-    sources = [row.gpt2 for row in rows(n_layer)]
-    targets = [name for row in rows(n_layer) for name in row.scratch]
+    sources = [row.theirs for row in rows(n_layer)]
+    targets = [name for row in rows(n_layer) for name in row.ours]
     assert len(set(sources)) == len(sources)
     assert len(set(targets)) == len(targets)
 
@@ -61,9 +61,9 @@ def test_table_is_injective(n_layer):
 @pytest.mark.parametrize("cross", [False, True])
 def test_table_is_complete_against_both_models(n_layer, activation, model_class, cross):
     gpt2, scratch = names_on_meta(activation, model_class, n_layer=n_layer, add_cross_attention=cross)
-    there = [row for row in rows(n_layer) if row.gpt2 in gpt2]
-    assert {row.gpt2 for row in there} == gpt2
-    assert {name for row in there for name in row.scratch} == scratch
+    there = [row for row in rows(n_layer) if row.theirs in gpt2]
+    assert {row.theirs for row in there} == gpt2
+    assert {name for row in there for name in row.ours} == scratch
 
 
 def test_every_row_is_used_by_some_model():
@@ -71,7 +71,7 @@ def test_every_row_is_used_by_some_model():
     for activation in ACT2FN:
         for model_class in MODELS:
             used |= names_on_meta(activation, model_class, n_layer=1, add_cross_attention=True)[0]
-    assert {row.gpt2 for row in rows(1)} == used
+    assert {row.theirs for row in rows(1)} == used
 
 
 def test_shapes_follow_the_layout():
@@ -79,17 +79,17 @@ def test_shapes_follow_the_layout():
     theirs = without_prefix(gpt2.state_dict(), GPT2_PREFIX)
     ours = without_prefix(scratch.state_dict(), SCRATCH_PREFIX)
     for row in rows(LAYERS):
-        if row.gpt2 in theirs:
-            parts = row.to_scratch(theirs[row.gpt2])
-            assert len(parts) == len(row.scratch)
-            for name, part in zip(row.scratch, parts, strict=True):
+        if row.theirs in theirs:
+            parts = row.to_ours(theirs[row.theirs])
+            assert len(parts) == len(row.ours)
+            for name, part in zip(row.ours, parts, strict=True):
                 assert torch.equal(part, ours[name]), name
 
 
 def test_fuse_inverts_split():
     for row in TABLE:
-        tensor = torch.randn(4, 6 * len(row.scratch)) if row.transposed else torch.randn(6 * len(row.scratch))
-        assert torch.equal(row.to_gpt2(row.to_scratch(tensor)), tensor)
+        tensor = torch.randn(4, 6 * len(row.ours)) if row.transposed else torch.randn(6 * len(row.ours))
+        assert torch.equal(row.to_theirs(row.to_ours(tensor)), tensor)
 
 
 def test_state_dicts_convert_there_and_back_bit_for_bit():
@@ -137,7 +137,7 @@ def test_the_loaders_patterns_give_the_tables_names_in_both_directions(activatio
 
 
 def test_layouts_in_words():
-    assert [row.layout for row in TABLE if "attn.c" in row.gpt2 or "crossattention.c_attn" in row.gpt2] == [
+    assert [row.layout for row in TABLE if "attn.c" in row.theirs or "crossattention.c_attn" in row.theirs] == [
         "transposed, split in 3",
         "split in 3",
         "transposed",

@@ -89,16 +89,16 @@ def mapping_table(matches: list[Match]) -> RenderableType:
         table.add_column(heading, overflow="fold")
     for match in guessed:
         style = "yellow" if match.confidence < 0.9 else ""
-        names = ", ".join(match.row.scratch)
-        row = (match.row.gpt2, names, match.row.layout, f"{match.confidence:.0%}", match.reason)
+        names = ", ".join(match.row.ours)
+        row = (match.row.theirs, names, match.row.layout, f"{match.confidence:.0%}", match.reason)
         table.add_row(*map(escape, row), style=style)
     return table
 
 
 def once(matches: list[Match]) -> list[Match]:
     """The matches that are a guess, as the book's own names are not; in the blocks those of the first alone."""
-    guessed = [match for match in matches if match.row.scratch != (match.row.gpt2,)]
-    return [match for match in guessed if not re.match(r"trf_blocks\.[1-9]", match.row.scratch[0])]
+    guessed = [match for match in matches if match.row.ours != (match.row.theirs,)]
+    return [match for match in guessed if not re.match(r"trf_blocks\.[1-9]", match.row.ours[0])]
 
 
 def diagnosis_panel(comparison: Comparison) -> Panel:

@@ -381,7 +381,7 @@ def perplexity(subject: Subject, text_ids: torch.Tensor, window: int) -> float:
 
 def tied(subject: Subject) -> bool:
     """Whether one matrix is both the token embedding and the head."""
-    own = {ours: parameters(subject.module)[m.row.gpt2] for m in subject.matches for ours in m.row.scratch}
+    own = {ours: parameters(subject.module)[m.row.theirs] for m in subject.matches for ours in m.row.ours}
     return own.get(f"{LOGITS}.weight", own.get("tok_emb.weight")) is own.get("tok_emb.weight")
 
 

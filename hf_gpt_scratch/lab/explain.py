@@ -67,9 +67,9 @@ def explain(name: str, model="124M") -> list[Explanation]:
         raise UnknownName(f"got {name!r}, but the model has the layers 0 to {config.n_layers - 1}; name one of those")
     # Cross-attention has the names of attention; it is meant only where there is some, or by its own name.
     cross = config.add_cross_attention or any("cross" in part for part in query)
-    found = [(row, picked) for row in TABLE if cross or "cross" not in row.gpt2 if (picked := _picked(row, query))]
+    found = [(row, picked) for row in TABLE if cross or "cross" not in row.theirs if (picked := _picked(row, query))]
     dropped = [other for other in DROPPED if cross or "cross" not in other if _within(query, other)]
-    exact = [(row, picked) for row, picked in found if query in map(_parts, (row.gpt2, *row.scratch))]
+    exact = [(row, picked) for row, picked in found if query in map(_parts, (row.theirs, *row.ours))]
     if not found and not dropped:
         raise UnknownName(f"got {name!r}, which is no parameter of GPT-2 or ours; {_suggestion(query)}")
     explanations = [_explained(row, picked, layer, config) for row, picked in exact or found]
@@ -97,13 +97,13 @@ def _within(query: tuple[str, ...], name: str) -> bool:
 
 def _picked(row: Row, query: tuple[str, ...]) -> list[int]:
     """Which of the row's tensors of ours are meant; all if GPT-2's is."""
-    if _within(query, row.gpt2):
-        return list(range(len(row.scratch)))
-    return [i for i, name in enumerate(row.scratch) if _within(query, name)]
+    if _within(query, row.theirs):
+        return list(range(len(row.ours)))
+    return [i for i, name in enumerate(row.ours) if _within(query, name)]
 
 
 def _suggestion(query: tuple[str, ...]) -> str:
-    names = {name for row in TABLE for name in (row.gpt2, *row.scratch)} | set(DROPPED)
+    names = {name for row in TABLE for name in (row.theirs, *row.ours)} | set(DROPPED)
     spelled = {".".join(_parts(name)).lower(): name for name in sorted(names)}
     spelled |= {part.lower(): part for name in sorted(names) for part in _parts(name) if not part.isdigit()}
     near = difflib.get_close_matches(".".join(query).lower(), spelled, n=3, cutoff=0.6)
@@ -129,22 +129,22 @@ def _explained(row: Row, picked: list[int], layer: int | None, config: GPTScratc
     prefixed = row not in HEADS
     parts = []
     for i in picked:
-        value = _expression(row.gpt2)
-        if len(row.scratch) > 1:
+        value = _expression(row.theirs)
+        if len(row.ours) > 1:
             rows = f"{i * shapes[i][0]}:{(i + 1) * shapes[i][0]}"
             value += f"[:, {rows}]" if row.transposed else f"[{rows}]"
         value += ".T" if row.transposed else ""
-        name = numbered.scratch[i]
-        parts.append(Part(name, SCRATCH_PREFIX * prefixed + name, shapes[i], _expression(row.scratch[i]), value))
-    back = ", ".join(map(_expression, row.scratch))
-    back = f"torch.cat([{back}])" if len(row.scratch) > 1 else back
-    step = 1 if row.gpt2 in ("wte.weight", "wpe.weight") else -1  # in × out, as in the tree
-    roles = dict.fromkeys(ROLES[_role(row.scratch[i])] for i in picked)
+        name = numbered.ours[i]
+        parts.append(Part(name, SCRATCH_PREFIX * prefixed + name, shapes[i], _expression(row.ours[i]), value))
+    back = ", ".join(map(_expression, row.ours))
+    back = f"torch.cat([{back}])" if len(row.ours) > 1 else back
+    step = 1 if row.theirs in ("wte.weight", "wpe.weight") else -1  # in × out, as in the tree
+    roles = dict.fromkeys(ROLES[_role(row.ours[i])] for i in picked)
     return Explanation(
-        gpt2=numbered.gpt2,
-        gpt2_stored=GPT2_PREFIX * prefixed + numbered.gpt2,
+        gpt2=numbered.theirs,
+        gpt2_stored=GPT2_PREFIX * prefixed + numbered.theirs,
         gpt2_shape=gpt2_shape,
-        gpt2_code=_expression(row.gpt2),
+        gpt2_code=_expression(row.theirs),
         gpt2_value=back + (".T" if row.transposed else ""),
         parts=tuple(parts),
         meaning=row.meaning,
@@ -169,7 +169,7 @@ def _shapes(row: Row, config: GPTScratchConfig) -> tuple[list[list[int]], list[i
     for model_class, change in [(causal, {}), *others, *((causal, change) for change in changes)]:
         model = build(GPTScratchConfig.from_dict({**values, **change}), model_class)
         tensors = {name.removeprefix(SCRATCH_PREFIX): tensor for name, tensor in model.state_dict().items()}
-        found = [tensors[name] for name in row.at(0).scratch if name in tensors]
+        found = [tensors[name] for name in row.at(0).ours if name in tensors]
         if found:
             break
     note = f"only {model_class.__name__} has it" if model_class is not GPTScratchForCausalLM else ""
@@ -177,7 +177,7 @@ def _shapes(row: Row, config: GPTScratchConfig) -> tuple[list[list[int]], list[i
         note = f"this model has none: only one with {key}={value!r} does"
     if row is LM_HEAD and config.tie_word_embeddings:
         note = "tied: the same matrix as tok_emb.weight, stored once"
-    return [list(t.shape) for t in found], list(row.to_gpt2(found).shape), facts(model), note
+    return [list(t.shape) for t in found], list(row.to_theirs(found).shape), facts(model), note
 
 
 def _dropped(name: str, layer: int | None, config: GPTScratchConfig) -> Explanation:

@@ -357,8 +357,8 @@ def _module_names() -> dict[str, str]:
     """Our modules and GPT-2's, as far as the weight map pairs them; of containers those at the same place."""
     names = {}
     for row in TABLE:
-        theirs = row.gpt2.split(".")[:-1]
-        for scratch in row.scratch:
+        theirs = row.theirs.split(".")[:-1]
+        for scratch in row.ours:
             ours = scratch.split(".")[:-1]
             names[".".join(ours)] = ".".join(theirs)
             for depth in range(1, len(theirs)):

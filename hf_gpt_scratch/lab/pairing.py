@@ -42,7 +42,7 @@ OPTIONAL = ("pos_emb", "final_norm", "out_head")
 
 @dataclass(frozen=True)
 class Match:
-    """One parameter of a model and its names here. In `row`, `gpt2` is the model's own name, whatever that is."""
+    """One parameter of a model and its names here. In `row`, `theirs` is the model's own name."""
 
     row: Row
     confidence: float
@@ -50,8 +50,8 @@ class Match:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "name": self.row.gpt2,
-            "book": list(self.row.scratch),
+            "name": self.row.theirs,
+            "book": list(self.row.ours),
             "layout": self.row.layout,
             "confidence": round(self.confidence, 2),
             "reason": self.reason,
@@ -98,7 +98,7 @@ def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mappi
     for match in filter(None, told.values()):
         check_shape(match.row, own, config)
     rest = {name: p for name, p in own.items() if name not in told}
-    taken = {ours for match in told.values() if match for ours in match.row.scratch}
+    taken = {ours for match in told.values() if match for ours in match.row.ours}
     unnamed = [n for n in range(config.n_layers) if not any(name.startswith(f"trf_blocks.{n}.") for name in taken)]
     container = ""
     if unnamed or any(re.search(r"\.\d+\.", name) for name in rest):
@@ -123,7 +123,7 @@ def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mappi
                 row = Row(prefix + local, tuple(f"{ours}{name}.{which}" for name in names), False, "")
                 matches.append(Match(row, confidence, reason))
         problems += [prefix + local for unit in unknown for local in units(here)[unit].values()]
-    have = {name for match in matches for name in match.row.scratch}
+    have = {name for match in matches for name in match.row.ours}
     for _, ours, slots in places:
         for slot in (slot for slot in slots if slot not in (*OPTIONAL, "att.c_attn")):
             if f"{ours}{slot}.{'scale' if 'norm' in slot else 'weight'}" not in have:
@@ -135,7 +135,7 @@ def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mappi
             'what they are by --map FILE, JSON such as {"blocks.{n}.proj.weight": '
             '"trf_blocks.{n}.att.out_proj.weight", "unused.weight": null}'
         )
-    targets = [name for match in matches for name in match.row.scratch]
+    targets = [name for match in matches for name in match.row.ours]
     if twice := {name for name in targets if targets.count(name) > 1}:
         raise LabError(f"several parameters are mapped to {', '.join(sorted(twice))}; map each to one name")
     return [with_layout(match, module, own, config, matches) for match in matches]
@@ -147,7 +147,7 @@ def mapped(own, config, mapping) -> dict[str, Match | None]:
     Raises:
         LabError: a name that the model, or the table, does not have.
     """
-    known = {name: row for row in TABLE for name in (row.gpt2, *row.scratch)}
+    known = {name: row for row in TABLE for name in (row.theirs, *row.ours)}
     told: dict[str, Match | None] = {}
     for theirs, target in mapping.items():
         name = (target or "").removesuffix(".T")
@@ -163,8 +163,8 @@ def mapped(own, config, mapping) -> dict[str, Match | None]:
                 told[numbered] = None
                 continue
             row = known[general]
-            turned = target.endswith(".T") or (general == row.gpt2 and row.transposed)
-            ours = row.scratch if general == row.gpt2 else (general,)
+            turned = target.endswith(".T") or (general == row.theirs and row.transposed)
+            ours = row.ours if general == row.theirs else (general,)
             row = Row(numbered, ours, turned and own[numbered].ndim > 1, "").at(int(layer[0]) if layer else n)
             told[numbered] = Match(row, 1.0, "your map")
     return told
@@ -178,7 +178,7 @@ def beside(told: Mapping[str, Match | None], own) -> dict[str, Match | None]:
         others = [other for other in own if other.rpartition(".")[0] == owner and other != name]
         if match and len(others) == 1 and others[0] not in told:
             kinds = {"weight": "bias", "bias": "weight", "scale": "shift", "shift": "scale"}
-            names = [ours.rpartition(".") for ours in match.row.scratch]
+            names = [ours.rpartition(".") for ours in match.row.ours]
             scratch = tuple(f"{module}.{kinds[kind]}" for module, _, kind in names)
             found[others[0]] = Match(Row(others[0], scratch, False, ""), 1.0, f"beside {name}")
     return found
@@ -287,35 +287,35 @@ def alikeness(unit: str, slot: str) -> float:
     """difflib's ratio of a path and the nearest of the slot's two names in the table."""
     names = {slot.rpartition(".")[2], slot}
     for row in TABLE:
-        if any(f"{slot}." in f"{name}." for name in row.scratch):
-            names.add(row.gpt2.removeprefix("h.{n}.").rpartition(".")[0])
+        if any(f"{slot}." in f"{name}." for name in row.ours):
+            names.add(row.theirs.removeprefix("h.{n}.").rpartition(".")[0])
     return max(difflib.SequenceMatcher(None, unit.lower(), name.lower()).ratio() for name in names)
 
 
 def with_layout(match: Match, module: nn.Module, own, config, matches: list[Match]) -> Match:
     """The match with its matrix's layout: by shape; a square one by its module or the other matrices."""
-    shape, straight = tuple(own[match.row.gpt2].shape), shape_of(match.row, config)
+    shape, straight = tuple(own[match.row.theirs].shape), shape_of(match.row, config)
     if len(shape) < 2:
         return match
     if straight[0] != straight[1]:
         return replace(match, row=replace(match.row, transposed=shape != straight))
-    if known := layout_of(module, match.row.gpt2):
+    if known := layout_of(module, match.row.theirs):
         transposed, reason = known == "[in, out]", f"{known} as its module has it"
         return replace(match, row=replace(match.row, transposed=transposed), reason=f"{match.reason}; {reason}")
     if match.reason == "your map":
         return match
-    inside = [other.row for other in matches if other.row.scratch[0].startswith("trf_blocks")]
-    bare = [row for row in inside if not layout_of(module, row.gpt2)]
+    inside = [other.row for other in matches if other.row.ours[0].startswith("trf_blocks")]
+    bare = [row for row in inside if not layout_of(module, row.theirs)]
     straights = {
-        tuple(own[row.gpt2].shape) == shape_of(row, config)
+        tuple(own[row.theirs].shape) == shape_of(row, config)
         for row in bare
-        if own[row.gpt2].ndim > 1 and own[row.gpt2].shape[0] != own[row.gpt2].shape[1]
+        if own[row.theirs].ndim > 1 and own[row.theirs].shape[0] != own[row.theirs].shape[1]
     }
     if len(straights) != 1:
-        name = match.row.scratch[0]
+        name = match.row.ours[0]
         raise LabError(
-            f"{match.row.gpt2} is square, and nothing tells whether it is stored [out, in], as in nn.Linear, or "
-            f'[in, out]; say so by --map FILE: {{"{match.row.gpt2}": "{name}"}} or "{name}.T"'
+            f"{match.row.theirs} is square, and nothing tells whether it is stored [out, in], as in nn.Linear, or "
+            f'[in, out]; say so by --map FILE: {{"{match.row.theirs}": "{name}"}} or "{name}.T"'
         )
     transposed = not straights.pop()
     reason = f"square: {'[in, out]' if transposed else '[out, in]'} as the other bare matrices"
@@ -323,15 +323,15 @@ def with_layout(match: Match, module: nn.Module, own, config, matches: list[Matc
 
 
 def check_shape(row: Row, own, config: GPTScratchConfig) -> None:
-    shape, straight = tuple(own[row.gpt2].shape), shape_of(row, config)
+    shape, straight = tuple(own[row.theirs].shape), shape_of(row, config)
     if shape not in ((straight, straight[::-1]) if len(shape) > 1 else (straight[:1],)):
         raise LabError(
-            f"{row.gpt2} has shape {shape}, but {' + '.join(row.scratch)} is {straight}; build both models with the "
+            f"{row.theirs} has shape {shape}, but {' + '.join(row.ours)} is {straight}; build both models with the "
             "same sizes (--cfg), or map it elsewhere"
         )
 
 
 def shape_of(row: Row, config: GPTScratchConfig) -> tuple[int, ...]:
     outside, inside = shapes(config)
-    path = re.sub(r"^trf_blocks\.\d+\.", "", row.scratch[0]).rpartition(".")[0]
-    return {**outside, **inside}["att.c_attn" if len(row.scratch) == 3 else path]
+    path = re.sub(r"^trf_blocks\.\d+\.", "", row.ours[0]).rpartition(".")[0]
+    return {**outside, **inside}["att.c_attn" if len(row.ours) == 3 else path]

@@ -64,8 +64,8 @@ class Subject:
         """Tensors under this model's names, parameters or their gradients, as the book has them; views."""
         ours: dict[str, torch.Tensor] = {}
         for match in self.matches:
-            if match.row.gpt2 in tensors:
-                ours.update(zip(match.row.scratch, match.row.to_scratch(tensors[match.row.gpt2]), strict=True))
+            if match.row.theirs in tensors:
+                ours.update(zip(match.row.ours, match.row.to_ours(tensors[match.row.theirs]), strict=True))
         return ours
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ def subject(module: nn.Module, config: GPTScratchConfig | None = None, name: str
     kind = kind_of(module)
     if kind is not None:
         matches, config = known_matches(module, kind)
-        if not mapping and {match.row.gpt2 for match in matches} == parameters(module).keys():
+        if not mapping and {match.row.theirs for match in matches} == parameters(module).keys():
             return Subject(name, module, matches, config, kind=kind)
     if config is None:
         raise LabError(f"the sizes of {name} are not known; give its cfg")
@@ -102,10 +102,10 @@ def known_matches(module: Any, kind: type[GPTScratchPreTrainedModel]) -> tuple[l
     prefix = "" if kind is GPTScratchModel else GPT2_PREFIX if official else SCRATCH_PREFIX
     own, matches = parameters(module), []
     for where, part in ((prefix, BASE), ("", HEADS)):
-        table = part if official else [Row(ours, (ours,), False, row.meaning) for row in part for ours in row.scratch]
+        table = part if official else [Row(ours, (ours,), False, row.meaning) for row in part for ours in row.ours]
         for row in rows(config.n_layers, table):
-            if where + row.gpt2 in own:
-                matches.append(Match(replace(row, gpt2=where + row.gpt2), 1.0, "weight map"))
+            if where + row.theirs in own:
+                matches.append(Match(replace(row, theirs=where + row.theirs), 1.0, "weight map"))
     return matches, config
 
 
@@ -412,8 +412,8 @@ def copy_weights(source: Subject, target: Subject) -> None:
     """The source's weights into the target, by both mappings; biases that the source lacks are zeros there."""
     ours, own = source.weights(), parameters(target.module)
     for match in target.matches:
-        tensors = [ours.get(name) for name in match.row.scratch]
+        tensors = [ours.get(name) for name in match.row.ours]
         if any(tensor is None for tensor in tensors):
-            own[match.row.gpt2].zero_()
+            own[match.row.theirs].zero_()
         else:
-            own[match.row.gpt2].copy_(match.row.to_gpt2([tensor for tensor in tensors if tensor is not None]))
+            own[match.row.theirs].copy_(match.row.to_theirs([tensor for tensor in tensors if tensor is not None]))

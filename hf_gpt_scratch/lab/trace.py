@@ -106,9 +106,9 @@ def hook_points(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, .
     owners: dict[str, set[tuple[str, ...]]] = {}
     blocks: dict[str, list[str]] = {}
     for match in subject.matches:
-        owner = match.row.gpt2.rpartition(".")[0]
-        owners.setdefault(owner, set()).add(tuple(name.rpartition(".")[0] for name in match.row.scratch))
-        if layer := re.match(r"trf_blocks\.\d+", match.row.scratch[0]):
+        owner = match.row.theirs.rpartition(".")[0]
+        owners.setdefault(owner, set()).add(tuple(name.rpartition(".")[0] for name in match.row.ours))
+        if layer := re.match(r"trf_blocks\.\d+", match.row.ours[0]):
             blocks.setdefault(layer[0], []).append(owner.replace(".", "/"))
     for owner, named in owners.items():
         if len(named) > 1 or not owner:  # several matrices of one module cannot be told apart by its output
@@ -170,7 +170,7 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
     logits = outputs_of(output)
     if logits is None or logits.ndim != 3:
         raise LabError(f"{subject.name} returns no logits (B, T, V) but {type(output).__name__}; return them first")
-    layers = {match.row.scratch[0].split(".")[1] for match in subject.matches if match.row.scratch[0].startswith("trf")}
+    layers = {match.row.ours[0].split(".")[1] for match in subject.matches if match.row.ours[0].startswith("trf")}
     if len(listener.attention) == len(layers):
         activations |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(listener.attention)}
     if isinstance(getattr(output, CHOICES, None), torch.Tensor):

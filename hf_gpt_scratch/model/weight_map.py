@@ -19,43 +19,43 @@ GPT2_PREFIX, SCRATCH_PREFIX = "transformer.", "model."
 
 @dataclass(frozen=True)
 class Row:
-    """One GPT-2 tensor and the tensors of ours that hold it.
+    """One tensor of another program, GPT-2 in `TABLE`, and the tensors of ours that hold it.
 
-    `{n}` in a name is the layer. With several names of ours, GPT-2's tensor is theirs one after the other along our
+    `{n}` in a name is the layer. With several names of ours, their tensor is ours one after the other along our
     dimension 0, the output.
     """
 
-    gpt2: str
-    scratch: tuple[str, ...]
+    theirs: str
+    ours: tuple[str, ...]
     transposed: bool
     meaning: str
 
-    def to_scratch(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def to_ours(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """GPT-2's tensor as ours, one per name; views."""
-        return (tensor.T if self.transposed else tensor).chunk(len(self.scratch), dim=0)
+        return (tensor.T if self.transposed else tensor).chunk(len(self.ours), dim=0)
 
-    def to_gpt2(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Our tensors as GPT-2's; the inverse of `to_scratch`."""
+    def to_theirs(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Our tensors as GPT-2's; the inverse of `to_ours`."""
         tensors = list(tensors)
         tensor = torch.cat(tensors, dim=0) if len(tensors) > 1 else tensors[0]
         return tensor.T.contiguous() if self.transposed else tensor
 
     def at(self, layer: int) -> "Row":
         """The row with the layer's number in its names."""
-        names = tuple(name.replace("{n}", str(layer)) for name in self.scratch)
-        return replace(self, gpt2=self.gpt2.replace("{n}", str(layer)), scratch=names)
+        names = tuple(name.replace("{n}", str(layer)) for name in self.ours)
+        return replace(self, theirs=self.theirs.replace("{n}", str(layer)), ours=names)
 
     @property
     def zeros_for(self) -> str | None:
         """GPT-2's weight whose bias this is, if GPT-2 has zeros there where ours, without `qkv_bias`, has none."""
-        name = self.gpt2.removesuffix("bias")
-        return name + "weight" if self.gpt2.endswith(("c_attn.bias", "q_attn.bias")) else None
+        name = self.theirs.removesuffix("bias")
+        return name + "weight" if self.theirs.endswith(("c_attn.bias", "q_attn.bias")) else None
 
     @property
     def layout(self) -> str:
         """What becomes of GPT-2's tensor, in words."""
         words = ["transposed"] if self.transposed else []
-        words += [f"split in {len(self.scratch)}"] if len(self.scratch) > 1 else []
+        words += [f"split in {len(self.ours)}"] if len(self.ours) > 1 else []
         return ", ".join(words) or "same"
 
 
@@ -138,7 +138,7 @@ DROPPED_PATTERNS = [re.escape(name.removeprefix("h.{n}")) + "$" for name in DROP
 def rows(n_layers: int, table: Iterable[Row] = TABLE) -> Iterator[Row]:
     """The table's rows for a model of `n_layers`, layer by layer where a row has one."""
     for row in table:
-        yield from (row.at(n) for n in range(n_layers)) if "{n}" in row.gpt2 else (row,)
+        yield from (row.at(n) for n in range(n_layers)) if "{n}" in row.theirs else (row,)
 
 
 def is_base_weight(name: str) -> bool:
@@ -149,7 +149,7 @@ def is_base_weight(name: str) -> bool:
     module, _, kind = re.sub(r"(?<=^trf_blocks\.)\d+", "{n}", name.removeprefix(SCRATCH_PREFIX)).rpartition(".")
     if "cross" in module or module.endswith(".ff.layers.1"):
         return False
-    modules = {ours.rpartition(".")[0] for row in BASE for ours in row.scratch}
+    modules = {ours.rpartition(".")[0] for row in BASE for ours in row.ours}
     return module in modules or (module == "out_head" and kind not in ("weight", "bias"))
 
 
@@ -167,17 +167,17 @@ def to_gpt2_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) ->
     ours = without_prefix(state_dict, SCRATCH_PREFIX)
     theirs = {}
     for row in rows(n_layers):
-        found = [ours.pop(name) for name in row.scratch if name in ours]
-        if len(found) not in (0, len(row.scratch)):
-            raise ValueError(f"{row.gpt2} needs all of {', '.join(row.scratch)}, but only {len(found)} are there")
+        found = [ours.pop(name) for name in row.ours if name in ours]
+        if len(found) not in (0, len(row.ours)):
+            raise ValueError(f"{row.theirs} needs all of {', '.join(row.ours)}, but only {len(found)} are there")
         if found:
-            theirs[row.gpt2 if row in HEADS else GPT2_PREFIX + row.gpt2] = row.to_gpt2(found)
+            theirs[row.theirs if row in HEADS else GPT2_PREFIX + row.theirs] = row.to_theirs(found)
     if ours:
         raise ValueError(f"no GPT-2 name for {', '.join(sorted(ours))}; the model has {n_layers} layers")
     for row in rows(n_layers):
         weight = theirs.get(f"{GPT2_PREFIX}{row.zeros_for}")
         if weight is not None:
-            theirs.setdefault(GPT2_PREFIX + row.gpt2, weight.new_zeros(weight.shape[1]))
+            theirs.setdefault(GPT2_PREFIX + row.theirs, weight.new_zeros(weight.shape[1]))
     return theirs
 
 
@@ -193,8 +193,8 @@ def to_scratch_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int)
             theirs.pop(name.replace("{n}", str(n)), None)
     ours: dict[str, torch.Tensor] = {}
     for row in rows(n_layers):
-        if row.gpt2 in theirs:
-            ours.update(zip(row.scratch, row.to_scratch(theirs.pop(row.gpt2)), strict=True))
+        if row.theirs in theirs:
+            ours.update(zip(row.ours, row.to_ours(theirs.pop(row.theirs)), strict=True))
     if theirs:
         raise ValueError(f"no name of ours for {', '.join(sorted(theirs))}; the model has {n_layers} layers")
     return ours
@@ -206,7 +206,7 @@ def only(tensors):
 
 
 class ToScratch(ConversionOps):
-    """`Row.to_scratch` for the loader; each of our tensors owns its storage."""
+    """`Row.to_ours` for the loader; each of our tensors owns its storage."""
 
     def __init__(self, row: Row):
         self.row = row
@@ -214,7 +214,7 @@ class ToScratch(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         [tensor] = map(only, input_dict.values())
-        parts = self.row.to_scratch(tensor)
+        parts = self.row.to_ours(tensor)
         copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
         return dict(zip(target_patterns, copies, strict=True))
 
@@ -224,7 +224,7 @@ class ToScratch(ConversionOps):
 
 
 class ToGPT2(ConversionOps):
-    """`Row.to_gpt2` for the loader, which saves by the reverse of what it loads by."""
+    """`Row.to_theirs` for the loader, which saves by the reverse of what it loads by."""
 
     def __init__(self, row: Row):
         self.row = row
@@ -232,7 +232,7 @@ class ToGPT2(ConversionOps):
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         [target] = target_patterns
-        return {target: self.row.to_gpt2([only(input_dict[name]) for name in source_patterns])}
+        return {target: self.row.to_theirs([only(input_dict[name]) for name in source_patterns])}
 
     @property
     def reverse_op(self):
@@ -283,12 +283,12 @@ def conversions() -> list[WeightRenaming | WeightConverter]:
     converters = []
     for row in TABLE:
         # Behind the layer's number; a name without one stands alone or behind the prefix.
-        source = re.escape(row.gpt2.removeprefix("h.{n}"))
-        targets = [re.escape(name.removeprefix("trf_blocks.{n}")) for name in row.scratch]
+        source = re.escape(row.theirs.removeprefix("h.{n}"))
+        targets = [re.escape(name.removeprefix("trf_blocks.{n}")) for name in row.ours]
         operations = [ToScratch(row)] if row.transposed or len(targets) > 1 else []
         if operations and SHARDED_LOADING:
             operations = [Gather(row.transposed, len(targets)), *operations, Scatter()]
-        if "{n}" not in row.gpt2:
+        if "{n}" not in row.theirs:
             source, targets = rf"(?<!\w){source}", [rf"(?<!\w){target}" for target in targets]
         if [source] == targets:
             continue
@@ -303,7 +303,7 @@ def markdown() -> str:
     """The table for the documentation."""
     lines = ["| GPT-2 | here | layout | what |", "| --- | --- | --- | --- |"]
     for row in TABLE:
-        names = "<br>".join(f"`{name}`" for name in row.scratch)
-        lines.append(f"| `{row.gpt2}` | {names} | {row.layout} | {row.meaning} |")
+        names = "<br>".join(f"`{name}`" for name in row.ours)
+        lines.append(f"| `{row.theirs}` | {names} | {row.layout} | {row.meaning} |")
     lines += [f"| `{name}` | | dropped | the causal mask, computed here |" for name in DROPPED]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The one table of parameter names, written for the files of other programs.
 
-In their rows `gpt2` is the other program's name. Only what differs from GPT-2 is said here: the name, and that
+In their rows `theirs` is the other program's name. Only what differs from GPT-2 is said here: the name, and that
 `nn.Linear` needs no transposition.
 """
 
@@ -35,7 +35,7 @@ ELSEWHERE = {
     "ln_f.weight": ("model/ln_f/g", "output_norm.weight"),
     "ln_f.bias": ("model/ln_f/b", "output_norm.bias"),
 }
-PLAIN = tuple(row for row in BASE if row.gpt2 in ELSEWHERE)  # the rows that every GPT-2 has
+PLAIN = tuple(row for row in BASE if row.theirs in ELSEWHERE)  # the rows that every GPT-2 has
 
 
 # What a state dict in names like the book's is, though it is no plain GPTModel's, and the way from there.
@@ -95,7 +95,7 @@ class Layout:
 
     def named(self, ours: str) -> str:
         """The program's name of the tensor that holds ours; `{n}` stands for the layer in both."""
-        return next(row.gpt2 for row in self.table if ours in row.scratch)
+        return next(row.theirs for row in self.table if ours in row.ours)
 
     def count_layers(self, names: Iterable[str]) -> int:
         """How many layers the names have.
@@ -118,21 +118,21 @@ class Layout:
         return from_scratch(tensors, rows(n_layers, self.table))
 
 
-NATIVE = Layout(tuple(Row(name, (name,), False, row.meaning) for row in (*PLAIN, LM_HEAD) for name in row.scratch))
+NATIVE = Layout(tuple(Row(name, (name,), False, row.meaning) for row in (*PLAIN, LM_HEAD) for name in row.ours))
 GPT2 = Layout((*PLAIN, LM_HEAD))
 BOOK = replace(NATIVE, dropped=r"trf_blocks\.[0-9]+\.att\.mask", stores_tied_head=True)
 NANOGPT = Layout(
-    (*(replace(row, gpt2=GPT2_PREFIX + row.gpt2, transposed=False) for row in PLAIN), LM_HEAD),
+    (*(replace(row, theirs=GPT2_PREFIX + row.theirs, transposed=False) for row in PLAIN), LM_HEAD),
     dropped="|".join(re.escape(GPT2_PREFIX + name).replace(r"\{n\}", "[0-9]+") for name in DROPPED),
     stores_tied_head=True,
 )
 # The optimizer's moments lie beside the weights; the output head is always the token embedding.
 TENSORFLOW = Layout(
-    tuple(replace(row, gpt2=ELSEWHERE[row.gpt2][0]) for row in PLAIN), dropped=r"(?!model/).*|.*/Adam(_1)?"
+    tuple(replace(row, theirs=ELSEWHERE[row.theirs][0]) for row in PLAIN), dropped=r"(?!model/).*|.*/Adam(_1)?"
 )
 GGUF = Layout(
     (
-        *(replace(row, gpt2=ELSEWHERE[row.gpt2][1], transposed=False) for row in PLAIN),
-        replace(LM_HEAD, gpt2="output.weight"),
+        *(replace(row, theirs=ELSEWHERE[row.theirs][1], transposed=False) for row in PLAIN),
+        replace(LM_HEAD, theirs="output.weight"),
     )
 )

@@ -37,16 +37,16 @@ def to_scratch(tensors: Mapping[str, Lazy], table: Iterable[Row]) -> dict[str, L
 
     @functools.lru_cache(maxsize=2)  # weight and bias of one layer, of which three tensors in a row are made
     def parts(row: Row) -> tuple[torch.Tensor, ...]:
-        return row.to_scratch(tensors[row.gpt2].read())
+        return row.to_ours(tensors[row.theirs].read())
 
     def part(row: Row, i: int) -> torch.Tensor:
-        return (parts(row) if len(row.scratch) > 1 else row.to_scratch(tensors[row.gpt2].read()))[i]
+        return (parts(row) if len(row.ours) > 1 else row.to_ours(tensors[row.theirs].read()))[i]
 
     ours = {}
     for row in table:
-        if row.gpt2 in tensors:
-            dtype = tensors[row.gpt2].dtype
-            for i, (name, meta) in enumerate(zip(row.scratch, row.to_scratch(_meta(tensors[row.gpt2])), strict=True)):
+        if row.theirs in tensors:
+            dtype = tensors[row.theirs].dtype
+            for i, (name, meta) in enumerate(zip(row.ours, row.to_ours(_meta(tensors[row.theirs])), strict=True)):
                 ours[name] = Lazy(meta.shape, dtype, functools.partial(part, row, i))
     return ours
 
@@ -59,30 +59,30 @@ def from_scratch(tensors: Mapping[str, Lazy], table: Iterable[Row]) -> dict[str,
     """
 
     def whole(row: Row) -> torch.Tensor:
-        return row.to_gpt2(tensors[name].read() for name in row.scratch)
+        return row.to_theirs(tensors[name].read() for name in row.ours)
 
     theirs = {}
     for row in table:
-        if row.scratch[0] not in tensors:
+        if row.ours[0] not in tensors:
             continue
-        if len(row.scratch) == 1 and not row.transposed:
-            theirs[row.gpt2] = tensors[row.scratch[0]]
+        if len(row.ours) == 1 and not row.transposed:
+            theirs[row.theirs] = tensors[row.ours[0]]
             continue
-        dtypes = {name: tensors[name].dtype for name in row.scratch}
+        dtypes = {name: tensors[name].dtype for name in row.ours}
         if len(set(dtypes.values())) > 1:
             raise ConversionError(
                 f"{', '.join(f'{name!r} is {dtype}' for name, dtype in dtypes.items())}, but they become one tensor; "
                 "convert them to one dtype first"
             )
-        meta = row.to_gpt2(_meta(tensors[name]) for name in row.scratch)
-        theirs[row.gpt2] = Lazy(meta.shape, meta.dtype, functools.partial(whole, row))
+        meta = row.to_theirs(_meta(tensors[name]) for name in row.ours)
+        theirs[row.theirs] = Lazy(meta.shape, meta.dtype, functools.partial(whole, row))
     return theirs
 
 
 def with_qkv_biases(tensors: Mapping[str, Lazy], n_layers: int) -> dict[str, Lazy]:
     """With zeros for the biases that a model without `qkv_bias` does not have, and GPT-2 does."""
     zeros = {}
-    for name in (name for row in rows(n_layers) if row.zeros_for for name in row.scratch):
+    for name in (name for row in rows(n_layers) if row.zeros_for for name in row.ours):
         weight = tensors.get(name.removesuffix("bias") + "weight")
         if weight is not None:
             zeros[name] = zero(weight.shape[:1], weight.dtype)

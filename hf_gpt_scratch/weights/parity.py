@@ -198,7 +198,7 @@ class Readable(Protocol):
 
 
 # GPT-2 has zeros for them where ours, without `qkv_bias`, has no tensors.
-_ZEROS = tuple({name.removeprefix("trf_blocks.{n}") for row in TABLE if row.zeros_for for name in row.scratch})
+_ZEROS = tuple({name.removeprefix("trf_blocks.{n}") for row in TABLE if row.zeros_for for name in row.ours})
 
 
 def differing(reference: Mapping[str, Readable], candidate: Mapping[str, Readable]) -> list[str]:
