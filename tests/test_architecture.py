@@ -17,6 +17,8 @@ from hf_gpt_scratch.cli import app
 from hf_gpt_scratch.modeling_gpt_scratch import MODELS
 from hf_gpt_scratch.weight_map import HEADS
 
+pytestmark = pytest.mark.slow
+
 # A model with our config and our tensors' names, and a block that computes something else.
 MINE = """
 from hf_gpt_scratch import GPTScratchForCausalLM

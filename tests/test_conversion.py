@@ -110,6 +110,7 @@ def test_receipt_has_the_hashes_of_all_that_was_read_and_of_nothing_else(tmp_pat
     assert receipt["source"]["files"].keys() == read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_is_the_same_file(tmp_path, tied, dtype):
@@ -474,6 +475,7 @@ def test_a_chat_template_is_data_and_comes_along(tmp_path, target):
     assert AutoTokenizer.from_pretrained(target).chat_template == "{{ messages[0].content }}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["gpt2", "gguf", "book"])
 def test_no_code_goes_the_other_way(tmp_path, target, format):
     native = tmp_path / "native"
@@ -564,6 +566,7 @@ def test_a_bias_of_negative_zeros_is_not_left_out(tmp_path):
 # The scripts
 
 
+@pytest.mark.slow
 def test_scripts_convert_and_report(source, target, tmp_path):
     done = script("gpt2_to_scratch", source, target)
     assert done.returncode == 0, done.stderr
@@ -582,6 +585,7 @@ def test_scripts_convert_and_report(source, target, tmp_path):
     assert sha256(source / "model.safetensors") == sha256(tmp_path / "back/model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status", "told"),
     [
@@ -604,6 +608,7 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
+@pytest.mark.slow
 def test_script_on_a_disk_that_fills_up(source, target):
     """A limit on the file size stops the write half-way, as a full disk does."""
     done = script("gpt2_to_scratch", source, target, preexec_fn=limit_file_size)
@@ -620,6 +625,7 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_script_interrupted_half_way(tmp_path, number):
     source, target = tmp_path / "source", tmp_path / "target"

@@ -19,6 +19,8 @@ from hf_gpt_scratch.layers import causal_mask
 from hf_gpt_scratch.parity import FLOAT64_STAGE, relative_error
 from hf_gpt_scratch.subjects import SIZES, book_settings, copy_weights, subject
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def official():

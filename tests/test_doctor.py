@@ -21,6 +21,8 @@ from hf_gpt_scratch.cli import app
 from hf_gpt_scratch.doctor import CHECKS, FAILED, NOT_RUN, PASSED
 from hf_gpt_scratch.tokenizer import CACHED_FILES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

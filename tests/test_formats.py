@@ -27,6 +27,8 @@ from hf_gpt_scratch.parity import ParityError
 from hf_gpt_scratch.tf_checkpoint import masked_crc32c, read_tensorflow
 from hf_gpt_scratch.weight_map import SCRATCH_PREFIX, rows, without_prefix
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parent / "fixtures"
 TF, TINY = FIXTURES / "tiny-tensorflow", FIXTURES / "tiny-gpt2"
 E, HEADS = 48, 4

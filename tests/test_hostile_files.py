@@ -27,6 +27,8 @@ from hf_gpt_scratch.conversion import gpt2_to_scratch
 from hf_gpt_scratch.formats import detect, import_checkpoint, read, write
 from hf_gpt_scratch.tf_checkpoint import read_tensorflow
 
+pytestmark = pytest.mark.slow
+
 HEADS = 4
 
 

@@ -25,6 +25,8 @@ from hf_gpt_scratch.formats import export_checkpoint, import_checkpoint, write
 from hf_gpt_scratch.publish import new_receipt, seal
 from hf_gpt_scratch.verify_receipt_command import verify_receipt_command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):

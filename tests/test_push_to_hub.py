@@ -24,6 +24,8 @@ from hf_gpt_scratch.model_card import PIPELINES, model_card
 from hf_gpt_scratch.modeling_gpt_scratch import MODELS
 from hf_gpt_scratch.parity import FP32_LOGITS, compare_outputs, relative_error
 
+pytestmark = pytest.mark.slow
+
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "push_to_hub.py"
 MODULES = """

@@ -26,6 +26,8 @@ from hf_gpt_scratch.diagnose import diagnose
 from hf_gpt_scratch.report import HEADS_SHOWN, heat_map, html_report, logarithmic, number, print_report, shade
 from hf_gpt_scratch.subjects import copy_weights, subject
 
+pytestmark = pytest.mark.slow
+
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 READERS = Path(__file__).parent / "readers.py"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

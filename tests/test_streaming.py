@@ -31,6 +31,8 @@ from hf_gpt_scratch.modeling_gpt_scratch import MODELS
 from hf_gpt_scratch.parity import ParityError, same_bits
 from hf_gpt_scratch.torch_files import _save
 
+pytestmark = pytest.mark.slow
+
 
 def files(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in (RECEIPT, CARD)}
