@@ -3,7 +3,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -604,11 +603,14 @@ def test_scripts_exit_with_a_status_and_a_reason(source, target, arguments, stat
 
 
 def limit_file_size():
+    import resource  # not on Windows
+
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="the system has no limits for a process")
 def test_script_on_a_disk_that_fills_up(source, target):
     """A limit on the file size stops the write half-way, as a full disk does."""
     done = script("gpt2_to_scratch", source, target, preexec_fn=limit_file_size)
@@ -626,6 +628,7 @@ def heed_interrupts():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="the system cannot send these signals to one process")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_script_interrupted_half_way(tmp_path, number):
     source, target = tmp_path / "source", tmp_path / "target"
