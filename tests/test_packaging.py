@@ -62,6 +62,13 @@ def test_sdist_holds_tests_scripts_and_examples(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "CHANGELOG.md", "LICENSE", "tests/test_parity.py", "convert/gpt2_to_scratch.py"} <= names
     assert {"requirements.lock", "examples/quickstart.py", "tests/fixtures/tiny-gpt2/model.safetensors"} <= names
+    assert {
+        "Makefile",
+        "SECURITY.md",
+        "CITATION.cff",
+        ".pre-commit-config.yaml",
+        ".github/workflows/tests.yml",
+    } <= names
 
 
 @pytest.mark.slow

@@ -428,7 +428,7 @@ import importlib, pkgutil, sys
 import psutil  # on Linux it needs resource itself
 sys.modules.update(dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios"]))
 import hf_gpt_scratch, hf_gpt_scratch_command
-for module in pkgutil.iter_modules(hf_gpt_scratch.__path__, "hf_gpt_scratch."):
+for module in pkgutil.walk_packages(hf_gpt_scratch.__path__, "hf_gpt_scratch."):
     importlib.import_module(module.name)
 """
 
