@@ -193,6 +193,7 @@ def test_existing_target_is_kept_unless_overwrite(source, target):
     assert leftovers(target) == []
 
 
+@pytest.mark.slow
 def test_failed_overwrite_keeps_the_old_target(source, target, monkeypatch):
     gpt2_to_scratch(source, target)
     before = sha256(target / "model.safetensors")
@@ -531,6 +532,7 @@ def test_one_bit_of_float64_is_seen(tmp_path, target, monkeypatch):
     assert not (tmp_path / "nudged").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [True, "weights"])
 def test_the_sign_of_a_zero_is_kept_and_seen(source, target, tmp_path, monkeypatch, check):
     def negative(tensors):

@@ -96,6 +96,7 @@ def test_published_logits_come_out_with_dropout_on():
     torch.testing.assert_close(logits[1, 3, -3:], last_three, atol=6e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_published_ids_are_generated(book_model):
     hello_i_am = torch.tensor([[15496, 11, 314, 716]])
     out = generate_text_simple(book_model.eval(), hello_i_am, max_new_tokens=6, context_size=1024)

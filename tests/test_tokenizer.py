@@ -106,6 +106,7 @@ def test_text_of_any_ids(ids, ours, theirs):
     assert ours.decode(ids) == theirs.decode(ids)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(text=any_text | pieces)
 @example(text="")
@@ -117,6 +118,7 @@ def test_the_books_functions_take_either_tokenizer(text, ours, theirs):
     assert token_ids_to_text(ids, theirs) == token_ids_to_text(ids, ours) == text
 
 
+@pytest.mark.slow
 def test_backend_equals_that_of_openais_files(ours, original):
     a, b = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (ours, original))
     assert len(a["model"]["vocab"]) == 50257
