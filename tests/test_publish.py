@@ -426,7 +426,7 @@ def test_no_permission_is_told(converted, tmp_path, monkeypatch):
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 import psutil  # on Linux it needs resource itself
-sys.modules.update(dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios"]))
+sys.modules.update(dict.fromkeys(["fcntl", "grp", "pwd", "resource"]))
 import hf_gpt_scratch, hf_gpt_scratch_command
 for module in pkgutil.walk_packages(hf_gpt_scratch.__path__, "hf_gpt_scratch."):
     importlib.import_module(module.name)
