@@ -152,7 +152,7 @@ def verdicts(table):
 
 def main(arguments):
     check = "--check" in arguments
-    runs = [json.loads(Path(name).read_text()) for name in arguments if name != "--check"]
+    runs = [json.loads(Path(name).read_text(encoding="utf-8")) for name in arguments if name != "--check"]
     runs.sort(key=lambda run: run["order"])
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)

@@ -18,6 +18,8 @@ from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS
 from hf_gpt_scratch.model.weight_map import HEADS
 from hf_gpt_scratch.weights.architecture import architecture
 
+pytestmark = pytest.mark.slow
+
 # A model with our config and our tensors' names, and a block that computes something else.
 MINE = """
 from hf_gpt_scratch import GPTScratchForCausalLM

@@ -23,7 +23,7 @@ from transformers import GPT2LMHeadModel
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 # What torch's exporter and compiler, torchao and CTranslate2 say of themselves and of each other.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,8 @@ from hf_gpt_scratch.lab.subject import load
 from hf_gpt_scratch.weights.conversion import verify_receipt
 from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CFG = dict(vocab_size=97, context_length=32, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=True)
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 548105171\n"
 PAGE = "<!DOCTYPE html><html><head><title>Sign in</title></head></html>"

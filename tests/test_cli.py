@@ -45,6 +45,7 @@ def test_help_names_every_part():
     assert all(command.__name__ in run("--help").output for command in COMMANDS)
 
 
+@pytest.mark.slow
 def test_the_command_and_the_package_work_in_one_process(tmp_path):
     done = in_a_process("convert", TRAINED, tmp_path / "ours")
     assert done.returncode == 0, done.stderr
@@ -81,6 +82,7 @@ def test_a_directory_that_is_not_there_is_named():
     assert "there is no directory nowhere" in run("verify-receipt", "nowhere", status=1).output
 
 
+@pytest.mark.slow
 def test_a_name_that_is_not_utf_8_is_refused_before_the_work(pair, tmp_path):
     done = in_a_process("convert", pair[0], os.fsdecode(os.fsencode(tmp_path) + b"/o\xff"))
     assert done.returncode == 1 and "is not UTF-8" in done.stderr and "Traceback" not in done.stderr
@@ -131,6 +133,7 @@ def test_explain_prints_code_and_json():
     assert "did you mean W_query" in run("explain", "W_querry", status=1).output
 
 
+@pytest.mark.slow
 def test_inspect_prints_tables_and_json():
     output = run("inspect", "book").stdout
     for told in ("12 equal blocks", "163,009,536", "621.83 MiB", "768 × 768 + 768", "Norms come before"):
@@ -139,6 +142,7 @@ def test_inspect_prints_tables_and_json():
     assert "config.json" in run("inspect", Path(__file__).parent, status=1).output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("arguments", [("inspect", "1558M"), ("explain", "c_attn"), ("explain", "lm_head")])
 def test_nothing_is_wider_than_the_terminal(monkeypatch, arguments, width):

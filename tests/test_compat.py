@@ -97,6 +97,7 @@ def test_a_cache_that_did_not_take_what_it_was_given_is_noticed(model):
     check_growth(full, 20)
 
 
+@pytest.mark.slow
 def test_import_says_nothing_and_an_untested_version_gets_one_line(monkeypatch, unchecked, model, caplog):
     if Version(transformers.__version__) < Version("5.18"):
         monkeypatch.setattr(library_check, "CROSS_MODES", {})  # their official model forgets the encoder's mask
@@ -135,6 +136,7 @@ def test_the_check_refuses_again_and_again_and_names_version_and_remedy(monkeypa
     assert transformers.__version__ in str(told.value) and len(str(told.value)) < 1500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("untested", [False, True])
 def test_the_check_leaves_no_trace(monkeypatch, unchecked, untested):
     monkeypatch.setattr(library_check, "is_untested", lambda: untested)
@@ -236,6 +238,7 @@ def test_which_versions_are_untested(there, untested):
     assert compat.is_newer_than_tested(there) == untested
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CACHE != "cache", reason="the changes are made to transformers of 5.24 on")
 def test_sixty_changes_of_the_library_give_the_official_ids_or_an_error():
     script = Path(__file__).parent / "injected.py"
@@ -271,6 +274,7 @@ torch.save(generated(model, torch.load(sys.argv[2])), sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_a_directory_saved_now_generates_the_official_ids_without_the_package(tmp_path):
     gpt2, ours = random_pair()
     ours.save_pretrained(tmp_path / "saved")

@@ -8,6 +8,8 @@ from transformers import StaticCache
 
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def forget_compiled_code():

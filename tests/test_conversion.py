@@ -3,7 +3,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -105,6 +104,7 @@ def test_receipt_has_the_hashes_of_all_that_was_read_and_of_nothing_else(tmp_pat
     assert receipt["source"]["files"].keys() == read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_is_the_same_file(tmp_path, tied, dtype):
@@ -188,6 +188,7 @@ def test_existing_target_is_kept_unless_overwrite(source, target):
     assert leftovers(target) == []
 
 
+@pytest.mark.slow
 def test_failed_overwrite_keeps_the_old_target(source, target, monkeypatch):
     gpt2_to_scratch(source, target)
     before = sha256(target / "model.safetensors")
@@ -469,6 +470,7 @@ def test_a_chat_template_is_data_and_comes_along(tmp_path, target):
     assert AutoTokenizer.from_pretrained(target).chat_template == "{{ messages[0].content }}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["gpt2", "gguf", "book"])
 def test_no_code_goes_the_other_way(tmp_path, target, format):
     native = tmp_path / "native"
@@ -525,6 +527,7 @@ def test_one_bit_of_float64_is_seen(tmp_path, target, monkeypatch):
     assert not (tmp_path / "nudged").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [True, "weights"])
 def test_the_sign_of_a_zero_is_kept_and_seen(source, target, tmp_path, monkeypatch, check):
     def negative(tensors):
@@ -559,6 +562,7 @@ def test_a_bias_of_negative_zeros_is_not_left_out(tmp_path):
 # The scripts
 
 
+@pytest.mark.slow
 def test_scripts_convert_and_report(source, target, tmp_path):
     done = script("gpt2_to_scratch", source, target)
     assert done.returncode == 0, done.stderr
@@ -577,6 +581,7 @@ def test_scripts_convert_and_report(source, target, tmp_path):
     assert sha256(source / "model.safetensors") == sha256(tmp_path / "back/model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status", "told"),
     [
@@ -595,10 +600,14 @@ def test_scripts_exit_with_a_status_and_a_reason(source, target, arguments, stat
 
 
 def limit_file_size():
+    import resource  # not on Windows
+
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="the system has no limits for a process")
 def test_script_on_a_disk_that_fills_up(source, target):
     """A limit on the file size stops the write half-way, as a full disk does."""
     done = script("gpt2_to_scratch", source, target, preexec_fn=limit_file_size)
@@ -615,6 +624,8 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="the system cannot send these signals to one process")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_script_interrupted_half_way(tmp_path, number):
     source, target = tmp_path / "source", tmp_path / "target"

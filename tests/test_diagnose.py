@@ -23,6 +23,8 @@ from hf_gpt_scratch.lab.trace import stages
 from hf_gpt_scratch.model.layers import causal_mask
 from hf_gpt_scratch.weights.parity import FLOAT64_STAGE, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def official():

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchForSequenceClassification, GPTScratchModel
 from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, FP32_LOGITS, greedy_ids, relative_error, relative_errors
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 NO_DROPOUT = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
 needs_sharded_loading = pytest.mark.skipif(
     find_spec("transformers.distributed.parallel_utils") is None,

@@ -23,6 +23,8 @@ from hf_gpt_scratch.cli.doctor import CHECKS, FAILED, NOT_RUN, PASSED
 from hf_gpt_scratch.model import compat
 from hf_gpt_scratch.tokenizer import CACHED_FILES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 
 from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM, GPTScratchForSequenceClassification
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

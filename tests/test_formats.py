@@ -28,6 +28,8 @@ from hf_gpt_scratch.weights.layouts import BOOK, GGUF, NANOGPT, TENSORFLOW, Layo
 from hf_gpt_scratch.weights.lazy import held
 from hf_gpt_scratch.weights.tf_checkpoint import masked_crc32c, read_tensorflow
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parent / "fixtures"
 TF, TINY = FIXTURES / "tiny-tensorflow", FIXTURES / "tiny-gpt2"
 E, HEADS = 48, 4

@@ -10,6 +10,8 @@ from fuzz import DAMAGE, Broken, Worker, make_sources, memory, run_case, run_cas
 from hf_gpt_scratch.weights import checkpoint, conversion, formats, torch_archive
 from hf_gpt_scratch.weights.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.slow
+
 CASES = 10 * len(DAMAGE)
 
 

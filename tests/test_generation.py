@@ -133,6 +133,7 @@ def test_what_moved_out_of_transformers_is_refused_with_its_message(pair, row):
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ours assisted by the official", "the official assisted by ours", "ours by ours"])
 @pytest.mark.parametrize("sample", [False, True])
 def test_assisted_decoding(trained, how, sample):

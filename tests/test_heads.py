@@ -168,6 +168,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_saved_code_runs_where_the_package_is_missing(kind, pair, tmp_path):
     _, scratch = pair
     scratch.save_pretrained(tmp_path / "saved")

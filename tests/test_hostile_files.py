@@ -28,6 +28,8 @@ from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
 from hf_gpt_scratch.weights.formats import detect, import_checkpoint, read, write
 from hf_gpt_scratch.weights.tf_checkpoint import read_tensorflow
 
+pytestmark = pytest.mark.slow
+
 HEADS = 4
 
 

@@ -73,6 +73,7 @@ def test_every_arithmetic_comes_out(book):
             assert eval(side.replace(",", "").replace("×", "*")) == node.parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_class", MODELS, ids=lambda model_class: model_class.__name__)
 def test_the_tree_counts_what_the_model_has(model_class, tied):
@@ -89,6 +90,7 @@ def test_the_tree_counts_what_the_model_has(model_class, tied):
     json.dumps(found.to_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["official", "ours", "heads", "config.json"])
 def test_a_saved_model_is_read_from_its_config_alone(tmp_path, save):
     if save == "heads":
@@ -107,6 +109,7 @@ def test_a_saved_model_is_read_from_its_config_alone(tmp_path, save):
     assert found.tree.parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_presets_configs_dicts_and_models_mean_the_same():
     config = GPTScratchConfig.preset("124M")
     found = [inspect(model).tree for model in ("124M", config, config.to_gpt2())]
@@ -207,6 +210,7 @@ def namespaces(gpt2, scratch, layer):
     return theirs, {**scratch._modules, **scratch.model._modules, **scratch.model.trf_blocks[layer]._modules}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row.at(1) for row in (*BASE, LM_HEAD)], ids=lambda row: row.theirs)
 def test_the_code_of_an_explanation_moves_the_weights(row):
     activation = next((name for name in ("prelu", "xielu") if name in row.meaning), "gelu_new")
@@ -262,6 +266,7 @@ def test_a_part_of_a_name_finds_all_that_have_it():
     assert [found.gpt2 for found in explain("classifier.bias")] == ["classifier.bias"]
 
 
+@pytest.mark.slow
 def test_every_name_has_an_explanation_without_open_braces():
     names = {name for row in TABLE for name in (row.theirs, *row.ours)} | set(DROPPED)
     for name in names:

@@ -12,6 +12,8 @@ from torch._inductor.utils import run_and_get_code
 from hf_gpt_scratch import GPTScratchForCausalLM, Int8Config
 from hf_gpt_scratch.model.int8 import FEW_ROWS, Int8Linear
 
+pytestmark = pytest.mark.slow
+
 BFLOAT16 = dict(dtype=torch.bfloat16, quantization_config=Int8Config())
 GREEDY = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
 

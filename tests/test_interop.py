@@ -22,6 +22,8 @@ from hf_gpt_scratch import (
 from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS, GPTScratchBlock
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 class OtherFeedForward(nn.Module):
     """Of the same parameters as the book's, so that state dicts fit."""

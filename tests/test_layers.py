@@ -55,15 +55,18 @@ def tiny():
     return model
 
 
+@pytest.mark.slow
 def test_seeded_weights_are_bit_for_bit_the_books(book_model):
     assert fingerprint(book_model) == SEEDED_124M
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights():
     torch.manual_seed(124)
     assert fingerprint(GPTModel(GPT_CONFIG_124M)) != SEEDED_124M
 
 
+@pytest.mark.slow
 def test_parameter_counts_are_the_books(book_model):
     assert sum(p.numel() for p in book_model.parameters()) == 163_009_536
     assert sum(p.numel() for p in book_model.trf_blocks[0].att.parameters()) == 2_360_064
@@ -80,6 +83,7 @@ def test_parameter_counts_with_and_without_bias_and_tying(qkv_bias, tied, expect
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
+@pytest.mark.slow
 def test_published_logits_come_out_with_dropout_on():
     # Chapter 4 runs the fresh model in training mode, so that this pins the order of random draws in forward, too.
     torch.manual_seed(123)
@@ -92,6 +96,7 @@ def test_published_logits_come_out_with_dropout_on():
     torch.testing.assert_close(logits[1, 3, -3:], last_three, atol=6e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_published_ids_are_generated(book_model):
     hello_i_am = torch.tensor([[15496, 11, 314, 716]])
     out = generate_text_simple(book_model.eval(), hello_i_am, max_new_tokens=6, context_size=1024)

@@ -12,6 +12,8 @@ import torch
 
 from hf_gpt_scratch import GPT_CONFIG_124M, GPTModel
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "lessons.py"
 
 

@@ -13,6 +13,8 @@ from hf_gpt_scratch import GPTScratchForCausalLM, GPTScratchForSequenceClassific
 from hf_gpt_scratch.weights.conversion import CARD, RECEIPT, gpt2_to_scratch, scratch_to_gpt2
 from hf_gpt_scratch.weights.model_card import PIPELINES, model_card
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def converted(tmp_path):

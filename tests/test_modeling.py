@@ -289,6 +289,7 @@ assert not any(name.startswith("hf_gpt_scratch") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_saved_code_runs_where_the_package_is_missing(tmp_path):
     model = tiny_model(qkv_bias=True)
     model.save_pretrained(tmp_path / "saved")
@@ -486,6 +487,7 @@ def test_any_registered_attention_function_is_used():
     assert calls == [(n, (1, 20), 12**-0.5) for n in range(LAYERS)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="flex attention is compiled: it needs a C++ compiler")
 @torch.no_grad()
 def test_flex_attention_equals_eager():

@@ -9,6 +9,7 @@ from transformers import GPT2LMHeadModel
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 pytestmark = [
+    pytest.mark.slow,
     # One name for the batch of both inputs is what is wanted; the exporter says that it names it once.
     pytest.mark.filterwarnings("ignore:# The axis name. (batch|length) will not be used:UserWarning"),
     # torch's own use of its own tree utilities.

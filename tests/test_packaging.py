@@ -47,6 +47,7 @@ def built(tmp_path_factory):
     return {path.suffix: path for path in directory.iterdir()}
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_its_licence_only(built):
     names = zipfile.ZipFile(built[".whl"]).namelist()
     assert "hf_gpt_scratch/py.typed" in names
@@ -55,13 +56,22 @@ def test_wheel_holds_the_package_and_its_licence_only(built):
     assert "hf_gpt_scratch_command.py" in names and all(name.startswith(ours) for name in names)
 
 
+@pytest.mark.slow
 def test_sdist_holds_tests_scripts_and_examples(built):
     with tarfile.open(built[".gz"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "CHANGELOG.md", "LICENSE", "tests/test_parity.py", "convert/gpt2_to_scratch.py"} <= names
     assert {"requirements.lock", "examples/quickstart.py", "tests/fixtures/tiny-gpt2/model.safetensors"} <= names
+    assert {
+        "Makefile",
+        "SECURITY.md",
+        "CITATION.cff",
+        ".pre-commit-config.yaml",
+        ".github/workflows/tests.yml",
+    } <= names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [".whl", ".gz"])
 def test_it_installs_and_converts_in_a_clean_environment(built, kind, tmp_path):
     environment = tmp_path / "venv"

@@ -150,9 +150,13 @@ GENERATION = {
     "static cache": {"cache_implementation": "static"},
     "no cache": {"use_cache": False},
 }
+QUICK_MODES = ("greedy", "beam")
 
 
-@pytest.mark.parametrize("mode", GENERATION)
+@pytest.mark.parametrize(
+    "mode",
+    [*QUICK_MODES, *(pytest.param(mode, marks=pytest.mark.slow) for mode in GENERATION if mode not in QUICK_MODES)],
+)
 def test_generated_ids(pair, attention, mode):
     ids, mask, _ = left_padded(pair[0])
     settings = {"do_sample": False, "max_new_tokens": 16, "pad_token_id": 0, **GENERATION[mode]}
@@ -203,6 +207,7 @@ OPTIONS = [
 TANH_GELUS = ("gelu_new", "gelu_accurate", "gelu_fast", "gelu_python_tanh", "gelu_pytorch_tanh")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_options_of_gpt2_are_honoured(option, attn):
@@ -264,6 +269,7 @@ def not_transposed(tensor):
 LM_ROWS = [row for row in (*BASE, LM_HEAD) if ".act." not in row.theirs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", LM_ROWS, ids=lambda row: row.theirs)
 def test_any_row_read_wrongly_is_noticed(row):
     cross = "cross" in row.theirs

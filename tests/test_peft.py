@@ -9,6 +9,8 @@ from transformers import GPT2LMHeadModel
 from hf_gpt_scratch import GPTScratchForCausalLM
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ["W_query", "W_key", "W_value", "out_proj", "ff.layers.0", "ff.layers.2"]
 
 

@@ -27,6 +27,8 @@ from hf_gpt_scratch.weights.conversion import RECEIPT, atomic_directory, gpt2_to
 from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint, write
 from hf_gpt_scratch.weights.publish import new_receipt, seal
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
@@ -423,10 +425,29 @@ def test_no_permission_is_told(converted, tmp_path, monkeypatch):
         gpt2_to_scratch(converted.parent / "source", tmp_path / "a" / "target")
 
 
-def test_nothing_needs_fcntl_which_windows_does_not_have():
-    code = "import sys; sys.modules['fcntl'] = None; import hf_gpt_scratch.cli.app"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import psutil  # on Linux it needs resource itself
+sys.modules.update(dict.fromkeys(["fcntl", "grp", "pwd", "resource"]))
+import hf_gpt_scratch, hf_gpt_scratch_command
+for module in pkgutil.walk_packages(hf_gpt_scratch.__path__, "hf_gpt_scratch."):
+    importlib.import_module(module.name)
+"""
+
+
+def test_no_module_needs_what_windows_does_not_have():
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("system", "flag"), [("win32", os.O_RDWR), ("darwin", os.O_RDONLY), ("linux", os.O_RDONLY)])
+def test_files_are_opened_so_that_they_can_be_flushed(tmp_path, monkeypatch, system, flag):
+    (tmp_path / "file").touch()
+    opened, usual = [], os.open
+    monkeypatch.setattr(publish_module.sys, "platform", system)
+    monkeypatch.setattr(publish_module.os, "open", lambda path, flags: opened.append(flags) or usual(path, flags))
+    publish_module._fsync(tmp_path / "file")
+    assert opened == [flag]
 
 
 def test_parents_that_were_made_for_nothing_are_removed(converted, tmp_path):

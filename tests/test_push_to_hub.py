@@ -24,6 +24,8 @@ from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
 from hf_gpt_scratch.weights.model_card import PIPELINES, model_card
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, compare_outputs, relative_error
 
+pytestmark = pytest.mark.slow
+
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "push_to_hub.py"
 MODULES = """

@@ -22,6 +22,7 @@ from hf_gpt_scratch.model.weight_map import QuantizableConverter
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, greedy_ids, relative_error
 
 pytestmark = [
+    pytest.mark.slow,
     # bitsandbytes computes 8-bit products in half precision, and says so of float32 inputs.
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
 ]

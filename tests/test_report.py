@@ -26,6 +26,8 @@ from hf_gpt_scratch.lab.compare import compare_models
 from hf_gpt_scratch.lab.diagnose import diagnose
 from hf_gpt_scratch.lab.subject import copy_weights, subject
 
+pytestmark = pytest.mark.slow
+
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 READERS = Path(__file__).parent / "readers.py"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -21,6 +21,8 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
 from hf_gpt_scratch.weights.parity import greedy_ids
 
+pytestmark = pytest.mark.slow
+
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "serve.py"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

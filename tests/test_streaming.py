@@ -32,6 +32,8 @@ from hf_gpt_scratch.weights.lazy import held
 from hf_gpt_scratch.weights.parity import same_bits
 from hf_gpt_scratch.weights.torch_files import _save
 
+pytestmark = pytest.mark.slow
+
 
 def files(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in (RECEIPT, CARD)}

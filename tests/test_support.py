@@ -25,6 +25,7 @@ def run_of(names, outcome="passed", reason=None):
     return {"transformers": "5.99.0", "torch": "2.99", "python": "3.99.0", "date": "2026-01-01", "tests": tests}
 
 
+@pytest.mark.slow
 def test_every_row_has_tests(names):
     for table in TABLE.values():
         for patterns in table.values():
@@ -38,6 +39,7 @@ def test_the_readme_has_these_rows():
     assert "**no**" not in shown
 
 
+@pytest.mark.slow
 def test_a_failure_and_a_skip_show(names):
     run = run_of(names)
     assert "**no**" not in markdown([run]) and "[1]" not in markdown([run])
@@ -47,6 +49,7 @@ def test_a_failure_and_a_skip_show(names):
     assert cell({"passed", "skipped"}) == "yes"
 
 
+@pytest.mark.slow
 def test_what_ci_leaves_out_on_the_oldest_is_in_no_row(names):
     script = (ROOT / ".ci" / "run").read_text()
     listed = re.search(r"--ignore=tests/test_%s\.py' (.*?)\)", script.replace("\\\n", ""), re.S)[1].split()
@@ -58,6 +61,7 @@ def test_what_ci_leaves_out_on_the_oldest_is_in_no_row(names):
             assert collected(patterns, run) == collected(patterns, names)
 
 
+@pytest.mark.slow
 def test_a_row_without_tests_is_refused(names):
     with pytest.raises(ValueError, match="test_nothing"):
         collected(["test_nothing*"], names)

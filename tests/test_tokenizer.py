@@ -75,6 +75,7 @@ def reloaded(ours, tmp_path_factory):
     return AutoTokenizer.from_pretrained(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HARD_TEXTS)
 def test_ids_of_hard_text(text, ours, theirs, original, reloaded):
     ids = theirs.encode(text, allowed_special="all")
@@ -86,6 +87,7 @@ any_text = st.text() | st.text(st.characters(codec="utf-8", categories=["So", "M
 pieces = st.lists(st.sampled_from([*HARD_TEXTS, "<|endoftext|>", " ", "\n\n", "'s", "é", "\u0301", "🤗"])).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(text=any_text | pieces)
 @example(text="\u0130\u0307 \u00df\u1e9e")
@@ -96,6 +98,7 @@ def test_ids_of_any_text(text, ours, theirs, original):
     assert ours.decode(ids) == text
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(ids=st.lists(st.integers(0, 50256) | st.integers(0, 255) | st.just(50256)))
 def test_text_of_any_ids(ids, ours, theirs):
@@ -103,6 +106,7 @@ def test_text_of_any_ids(ids, ours, theirs):
     assert ours.decode(ids) == theirs.decode(ids)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(text=any_text | pieces)
 @example(text="")
@@ -114,6 +118,7 @@ def test_the_books_functions_take_either_tokenizer(text, ours, theirs):
     assert token_ids_to_text(ids, theirs) == token_ids_to_text(ids, ours) == text
 
 
+@pytest.mark.slow
 def test_backend_equals_that_of_openais_files(ours, original):
     a, b = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (ours, original))
     assert len(a["model"]["vocab"]) == 50257

@@ -13,6 +13,8 @@ from hf_gpt_scratch.errors import ConversionError
 from hf_gpt_scratch.weights.conversion import gpt2_to_scratch, scratch_to_gpt2, tokenizer_beside
 from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["the cat sat on the mat", "Naïve cats; 3.14 %\n\n日本語 🤗", "[CLS] cat <sep> mat [UNK]</s><|endoftext|>"]
 WORDS = ["the", "cat", "sat", "on", "mat", "##s", ";", "3", ".", "14"]
 

@@ -8,6 +8,8 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 from hf_gpt_scratch import GPTScratchForCausalLM
 from hf_gpt_scratch.weights.parity import FP32_LOSS, relative_error
 
+pytestmark = pytest.mark.slow
+
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 SAMPLES = [{"input_ids": ids, "labels": ids} for ids in random_ids(32, 16)]
 

@@ -14,6 +14,8 @@ from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from hf_gpt_scratch.model.configuration_gpt_scratch import FROM_GPT2
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, greedy_ids, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):

@@ -19,6 +19,8 @@ from hf_gpt_scratch.errors import ConversionError
 from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
 from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint, read, write
 
+pytestmark = pytest.mark.slow
+
 TF = Path(__file__).parent / "fixtures" / "tiny-tensorflow"
 CFG = dict(vocab_size=97, context_length=32, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=True)
 IDS = random_ids(2, 20, vocab_size=97)

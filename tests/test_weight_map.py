@@ -56,7 +56,7 @@ def test_table_is_injective(n_layer):
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "prelu", "xielu"])
-@pytest.mark.parametrize("n_layer", [1, 12, 48])
+@pytest.mark.parametrize("n_layer", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 48))])
 @pytest.mark.parametrize("model_class", MODELS)
 @pytest.mark.parametrize("cross", [False, True])
 def test_table_is_complete_against_both_models(n_layer, activation, model_class, cross):
@@ -66,6 +66,7 @@ def test_table_is_complete_against_both_models(n_layer, activation, model_class,
     assert {name for row in there for name in row.ours} == scratch
 
 
+@pytest.mark.slow
 def test_every_row_is_used_by_some_model():
     used = set()
     for activation in ACT2FN:

@@ -174,6 +174,7 @@ def losses(model, optimizer, training, between=lambda: None):
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [dict(fused=True), dict(foreach=True), dict(foreach=False)], ids=["fused", "foreach", "loop"]
 )

@@ -803,7 +803,7 @@ NO_DIFFERENCE = ("training", "in_features", "out_features", "num_embeddings")
 
 def _check_fit(model_class, config, weights):
     """Raises ValueError unless these are the weights of the book's model with this config."""
-    found = {"qkv_bias": "trf_blocks.0.att.W_query.bias" in weights}
+    found: dict[str, int | bool] = {"qkv_bias": "trf_blocks.0.att.W_query.bias" in weights}
     for name, sizes in (("tok_emb", ("vocab_size", "emb_dim")), ("pos_emb", ("context_length", "emb_dim"))):
         shape = weights[f"{name}.weight"].shape if f"{name}.weight" in weights else ()
         found |= zip(sizes, shape, strict=False)
