@@ -1,11 +1,16 @@
 """The package's face: everything is importable from it, and what 0.1.0's README imported still is, with a warning."""
 
+import ast
+import graphlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import hf_gpt_scratch
+
+PACKAGE = Path(hf_gpt_scratch.__file__).parent
 
 
 @pytest.mark.parametrize("name", hf_gpt_scratch.__all__)
@@ -29,6 +34,25 @@ def test_the_import_brings_models_only():
 def test_errors_are_of_one_family():
     errors = [value for value in vars(hf_gpt_scratch).values() if isinstance(value, type) and "Error" in value.__name__]
     assert len(errors) >= 4 and all(issubclass(error, hf_gpt_scratch.GPTScratchError) for error in errors)
+
+
+def test_imports_go_one_way():
+    """model ← weights ← lab ← cli, and no circle among the modules."""
+    rooms = {"errors": 0, "version": 0, "model": 0, "tokenizer": 1, "weights": 1, "lab": 2, "cli": 3}
+    arrows = {}
+    for file in PACKAGE.rglob("*.py"):
+        room = "" if file.parent == PACKAGE else file.parent.name
+        nodes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ImportFrom) and node.level]
+        if file.name == "__init__.py" or not room:
+            continue
+        arrows[f"{room}.{file.stem}"] = targets = []
+        for node in nodes:
+            path = (node.module or "").split(".") if node.level == 2 else [room, *filter(None, [node.module])]
+            targets += [".".join(path)] if len(path) > 1 else [f"{path[0]}.{alias.name}" for alias in node.names]
+            assert rooms[path[0]] <= rooms[room], f"{room}/{file.name} imports {'.'.join(path)}"
+            assert room != "model" or path[0] == "model", f"{file.name} could not travel with a saved model"
+    assert len(arrows) > 35
+    graphlib.TopologicalSorter(arrows).prepare()  # or CycleError
 
 
 @pytest.mark.parametrize(

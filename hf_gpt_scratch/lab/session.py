@@ -20,7 +20,7 @@ from .subject import Subject, load, names_a_class
 PROBE = 32
 
 
-def tokenizer_of(sources: list[str], vocab_size: int) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(sources: tuple[str, ...], vocab_size: int) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the first model that has one; GPT-2's own for its vocabulary; else none."""
     for source in sources:
         if not names_a_class(source) and (tokenizer := tokenizer_beside(find_source(source))) is not None:
@@ -90,6 +90,10 @@ def read_map(file: Path | None) -> dict[str, str | None]:
     return mapping
 
 
+def _path(name: str | os.PathLike | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
 def compare(
     reference: str | os.PathLike,
     candidate: str | os.PathLike,
@@ -119,13 +123,13 @@ def compare(
         LabError, ConversionError: a model cannot be loaded, or the two cannot be compared.
     """
     step("Loading")
-    sources = [os.fspath(reference), os.fspath(candidate)]
-    right, other = load_both(*sources, weights and Path(weights), cfg, mapping and Path(mapping))
+    sources = os.fspath(reference), os.fspath(candidate)
+    right, other = load_both(*sources, _path(weights), cfg, _path(mapping))
     config = right.config or other.config
     if config is None:
         raise LabError("the sizes of the models are not known; give --cfg")
     tokenizer = tokenizer_of(sources, config.vocab_size)
-    text_ids = text_tokens(text and Path(text), tokenizer)
+    text_ids = text_tokens(_path(text), tokenizer)
     input_ids = input_tokens(tokens, text_ids, config.vocab_size, config.context_length)
     if not right.is_language_model:
         input_ids = input_ids[:1]  # a classifier takes several sequences only if its config names a padding token
