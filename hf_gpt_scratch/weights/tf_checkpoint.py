@@ -9,10 +9,11 @@ import math
 import re
 import struct
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 
+import google_crc32c
 import numpy as np
 import torch
 
@@ -25,8 +26,7 @@ FOOTER_BYTES, MAGIC = 48, 0xDB4775248B80FB57
 LARGEST_INDEX, LONGEST_NAME = 1 << 22, 1000
 MOST_DIMENSIONS = 8
 DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}  # tensorflow.DataType
-CRC_POLYNOMIAL = 0x82F63B78
-CRC_ROW, CRC_PIECE = 512, 1 << 20  # bytes; the piece stays in the processor's cache
+CRC_PIECE = 1 << 20  # bytes
 
 
 def read_tensorflow(directory: Path) -> dict[str, Lazy]:
@@ -189,35 +189,7 @@ def _message(data: bytes) -> dict[int, list]:
 
 def masked_crc32c(data: np.ndarray) -> int:
     """CRC-32C of bytes, rotated and shifted as LevelDB stores it."""
-    byte_step, step, skip = _crc_tables()
-    whole = len(data) // CRC_ROW * CRC_ROW
-    crc = 0xFFFFFFFF
-    for start in range(0, whole, CRC_PIECE):
-        piece = data[start : min(start + CRC_PIECE, whole)].view("<u2").reshape(-1, CRC_ROW // 2)
-        # The checksum is linear: all rows are summed at once, each from 0, and then joined.
-        sums = np.zeros(len(piece), dtype=np.uint32)
-        for column in np.ascontiguousarray(piece.T):
-            sums = step[(sums ^ column) & 0xFFFF] ^ sums >> 16
-        for row in sums.tolist():
-            crc = row ^ skip[0][crc & 0xFFFF] ^ skip[1][crc >> 16]
-    for byte in data[whole:].tolist():
-        crc = byte_step[(crc ^ byte) & 0xFF] ^ crc >> 8
-    crc ^= 0xFFFFFFFF
+    crc = 0
+    for start in range(0, len(data), CRC_PIECE):  # the library takes nothing that could be written to meanwhile
+        crc = google_crc32c.extend(crc, data[start : start + CRC_PIECE].tobytes())
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-@cache
-def _crc_tables() -> tuple[list[int], np.ndarray, list[list[int]]]:
-    """The checksum's steps for a byte (256,) and for two (65536,), and what a row of zeros makes of each half of it."""
-
-    def steps(bits: int) -> np.ndarray:
-        crc = np.arange(1 << bits, dtype=np.uint32)
-        for _ in range(bits):
-            crc = np.where(crc & 1, crc >> 1 ^ CRC_POLYNOMIAL, crc >> 1).astype(np.uint32)
-        return crc
-
-    step = steps(16)
-    skip = np.arange(1 << 16, dtype=np.uint32) << np.array([[0], [16]], dtype=np.uint32)
-    for _ in range(CRC_ROW // 2):
-        skip = step[skip & 0xFFFF] ^ skip >> 16
-    return steps(8).tolist(), step, skip.tolist()
