@@ -17,6 +17,7 @@ import torch
 from harness import REFERENCE, Report, Timed, Worker, in_child, selected, timed
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -232,9 +233,12 @@ def to_gguf(checkpoint: Path, directory: Path) -> None:
     config = GPTScratchConfig.from_gpt2(weights.config)
     # A byte-pair tokenizer must have a merge.
     vocabulary = {"<": 0, ">": 1, "<>": 2, **{f"<{i}>": i for i in range(3, config.vocab_size)}}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [("<", ">")])))
+    backend = Tokenizer(BPE(vocabulary, [("<", ">")]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)  # as GPT-2's, or it is not written
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tensors = GGUF.from_scratch(weights.translated(), config.n_layers)
-    write_gguf(tensors, config, directory / "model.gguf", tokenizer, Progress())
+    if notes := write_gguf(tensors, config, directory / "model.gguf", tokenizer, Progress()):
+        raise RuntimeError(f"llama.cpp cannot be measured: {'; '.join(notes)}")
 
 
 class Floor:

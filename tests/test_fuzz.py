@@ -7,6 +7,7 @@ import pytest
 import torch
 from fuzz import DAMAGE, Broken, Worker, make_sources, memory, run_case, run_cases
 
+from hf_gpt_scratch import errors
 from hf_gpt_scratch.weights import checkpoint, conversion, formats, torch_archive
 from hf_gpt_scratch.weights.checkpoint import Checkpoint
 
@@ -97,7 +98,7 @@ def test_fuzz_notices_long_messages(sources, tmp_path, monkeypatch):
     def refuse(*args):
         raise conversion.ConversionError("x")
 
-    monkeypatch.setattr(checkpoint, "shortened", lambda message: 3000 * message)
+    monkeypatch.setattr(errors, "shortened", lambda message, length: 3000 * message)
     monkeypatch.setattr(conversion, "check_files", refuse)
     with pytest.raises(Broken, match="a message of 30"):
         first_broken(sources, tmp_path, "not_finite")
