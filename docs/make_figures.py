@@ -15,7 +15,9 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 # The story that the small model was trained on begins so.
-TEXT = "I had always thought Jack Gisburn rather a cheap genius--though a good fellow enough--so it was no great surprise"
+TEXT = (
+    "I had always thought Jack Gisburn rather a cheap genius--though a good fellow enough--so it was no great surprise"
+)
 WIDTH, HEIGHT, SCALE = 1180, 2700, 1.25
 # From where to where on the page, in its own pixels.
 PARTS = {"compare.png": (0, 1074), "compare-attention.png": (1074, 2032)}
@@ -34,7 +36,13 @@ def main() -> None:
         done = subprocess.run([sys.executable, "-c", command, *arguments], cwd=ROOT)
         if done.returncode != 3:
             sys.exit(f"the comparison ended with exit status {done.returncode}, but the models differ: 3 is expected")
-        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/profile")
+        flags = (
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={folder}/profile",
+        )
         size = (f"--window-size={WIDTH},{HEIGHT}", f"--force-device-scale-factor={SCALE}")
         whole = Path(folder) / "whole.png"
         subprocess.run([browser, *flags, *size, f"--screenshot={whole}", page.as_uri()], check=True, timeout=120)

@@ -1,4 +1,4 @@
-"""What all tests need first, and the record of what ran for the README's support table."""
+"""What all tests need first, and the record of what ran for the support table in docs/support.md."""
 
 import datetime
 import json

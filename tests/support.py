@@ -1,7 +1,7 @@
-"""What is supported: each row of the README's table, and the tests that show it.
+"""What is supported: each row of the table in docs/support.md, and the tests that show it.
 
     RECORDS=outputs/support .ci/run                          # on each version: pytest --support-table FILE
-    python tests/support.py outputs/support/*.json           # writes the README's table
+    python tests/support.py outputs/support/*.json           # writes the table
     python tests/support.py --check outputs/support/*.json   # or compares it
 
 A row is supported by a version if all its tests passed there. On the oldest, .ci/run leaves out tests of no row.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from test_generation import ROWS
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 BEGIN, END = "<!-- support table: python tests/support.py -->\n", "<!-- end of support table -->"
 
 # Section, row: patterns of test names, as `*` and `?` of the shell.
@@ -154,13 +154,13 @@ def main(arguments):
     check = "--check" in arguments
     runs = [json.loads(Path(name).read_text(encoding="utf-8")) for name in arguments if name != "--check"]
     runs.sort(key=lambda run: run["order"])
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     shown, after = rest.split(END)
     if not check:
-        README.write_text(before + BEGIN + markdown(runs) + END + after, encoding="utf-8")
+        PAGE.write_text(before + BEGIN + markdown(runs) + END + after, encoding="utf-8")
     elif wrong := sorted(set(verdicts(markdown(runs))) ^ set(verdicts(shown))):
-        print("the README's support table is not what the tests said:", *wrong, sep="\n")
+        print("the table in docs/support.md is not what the tests said:", *wrong, sep="\n")
         return 1
     return 0
 

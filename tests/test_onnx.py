@@ -19,7 +19,7 @@ SHAPES = [(3, 17), (2, CONTEXT), (5, 2), (1, 1)]
 
 
 def export(model, file, dynamic=True, mask=True):
-    """The README's recipe."""
+    """The recipe in docs/deploy.md."""
     example = {"input_ids": random_ids(2, 9)}
     if mask:
         example["attention_mask"] = torch.ones_like(example["input_ids"])

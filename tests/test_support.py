@@ -1,4 +1,4 @@
-"""The README's support table names tests that exist, and says what they said."""
+"""The support table in docs/support.md names tests that exist, and says what they said."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import BEGIN, END, README, TABLE, cell, collected, markdown
+from support import BEGIN, END, PAGE, TABLE, cell, collected, markdown
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,8 +32,8 @@ def test_every_row_has_tests(names):
             assert collected(patterns, names)
 
 
-def test_the_readme_has_these_rows():
-    shown = README.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+def test_the_page_has_these_rows():
+    shown = PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
     rows = re.findall(r"^\| (?!\*\*|---|\|)(\S.*?) \|", shown, re.M)
     assert rows == [row for table in TABLE.values() for row in table]
     assert "**no**" not in shown

@@ -110,7 +110,7 @@ def _suggestion(query: tuple[str, ...]) -> str:
     near = near or difflib.get_close_matches(query[-1].lower() if query else "", spelled, n=3, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(spelled[n] for n in near)}?"
-    return "the weight map in the README lists them all"
+    return "the weight map, docs/weights.md, lists them all"
 
 
 def _expression(name: str) -> str:
