@@ -45,7 +45,7 @@ def rewritten(markdown, source, page, repo_url):
             return f"[{text}]({posixpath.relpath(there, posixpath.dirname(page) or '.')}{hash_}{anchor})"
         if repo_url:
             return f"[{text}]({repo_url.rstrip('/')}/blob/main/{path})"
-        return f"{text} (`{path}`)"
+        return text if text.startswith("`") else f"{text} (`{path}`)"
 
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.M | re.S)  # code between fences stays as it is
     return "".join(

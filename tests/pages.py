@@ -1,8 +1,8 @@
 """The pages of the documentation, and their code run, so that none of it is wrong without being noticed.
 
     ```python    the blocks of a page run in order, in one namespace and one directory
-    ```bash      lines that begin with hf-gpt-scratch run too, in this process; `# exit status 3` on such a line says how
-                 it ends. Of all other commands, what they name must exist: files, options, extras, markers
+    ```bash      lines that begin with hf-gpt-scratch run too, in this process; `# exit status 3` on such a line says
+                 how it ends. Of all other commands, what they name must exist: files, options, extras, markers
     ```text      the output of the block before it; … stands for anything
 
 Inline code that is a command, a file of this repository or `file.py::name` is checked as well.
@@ -31,6 +31,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 FOLDERS = ("hf_gpt_scratch", "tests", "examples", "benchmarks", "convert", "docs", ".ci")
+ROOMS = ("model", "weights", "lab", "cli")  # folders of the package, which pages name without it
 
 # Commands of ours that are only checked, as those of other programs are, and why.
 RUN_ELSEWHERE = {"doctor": "takes half a minute; tests/test_doctor.py runs it"}
@@ -232,11 +233,17 @@ def check_inline(code):
                 raise WrongPage(f"there is no command {code}")
         return
     file, _, name = code.partition("::")
-    if re.fullmatch(rf"({'|'.join(map(re.escape, FOLDERS))})/[\w./-]*", file):
-        path = existing(file)
-        defined = rf"^\s*(?:(?:class|def) {re.escape(name)}\b|{re.escape(name)}\s*[:=])"
-        if name and not re.search(defined, path.read_text(encoding="utf-8"), re.M):
-            raise WrongPage(f"{file} defines no {name}")
+    if re.fullmatch(rf"({'|'.join(map(re.escape, (*FOLDERS, *ROOMS)))})/[\w./-]*", file):
+        path = existing(f"hf_gpt_scratch/{file}" if file.partition("/")[0] in ROOMS else file)
+        if name:
+            check_definition(name, path)
+
+
+def check_definition(name, path):
+    """Raises WrongPage unless a file of Python defines the name."""
+    defined = rf"^\s*(?:(?:class|def) {re.escape(name)}\b|{re.escape(name)}\s*[:=])"
+    if not re.search(defined, path.read_text(encoding="utf-8"), re.M):
+        raise WrongPage(f"{path.name} defines no {name}")
 
 
 def existing(name):
@@ -250,13 +257,14 @@ def existing(name):
 
 
 def links(text):
-    """Where the links and pictures of a page go to."""
+    """Where the links and pictures of a page go to, and the code that a link consists of, if it does."""
     for token in parsed(text):
-        for child in token.children or ():
+        children = token.children or []
+        for child, inside in zip(children, [*children[1:], None], strict=False):
             if child.type == "link_open":
-                yield child.attrs["href"]
+                yield child.attrs["href"], inside.content if inside.type == "code_inline" else ""
             elif child.type == "image":
-                yield child.attrs["src"]
+                yield child.attrs["src"], ""
 
 
 def anchors(text):
@@ -270,8 +278,8 @@ def anchors(text):
             yield slug.replace(" ", "-")
 
 
-def check_link(target, page):
-    """Raises WrongPage unless a link within the repository leads somewhere."""
+def check_link(target, code, page):
+    """Raises WrongPage unless a link within the repository leads somewhere, and to what it says if that is code."""
     if re.match(r"\w+:", target):
         return
     file, _, anchor = target.partition("#")
@@ -280,3 +288,9 @@ def check_link(target, page):
         raise WrongPage(f"{page.name}: the link {target} leads nowhere")
     if anchor and anchor not in anchors(path.read_text(encoding="utf-8")):
         raise WrongPage(f"{page.name}: {path.name} has no heading #{anchor}")
+    if code and path.suffix == ".py":
+        if "/" in code or code.endswith(".py"):
+            if not str(path).endswith(f"/{code}"):
+                raise WrongPage(f"{page.name}: the link of {code} leads nowhere near: {target}")
+        else:
+            check_definition(code, path)

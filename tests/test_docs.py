@@ -132,8 +132,8 @@ def test_what_a_page_names_exists(page):
     text = text_of(page)
     for code in inline_code(text):
         check_inline(code)
-    for target in links(text):
-        check_link(target, page)
+    for target, content in links(text):
+        check_link(target, content, page)
 
 
 @pytest.mark.parametrize(
@@ -148,14 +148,17 @@ def test_what_a_page_names_exists(page):
         "[x](docs/nothing.md)",
         "[x](docs/weights.md#nothing)",
         "![x](docs/images/nothing.png)",
+        "[`Gelu`](hf_gpt_scratch/model/layers.py)",
+        "[`model/loss.py`](hf_gpt_scratch/model/layers.py)",
+        "`model/layer.py`",
     ],
 )
 def test_a_name_of_nothing_is_noticed(wrong):
     with pytest.raises(WrongPage, match=r"(?i)\bno|nowhere"):
         for code in inline_code(wrong):
             check_inline(code)
-        for target in links(wrong):
-            check_link(target, ROOT / "README.md")
+        for target, content in links(wrong):
+            check_link(target, content, ROOT / "README.md")
 
 
 def test_the_readme_is_short():
@@ -178,9 +181,12 @@ def test_the_navigation_has_every_page_once():
 
 def test_links_are_those_of_the_site_where_the_site_has_the_page():
     rewritten = module_of(DOCS / "hooks.py").rewritten
-    text = "[a](docs/lab.md#compare) [b](benchmarks/README.md) [c](LICENSE) ![d](docs/images/compare.png) [e](#install)"
+    text = (
+        "[a](docs/lab.md#compare) [b](benchmarks/README.md) [c](LICENSE) ![d](docs/images/compare.png) [e](#install) "
+    )
+    text += "[`f`](hf_gpt_scratch/errors.py)"
     shown = rewritten(text, "README.md", "index.md", None)
-    assert shown == "[a](lab.md#compare) [b](benchmarks.md) c (`LICENSE`) ![d](images/compare.png) [e](#install)"
+    assert shown == "[a](lab.md#compare) [b](benchmarks.md) c (`LICENSE`) ![d](images/compare.png) [e](#install) `f`"
     shown = rewritten("[a](../README.md) [b](lab.md) [c](../LICENSE)", "docs/book.md", "book.md", "https://host/repo/")
     assert shown == "[a](index.md) [b](lab.md) [c](https://host/repo/blob/main/LICENSE)"
     assert rewritten("```\n[c](LICENSE)\n```", "README.md", "index.md", None) == "```\n[c](LICENSE)\n```"
@@ -188,7 +194,7 @@ def test_links_are_those_of_the_site_where_the_site_has_the_page():
 
 def test_the_api_page_has_every_public_name_and_command():
     text = text_of(DOCS / "api.md")
-    shown = re.findall(r"^::: hf_gpt_scratch\.(\S+)$", text, re.M)
+    shown = re.findall(r"^::: hf_gpt_scratch\.(?:weights\.model_card\.)?(\w+)$", text, re.M)
     assert sorted(shown) == sorted(set(hf_gpt_scratch.__all__) - {"__version__"})
     assert set(re.findall(r"^\| `hf-gpt-scratch ([\w-]+)", text, re.M)) == set(typer.main.get_command(app).commands)
     assert RUN_ELSEWHERE.keys() <= typer.main.get_command(app).commands.keys()
@@ -202,7 +208,7 @@ def test_generated_tables_are_up_to_date():
 
 def test_pictures_are_small_and_shown():
     pictures = {path.name for path in (DOCS / "images").iterdir()}
-    shown = {Path(target).name for page in PAGES for target in links(text_of(page)) if target.endswith(".png")}
+    shown = {Path(target).name for page in PAGES for target, _ in links(text_of(page)) if target.endswith(".png")}
     assert pictures == shown == module_of(DOCS / "make_figures.py").PARTS.keys()
     assert all(path.stat().st_size <= 300_000 for path in (DOCS / "images").iterdir())
 

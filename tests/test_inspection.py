@@ -308,7 +308,7 @@ def test_an_unknown_name_gets_the_nearest(name, near):
 
 @pytest.mark.parametrize("name", ["", "model", "xyzzy", "."])
 def test_a_name_like_none_gets_the_table(name):
-    with pytest.raises(UnknownName, match="docs/weights.md"):
+    with pytest.raises(UnknownName, match=r"docs/weights\.md"):
         explain(name)
 
 
