@@ -18,10 +18,9 @@ from matplotlib.patches import FancyBboxPatch
 from rich import print
 from torch import nn
 
-from hf_gpt_scratch import GELU, GPT_CONFIG_124M, GPTModel, GPTScratchConfig, LayerNorm
-from hf_gpt_scratch.lab.inspect import inspect
-from hf_gpt_scratch.model.configuration_gpt_scratch import PRESETS
+from hf_gpt_scratch import GELU, GPT_CONFIG_124M, GPTModel, GPTScratchConfig, LayerNorm, inspect
 
+SIZES = ("124M", "355M", "774M", "1558M")
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#9A9A9A"
 STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -238,7 +237,7 @@ def sizes(figure: plt.Figure) -> dict:
     """Parameters and memory of the four official sizes, without qkv_bias and untied, as in the book."""
     figures: dict[str, dict[str, float]] = {}
     parts: dict[str, list[float]] = {}
-    for name in PRESETS:
+    for name in SIZES:
         found = inspect(GPTScratchConfig.preset(name, qkv_bias=False, tie_word_embeddings=False))
         blocks = found.tree["model.trf_blocks"].children[0]
         counts = {
@@ -251,9 +250,9 @@ def sizes(figure: plt.Figure) -> dict:
             parts.setdefault(part, []).append(count / 1e6)
         figures[name] = {**found.parameters, "MiB": found.memory["float32"]["untied"] / 2**20}
     left, right = figure.subplots(1, 2)
-    bottom = torch.zeros(len(PRESETS))
+    bottom = torch.zeros(len(SIZES))
     for (part, millions), colour in zip(parts.items(), (PINK, BLUE, GREEN, ORANGE), strict=True):
-        left.bar(list(PRESETS), millions, 0.65, bottom=bottom, color=colour, label=part)
+        left.bar(SIZES, millions, 0.65, bottom=bottom, color=colour, label=part)
         bottom += torch.tensor(millions)
     for n, size in enumerate(figures.values()):
         left.text(n, bottom[n] + 20, f"{size['untied']:,}\n(tied {size['tied']:,})", ha="center", fontsize=9)
@@ -264,7 +263,7 @@ def sizes(figure: plt.Figure) -> dict:
             right.text(n + shift - 0.19, memory + 60, f"{memory:,.2f}", fontsize=9)
     left.set(title="parameters", ylabel="millions", ylim=(0, 1900))
     right.set(title="memory of the untied weights", ylabel="MiB (1024² bytes)", xticks=range(4), ylim=(0, 7000))
-    right.set_xticklabels(list(PRESETS))
+    right.set_xticklabels(SIZES)
     for axis in (left, right):
         axis.grid(axis="x", visible=False)
         axis.legend(loc="upper left")

@@ -17,8 +17,13 @@ from rich import print
 from rich.markup import escape
 from transformers import GPT2Tokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, text_to_token_ids, token_ids_to_text
-from hf_gpt_scratch.tokenizer import gpt2_tokenizer
+from hf_gpt_scratch import (
+    GPTScratchConfig,
+    GPTScratchForCausalLM,
+    gpt2_tokenizer,
+    text_to_token_ids,
+    token_ids_to_text,
+)
 
 SMALL = dict(emb_dim=96, n_heads=4, n_layers=4)
 

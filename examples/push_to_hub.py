@@ -16,12 +16,16 @@ from rich import print
 from rich.filesize import decimal
 from rich.text import Text
 
-from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchPreTrainedModel
-from hf_gpt_scratch.errors import ConversionError
+from hf_gpt_scratch import (
+    ConversionError,
+    GPTScratchConfig,
+    GPTScratchForCausalLM,
+    GPTScratchPreTrainedModel,
+    model_card,
+)
 from hf_gpt_scratch.weights.architecture import architecture
 from hf_gpt_scratch.weights.checkpoint import read_json
 from hf_gpt_scratch.weights.conversion import CARD, RECEIPT, find_source, tokenizer_beside
-from hf_gpt_scratch.weights.model_card import model_card
 
 
 def load(directory: Path) -> GPTScratchPreTrainedModel:

@@ -16,11 +16,9 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, set_seed
 from transformers import logging as transformers_logging
 
-from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from hf_gpt_scratch import ConversionError, GPTScratchConfig, GPTScratchForCausalLM, convert, gpt2_tokenizer
 from hf_gpt_scratch.cli.terminal import convert_and_report
-from hf_gpt_scratch.errors import ConversionError
-from hf_gpt_scratch.tokenizer import gpt2_tokenizer
-from hf_gpt_scratch.weights.conversion import find_source, gpt2_to_scratch
+from hf_gpt_scratch.weights.conversion import find_source
 
 HUB_ID = "openai-community/gpt2"
 
@@ -56,7 +54,7 @@ def main(
     transformers_logging.disable_progress_bar()
     shutil.rmtree(output / "official", ignore_errors=True)
     source = official_checkpoint(preset, offline, output / "official")
-    receipt = convert_and_report(gpt2_to_scratch, source, output / "scratch", overwrite=True)
+    receipt = convert_and_report(convert, source, output / "scratch", overwrite=True)
 
     official = GPT2LMHeadModel.from_pretrained(source)
     ours = AutoModelForCausalLM.from_pretrained(output / "scratch")

@@ -1,5 +1,6 @@
 """README and docs: every block of code runs, every command, file, link and anchor exists, every table is up to date."""
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -198,6 +199,13 @@ def test_the_api_page_has_every_public_name_and_command():
     assert sorted(shown) == sorted(set(hf_gpt_scratch.__all__) - {"__version__"})
     assert set(re.findall(r"^\| `hf-gpt-scratch ([\w-]+)", text, re.M)) == set(typer.main.get_command(app).commands)
     assert RUN_ELSEWHERE.keys() <= typer.main.get_command(app).commands.keys()
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_take_public_names_from_the_package(example):
+    for node in ast.walk(ast.parse(text_of(example))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_gpt_scratch."):
+            assert not {alias.name for alias in node.names} & set(hf_gpt_scratch.__all__)
 
 
 def test_generated_tables_are_up_to_date():

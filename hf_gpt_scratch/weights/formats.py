@@ -122,8 +122,8 @@ def read(path: str | os.PathLike, n_heads: int | None = None) -> tuple[GPTScratc
     """The config and the state dict of a checkpoint in any format, in the book's names; a tied head is left out.
 
     Args:
-        n_heads: for "book" and "mingpt", whose files do not tell it. A wrong number that divides emb_dim cannot be
-            seen: the model loads and computes something else.
+        n_heads: for "book" and "mingpt", whose files do not say it. A wrong number that divides emb_dim cannot be
+            noticed: the model loads and computes something else.
 
     Raises:
         ConversionError: not a whole, finite GPT-2 of a known format.
@@ -187,17 +187,26 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Converts a checkpoint of any format, or of the hub, into a native directory, weights unchanged.
 
-    The weights stream, as those of an official checkpoint do; arguments as in `gpt2_to_scratch`. Other programs' models
-    are compared by their weights alone, whatever `check` is, unless it is False.
+    Memory holds about two of the largest tensors, unless `check` is True. Other programs' models are compared by their
+    weights alone, unless `check` is False.
 
     Args:
-        n_heads: as in `read`.
+        source: file, directory or hub id.
+        target: directory to be; must not exist unless `overwrite`.
+        n_heads: for "book" and "mingpt", whose files do not say it. A wrong number that divides emb_dim cannot be
+            noticed: the model loads and computes something else.
+        revision: branch, tag or commit of a hub id.
+        check: before the result is published, compare it with the official model in float32, for which both models
+            are in memory; "weights": compare only the weights, bit for bit, streaming; False: compare nothing.
+        overwrite: replace a target that a conversion has written.
+        max_shard_size: as in `save_pretrained`: bytes, or a string such as "5GB".
+        progress: its `step` and `advance` are called as the conversion proceeds.
 
     Returns:
-        the receipt, which also lies in the target.
+        the receipt, which also lies in the target: files with their sha256, parity figures, versions.
 
     Raises:
-        ConversionError: source or target is not as it must be, or `n_heads` is missing where no file tells it.
+        ConversionError: source or target is not as it must be, or `n_heads` is missing where no file says it.
         ParityError: what was written is not what was read.
     """
     path = local_path(source)
@@ -226,12 +235,29 @@ def export_checkpoint(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Converts a native checkpoint, or one of any other format, into `format`; arguments as above and in `write`.
+    """Converts a native checkpoint, or one of any other format, into `format`, weights unchanged.
 
     The target is a directory: it holds `model.pth`, `ckpt.pt` or `model.gguf`, or is the checkpoint, and the receipt.
     For the first two the disk must have room for the weights twice.
 
-    Returns, raises: as `import_checkpoint`.
+    Args:
+        source: file, directory or hub id.
+        target: directory to be; must not exist unless `overwrite`.
+        format: "gpt2", "book", "nanogpt", "gguf" or "native".
+        n_heads: as in `convert`.
+        revision: branch, tag or commit of a hub id.
+        bias: for "nanogpt", its `bias`; None: unless all biases are zero and `qkv_bias` is off.
+        check: as in `convert`.
+        overwrite: replace a target that a conversion has written.
+        max_shard_size: as in `save_pretrained`: bytes, or a string such as "5GB".
+        progress: its `step` and `advance` are called as the conversion proceeds.
+
+    Returns:
+        the receipt, which also lies in the target.
+
+    Raises:
+        ConversionError: source or target is not as it must be, or the format cannot express what the model does.
+        ParityError: what was written is not what was read.
     """
     with told_while("reading the source", target):
         path = local_path(source)
