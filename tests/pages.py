@@ -27,7 +27,12 @@ from typer.testing import CliRunner
 from hf_gpt_scratch.cli.app import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks/README.md",
+]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 FOLDERS = ("hf_gpt_scratch", "tests", "examples", "benchmarks", "convert", "docs", ".ci")
@@ -170,6 +175,8 @@ def check_command(words):
     elif program == "mkdocs":
         existing("mkdocs.yml")
         check_pip(["install", ".[docs]"])
+    elif program in ("ruff", "mypy"):
+        check_pip(["install", program])
     elif words not in ([".", ".venv/bin/activate"],) and words[:2] not in (["transformers", "chat"],):
         raise WrongPage(f"no test knows the command {' '.join(words)!r}")
 
@@ -188,11 +195,9 @@ def check_ours(words):
 def check_script(words):
     script, options = words[0], [word.partition("=")[0] for word in words[1:] if word.startswith("--")]
     source = existing(script).read_text(encoding="utf-8")
-    if script.startswith("benchmarks/"):
-        source += (ROOT / "benchmarks" / "harness.py").read_text(encoding="utf-8")
     for option in options:
         parameter = option.removeprefix("--").replace("-", "_")
-        known = f'"{option}"' in source or re.search(rf"^\s*{parameter}: Annotated", source, re.M)
+        known = f'"{option}"' in source or re.search(rf"^    {parameter}: \w+.* = ", source, re.M)
         if not known and script not in OTHERS_OPTIONS:
             raise WrongPage(f"{script} has no option {option}")
 

@@ -44,6 +44,10 @@ def text_of(page):
     return page.read_text(encoding="utf-8")
 
 
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
 def small_config(monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setitem(GPT_CONFIG_124M, name, value)
@@ -88,9 +92,9 @@ def directory(files, tmp_path, monkeypatch):
     transformers.logging.enable_progress_bar()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_on_a_page_runs(page, directory):
-    run(text_of(page), page.name)
+    run(text_of(page), name_of(page))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +132,7 @@ def test_output_may_be_left_out_and_boxed(directory):
     run("```bash\nhf-gpt-scratch explain W_key\n```\n```text\n│ ours … trf_blocks.{n}.att.W_key.weight │\n```", "page")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_what_a_page_names_exists(page):
     text = text_of(page)
     for code in inline_code(text):
