@@ -17,7 +17,7 @@ from pages import PAGES, ROOT, RUN_ELSEWHERE, WrongPage, anchors, check_inline, 
 from pages import run_page as run
 
 import hf_gpt_scratch
-from hf_gpt_scratch import GPT_CONFIG_124M, GPTModel, GPTScratchForCausalLM, export
+from hf_gpt_scratch import GPT_CONFIG_124M, GPTModel, GPTScratchForCausalLM, export, gpt2_tokenizer
 from hf_gpt_scratch.cli.app import app
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -70,6 +70,7 @@ def files(tmp_path_factory):
     torch.save(own.state_dict(), there / "my_gpt.pth")
     torch.save(GPTModel({**GPT_CONFIG_124M, **SMALL}).state_dict(), there / "model.pth")
     export(official, there / "out", format="nanogpt")
+    gpt2_tokenizer()  # whose vocabulary is fetched now, if it must be
     return there
 
 
