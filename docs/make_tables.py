@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from hf_gpt_scratch import GPTScratchConfig
-from hf_gpt_scratch.lab.diagnose import hypotheses
+from hf_gpt_scratch.lab.mistakes import hypotheses
 from hf_gpt_scratch.model import weight_map
 
 DOCS = Path(__file__).parent

@@ -39,7 +39,7 @@ FOLDERS = ("hf_gpt_scratch", "tests", "examples", "benchmarks", "convert", "docs
 ROOMS = ("model", "weights", "lab", "cli")  # folders of the package, which pages name without it
 
 # Commands of ours that are only checked, as those of other programs are, and why.
-RUN_ELSEWHERE = {"doctor": "takes half a minute; tests/test_doctor.py runs it"}
+RUN_ELSEWHERE = {"doctor": "takes ten seconds; tests/test_doctor.py runs it"}
 # Scripts that hand their options on to another program.
 OTHERS_OPTIONS = {"examples/serve.py": "transformers serve"}
 
@@ -164,6 +164,8 @@ def check_command(words):
             check_script(rest)
         elif rest[1] == "pytest":
             check_pytest(rest[2:])
+        elif rest[1] == "mkdocs":
+            check_command(rest[1:])
         elif rest[1] != "venv":
             raise WrongPage(f"python -m {rest[1]} is not known here")
     elif program == "pip":
@@ -175,8 +177,10 @@ def check_command(words):
     elif program == "mkdocs":
         existing("mkdocs.yml")
         check_pip(["install", ".[docs]"])
-    elif program in ("ruff", "mypy"):
-        check_pip(["install", program])
+    elif program == "make":
+        for target in rest:
+            if not re.search(rf"^{target}:", existing("Makefile").read_text(encoding="utf-8"), re.M):
+                raise WrongPage(f"the Makefile has no target {target}")
     elif words not in ([".", ".venv/bin/activate"],) and words[:2] not in (["transformers", "chat"],):
         raise WrongPage(f"no test knows the command {' '.join(words)!r}")
 
@@ -230,7 +234,7 @@ def check_pip(words):
 
 def check_inline(code):
     """Raises WrongPage if this is a command or names a file, and something in it does not exist."""
-    if re.match(r"(\.venv/bin/)?(python3?|pip|hf-gpt-scratch|torchrun|mkdocs) \S|\.ci/\w", code):
+    if re.match(r"(\.venv/bin/)?(python3?|pip|hf-gpt-scratch|torchrun|mkdocs|make) \S|\.ci/\w", code):
         for words in commands(code):
             if words[0] != "hf-gpt-scratch" or len(words) > 2:
                 check_command(words)

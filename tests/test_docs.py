@@ -93,6 +93,7 @@ def directory(files, tmp_path, monkeypatch):
     transformers.logging.enable_progress_bar()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_on_a_page_runs(page, directory):
     run(text_of(page), name_of(page))
@@ -151,6 +152,7 @@ def test_what_a_page_names_exists(page):
         "`hf-gpt-scratch export mine out --form gguf`",
         "`hf-gpt-scratch conwert`",
         "`.ci/runs`",
+        "`make doc`",
         "[x](docs/nothing.md)",
         "[x](docs/weights.md#nothing)",
         "![x](docs/images/nothing.png)",
