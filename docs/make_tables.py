@@ -8,6 +8,7 @@ from hf_gpt_scratch.lab.mistakes import hypotheses
 from hf_gpt_scratch.model import weight_map
 
 DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 
 
 def mistakes() -> str:
@@ -20,8 +21,45 @@ def mistakes() -> str:
     return "\n".join(lines)
 
 
+OURS = ("ours, sdpa", "ours, compiled")
+OTHERS = ("transformers GPT-2, compiled", "CTranslate2, oneDNN", "onnxruntime", "llama.cpp")
+INT8 = ("ours, int8", "ours, int8, compiled", "", "CTranslate2, MKL, int8", "", "")
+# What a row says, the table of benchmarks/README.md that it is of, the column, the rows there.
+SPEEDS = (
+    ("decode, batch 1, 32+64 tokens", "batch 1, 32+64 tokens", "speed", OURS + OTHERS),
+    ("decode, batch 8, 32+64 tokens", "batch 8, 32+64 tokens", "speed", OURS + OTHERS),
+    ("decode, batch 1, 928+64 tokens", "batch 1, 928+64 tokens", "speed", OURS + OTHERS),
+    ("prefill, 1024 tokens", "batch 1, 1024 tokens", "speed", OURS + OTHERS),
+    ("training step, 4×256 tokens", "batch 4×256", "speed", OURS + OTHERS),
+    ("its peak memory (less is better)", "batch 4×256", "memory", OURS + OTHERS),
+    ("int8 decode, batch 1, 32+64 tokens", "batch 1, 32+64 tokens", "speed", INT8),
+)
+
+
+def measured(table: str, column: str) -> dict[str, float]:
+    """A column of one of the benchmarks' tables, by row."""
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    [lines] = re.findall(rf"^\| {re.escape(table)} \|.*\n(?:\|.*\n)+", text, re.M)
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
+    cells = {row[0]: row[header.index(column)].removesuffix("×") for row in rows}
+    return {name: float(cell) for name, cell in cells.items() if cell}
+
+
+def speed() -> str:
+    """Ours beside the others, relative to transformers; the best of each row is bold."""
+    lines = ["| | ours | ours, compiled | transformers, compiled | CTranslate2 | onnxruntime | llama.cpp |"]
+    lines.append("|" + " --- |" * 7)
+    for label, table, column, names in SPEEDS:
+        values = [measured(table, column).get(name) for name in names]
+        best = (min if column == "memory" else max)(value for value in values if value is not None)
+        shown = ["" if value is None else f"**{value:.2f}**" if value == best else f"{value:.2f}" for value in values]
+        lines.append(f"| {' | '.join([label, *shown])} |".replace("  |", " |"))
+    return "\n".join(lines)
+
+
 # Page, mark, table: what lies between `<!-- mark -->` and `<!-- end of mark -->` is replaced.
 TABLES = {
+    "../README.md": {"speed": speed},
     "weights.md": {"weight map": weight_map.markdown},
     "lab.md": {"mistakes": mistakes},
 }
