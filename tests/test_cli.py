@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.cells import cell_len
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hf_gpt_scratch import GPTScratchForCausalLM, __version__
+from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM, __version__
 from hf_gpt_scratch.cli.app import COMMANDS, app
 
 TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
@@ -51,6 +52,18 @@ def test_the_command_and_the_package_work_in_one_process(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Verified in float32" in done.stdout and "Tokenizer: GPT2Tokenizer" in done.stdout
     assert GPTScratchForCausalLM.from_pretrained(tmp_path / "ours").config.n_layers == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "format"), [("convert", None), ("export", "gpt2"), ("export", "gguf")])
+def test_the_number_of_heads_is_asked_for_by_an_option_that_there_is(tmp_path, command, format):
+    cfg = {"vocab_size": 97, "context_length": 32, "emb_dim": 24, "n_heads": 3, "n_layers": 2, "qkv_bias": True}
+    torch.save(GPTModel(cfg).state_dict(), tmp_path / "model.pth")
+    asked = [command, tmp_path / "model.pth", tmp_path / "out", *(["--format", format] if format else [])]
+    message = " ".join(run(*asked, status=1).output.split())
+    [option] = re.findall(r"--n-heads", message)
+    run(*asked, option, 3)
+    assert list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("command", ["convert", "export"])

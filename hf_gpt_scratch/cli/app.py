@@ -18,7 +18,7 @@ from ..lab.explain import explain as explain_name
 from ..lab.inspect import inspect as inspect_model
 from ..version import __version__
 from ..weights import formats
-from ..weights.conversion import MAX_SHARD_SIZE, scratch_to_gpt2
+from ..weights.conversion import MAX_SHARD_SIZE
 from .compare_command import compare
 from .doctor import doctor
 from .inspection_report import explanation, report
@@ -32,6 +32,7 @@ Verify = Annotated[bool, typer.Option(help="Compare with the official model befo
 WeightsOnly = Annotated[bool, typer.Option(help="Compare the weights bit for bit, and run no model.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5GB.")]
 Format = Literal["gpt2", "book", "nanogpt", "gguf"]
+Heads = Annotated[int | None, typer.Option(help="Attention heads, if the file does not tell: the book's.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing target.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
 MODEL = "124M, 355M, 774M or 1558M; book, for the book's GPT_CONFIG_124M; a directory or hub id; a config.json."
@@ -44,7 +45,7 @@ def convert(
     verify: Verify = True,
     weights_only: WeightsOnly = False,
     max_shard_size: ShardSize = MAX_SHARD_SIZE,
-    n_heads: Annotated[int | None, typer.Option(help="Attention heads, if the file does not tell: the book's.")] = None,
+    n_heads: Heads = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Converts a GPT-2 checkpoint into the book's layers, weights unchanged.
@@ -64,15 +65,14 @@ def export(
     verify: Verify = True,
     weights_only: WeightsOnly = False,
     max_shard_size: ShardSize = MAX_SHARD_SIZE,
+    n_heads: Heads = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Converts a GPTScratch checkpoint into an official GPT-2 one, or another program's, weights unchanged."""
+    """Converts a GPTScratch checkpoint, or another program's, into an official GPT-2 one, or another program's."""
     check = _check(verify, weights_only)
-    options: dict[str, Any] = dict(revision=revision, check=check, overwrite=overwrite, max_shard_size=max_shard_size)
-    if format == "gpt2":
-        convert_and_report(scratch_to_gpt2, source, target, **options)
-    else:
-        convert_and_report(formats.export_checkpoint, source, target, format=format, **options)
+    options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
+    options |= dict(format=format, max_shard_size=max_shard_size)
+    convert_and_report(formats.export_checkpoint, source, target, **options)
 
 
 def verify(
