@@ -43,6 +43,7 @@ from .model.modeling_gpt_scratch import (
     GPTScratchModel,
     GPTScratchPreTrainedModel,
 )
+from .moved import keep_old_names
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_ON_DEMAND})
 
 
+keep_old_names()
 AutoConfig.register(GPTScratchConfig.model_type, GPTScratchConfig, exist_ok=True)
 AutoTokenizer.register(GPTScratchConfig, fast_tokenizer_class=GPT2Tokenizer, exist_ok=True)
 GPTScratchConfig.register_for_auto_class()

@@ -2,14 +2,19 @@
 
 import ast
 import graphlib
+import importlib
+import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import hf_gpt_scratch
+from hf_gpt_scratch.moved import MOVED
 
+SAMPLE = ("int8", "parity")
 PACKAGE = Path(hf_gpt_scratch.__file__).parent
 
 
@@ -28,7 +33,7 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_the_import_brings_models_only():
     script = "import sys, hf_gpt_scratch; print(*(m for m in sys.modules if m.startswith('hf_gpt_scratch.')))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    assert {name.split(".")[1] for name in loaded} == {"errors", "model", "version"}
+    assert {name.split(".")[1] for name in loaded} == {"errors", "model", "moved", "version"}
 
 
 def test_errors_are_of_one_family():
@@ -59,6 +64,11 @@ def test_imports_go_one_way():
     "old",
     [
         "from hf_gpt_scratch.formats import export_checkpoint, import_checkpoint",
+        "from hf_gpt_scratch import formats; formats.import_checkpoint, formats.ConversionError",
+        "from hf_gpt_scratch.conversion import ConversionError, gpt2_to_scratch",
+        "from hf_gpt_scratch.modeling_gpt_scratch import GPTScratchForCausalLM as C; import hf_gpt_scratch as h; "
+        "assert C is h.GPTScratchForCausalLM",
+        *(f"import hf_gpt_scratch.{name}" for name in SAMPLE),
         "import hf_gpt_scratch.model_card; hf_gpt_scratch.model_card.model_card",
         "from hf_gpt_scratch.model_card import model_card",
         "from hf_gpt_scratch.tokenizer import gpt2_tokenizer",
@@ -69,3 +79,20 @@ def test_imports_of_0_1_0_work_and_say_where_things_are(old):
     done = subprocess.run([sys.executable, "-c", f"{old}\n{still}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "has moved" in done.stderr or "tokenizer" in old
+
+
+def test_every_module_of_0_1_0_that_moved_is_one_module_under_both_names():
+    for old, new in MOVED.items():
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            sys.modules.pop(old, None)
+            assert importlib.import_module(old) is importlib.import_module(new)
+        assert [str(one.message) for one in told if "has moved to " + new in str(one.message)]
+        assert sys.modules[new].__spec__.name == new
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("hf_gpt_scratch.nowhere")
+
+
+@pytest.mark.filterwarnings("ignore:.*has moved to:FutureWarning")
+def test_a_model_that_was_pickled_by_0_1_0_is_found():
+    assert pickle.loads(b"chf_gpt_scratch.layers\nGPTModel\n.") is hf_gpt_scratch.GPTModel

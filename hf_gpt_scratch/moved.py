@@ -1,0 +1,44 @@
+"""Where the modules of 0.1.0 are now: old imports, and pickles of whole models, find them, with a warning."""
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+ROOMS = {
+    "model": "configuration_gpt_scratch decoding int8 layers loss modeling_gpt_scratch parallel weight_map",
+    "weights": "checkpoint conversion formats gguf_file layouts lazy parity publish tf_checkpoint torch_files",
+    "lab": "diagnose",
+    "cli": "report terminal",
+}
+PACKAGE = __name__.rpartition(".")[0]
+MOVED = {f"{PACKAGE}.{name}": f"{PACKAGE}.{room}.{name}" for room, names in ROOMS.items() for name in names.split()}
+
+
+class Moved(MetaPathFinder, Loader):
+    """Gives the module at its new place under its old name."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new = MOVED[spec.name]
+        warnings.warn(
+            f"{spec.name} has moved to {new}; what README and documentation use is in {PACKAGE} itself",
+            FutureWarning,
+            stacklevel=2,
+        )
+        module = import_module(new)
+        self.spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec  # its own, in place of the old name's
+
+
+def keep_old_names() -> None:
+    """Has Python look here for a module that is not in its old place."""
+    if not any(isinstance(finder, Moved) for finder in sys.meta_path):
+        sys.meta_path.append(Moved())
