@@ -21,10 +21,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..errors import ConversionError, LabError
 from ..model.configuration_gpt_scratch import TO_GPT2, GPTScratchConfig
+from ..model.layers import SIZES
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
 from ..model.weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, Row, rows
 from ..weights.architecture import architecture, kind_of
@@ -33,8 +34,6 @@ from ..weights.conversion import Weights, find_source
 from ..weights.lazy import Lazy, to_scratch
 from ..weights.torch_archive import Stored
 from .pairing import Match, match_parameters, parameters
-
-SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
 
 @dataclass
@@ -52,7 +51,6 @@ class Subject:
     config: GPTScratchConfig | None = None
     guessed: bool = False
     notes: list[str] = field(default_factory=list)
-    tokenizer: PreTrainedTokenizerBase | None = None
     kind: type[GPTScratchPreTrainedModel] = GPTScratchForCausalLM
     tensors: Mapping[str, Lazy] | None = None
 
