@@ -20,7 +20,6 @@ from hf_gpt_scratch.lab.search import Experiment
 from hf_gpt_scratch.lab.simulate import Mistakes, everywhere, simulate
 from hf_gpt_scratch.lab.subject import SIZES, book_settings, copy_weights, subject
 from hf_gpt_scratch.lab.trace import stages
-from hf_gpt_scratch.model.layers import causal_mask
 from hf_gpt_scratch.weights.parity import FLOAT64_STAGE, relative_error
 
 pytestmark = pytest.mark.slow
@@ -68,21 +67,20 @@ def each_norm(model, forward):
 def attend(block, weights_of):
     """Replaces the attention by one in which `weights_of(module, scores)` makes weights (B, H, T, T) of raw scores."""
 
-    def forward(self, x, attention_mask=None, past_key_values=None, return_weights=False, **kwargs):
+    def forward(self, x):
         batch, tokens, _ = x.shape
         q, k, v = (
             layer(x).view(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
             for layer in (self.W_query, self.W_key, self.W_value)
         )
-        weights = weights_of(self, q @ k.transpose(2, 3))
-        context = (weights @ v).transpose(1, 2).reshape(batch, tokens, -1)
-        return self.out_proj(context), weights
+        weights = self.dropout(weights_of(self, q @ k.transpose(2, 3)))
+        return self.out_proj((weights @ v).transpose(1, 2).reshape(batch, tokens, -1))
 
     block.att.forward = forward.__get__(block.att)
 
 
 def future(scores):
-    return ~causal_mask(*scores.shape[-2:])
+    return torch.ones(scores.shape[-2:]).triu(1).bool()
 
 
 def hiding(diagonal, fill=-math.inf):
@@ -94,24 +92,34 @@ def hiding(diagonal, fill=-math.inf):
 
 
 def heads_cut_without_transpose(block):
-    def forward(self, x, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, x):
         batch, tokens, width = x.shape
         q, k, v = (
             layer(x).view(batch, self.num_heads, tokens, self.head_dim)
             for layer in (self.W_query, self.W_key, self.W_value)
         )
         scores = (q @ k.transpose(2, 3) / self.head_dim**0.5).masked_fill(future(q @ k.transpose(2, 3)), -math.inf)
-        return self.out_proj((scores.softmax(-1) @ v).reshape(batch, tokens, width)), None
+        return self.out_proj((scores.softmax(-1) @ v).reshape(batch, tokens, width))
 
     block.att.forward = forward.__get__(block.att)
 
 
-def scaled_by(factor):
-    return each_block(lambda block: setattr(block.att, "scaling", factor(block.att)))
-
-
 def attention(weights_of):
     return each_block(lambda block: attend(block, weights_of))
+
+
+def scaled(factor):
+    """Weights of scores that are multiplied by `factor`, or by what it makes of the module."""
+
+    def weights(module, scores):
+        scores = scores * (factor(module) if callable(factor) else factor)
+        return scores.masked_fill(future(scores), -math.inf).softmax(-1)
+
+    return weights
+
+
+def scaled_by(factor):
+    return attention(scaled(factor))
 
 
 def permuted(model):
@@ -187,25 +195,25 @@ def block_forward(forward):
     return each_block(lambda block: setattr(block, "forward", forward.__get__(block)))
 
 
-def post_norm(self, x, mask=None, cache=None):
-    x = self.norm1(x + self.att(x, mask))
+def post_norm(self, x):
+    x = self.norm1(x + self.att(x))
     return self.norm2(x + self.ff(x))
 
 
-def shortcut_after_norm(self, x, mask=None, cache=None):
+def shortcut_after_norm(self, x):
     x = self.norm1(x)
-    x = x + self.att(x, mask)
+    x = x + self.att(x)
     x = self.norm2(x)
     return x + self.ff(x)
 
 
-def no_shortcut(self, x, mask=None, cache=None):
-    x = self.att(self.norm1(x), mask)
+def no_shortcut(self, x):
+    x = self.att(self.norm1(x))
     return x + self.ff(self.norm2(x))
 
 
-def norm1_twice(self, x, mask=None, cache=None):
-    x = x + self.att(self.norm1(x), mask)
+def norm1_twice(self, x):
+    x = x + self.att(self.norm1(x))
     return x + self.ff(self.norm1(x))
 
 
@@ -485,7 +493,7 @@ def test_names_several_mistakes_of_several_blocks(deep, mistakes, titles):
 
 def test_a_known_mistake_is_named_behind_a_block_with_an_unknown_one(deep):
     model = book_copy(deep)
-    model.trf_blocks[1].att.scaling = 0.123
+    attend(model.trf_blocks[1], scaled(0.123))
     exact_gelu(model.trf_blocks[4])
     found = diagnosis_of(deep, model)
     assert [fault.title for fault in found.faults] == ["exact-gelu in block 4"]
@@ -713,7 +721,7 @@ def test_a_healthy_model_gives_no_diagnosis(official, untied):
 
 def test_an_unknown_mistake_is_not_given_a_name(official):
     model = book_copy(official)
-    each_block(lambda block: setattr(block.att, "scaling", 0.123))(model)
+    scaled_by(0.123)(model)
     found = diagnosis_of(official, model)
     assert found.names == []
     assert not found.explained

@@ -171,7 +171,7 @@ def test_the_words_follow_the_model():
 
 def test_post_norm_and_missing_shortcuts_are_told(monkeypatch):
     def forward(self, x, attention_mask=None, past_key_values=None, **kwargs):
-        x, _ = self.att(x, attention_mask, past_key_values, return_weights=True, **kwargs)
+        x, _ = self.att(x, attention_mask, past_key_values, **kwargs)
         x = self.norm1(x) + x
         return self.ff(self.norm2(x))
 

@@ -12,12 +12,13 @@ from hf_gpt_scratch import (
     FeedForward,
     GPTModel,
     GPTScratchConfig,
+    GPTScratchForCausalLM,
     LayerNorm,
     MultiHeadAttention,
     TransformerBlock,
     generate_text_simple,
 )
-from hf_gpt_scratch.model.layers import causal_mask
+from hf_gpt_scratch.model.compat import CACHE
 
 TINY = {
     "vocab_size": 97,
@@ -121,6 +122,19 @@ def test_state_dict_has_parameters_only(tiny):
     assert tiny.state_dict().keys() == {name for name, _ in tiny.named_parameters()}
 
 
+@pytest.mark.parametrize("build", ["on meta, assigned", "on meta, moved, copied"])
+def test_a_model_built_without_memory_has_its_mask_once_weights_are_loaded(tiny, build):
+    with torch.device("meta"):
+        model = GPTModel(TINY).eval()
+    if "moved" in build:
+        model = model.to_empty(device="cpu")
+        for block in model.trf_blocks:
+            block.att.mask.fill_(0.5)  # as what lay in that memory might be
+    model.load_state_dict(tiny.state_dict(), assign="assigned" in build)
+    ids = random_ids(2, 9, vocab_size=97)
+    assert torch.equal(model(ids), tiny(ids))
+
+
 def test_tied_model_loads_a_state_dict_that_stores_the_matrix_once():
     model = GPTModel({**TINY, "tie_word_embeddings": True})
     once = {name: tensor for name, tensor in model.state_dict().items() if name != "out_head.weight"}
@@ -171,9 +185,28 @@ def test_keys_that_change_nothing_are_taken(tiny):
 
 @pytest.mark.parametrize("cfg", [{**TINY, "activation_function": "relu"}, GPTScratchConfig(activation_function="gelu")])
 def test_another_activation_is_refused_where_the_books_would_be_computed(cfg):
-    with pytest.raises(ValueError, match=r"activation_function='(relu|gelu)'.*'gelu_new'"):
-        GPTModel(cfg)
-    FeedForward(cfg, torch.nn.ReLU())
+    for build in (GPTModel, FeedForward, TransformerBlock):
+        with pytest.raises(ValueError, match=r"activation_function='(relu|gelu)'.*'gelu_new'.*GPTScratchForCausalLM"):
+            build(cfg)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"n_inner": 50},
+        {"layer_norm_epsilon": 1e-6},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+    ],
+    ids=str,
+)
+def test_what_only_the_transformers_model_does_is_refused_by_name(other):
+    [name] = other
+    for cfg in ({**TINY, **other}, GPTScratchConfig(**TINY, **other)):
+        for build in (GPTModel, FeedForward, TransformerBlock):
+            with pytest.raises(ValueError, match=f"got {name}=.*GPTScratchForCausalLM takes it"):
+                build(cfg)
+        assert getattr(GPTScratchForCausalLM(GPTScratchConfig(**TINY, **other)).config, name) == other[name]
 
 
 def test_dropout_rates_of_exercise_4_3_go_to_their_places():
@@ -208,10 +241,6 @@ def test_parts_work_alone_as_in_the_book():
     assert attention(x).shape == x.shape
     assert FeedForward(TINY)(x).shape == x.shape
     assert TransformerBlock(TINY)(x).shape == x.shape
-    context_vec, weights = attention(x, return_weights=True)
-    torch.testing.assert_close(context_vec, attention(x))
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 6))
-    assert weights.triu(1).count_nonzero() == 0
 
 
 def test_unequal_heads_are_refused():
@@ -242,35 +271,56 @@ def test_later_tokens_do_not_change_earlier_logits(tiny):
     assert (tiny(idx)[:, 7:] - tiny(changed)[:, 7:]).abs().max() > 1e-3
 
 
+def test_the_mask_is_no_part_of_the_state_dict_and_moves_with_the_model(tiny):
+    mask = tiny.trf_blocks[0].att.mask
+    assert torch.equal(mask, torch.triu(torch.ones(16, 16), diagonal=1))
+    assert not any("mask" in name for name in tiny.state_dict())
+    assert tiny.to(torch.bfloat16).trf_blocks[0].att.mask.dtype == torch.bfloat16
+    ids = random_ids(1, 9, vocab_size=97)
+    assert torch.isfinite(tiny(ids)).all()
+
+
+# The siblings compute what the book's classes do
+
+
+@pytest.fixture
+def siblings(tiny):
+    """The book's model, and the Transformers model with its weights."""
+    return tiny, GPTScratchForCausalLM.from_book(tiny.state_dict(), TINY)
+
+
+def test_the_fused_layers_are_the_books(siblings):
+    book, ours = siblings
+    x = torch.randn(2, 5, 24) * 3 + 1
+    for kind, change in ((LayerNorm, lambda norm: norm.shift.data.add_(0.1)), (GELU, None)):
+        theirs = next(module for module in book.modules() if isinstance(module, kind))
+        sibling = next(module for module in ours.modules() if isinstance(module, kind))
+        assert type(theirs) is kind and type(sibling) is not kind
+        torch.testing.assert_close(sibling(x), theirs(x), atol=1e-5, rtol=1e-5)
+        if change:
+            change(sibling)
+            assert (sibling(x) - theirs(x)).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("steps", [(5, 1, 1, 5), (1, 11), (12,)])
-def test_cache_does_not_change_logits(tiny, steps):
+def test_a_cache_does_not_change_the_books_logits(siblings, steps):
+    book, ours = siblings
     idx = random_ids(2, 12, vocab_size=97)
     cache, logits = DynamicCache(), []
     for chunk in idx.split(steps, dim=1):
-        logits.append(tiny(chunk, past_key_values=cache))
-    torch.testing.assert_close(torch.cat(logits, dim=1), tiny(idx), atol=1e-5, rtol=1e-5)
+        logits.append(ours(chunk, **{CACHE: cache}).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), book(idx), atol=1e-5, rtol=1e-5)
 
 
-def test_left_padding_does_not_change_logits(tiny):
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_left_padding_does_not_change_the_books_logits(siblings, implementation):
+    book, ours = siblings
+    ours.set_attn_implementation(implementation)
     idx = random_ids(1, 6, vocab_size=97)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), idx], dim=1)
     mask = torch.tensor([[0] * 4 + [1] * 6])
-    torch.testing.assert_close(tiny(padded, attention_mask=mask)[:, 4:], tiny(idx), atol=1e-5, rtol=1e-5)
-    assert (tiny(padded)[:, 4:] - tiny(idx)).abs().max() > 1e-2
-
-
-def test_left_padding_with_a_cache_and_a_full_context(tiny):
-    idx = random_ids(1, 16, vocab_size=97)
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), idx], dim=1)
-    mask = torch.tensor([[0] * 3 + [1] * 16])
-    cache = DynamicCache()
-    first = tiny(padded[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
-    then = tiny(padded[:, 9:], attention_mask=mask, past_key_values=cache)
-    torch.testing.assert_close(torch.cat([first, then], dim=1)[:, 3:], tiny(idx), atol=1e-5, rtol=1e-5)
-    assert torch.isfinite(first).all()
-
-
-def test_causal_mask_lines_queries_up_with_the_last_keys():
-    assert causal_mask(2, 4).tolist() == [[True, True, True, False], [True, True, True, True]]
-    padded = causal_mask(2, 4, padding_mask=torch.tensor([[0, 1, 1, 1]]))
-    assert padded.tolist() == [[[[False, True, True, False], [False, True, True, True]]]]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = ours(padded, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(logits[:, 4:], book(idx), atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(logits).all()
+    assert (book(padded)[:, 4:] - book(idx)).abs().max() > 1e-2

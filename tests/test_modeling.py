@@ -24,7 +24,8 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
-from hf_gpt_scratch.model.layers import SIZES, causal_attention
+from hf_gpt_scratch.model.configuration_gpt_scratch import SIZES
+from hf_gpt_scratch.model.modeling_gpt_scratch import eager_attention
 from hf_gpt_scratch.model.weight_map import SCRATCH_PREFIX
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
@@ -475,7 +476,7 @@ def test_any_registered_attention_function_is_used():
 
     def counting(module, *args, **kwargs):
         calls.append((module.layer_idx, kwargs["position_ids"].shape, kwargs["scaling"]))
-        return causal_attention(module, *args, **kwargs)
+        return eager_attention(module, *args, **kwargs)
 
     AttentionInterface.register("counting", counting)
     AttentionMaskInterface.register("counting", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
@@ -630,12 +631,14 @@ def test_a_key_of_a_cfg_that_means_nothing_is_refused_by_name(key):
 
 
 def test_what_a_config_knows_beyond_the_book_is_taken_from_a_cfg():
-    book = randomize(GPTModel({**BOOK_CFG, "n_inner": 40, "layer_norm_epsilon": 1e-3})).eval()
-    more = {"n_inner": 40, "layer_norm_epsilon": 1e-3, "pad_token_id": 7, "num_labels": 3, "n_head": 3}
-    for cfg in ({**BOOK_CFG, **more}, GPTScratchForCausalLM.from_book(book.state_dict(), BOOK_CFG | more).config):
-        model = GPTScratchForCausalLM.from_book(book.state_dict(), cfg if isinstance(cfg, dict) else cfg.to_dict())
+    sizes = {"n_inner": 40, "layer_norm_epsilon": 1e-3}
+    built = randomize(GPTScratchForCausalLM(GPTScratchConfig(**BOOK_CFG, **sizes))).eval()
+    weights = {name.removeprefix("model."): tensor for name, tensor in built.state_dict().items()}
+    more = {**sizes, "pad_token_id": 7, "num_labels": 3, "n_head": 3}
+    for cfg in ({**BOOK_CFG, **more}, GPTScratchForCausalLM.from_book(weights, BOOK_CFG | more).config):
+        model = GPTScratchForCausalLM.from_book(weights, cfg if isinstance(cfg, dict) else cfg.to_dict())
         ids = random_ids(2, 12, vocab_size=97)
-        torch.testing.assert_close(model(ids).logits, book(ids), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(model(ids).logits, built(ids).logits, atol=1e-4, rtol=1e-5)
         assert (model.config.pad_token_id, model.config.num_labels) == (7, 3)
 
 

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import DynamicCache, GPT2LMHeadModel, set_seed
 from transformers.activations import ACT2FN
 
-from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, LayerNorm
+from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from hf_gpt_scratch.errors import ParityError
 from hf_gpt_scratch.model.compat import CACHE
+from hf_gpt_scratch.model.modeling_gpt_scratch import FusedLayerNorm, eager_attention
 from hf_gpt_scratch.model.weight_map import BASE, LM_HEAD, TABLE
 from hf_gpt_scratch.weights.parity import (
     FLOAT64_RATIO,
@@ -233,8 +234,8 @@ def test_upcast_attention_is_the_officials_in_bfloat16(autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         theirs, their_weights = gpt2.transformer.h[1].attn(hidden, attention_mask=mask)
         upcast = scratch.model._attention_function()
-        ours, our_weights = attention(hidden, mask, attention_function=upcast, return_weights=True)
-        _, plain_weights = attention(hidden, mask, return_weights=True)
+        ours, our_weights = attention(hidden, mask, attention_function=upcast)
+        _, plain_weights = attention(hidden, mask, attention_function=eager_attention)
 
     def rms(reference, candidate):
         return rms_error(reference, candidate) / reference.double().square().mean().sqrt().item()
@@ -305,7 +306,7 @@ def unbiased_variance(scratch, monkeypatch):
     def forward(self, x):
         return self.scale * (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + self.eps).sqrt() + self.shift
 
-    monkeypatch.setattr(LayerNorm, "forward", forward)
+    monkeypatch.setattr(FusedLayerNorm, "forward", forward)
 
 
 def missing_scale(scratch, monkeypatch):

@@ -24,8 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConversionError, LabError
-from ..model.configuration_gpt_scratch import TO_GPT2, GPTScratchConfig
-from ..model.layers import SIZES
+from ..model.configuration_gpt_scratch import SIZES, TO_GPT2, GPTScratchConfig
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
 from ..model.weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, Row, rows
 from ..weights.architecture import architecture, kind_of

@@ -1,5 +1,6 @@
 """Configuration in the book's names, and its translation from and to `GPT2Config`."""
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -10,8 +11,144 @@ from transformers import GenerationConfig, GPT2Config, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from .layers import DEFAULTS, SIZES, settings, what_to_do
 from .parallel import FSDP_PLAN, PP_PLAN, TP_PLAN
+
+# The book's cfg
+
+# What a config may say beyond the book's seven keys; None means "follow the rule beside it".
+DEFAULTS = {
+    "drop_rate": 0.1,
+    "drop_rate_emb": None,  # drop_rate
+    "drop_rate_attn": None,  # drop_rate
+    "drop_rate_shortcut": None,  # drop_rate
+    "qkv_bias": False,
+    "layer_norm_epsilon": 1e-5,
+    "n_inner": None,  # 4 * emb_dim
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": False,
+}
+
+SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
+
+# What other programs call them. Beside the book's name, with the same value, such a key does no harm.
+OTHER_NAMES = {
+    **dict.fromkeys(("n_vocab", "vocabulary_size"), "vocab_size"),
+    **dict.fromkeys(
+        ("n_positions", "n_ctx", "block_size", "ctx_len", "max_seq_len", "max_seq_length", "max_position_embeddings"),
+        "context_length",
+    ),
+    **dict.fromkeys(
+        ("n_embd", "n_embed", "d_model", "embed_dim", "embed_size", "embedding_dim", "embedding_size", "hidden_size"),
+        "emb_dim",
+    ),
+    **dict.fromkeys(("n_head", "num_heads", "heads", "num_attention_heads", "nhead"), "n_heads"),
+    **dict.fromkeys(("n_layer", "num_layers", "layers", "n_blocks", "num_blocks", "num_hidden_layers"), "n_layers"),
+    **dict.fromkeys(("dropout", "dropout_rate", "p_dropout"), "drop_rate"),
+    "embd_pdrop": "drop_rate_emb",
+    "attn_pdrop": "drop_rate_attn",
+    "resid_pdrop": "drop_rate_shortcut",
+    **dict.fromkeys(("hidden_dim", "d_ff", "ffn_dim", "intermediate_size"), "n_inner"),
+    **dict.fromkeys(("attention_bias", "use_bias"), "qkv_bias"),
+    **dict.fromkeys(("layer_norm_eps", "norm_eps", "eps"), "layer_norm_epsilon"),
+    **dict.fromkeys(("tie_weights", "tie_embeddings", "weight_tying"), "tie_word_embeddings"),
+    **dict.fromkeys(("activation", "act", "act_fn", "afn", "hidden_activation"), "activation_function"),
+}
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+# Change nothing that GPTModel computes from given weights; of `activation_function` FeedForward sees to that.
+HARMLESS = (
+    "activation_function",
+    "initializer_range",
+    "reorder_and_upcast_attn",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+# What other models have, and what to do about it.
+FOREIGN = {
+    "(torch_)?dtype": "weights keep the dtype that they have; call .to(dtype) on the model",
+    ".*kv_(heads|groups)|num_key_value_heads": "here each head has its own keys and values; groups are another model",
+    ".*rope.*|.*rotary.*": "here positions are learned, in pos_emb; a model with rotary ones is another model",
+    ".*window.*": "here a token sees all before it; take it out if the context is no longer than the window",
+    ".*experts?.*|.*moe.*": "here a layer has one feed-forward network; a mixture of experts is another model",
+}
+
+
+def what_to_do(name, known):
+    """About a key that means nothing here: its right name, or why there is none; None if nothing can be said."""
+    meant = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
+    if meant:
+        return f"here it is {meant}: rename it, or take it out"
+    return next((words for pattern, words in FOREIGN.items() if re.fullmatch(pattern, name)), None)
+
+
+def settings(cfg):
+    """`cfg`, a dict or a config object, as one dict with nothing left open.
+
+    Raises:
+        KeyError: a size is missing.
+        ValueError: a key of a dict means nothing here.
+    """
+    if isinstance(cfg, dict) and "model_type" not in cfg:
+        check_keys(cfg)
+    else:  # a config, or its `to_dict`: it has checked its keys, and has many of transformers
+        cfg = cfg if isinstance(cfg, dict) else vars(cfg)
+        cfg = {name: cfg[name] for name in (*SIZES, *DEFAULTS, *HARMLESS) if name in cfg}
+    cfg = {**DEFAULTS, **cfg}
+    missing = [k for k in SIZES if k not in cfg]
+    if missing:
+        raise KeyError(f"the model config lacks {missing}; start from GPT_CONFIG_124M and change what differs")
+    for place in ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut"):
+        if cfg[place] is None:
+            cfg[place] = cfg["drop_rate"]
+    if cfg["n_inner"] is None:
+        cfg["n_inner"] = 4 * cfg["emb_dim"]
+    return cfg
+
+
+def book_cfg(cfg):
+    """`settings` of a cfg for the book's layers, which do only what the book does.
+
+    Raises:
+        KeyError, ValueError: as `settings`; or the cfg says what only a GPTScratch model does.
+    """
+    cfg = settings(cfg)
+    books = {"n_inner": 4 * cfg["emb_dim"], "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
+    books |= {"scale_attn_by_inverse_layer_idx": False, "activation_function": TANH_GELU[0]}
+    for name, value in books.items():
+        if cfg.get(name, value) != value and not (name == "activation_function" and cfg[name] in TANH_GELU):
+            raise ValueError(
+                f"got {name}={cfg[name]!r}, but the book's layers have {value!r}; GPTScratchForCausalLM takes it: "
+                "GPTScratchForCausalLM(GPTScratchConfig(…)), or from_book for weights of yours"
+            )
+    return cfg
+
+
+def check_keys(cfg):
+    """Raises ValueError when a dict has a key that would be ignored, though it may say what the model computes."""
+    for name, value in cfg.items():
+        same = OTHER_NAMES.get(name)
+        if name in (*SIZES, *DEFAULTS, *HARMLESS) or (same in cfg and cfg[same] == value):
+            continue
+        if name == "bias" and value is True:  # nanoGPT's: on all layers, as here, where qkv_bias says which are not
+            continue
+        raise ValueError(
+            f"the model config has {name}={str(value)[:80]}, which GPTModel does not know; "
+            f"{what_to_do(name, (*SIZES, *DEFAULTS)) or 'take it out if it says nothing about the model'}"
+        )
+
+
+def check_length(num_tokens, context_length):
+    """Raises ValueError when a sequence asks for positions that the model does not have."""
+    if num_tokens > context_length:
+        raise ValueError(
+            f"the sequence has {num_tokens} tokens, but the model has only context_length={context_length} positions; "
+            f"keep the last ones, idx[:, -{context_length}:], generate fewer, or train with a longer context_length"
+        )
+
 
 # GPT2Config's name -> ours, where they differ. Everything else in a GPT2Config keeps its name.
 FROM_GPT2 = {

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .compat import CACHE, INSTALLED, NEWEST_TESTED, advice, is_untested
+from .configuration_gpt_scratch import SIZES
 from .layers import GPTModel, generate_text_simple
 from .weight_map import to_scratch_state_dict
 
@@ -163,7 +164,7 @@ def _tiny_models(model_class, attn_implementation="sdpa", from_files=False, add_
     generator = torch.Generator().manual_seed(16)
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in official_class(theirs).named_parameters()}
-        book = GPTModel(config).eval()
+        book = GPTModel({name: getattr(config, name) for name in (*SIZES, "qkv_bias", "tie_word_embeddings")}).eval()
     weights = {
         name: torch.randn(shape, generator=generator, dtype=torch.float32)
         + (".ln_" in name and name.endswith("weight"))
@@ -183,6 +184,9 @@ def _tiny_models(model_class, attn_implementation="sdpa", from_files=False, add_
     if not add_cross_attention:
         state_dict = to_scratch_state_dict(weights, config.n_layers)
         state_dict["out_head.weight"] = state_dict["tok_emb.weight"]
+        for name, tensor in state_dict.items():
+            if ".W_query." in name:  # the book does not divide its scores by the layer's number
+                state_dict[name] = tensor / (int(name.split(".")[1]) + 1)
         book.load_state_dict(state_dict, assign=True)
     return {OURS: ours, OFFICIAL: official, BOOK: book}
 

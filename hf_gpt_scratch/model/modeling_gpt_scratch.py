@@ -11,6 +11,7 @@ from typing import Self
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .compat import CACHE, advice, check_growth, check_mask, explained, is_untested, one_cache, refuse_unread
 
@@ -50,10 +51,10 @@ with explained():
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-    from .configuration_gpt_scratch import GPTScratchConfig
+    from .configuration_gpt_scratch import SIZES, GPTScratchConfig, check_length
     from .decoding import growing_cache
     from .int8 import Int8Config  # noqa: F401  # so that a quantized model brings its quantizer along
-    from .layers import GELU, SIZES, LayerNorm, MultiHeadAttention, TransformerBlock, causal_attention, check_length
+    from .layers import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
     from .library_check import LibraryCheck
     from .loss import LOSS_OPTIONS, LazyLogitsOutput, can_skip_logits, head_loss
     from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
@@ -71,22 +72,116 @@ register_conversions()
 check_library = LibraryCheck(lambda: GPTScratchForCausalLM)
 
 
+class FusedLayerNorm(LayerNorm):
+    """The book's `LayerNorm` in one operation; in half precision it is as exact as the official one, too."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, self.eps)
+
+
+class FusedGELU(GELU):
+    """The book's `GELU` in one operation."""
+
+    def forward(self, x):
+        return F.gelu(x, approximate="tanh")
+
+
+class AnyFeedForward(FeedForward):
+    """The book's `FeedForward` with the width and the activation that the config names."""
+
+    def __init__(self, config: GPTScratchConfig):
+        nn.Module.__init__(self)
+        book_gelu = config.activation_function == "gelu_new"
+        n_inner = 4 * config.emb_dim if config.n_inner is None else config.n_inner
+        self.layers = nn.Sequential(
+            nn.Linear(config.emb_dim, n_inner),
+            FusedGELU() if book_gelu else ACT2FN[config.activation_function],
+            nn.Linear(n_inner, config.emb_dim),
+        )
+
+
+def eager_attention(module, queries, keys, values, attention_mask=None, *, scaling, dropout=0.0, **kwargs):
+    """softmax(Q Kᵀ · scaling + mask) V, written out; the signature is that of transformers' attention functions.
+
+    Args:
+        queries: (B, H, T, D); keys and values: (B, H, S, D).
+        attention_mask: broadcasts to (B, H, T, S); bool (True: may see) or added to the scores.
+
+    Returns:
+        context vectors (B, T, H, D) and attention weights (B, H, T, S).
+    """
+    attn_scores = queries @ keys.transpose(2, 3) * scaling  # (B, H, T, S)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        # The smallest number, not -inf: a row of nothing but padding must not become NaN.
+        attn_scores = attn_scores.masked_fill(~attention_mask, torch.finfo(attn_scores.dtype).min)
+    elif attention_mask is not None:
+        attn_scores = attn_scores + attention_mask
+    attn_weights = torch.softmax(attn_scores, dim=-1).to(values.dtype)
+    attn_weights = F.dropout(attn_weights, dropout, training=module.training)
+    return (attn_weights @ values).transpose(1, 2), attn_weights
+
+
 def upcast_attention(module, queries, keys, values, attention_mask=None, **kwargs):
-    """`causal_attention` with scores and softmax in float32, for `reorder_and_upcast_attn`."""
+    """`eager_attention` with scores and softmax in float32, for `reorder_and_upcast_attn`."""
     with torch.autocast(queries.device.type, enabled=False):
-        return causal_attention(module, queries.float(), keys.float(), values, attention_mask, **kwargs)
+        return eager_attention(module, queries.float(), keys.float(), values, attention_mask, **kwargs)
 
 
-class CrossAttention(MultiHeadAttention):
+class CachedAttention(MultiHeadAttention):
+    """The book's `MultiHeadAttention` with a cache, masks from outside, and transformers' attention functions."""
+
+    is_causal = True  # what attention functions ask for
+
+    def __init__(self, config: GPTScratchConfig, layer_idx: int):
+        rate = config.drop_rate if config.drop_rate_attn is None else config.drop_rate_attn
+        width = config.emb_dim
+        super().__init__(width, width, 0, rate, config.n_heads, config.qkv_bias)
+        del self.mask
+        self.config = config  # attention functions may look into it
+        self.layer_idx = layer_idx
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+
+    def heads(self, x):  # (B, S, E)
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
+
+    def attend(self, attention_function, queries, keys, values, attention_mask, **kwargs):
+        """Context vectors (B, T, E), and attention weights (B, H, T, S) or None where the function has none."""
+        context_vec, attn_weights = attention_function(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.dropout.p if self.training else 0.0,
+            **kwargs,
+        )  # (B, T, H, D)
+        return self.out_proj(context_vec.reshape(*context_vec.shape[:2], -1)), attn_weights
+
+    def forward(self, x, attention_mask=None, past_key_values=None, *, attention_function, **kwargs):
+        """Context vectors, and attention weights beside them.
+
+        Args:
+            x: (B, T, E).
+            attention_mask: as `attention_function` wants it.
+            past_key_values: anything with `update(keys, values, layer_idx, kwargs=kwargs)` that returns all keys and
+                values so far; a paged cache also writes into `kwargs` what the attention function is to know.
+            kwargs: handed to `attention_function`.
+        """
+        queries, keys, values = (self.heads(W(x)) for W in (self.W_query, self.W_key, self.W_value))  # (B, H, T, D)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
+        return self.attend(attention_function, queries, keys, values, attention_mask, **kwargs)
+
+
+class CrossAttention(CachedAttention):
     """Attention from the tokens to an encoder's states: queries from the ones, keys and values from the others."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.is_causal = False
+    is_causal = False
 
-    def forward(  # type: ignore[override]  # of an encoder, it needs the states
-        self, x, encoder_hidden_states, attention_mask=None, past_key_values=None, *, attention_function
-    ):
+    def forward(self, x, encoder_hidden_states, attention_mask=None, past_key_values=None, *, attention_function):
         """Context vectors (B, T, E) and attention weights (B, H, T, S), where S counts the encoder's states.
 
         Args:
@@ -95,49 +190,35 @@ class CrossAttention(MultiHeadAttention):
             attention_mask: over the encoder's states; None where all count.
             past_key_values: an `EncoderDecoderCache`, which keeps the keys and values of the first call.
         """
-        queries = self.W_query(x).view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        queries = self.heads(self.W_query(x))  # (B, H, T, D)
         if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
             layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
             keys, values = layer.keys, layer.values  # (B, H, S, D)
         else:
-            heads = (*encoder_hidden_states.shape[:-1], -1, self.head_dim)
-            keys = self.W_key(encoder_hidden_states).view(heads).transpose(1, 2)  # (B, H, S, D)
-            values = self.W_value(encoder_hidden_states).view(heads).transpose(1, 2)  # (B, H, S, D)
+            keys, values = (self.heads(W(encoder_hidden_states)) for W in (self.W_key, self.W_value))  # (B, H, S, D)
             if past_key_values is not None:
                 keys, values = past_key_values.cross_attention_cache.update(keys, values, self.layer_idx, kwargs={})
                 past_key_values.is_updated[self.layer_idx] = True
-        if attention_mask is None:  # to our own attention functions that would mean causal
-            attention_mask = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=x.device)
-        dropout = self.dropout.p if self.training else 0.0
-        context_vec, attn_weights = attention_function(
-            self, queries, keys, values, attention_mask, scaling=self.scaling, dropout=dropout
-        )  # (B, T, H, D)
-        return self.out_proj(context_vec.reshape(*x.shape[:-1], -1)), attn_weights
+        return self.attend(attention_function, queries, keys, values, attention_mask)
 
 
 class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
-    """The book's block, with whatever activation the config names, and with cross-attention if it says so."""
+    """The book's `TransformerBlock` of these siblings, and with cross-attention if the config says so."""
 
     def __init__(self, config: GPTScratchConfig, layer_idx: int):
-        book_gelu = config.activation_function == "gelu_new"
-        super().__init__(config, layer_idx, GELU() if book_gelu else ACT2FN[config.activation_function])
-        attentions = [self.att]
+        nn.Module.__init__(self)
+        self.att = CachedAttention(config, layer_idx)
+        self.ff = AnyFeedForward(config)
+        self.norm1 = FusedLayerNorm(config.emb_dim, config.layer_norm_epsilon)
+        self.norm2 = FusedLayerNorm(config.emb_dim, config.layer_norm_epsilon)
+        rate = config.drop_rate if config.drop_rate_shortcut is None else config.drop_rate_shortcut
+        self.drop_shortcut = nn.Dropout(rate)
+        adding = [self.att.out_proj, self.ff.layers[2]]
         if config.add_cross_attention:
-            self.cross_att = CrossAttention(
-                d_in=config.emb_dim,
-                d_out=config.emb_dim,
-                context_length=config.context_length,
-                dropout=self.att.dropout.p,
-                num_heads=config.n_heads,
-                qkv_bias=config.qkv_bias,
-                scaling=self.att.scaling,
-                layer_idx=layer_idx,
-            )
-            self.norm_cross = LayerNorm(config.emb_dim, config.layer_norm_epsilon)
-            attentions.append(self.cross_att)
-        for attention in attentions:
-            attention.config = config  # attention functions may look into it
-        for projection in (*(attention.out_proj for attention in attentions), self.ff.layers[2]):
+            self.cross_att = CrossAttention(config, layer_idx)
+            self.norm_cross = FusedLayerNorm(config.emb_dim, config.layer_norm_epsilon)
+            adding.append(self.cross_att.out_proj)
+        for projection in adding:
             projection.adds_to_shortcut = True
 
     def forward(
@@ -152,21 +233,20 @@ class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
         """As in the book, and between its two parts norm, cross-attention, dropout, shortcut if there are states."""
         both = isinstance(past_key_values, EncoderDecoderCache)
         cache = past_key_values.self_attention_cache if both else past_key_values
-        if encoder_hidden_states is None:
-            return super().forward(x, attention_mask, cache, **kwargs)
         shortcut = x
-        x, _ = self.att(self.norm1(x), attention_mask, cache, return_weights=True, **kwargs)
+        x, _ = self.att(self.norm1(x), attention_mask, cache, **kwargs)
         x = self.drop_shortcut(x) + shortcut
 
-        shortcut = x
-        x, _ = self.cross_att(
-            self.norm_cross(x),
-            encoder_hidden_states,
-            encoder_attention_mask,
-            past_key_values,
-            attention_function=kwargs["attention_function"],
-        )
-        x = self.drop_shortcut(x) + shortcut
+        if encoder_hidden_states is not None:
+            shortcut = x
+            x, _ = self.cross_att(
+                self.norm_cross(x),
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_values,
+                attention_function=kwargs["attention_function"],
+            )
+            x = self.drop_shortcut(x) + shortcut
 
         shortcut = x
         x = self.drop_shortcut(self.ff(self.norm2(x)))
@@ -193,7 +273,7 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": GPTScratchBlock,
-        "attentions": OutputRecorder(MultiHeadAttention, layer_name=".att", index=1),
+        "attentions": OutputRecorder(CachedAttention, layer_name=".att", index=1),
         "cross_attentions": OutputRecorder(CrossAttention, layer_name=".cross_att", index=1),
     }
 
@@ -363,7 +443,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate if config.drop_rate_emb is None else config.drop_rate_emb)
         self.trf_blocks = nn.ModuleList(GPTScratchBlock(config, i) for i in range(config.n_layers))
-        self.final_norm = LayerNorm(config.emb_dim, config.layer_norm_epsilon)
+        self.final_norm = FusedLayerNorm(config.emb_dim, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -503,7 +583,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         name = self.config._attn_implementation
         if name == "eager" and self.config.reorder_and_upcast_attn:
             return upcast_attention
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, causal_attention)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
 
 
 class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):

@@ -26,9 +26,8 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import ConversionError
-from ..model.configuration_gpt_scratch import OF_ANOTHER_TYPE, PRESETS, GPTScratchConfig, model_type_of
+from ..model.configuration_gpt_scratch import OF_ANOTHER_TYPE, PRESETS, TANH_GELU, GPTScratchConfig, model_type_of
 from ..model.configuration_gpt_scratch import told as shown
-from ..model.layers import TANH_GELU
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM
 from ..model.weight_map import SCRATCH_PREFIX, without_prefix
 from .checkpoint import Progress, check_files, checked_finite, read_json, refuse_no_file, refuse_pointer
