@@ -17,8 +17,8 @@ quick:  ## the fast tests, in less than a minute on two cores
 test:  ## all tests but those of the official sizes
 	$(PYTHON) -m pytest
 
-lint:  ## ruff: rules and format
-	$(PYTHON) -m ruff check && $(PYTHON) -m ruff format --check
+lint:  ## ruff: rules and format; transformers' linter of model files
+	$(PYTHON) -m ruff check && $(PYTHON) -m ruff format --check && $(PYTHON) -m mlinter hf_gpt_scratch/model
 
 types:  ## mypy
 	$(PYTHON) -m mypy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0  # trf-ignore: TRF028 as this line says it
 """Configuration in the book's names, and its translation from and to `GPT2Config`."""
 
 import difflib
@@ -273,6 +274,7 @@ def ignored_by_gpt2(config: GPT2Config) -> dict[str, Any]:
     return {n: value for n, value in unused.items() if n in ours or ignored(n, value, GPTScratchConfig)}
 
 
+# trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers
 @strict
 class GPTScratchConfig(PreTrainedConfig):
     """What the model is, in the book's names; the defaults are the book's `GPT_CONFIG_124M`.
@@ -324,7 +326,9 @@ class GPTScratchConfig(PreTrainedConfig):
     vocab_size: int = validated_field(size, default=50257)
     context_length: int = validated_field(size, default=1024)
     emb_dim: int = validated_field(size, default=768)
+    # trf-ignore: TRF023 the book's names; transformers' are in `attribute_map`
     n_heads: int = validated_field(size, default=12)
+    # trf-ignore: TRF023 likewise
     n_layers: int = validated_field(size, default=12)
     drop_rate: float | int = validated_field(rate, default=0.1)
     qkv_bias: bool = False

@@ -1,12 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0  # trf-ignore: TRF028 as this line says it
 """The book's layers as a Transformers model: masks, caches, losses and loading are transformers', the maths is ours.
 
 Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V vocabulary.
 """
 
-import copy
-import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -27,7 +25,6 @@ with explained():
         GPT2ForTokenClassification,
         GPT2LMHeadModel,
         GPT2Model,
-        GPT2PreTrainedModel,
         PreTrainedModel,
     )
     from transformers import initialization as init
@@ -51,14 +48,15 @@ with explained():
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-    from .configuration_gpt_scratch import SIZES, GPTScratchConfig, check_length
+    from .configuration_gpt_scratch import GPTScratchConfig, check_length
     from .decoding import growing_cache
-    from .int8 import Int8Config  # noqa: F401  # so that a quantized model brings its quantizer along
+    from .int8 import Int8Config  # noqa: F401  # trf-ignore: TRF035 a quantized model brings its quantizer along
+    from .interop import Interop, some
     from .layers import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
     from .library_check import LibraryCheck
     from .loss import LOSS_OPTIONS, LazyLogitsOutput, can_skip_logits, head_loss
     from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
-    from .weight_map import DROPPED_PATTERNS, conversions, is_base_weight, to_gpt2_state_dict
+    from .weight_map import DROPPED_PATTERNS, conversions, is_base_weight
 
 logger = logging.get_logger(__name__)
 
@@ -93,7 +91,7 @@ class AnyFeedForward(FeedForward):
         nn.Module.__init__(self)
         book_gelu = config.activation_function == "gelu_new"
         n_inner = 4 * config.emb_dim if config.n_inner is None else config.n_inner
-        self.layers = nn.Sequential(
+        self.layers = nn.Sequential(  # trf-ignore: TRF036 the names of the book's weights
             nn.Linear(config.emb_dim, n_inner),
             FusedGELU() if book_gelu else ACT2FN[config.activation_function],
             nn.Linear(n_inner, config.emb_dim),
@@ -139,7 +137,9 @@ class CachedAttention(MultiHeadAttention):
         del self.mask
         self.config = config  # attention functions may look into it
         self.layer_idx = layer_idx
+        # CODEPATH: all official checkpoints scale by the first alone; the options are GPT2Config's, for Stanford's Mistral models
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        # CODEPATH: as above
         if config.scale_attn_by_inverse_layer_idx:
             self.scaling /= layer_idx + 1
 
@@ -160,7 +160,9 @@ class CachedAttention(MultiHeadAttention):
         )  # (B, T, H, D)
         return self.out_proj(context_vec.reshape(*context_vec.shape[:2], -1)), attn_weights
 
-    def forward(self, x, attention_mask=None, past_key_values=None, *, attention_function, **kwargs):
+    def forward(  # type: ignore[override]  # a sibling, which is told more
+        self, x, attention_mask=None, past_key_values=None, *, attention_function, **kwargs
+    ):
         """Context vectors, and attention weights beside them.
 
         Args:
@@ -181,7 +183,9 @@ class CrossAttention(CachedAttention):
 
     is_causal = False
 
-    def forward(self, x, encoder_hidden_states, attention_mask=None, past_key_values=None, *, attention_function):
+    def forward(  # type: ignore[override]  # a sibling, which is told more
+        self, x, encoder_hidden_states, attention_mask=None, past_key_values=None, *, attention_function
+    ):
         """Context vectors (B, T, E) and attention weights (B, H, T, S), where S counts the encoder's states.
 
         Args:
@@ -253,12 +257,11 @@ class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
         return x + shortcut
 
 
-class GPTScratchPreTrainedModel(PreTrainedModel):
-    """What all models here share: initialisation, loading, saving, and the ways from and to the book and GPT-2."""
+class GPTScratchPreTrainedModel(Interop):
+    """What all models here share: initialisation, loading, and by `Interop` the ways from and to the book and GPT-2."""
 
     config_class = GPTScratchConfig
     config: GPTScratchConfig
-    gpt2_class: type[GPT2PreTrainedModel]  # the official model of the same kind
     base_model_prefix = "model"
     _input_embed_layer = "tok_emb"
     supports_gradient_checkpointing = True
@@ -309,11 +312,11 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
         missing = sorted(name for name in info["missing_keys"] if is_base_weight(name))
         if missing and not output_loading_info:
             raise ValueError(
-                f"the checkpoint has no weights for {_some(missing)}, which would be random; give a "
+                f"the checkpoint has no weights for {some(missing)}, which would be random; give a "
                 f"complete GPT-2 or GPTScratch checkpoint. If it is one, {advice()}"
             )
-        if cls in MODELS:
-            known = {name for kind in MODELS for name in (kind.__name__, kind.gpt2_class.__name__)}
+        if cls in cls.kinds():
+            known = {name for kind in cls.kinds() for name in (kind.__name__, kind.gpt2_class.__name__)}
             others = [name for name in model.config.architectures or [] if name not in known]
             if others:
                 logger.warning(
@@ -322,116 +325,13 @@ class GPTScratchPreTrainedModel(PreTrainedModel):
                 )
         return (model, info) if output_loading_info else model  # type: ignore[return-value]  # as transformers does
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
-        """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
-        _refuse_file(save_directory)
-        if save_original_format:
-            _refuse_quantized(self)
-        _refuse_to_save_other_code(self)
-        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
-
     @classmethod
-    def from_book(cls, state_dict: Mapping[str, torch.Tensor], cfg: dict | GPTScratchConfig) -> Self:
-        """A copy of the book's `GPTModel` as a Transformers model, in evaluation mode.
-
-        If `out_head` and `tok_emb` share their memory, as in a model that was tied, so do those of the copy.
-
-        Args:
-            state_dict: of a `GPTModel`, by this package or by the book's code, mask buffers and all; also of a compiled
-                or a data-parallel one.
-            cfg: the dict or config that it was built with. `n_heads` must be right: no tensor tells it.
-
-        Raises:
-            KeyError: `cfg` lacks a size.
-            ValueError: `cfg` has a key that means nothing here, or the state dict is not that of a model with this
-                config; the message names the tensors.
-        """
-        if not isinstance(state_dict, Mapping):
-            whole = isinstance(state_dict, nn.Module)
-            given = "model.state_dict()" if whole else "torch.load(path, weights_only=True)"
-            raise ValueError(f"got a {type(state_dict).__name__} as the state dict; pass {given}")
-        values = cfg.values() if isinstance(cfg, Mapping) else ()
-        if not isinstance(cfg, Mapping | GPTScratchConfig) or any(isinstance(v, torch.Tensor) for v in values):
-            raise ValueError(
-                f"got a {type(cfg).__name__} as the cfg; the state dict comes first, then the dict that the model was "
-                "built with, such as GPT_CONFIG_124M"
-            )
-        for name, tensor in state_dict.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ValueError(
-                    f"got a {type(tensor).__name__} under {str(name)[:80]!r}, but a state dict has tensors only; if it "
-                    f"is the state dict, pass state_dict[{str(name)[:80]!r}]"
-                )
-        weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in state_dict.items()}
-        pair = [weights[name] for name in ("tok_emb.weight", "out_head.weight") if name in weights]
-        if isinstance(cfg, GPTScratchConfig):
-            config = cfg
-        else:
-            if not isinstance(cfg, dict):
-                raise ValueError(f"got a {type(cfg).__name__} as cfg; give the book's dict or a GPTScratchConfig")
-            for name in SIZES:
-                if name in cfg and type(cfg[name]) is not int:
-                    raise ValueError(
-                        f"the cfg has {name}={str(cfg[name])[:80]!r}, but it is a whole number; convert it"
-                    )
-            end = 50256 if cfg.get("vocab_size", 0) > 50256 else None  # a smaller vocabulary is not GPT-2's
-            tied = len(pair) == 2 and len({(tensor.data_ptr(), tensor.shape) for tensor in pair}) == 1
-            config = GPTScratchConfig.from_book(cfg, bos_token_id=end, eos_token_id=end, tie_word_embeddings=tied)
-        if config.tie_word_embeddings and len(pair) == 2 and not torch.equal(*pair):
-            raise ValueError(
-                "the config says tie_word_embeddings=True, but out_head.weight is not equal to tok_emb.weight; set it "
-                "to False if both are meant"
-            )
-        _check_fit(cls, config, weights)
-        weights = {name: tensor.clone() for name, tensor in weights.items()}
-        return cls.from_pretrained(None, config=config, state_dict=weights)
-
-    @classmethod
-    def from_gpt2(cls, gpt2: GPT2PreTrainedModel) -> Self:
-        """A copy of an official model of this kind that is in memory, in evaluation mode.
-
-        Raises:
-            ValueError: it is quantized, or no official model as its config says; the message names what is not.
-        """
-        if not hasattr(gpt2, "config"):
-            raise ValueError(
-                f"got a {type(gpt2).__name__}, but an official model is wanted; give the model inside it, such as its "
-                ".module"
-            )
-        _refuse_quantized(gpt2)
-        official = _official_class(cls)
-        _refuse_other_code(gpt2, official)
-        model = _build(cls, cls.config_class.from_gpt2(gpt2.config), gpt2.state_dict(), gpt2)
-        if cls in MODELS:  # another class may compute something of its own with these weights
-            _refuse_other_outputs(gpt2, model)
-        return model
-
-    def to_gpt2(self) -> GPT2PreTrainedModel:
-        """The official model with a copy of these weights, in evaluation mode.
-
-        What both compute of a few tokens is compared, unless the weights are not all on one device.
-
-        Raises:
-            ValueError: the weights are quantized, or this model computes something else than an official one: its
-                modules are not those of its config, it has adapters, hooks or a forward pass of its own.
-        """
-        _refuse_quantized(self)
-        official = _official_class(type(self))
-        _refuse_other_code(self, next(kind for kind in MODELS if kind.gpt2_class is official))
-        state_dict = to_gpt2_state_dict(self.state_dict(), self.config.n_layers)
-        model = _build(official, self.config.to_gpt2(), state_dict, self)
-        _refuse_other_outputs(self, model)
-        return model
-
-    def save_as_gpt2(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Writes an official checkpoint, which `from_pretrained` of the official class loads.
-
-        Without `qkv_bias` the official biases are zeros. `kwargs` go to `save_pretrained`.
-        """
-        _refuse_file(save_directory)
-        self.to_gpt2().save_pretrained(save_directory, **kwargs)
+    def kinds(cls) -> "tuple[type[GPTScratchPreTrainedModel], ...]":
+        """The classes of this file, one for each official one."""
+        return MODELS
 
 
+# trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers
 class GPTScratchModel(GPTScratchPreTrainedModel):
     """Embeddings, blocks and final norm."""
 
@@ -447,6 +347,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    # trf-ignore: TRF057 as above
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -486,7 +387,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         cache = one_cache(past_key_values, cache, kwargs, attention_mask)
         if is_untested():
             check_library()
-            if "paged" in self.config._attn_implementation:
+            if "paged" in self.config._attn_implementation:  # trf-ignore: TRF051 only what is checked first
                 check_library("generate_batch")
             refuse_unread(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -503,7 +404,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         needs_no_mask = (
             torch.compiler.is_compiling()
             and not torch.compiler.is_exporting()
-            and self.config._attn_implementation == "sdpa"
+            and self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051 of the mask, not of the products
             and attention_mask is None
             and position_ids is None
             and cache is None
@@ -581,11 +482,13 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
 
     def _attention_function(self) -> Callable:
         name = self.config._attn_implementation
+        # CODEPATH: GPT2Config's option for Stanford's Mistral models; no official checkpoint has it
         if name == "eager" and self.config.reorder_and_upcast_attn:
             return upcast_attention
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
 
 
+# trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers
 class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
     """`GPTScratchModel` and the output head: the book's `GPTModel`, with everything transformers does with one."""
 
@@ -634,6 +537,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.out_head = new_embeddings
 
+    # trf-ignore: TRF057 as above
     @can_return_tuple
     def forward(
         self,
@@ -693,6 +597,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **further)
 
 
+# trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers
 class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
     """`GPTScratchForCausalLM` with a second head that scores each of several continuations; one of them is right."""
 
@@ -705,6 +610,7 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.post_init()
 
+    # trf-ignore: TRF057 as above
     @can_return_tuple
     def forward(
         self,
@@ -838,224 +744,3 @@ for _names, _model_class in (
     (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, GPTScratchForTokenClassification),
 ):
     _names[GPTScratchConfig.model_type] = _model_class.__name__
-
-
-def _refuse_file(save_directory):
-    if os.path.isfile(save_directory):  # transformers would log that, and save nothing
-        raise NotADirectoryError(f"{save_directory} is a file, but a model is saved as a directory; name another")
-
-
-def _refuse_quantized(model):
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        method = quantizer.quantization_config.quant_method
-        raise ValueError(
-            f"got a model quantized by {getattr(method, 'value', method)}, but only float weights can be translated; "
-            "load the checkpoint without quantization_config"
-        )
-
-
-def _build(model_class, config, state_dict, like):
-    """A `model_class` with these weights; dtype, device, attention and generation settings are those of `like`."""
-    attention = like.config._attn_implementation
-    # Activations may have a dtype of their own, as transformers' xIELU does.
-    weights = (p for name, p in like.named_parameters() if not re.search(r"\.(act|ff\.layers\.1)\.", name))
-    if len(dtypes := {str(p.dtype) for p in weights}) > 1:
-        raise ValueError(f"the weights are of {', '.join(sorted(dtypes))}, but a copy has one dtype; cast them first")
-    model = model_class.from_pretrained(
-        None, config=config, state_dict=state_dict, dtype=like.dtype, attn_implementation=attention
-    )
-    if like.can_generate():
-        model.generation_config = copy.deepcopy(like.generation_config)
-    shared = {p.untyped_storage().data_ptr() for p in like.parameters()}
-    for p in model.parameters():
-        if p.untyped_storage().data_ptr() in shared:
-            p.data = p.data.clone(memory_format=torch.contiguous_format)
-    return model.to(like.device)
-
-
-# Two models with the same weights and modules, in float32: 4e-7 on a CPU; a GPU may compute float32 in TF32.
-SAME_OUTPUTS, SAME_OUTPUTS_ELSEWHERE = 1e-4, 1e-2
-
-# What a module says of its weights' shapes, which are compared themselves: resizing a tied head does not update it.
-NO_DIFFERENCE = ("training", "in_features", "out_features", "num_embeddings")
-
-
-def _check_fit(model_class, config, weights):
-    """Raises ValueError unless these are the weights of the book's model with this config."""
-    found: dict[str, int | bool] = {"qkv_bias": "trf_blocks.0.att.W_query.bias" in weights}
-    for name, sizes in (("tok_emb", ("vocab_size", "emb_dim")), ("pos_emb", ("context_length", "emb_dim"))):
-        shape = weights[f"{name}.weight"].shape if f"{name}.weight" in weights else ()
-        found |= zip(sizes, shape, strict=False)
-    layers = [int(name.split(".")[1]) for name in weights if re.match(r"trf_blocks\.\d+\.", name)]
-    found["n_layers"] = max(layers, default=-1) + 1
-    other = [name for name, value in found.items() if value != getattr(config, name)]
-    if layers and other:
-        told = [", ".join(f"{name}={value(name)}" for name in other) for value in (found.get, config.__getattribute__)]
-        raise ValueError(
-            f"the state dict is of a model with {told[0]}, but the config says {told[1]}; give the cfg that this model "
-            "was built with"
-        )
-    with torch.device("meta"):
-        expected = {name.removeprefix("model."): w for name, w in model_class(copy.copy(config)).state_dict().items()}
-    ignored = "|".join(model_class._keys_to_ignore_on_load_unexpected)
-    tied = "out_head.weight" if config.tie_word_embeddings else None
-    lacks = sorted(expected.keys() - weights.keys() - {tied})
-    has = sorted(name for name in weights.keys() - expected.keys() if not re.search(ignored, name))
-    wrong = [
-        f"{len(names)} tensors {what}: {_some(names)}"
-        for what, names in (("missing", lacks), ("unknown", has))
-        if names
-    ]
-    wrong += [
-        f"{name} has shape {list(tensor.shape)} instead of {list(expected[name].shape)}"
-        for name, tensor in sorted(weights.items())
-        if name in expected and tensor.shape != expected[name].shape
-    ][:5]
-    if wrong:
-        raise ValueError(
-            f"the state dict does not fit the config ({'; '.join(wrong)}); give the whole state dict of a GPTModel and "
-            "the cfg that it was built with"
-        )
-
-
-def _some(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _official_class(model_class):
-    found = getattr(model_class, "gpt2_class", None)
-    if found is None:
-        raise ValueError(
-            f"there is no official model of the kind of {model_class.__name__}; its base model has one: translate "
-            "`model.model`, or load an official checkpoint by from_pretrained"
-        )
-    return found
-
-
-def _differences(model, kind):
-    """What is not as `kind` builds it from the model's config, in words; what a dropout rate is does not count."""
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        built = kind(config)
-    expected, found = dict(built.named_modules()), dict(model.named_modules())
-    told = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    told += [f"{name} is an unknown {_class_name(found[name])}" for name in found.keys() - expected.keys()]
-    for name in expected.keys() & found.keys():
-        ours, theirs = expected[name], found[name]
-        if type(theirs).forward is not type(ours).forward:
-            told.append(f"{name or 'the model'} is a {_class_name(theirs)} instead of a {_class_name(ours)}")
-        elif not isinstance(ours, PreTrainedModel | nn.Dropout):
-            told += [
-                f"{name}.{key} is {getattr(theirs, key, None)!r} instead of {value!r}"
-                for key, value in vars(ours).items()
-                if isinstance(value, bool | int | float | str)
-                and not key.startswith("_")
-                and key not in NO_DIFFERENCE
-                and getattr(theirs, key, None) != value
-            ]
-    shapes = ({name: tuple(p.shape) for name, p in m.named_parameters(remove_duplicate=False)} for m in (built, model))
-    expected_shapes, found_shapes = shapes
-    for name in expected_shapes.keys() & found_shapes.keys():
-        if found_shapes[name] != expected_shapes[name]:
-            told.append(f"{name} has shape {found_shapes[name]} instead of {expected_shapes[name]}")
-    return sorted(told, key=lambda text: (not text.startswith("the model is"), text.count("."), text))
-
-
-def _class_name(module):
-    return f"{type(module).__module__.rpartition('.')[2]}.{type(module).__qualname__}"
-
-
-def _few(told):
-    return "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "")
-
-
-def _refuse_other_code(model, kind):
-    if any(p.device.type == "meta" for p in model.parameters()):
-        raise ValueError(
-            f"the weights of this {type(model).__name__} are on the meta device, or offloaded, so there is nothing to "
-            "translate; load the model without device_map"
-        )
-    if told := _differences(model, kind):
-        raise ValueError(
-            f"this {type(model).__name__} is not the {kind.__name__} that its config describes: {_few(told)}. Such a "
-            "model cannot be translated: merge adapters first (PEFT's merge_and_unload), put the modules back, and "
-            "build a new model to change its config"
-        )
-
-
-def _refuse_to_save_other_code(model):
-    """Saved, a model of our own classes is their code and its config, so it must be what these two make."""
-    adapted = getattr(model, "_hf_peft_config_loaded", False)  # then the adapter is saved, and nothing else
-    # What is spread over processes has modules around its own.
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if adapted or distributed or getattr(model, "hf_quantizer", None) is not None:
-        return
-    kind = next((kind for kind in type(model).__mro__ if kind in MODELS), None)
-    if kind is None or (type(model) is not kind and model.config.model_type != GPTScratchConfig.model_type):
-        return
-    told = _differences(model, kind)
-    if told and type(model) is not kind:
-        logger.warning(
-            f"{type(model).__name__} computes something else than {kind.__name__} ({_few(told)}), but has its "
-            f"model_type {kind.config_class.model_type!r}: {type(model).__name__}.from_pretrained loads what is saved "
-            f"here, and Auto classes without trust_remote_code=True load a {kind.__name__}. Give its config class a "
-            "model_type of its own."
-        )
-    elif told:
-        raise ValueError(
-            f"saved, this {kind.__name__} would load as another model: {_few(told)}. Merge adapters first (PEFT's "
-            "merge_and_unload), put the modules back, build a new model to change its config; or write a class of your "
-            "own that builds these modules, with a model_type of its own"
-        )
-
-
-@torch.no_grad()
-def _outputs(model, input_ids, **inputs):
-    """The tensors that a model computes in float32 and without dropout; it is left as it was."""
-    modes = {module: module.training for module in model.modules()}
-    attention = model.config._attn_implementation
-    parameters = dict(model.named_parameters())
-    half = {name: p.float() for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)}
-    try:
-        for module in modes:
-            module.training = False
-        if attention not in ("eager", "sdpa"):
-            model.set_attn_implementation("sdpa")
-        with torch.autocast(input_ids.device.type, enabled=False):
-            output = torch.func.functional_call(model, half, (input_ids,), {"use_cache": False, **inputs})
-    finally:
-        if model.config._attn_implementation != attention:
-            model.set_attn_implementation(attention)
-        for module, mode in modes.items():
-            module.training = mode
-    return {name: value.double() for name, value in output.items() if isinstance(value, torch.Tensor)}
-
-
-def _refuse_other_outputs(model, translated):
-    devices = {p.device for one in (model, translated) for p in one.parameters()}
-    if len(devices) > 1:
-        logger.warning(
-            f"The weights of this {type(model).__name__} are not all on one device, so it was not run: that its "
-            "translation computes the same is known of its modules and its config, but not of hooks or of methods that "
-            "were replaced."
-        )
-        return
-    [device] = devices
-    sizes = model.config
-    length = min(8, sizes.max_position_embeddings)
-    input_ids = torch.linspace(0, sizes.vocab_size - 1, length, device=device).long().unsqueeze(0)  # (1, T)
-    inputs = {}
-    if sizes.add_cross_attention and type(model).__name__.endswith(("Model", "ForCausalLM")):
-        states = torch.linspace(-1, 1, 3 * sizes.hidden_size, device=device).view(1, 3, -1)  # (B, S, E)
-        inputs["encoder_hidden_states"] = states.to(torch.promote_types(model.dtype, torch.float32))
-    ours, theirs = (_outputs(one, input_ids, **inputs) for one in (model, translated))
-    bound = SAME_OUTPUTS if device.type == "cpu" else SAME_OUTPUTS_ELSEWHERE
-    for name, output in ours.items():
-        error = (output - theirs[name]).abs().max().item() / max(output.abs().max().item(), torch.finfo().tiny)
-        if not error <= bound:  # False for NaN, as it must be
-            raise ValueError(
-                f"this {type(model).__name__} computes other {name} than its translation, relative error {error:.1e}: "
-                "hooks, a replaced forward pass, methods of its class or NaN are not translated; take them out"
-            )

@@ -1,0 +1,362 @@
+"""From the book's and the official model, and to the official one, in memory; and what makes sure that it is the same.
+
+A translation is weights and a config. So before a model is translated or saved, its modules must be those that its
+config describes, and what was translated is run beside it.
+"""
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import nn
+from transformers import GPT2PreTrainedModel, PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_gpt_scratch import SIZES, GPTScratchConfig
+from .weight_map import to_gpt2_state_dict
+
+logger = logging.get_logger(__name__)
+
+
+class Interop(PreTrainedModel):
+    """The ways from and to the book and GPT-2, and saving only what loads as the same model."""
+
+    config_class: type[GPTScratchConfig]
+    gpt2_class: type[GPT2PreTrainedModel]  # the official model of the same kind
+
+    @classmethod
+    def kinds(cls) -> "tuple[type[Interop], ...]":
+        """The classes that compute what their official ones do, and nothing of their own."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
+        """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
+        _refuse_file(save_directory)
+        if save_original_format:
+            _refuse_quantized(self)
+        _refuse_to_save_other_code(self)
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
+    @classmethod
+    def from_book(cls, state_dict: Mapping[str, torch.Tensor], cfg: dict | GPTScratchConfig) -> Self:
+        """A copy of the book's `GPTModel` as a Transformers model, in evaluation mode.
+
+        If `out_head` and `tok_emb` share their memory, as in a model that was tied, so do those of the copy.
+
+        Args:
+            state_dict: of a `GPTModel`, by this package or by the book's code, mask buffers and all; also of a compiled
+                or a data-parallel one.
+            cfg: the dict or config that it was built with. `n_heads` must be right: no tensor tells it.
+
+        Raises:
+            KeyError: `cfg` lacks a size.
+            ValueError: `cfg` has a key that means nothing here, or the state dict is not that of a model with this
+                config; the message names the tensors.
+        """
+        if not isinstance(state_dict, Mapping):
+            whole = isinstance(state_dict, nn.Module)
+            given = "model.state_dict()" if whole else "torch.load(path, weights_only=True)"
+            raise ValueError(f"got a {type(state_dict).__name__} as the state dict; pass {given}")
+        values = cfg.values() if isinstance(cfg, Mapping) else ()
+        if not isinstance(cfg, Mapping | GPTScratchConfig) or any(isinstance(v, torch.Tensor) for v in values):
+            raise ValueError(
+                f"got a {type(cfg).__name__} as the cfg; the state dict comes first, then the dict that the model was "
+                "built with, such as GPT_CONFIG_124M"
+            )
+        for name, tensor in state_dict.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(
+                    f"got a {type(tensor).__name__} under {str(name)[:80]!r}, but a state dict has tensors only; if it "
+                    f"is the state dict, pass state_dict[{str(name)[:80]!r}]"
+                )
+        weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in state_dict.items()}
+        pair = [weights[name] for name in ("tok_emb.weight", "out_head.weight") if name in weights]
+        if isinstance(cfg, GPTScratchConfig):
+            config = cfg
+        else:
+            if not isinstance(cfg, dict):
+                raise ValueError(f"got a {type(cfg).__name__} as cfg; give the book's dict or a GPTScratchConfig")
+            for name in SIZES:
+                if name in cfg and type(cfg[name]) is not int:
+                    raise ValueError(
+                        f"the cfg has {name}={str(cfg[name])[:80]!r}, but it is a whole number; convert it"
+                    )
+            end = 50256 if cfg.get("vocab_size", 0) > 50256 else None  # a smaller vocabulary is not GPT-2's
+            tied = len(pair) == 2 and len({(tensor.data_ptr(), tensor.shape) for tensor in pair}) == 1
+            config = GPTScratchConfig.from_book(cfg, bos_token_id=end, eos_token_id=end, tie_word_embeddings=tied)
+        if config.tie_word_embeddings and len(pair) == 2 and not torch.equal(*pair):
+            raise ValueError(
+                "the config says tie_word_embeddings=True, but out_head.weight is not equal to tok_emb.weight; set it "
+                "to False if both are meant"
+            )
+        _check_fit(cls, config, weights)
+        weights = {name: tensor.clone() for name, tensor in weights.items()}
+        return cls.from_pretrained(None, config=config, state_dict=weights)
+
+    @classmethod
+    def from_gpt2(cls, gpt2: GPT2PreTrainedModel) -> Self:
+        """A copy of an official model of this kind that is in memory, in evaluation mode.
+
+        Raises:
+            ValueError: it is quantized, or no official model as its config says; the message names what is not.
+        """
+        if not hasattr(gpt2, "config"):
+            raise ValueError(
+                f"got a {type(gpt2).__name__}, but an official model is wanted; give the model inside it, such as its "
+                ".module"
+            )
+        _refuse_quantized(gpt2)
+        official = _official_class(cls)
+        _refuse_other_code(gpt2, official)
+        model = _build(cls, cls.config_class.from_gpt2(gpt2.config), gpt2.state_dict(), gpt2)
+        if cls in cls.kinds():  # another class may compute something of its own with these weights
+            _refuse_other_outputs(gpt2, model)
+        return model
+
+    def to_gpt2(self) -> GPT2PreTrainedModel:
+        """The official model with a copy of these weights, in evaluation mode.
+
+        What both compute of a few tokens is compared, unless the weights are not all on one device.
+
+        Raises:
+            ValueError: the weights are quantized, or this model computes something else than an official one: its
+                modules are not those of its config, it has adapters, hooks or a forward pass of its own.
+        """
+        _refuse_quantized(self)
+        official = _official_class(type(self))
+        _refuse_other_code(self, next(kind for kind in self.kinds() if kind.gpt2_class is official))
+        state_dict = to_gpt2_state_dict(self.state_dict(), self.config.n_layers)
+        model = _build(official, self.config.to_gpt2(), state_dict, self)
+        _refuse_other_outputs(self, model)
+        return model
+
+    def save_as_gpt2(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Writes an official checkpoint, which `from_pretrained` of the official class loads.
+
+        Without `qkv_bias` the official biases are zeros. `kwargs` go to `save_pretrained`.
+        """
+        _refuse_file(save_directory)
+        self.to_gpt2().save_pretrained(save_directory, **kwargs)
+
+
+def _refuse_file(save_directory):
+    if os.path.isfile(save_directory):  # transformers would log that, and save nothing
+        raise NotADirectoryError(f"{save_directory} is a file, but a model is saved as a directory; name another")
+
+
+def _refuse_quantized(model):
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"got a model quantized by {getattr(method, 'value', method)}, but only float weights can be translated; "
+            "load the checkpoint without quantization_config"
+        )
+
+
+def _build(model_class, config, state_dict, like):
+    """A `model_class` with these weights; dtype, device, attention and generation settings are those of `like`."""
+    attention = like.config._attn_implementation
+    # Activations may have a dtype of their own, as transformers' xIELU does.
+    weights = (p for name, p in like.named_parameters() if not re.search(r"\.(act|ff\.layers\.1)\.", name))
+    if len(dtypes := {str(p.dtype) for p in weights}) > 1:
+        raise ValueError(f"the weights are of {', '.join(sorted(dtypes))}, but a copy has one dtype; cast them first")
+    model = model_class.from_pretrained(
+        None, config=config, state_dict=state_dict, dtype=like.dtype, attn_implementation=attention
+    )
+    if like.can_generate():
+        model.generation_config = copy.deepcopy(like.generation_config)
+    shared = {p.untyped_storage().data_ptr() for p in like.parameters()}
+    for p in model.parameters():
+        if p.untyped_storage().data_ptr() in shared:
+            p.data = p.data.clone(memory_format=torch.contiguous_format)
+    return model.to(like.device)
+
+
+# Two models with the same weights and modules, in float32: 4e-7 on a CPU; a GPU may compute float32 in TF32.
+SAME_OUTPUTS, SAME_OUTPUTS_ELSEWHERE = 1e-4, 1e-2
+
+# What a module says of its weights' shapes, which are compared themselves: resizing a tied head does not update it.
+NO_DIFFERENCE = ("training", "in_features", "out_features", "num_embeddings")
+
+
+def _check_fit(model_class, config, weights):
+    """Raises ValueError unless these are the weights of the book's model with this config."""
+    found: dict[str, int | bool] = {"qkv_bias": "trf_blocks.0.att.W_query.bias" in weights}
+    for name, sizes in (("tok_emb", ("vocab_size", "emb_dim")), ("pos_emb", ("context_length", "emb_dim"))):
+        shape = weights[f"{name}.weight"].shape if f"{name}.weight" in weights else ()
+        found |= zip(sizes, shape, strict=False)
+    layers = [int(name.split(".")[1]) for name in weights if re.match(r"trf_blocks\.\d+\.", name)]
+    found["n_layers"] = max(layers, default=-1) + 1
+    other = [name for name, value in found.items() if value != getattr(config, name)]
+    if layers and other:
+        told = [", ".join(f"{name}={value(name)}" for name in other) for value in (found.get, config.__getattribute__)]
+        raise ValueError(
+            f"the state dict is of a model with {told[0]}, but the config says {told[1]}; give the cfg that this model "
+            "was built with"
+        )
+    with torch.device("meta"):
+        expected = {name.removeprefix("model."): w for name, w in model_class(copy.copy(config)).state_dict().items()}
+    ignored = "|".join(model_class._keys_to_ignore_on_load_unexpected)
+    tied = "out_head.weight" if config.tie_word_embeddings else None
+    lacks = sorted(expected.keys() - weights.keys() - {tied})
+    has = sorted(name for name in weights.keys() - expected.keys() if not re.search(ignored, name))
+    wrong = [
+        f"{len(names)} tensors {what}: {some(names)}" for what, names in (("missing", lacks), ("unknown", has)) if names
+    ]
+    wrong += [
+        f"{name} has shape {list(tensor.shape)} instead of {list(expected[name].shape)}"
+        for name, tensor in sorted(weights.items())
+        if name in expected and tensor.shape != expected[name].shape
+    ][:5]
+    if wrong:
+        raise ValueError(
+            f"the state dict does not fit the config ({'; '.join(wrong)}); give the whole state dict of a GPTModel and "
+            "the cfg that it was built with"
+        )
+
+
+def some(names):
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _official_class(model_class):
+    found = getattr(model_class, "gpt2_class", None)
+    if found is None:
+        raise ValueError(
+            f"there is no official model of the kind of {model_class.__name__}; its base model has one: translate "
+            "`model.model`, or load an official checkpoint by from_pretrained"
+        )
+    return found
+
+
+def _differences(model, kind):
+    """What is not as `kind` builds it from the model's config, in words; what a dropout rate is does not count."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        built = kind(config)
+    expected, found = dict(built.named_modules()), dict(model.named_modules())
+    told = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    told += [f"{name} is an unknown {_class_name(found[name])}" for name in found.keys() - expected.keys()]
+    for name in expected.keys() & found.keys():
+        ours, theirs = expected[name], found[name]
+        if type(theirs).forward is not type(ours).forward:
+            told.append(f"{name or 'the model'} is a {_class_name(theirs)} instead of a {_class_name(ours)}")
+        elif not isinstance(ours, PreTrainedModel | nn.Dropout):
+            told += [
+                f"{name}.{key} is {getattr(theirs, key, None)!r} instead of {value!r}"
+                for key, value in vars(ours).items()
+                if isinstance(value, bool | int | float | str)
+                and not key.startswith("_")
+                and key not in NO_DIFFERENCE
+                and getattr(theirs, key, None) != value
+            ]
+    shapes = ({name: tuple(p.shape) for name, p in m.named_parameters(remove_duplicate=False)} for m in (built, model))
+    expected_shapes, found_shapes = shapes
+    for name in expected_shapes.keys() & found_shapes.keys():
+        if found_shapes[name] != expected_shapes[name]:
+            told.append(f"{name} has shape {found_shapes[name]} instead of {expected_shapes[name]}")
+    return sorted(told, key=lambda text: (not text.startswith("the model is"), text.count("."), text))
+
+
+def _class_name(module):
+    return f"{type(module).__module__.rpartition('.')[2]}.{type(module).__qualname__}"
+
+
+def _few(told):
+    return "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "")
+
+
+def _refuse_other_code(model, kind):
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise ValueError(
+            f"the weights of this {type(model).__name__} are on the meta device, or offloaded, so there is nothing to "
+            "translate; load the model without device_map"
+        )
+    if told := _differences(model, kind):
+        raise ValueError(
+            f"this {type(model).__name__} is not the {kind.__name__} that its config describes: {_few(told)}. Such a "
+            "model cannot be translated: merge adapters first (PEFT's merge_and_unload), put the modules back, and "
+            "build a new model to change its config"
+        )
+
+
+def _refuse_to_save_other_code(model):
+    """Saved, a model of our own classes is their code and its config, so it must be what these two make."""
+    adapted = getattr(model, "_hf_peft_config_loaded", False)  # then the adapter is saved, and nothing else
+    # What is spread over processes has modules around its own.
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if adapted or distributed or getattr(model, "hf_quantizer", None) is not None:
+        return
+    own = (kind for kind in model.kinds() if isinstance(model, kind))
+    kind = max(own, key=lambda kind: len(kind.__mro__), default=None)  # the nearest
+    if kind is None or (type(model) is not kind and model.config.model_type != GPTScratchConfig.model_type):
+        return
+    told = _differences(model, kind)
+    if told and type(model) is not kind:
+        logger.warning(
+            f"{type(model).__name__} computes something else than {kind.__name__} ({_few(told)}), but has its "
+            f"model_type {kind.config_class.model_type!r}: {type(model).__name__}.from_pretrained loads what is saved "
+            f"here, and Auto classes without trust_remote_code=True load a {kind.__name__}. Give its config class a "
+            "model_type of its own."
+        )
+    elif told:
+        raise ValueError(
+            f"saved, this {kind.__name__} would load as another model: {_few(told)}. Merge adapters first (PEFT's "
+            "merge_and_unload), put the modules back, build a new model to change its config; or write a class of your "
+            "own that builds these modules, with a model_type of its own"
+        )
+
+
+@torch.no_grad()
+def _outputs(model, input_ids, **inputs):
+    """The tensors that a model computes in float32 and without dropout; it is left as it was."""
+    modes = {module: module.training for module in model.modules()}
+    attention = model.config._attn_implementation
+    parameters = dict(model.named_parameters())
+    half = {name: p.float() for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)}
+    try:
+        for module in modes:
+            module.training = False
+        if attention not in ("eager", "sdpa"):
+            model.set_attn_implementation("sdpa")
+        with torch.autocast(input_ids.device.type, enabled=False):
+            output = torch.func.functional_call(model, half, (input_ids,), {"use_cache": False, **inputs})
+    finally:
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        for module, mode in modes.items():
+            module.training = mode
+    return {name: value.double() for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+
+def _refuse_other_outputs(model, translated):
+    devices = {p.device for one in (model, translated) for p in one.parameters()}
+    if len(devices) > 1:
+        logger.warning(
+            f"The weights of this {type(model).__name__} are not all on one device, so it was not run: that its "
+            "translation computes the same is known of its modules and its config, but not of hooks or of methods that "
+            "were replaced."
+        )
+        return
+    [device] = devices
+    sizes = model.config
+    length = min(8, sizes.max_position_embeddings)
+    input_ids = torch.linspace(0, sizes.vocab_size - 1, length, device=device).long().unsqueeze(0)  # (1, T)
+    inputs = {}
+    if sizes.add_cross_attention and type(model).__name__.endswith(("Model", "ForCausalLM")):
+        states = torch.linspace(-1, 1, 3 * sizes.hidden_size, device=device).view(1, 3, -1)  # (B, S, E)
+        inputs["encoder_hidden_states"] = states.to(torch.promote_types(model.dtype, torch.float32))
+    ours, theirs = (_outputs(one, input_ids, **inputs) for one in (model, translated))
+    bound = SAME_OUTPUTS if device.type == "cpu" else SAME_OUTPUTS_ELSEWHERE
+    for name, output in ours.items():
+        error = (output - theirs[name]).abs().max().item() / max(output.abs().max().item(), torch.finfo().tiny)
+        if not error <= bound:  # False for NaN, as it must be
+            raise ValueError(
+                f"this {type(model).__name__} computes other {name} than its translation, relative error {error:.1e}: "
+                "hooks, a replaced forward pass, methods of its class or NaN are not translated; take them out"
+            )
