@@ -1,13 +1,15 @@
-"""Decoding and training on an NVIDIA GPU: python benchmarks/gpu.py
+"""Decoding, prefill and training on an NVIDIA GPU: python benchmarks/gpu.py
 
 Decoding is greedy `.generate()` in bf16: a growing cache, a static one, and a static one with the step compiled into
 CUDA graphs (`torch.compile(mode="reduce-overhead")`). Its floor is the bytes of the weights and of the cached keys and
 values over the bandwidth that a sum or a copy of gigabytes has in the same run. Training has nanoGPT's settings: bf16
 autocast, fused AdamW, flash attention through sdpa, compiled, clipped gradients, no dropout, 12 sequences of 1024.
+Prefill is the last logits of a batch of prompts, with each kind of attention that is there.
 
 MFU is that of nanoGPT and of PaLM's appendix B, of the GPU's datasheet or of --peak-tflops, and of what the product of
-two large bf16 matrices reaches in the same run. Without a GPU the exit status is 2. Ours must be as close to float32 as
-transformers' GPT-2 (FLOAT64_RATIO, FP32_LOSS), and nothing may be compiled after the first calls, or it is 3.
+two large bf16 matrices reaches in the same run. Each table is written when it is done; --quick tries all of them on a
+tiny model, without a GPU too, where the exit status is 2 otherwise. Ours must be as close to float32 as transformers'
+GPT-2 (FLOAT64_RATIO, FP32_LOSS), and nothing may be compiled after the first calls, or it is 3.
 """
 
 import statistics
@@ -23,6 +25,7 @@ from engines import Transformers, load
 from harness import Checkpoint, Only, Output, Quick, Report, Rounds, Size, Timed, timed
 from training import dropout_rates
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
 
 from hf_gpt_scratch import GPTScratchForCausalLM
 from hf_gpt_scratch.weights.parity import FLOAT64_RATIO, FP32_LOSS, rms_error
@@ -47,6 +50,21 @@ DECODE: dict[str, Callable[..., Any]] = {
     f"{name}, bf16{cache}": partial(Transformers, model_class, **BFLOAT16, **options)
     for name, model_class in (("transformers GPT-2", GPT2LMHeadModel), ("ours", GPTScratchForCausalLM))
     for cache, options in (("", {}), (", static cache", STATIC), (", compiled into CUDA graphs", GRAPHS))
+}
+
+ATTENTION = {"flex_attention": is_torch_flex_attn_available, "flash_attention_2": is_flash_attn_2_available}
+PREFILL: dict[str, Callable[..., Any]] = {
+    f"{name}, bf16{how}": partial(Transformers, model_class, **BFLOAT16, **options)
+    for name, model_class in (("transformers GPT-2", GPT2LMHeadModel), ("ours", GPTScratchForCausalLM))
+    for how, options in (
+        ("", {}),
+        (", compiled", dict(compiled=True)),
+        *(
+            (f", {kind}", dict(attn_implementation=kind))
+            for kind, is_there in ATTENTION.items()
+            if torch.cuda.is_available() and is_there()
+        ),
+    )
 }
 
 
@@ -114,6 +132,16 @@ def interleaved(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, ha
     return measured
 
 
+def peak_memory(device: str, function: Callable[[], Any]) -> int | None:
+    """Megabytes on the GPU at the peak of a call, beyond what was there before; the weights were."""
+    if device != "cuda":
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return (torch.cuda.max_memory_allocated() - before) // 10**6
+
+
 def bandwidth(device: str, size: int) -> float:
     """Bytes a second of a sum, which reads, or of a copy, which reads and writes; the better one, best of 10."""
     numbers = torch.ones(size // 4, device=device)
@@ -160,6 +188,7 @@ def decode(report: Report, checkpoint, device: str, only: str, batch: int, promp
         {name: partial(engine.generate, ids, new_tokens) for name, engine in engines.items()}, rounds
     )
     reference, *_ = engines
+    memory = {name: peak_memory(device, partial(engine.generate, ids, new_tokens)) for name, engine in engines.items()}
     errors = {
         name: rms_error(expected, engine.model(ids[:1], use_cache=False).logits) for name, engine in engines.items()
     }
@@ -172,6 +201,7 @@ def decode(report: Report, checkpoint, device: str, only: str, batch: int, promp
         figures = {
             "first call, s": row.first,
             "of the bandwidth": f"{size / statistics.median(times) / rate:.0%}",
+            "peak memory, MB": memory[name],
             "equal ids": f"{same} of {new_tokens}",
             "error against fp32": errors[name],
             "recompilations": row.recompiled,
@@ -180,6 +210,31 @@ def decode(report: Report, checkpoint, device: str, only: str, batch: int, promp
         report.add(group, name, times, name == reference, **figures)
     floor = f"floor: {size / 1e6:.0f} MB at {rate / 1e9:.0f} GB/s"
     report.rows.append(harness.Row(group, floor, [size / rate], {"of the bandwidth": "100%"}))
+    load.cache_clear()
+    return passed
+
+
+@torch.inference_mode()
+def prefill(report: Report, checkpoint, device: str, only: str, batch: int, length: int, rounds: int):
+    """Adds the table of prompts; whether ours is as close to float32 as transformers' GPT-2 with each attention."""
+    exact = load(GPT2LMHeadModel, checkpoint).to(device)
+    ids = harness.random_ids(batch, length, exact.config.vocab_size).to(device)
+    expected = exact(ids[:1], use_cache=False).logits
+    torch._dynamo.reset()
+    engines = {name: PREFILL[name](checkpoint, device=device) for name in harness.selected(PREFILL, only)}
+    measured = interleaved({name: partial(engine.prefill, ids) for name, engine in engines.items()}, rounds)
+    reference, *_ = engines
+    group, passed, errors = f"prefill, batch {batch}×{length}", True, {}
+    for name, row in measured.items():
+        errors[name] = rms_error(expected, engines[name].model(ids[:1], use_cache=False).logits)
+        figures = {
+            "first call, s": row.first,
+            "tokens a second": round(batch * length / statistics.median(row.times)),
+            "error against fp32": errors[name],
+            "recompilations": row.recompiled,
+        }
+        passed &= errors[name] <= FLOAT64_RATIO * errors[reference] and not row.recompiled
+        report.add(group, name, row.times, name == reference, **figures)
     load.cache_clear()
     return passed
 
@@ -230,10 +285,11 @@ def main(
     checkpoint: Checkpoint = None,
     batch: Annotated[int, typer.Option(help="Sequences a training step.")] = 12,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 1024,
-    batches: Annotated[str, typer.Option(help="Prompts decoded at once; a table each.")] = "1,8",
+    batches: Annotated[str, typer.Option(help="Prompts decoded at once; a table each.")] = "1,64",
     prompt: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Generated for each.")] = 256,
-    rounds: Rounds = 10,
+    new_tokens: Annotated[int, typer.Option(help="Generated for each.")] = 128,
+    prompts: Annotated[int, typer.Option(help="Prompts of --length tokens in the table of prefill.")] = 16,
+    rounds: Rounds = 5,
     only: Only = "",
     peak_tflops: Annotated[float, typer.Option(help="Of dense bf16 on this GPU; 0: as its datasheet says.")] = 0,
     output: Output = harness.RESULTS,
@@ -246,17 +302,21 @@ def main(
         sys.exit(2)
     if quick:
         size, rounds, only, batch, length, prompt, new_tokens = "tiny", 2, only or harness.QUICK, 2, 20, 5, 6
+        prompts = 2
     gpu = torch.cuda.get_device_name() if device == "cuda" else "none"
     peak = peak_tflops * 1e12 or datasheet(gpu)
     settings = {"GPU": gpu, "peak FLOP/s": peak, "model": checkpoint or size, "rounds": rounds}
     report = Report("gpu", "On a GPU", settings)
     with harness.official_checkpoint(size, checkpoint) as directory:
-        passed = [
-            decode(report, directory, device, only, int(prompts), prompt, new_tokens, rounds)
-            for prompts in batches.split(",")
+        tables = [
+            *(partial(decode, batch=int(rows), prompt=prompt, new_tokens=new_tokens) for rows in batches.split(",")),
+            partial(train, batch=batch, length=length, peak=peak),
+            partial(prefill, batch=prompts, length=length),
         ]
-        passed.append(train(report, directory, device, only, batch, length, peak, rounds))
-    report.write(output)
+        passed = []
+        for table in tables:
+            passed.append(table(report, directory, device, only, rounds=rounds))
+            report.write(output)
     sys.exit(0 if all(passed) else 3)
 
 

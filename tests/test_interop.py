@@ -63,15 +63,24 @@ def edited_config(**changes):
 
 # What makes a model another than its config says, and what the message names.
 STRUCTURE = {
-    "another module": (other_module, r"trf_blocks\.1\.ff is a .*OtherFeedForward instead of a modeling_gpt_scratch\.AnyFeedForward"),
+    "another module": (
+        other_module,
+        r"trf_blocks\.1\.ff is a .*OtherFeedForward instead of a modeling_gpt_scratch\.AnyFeedForward",
+    ),
     "a module that inherits": (inherited_module, r"trf_blocks\.1\.ff is a .*HalfFeedForward"),
-    "exact GELU": (exact_gelu, r"trf_blocks\.1\.ff\.layers\.1 is a activation\.GELU instead of a modeling_gpt_scratch\.FusedGELU"),
+    "exact GELU": (
+        exact_gelu,
+        r"trf_blocks\.1\.ff\.layers\.1 is a activation\.GELU instead of a modeling_gpt_scratch\.FusedGELU",
+    ),
     "other vocabulary": (other_vocabulary, r"tok_emb\.weight has shape \(250, 48\) instead of \(211, 48\)"),
     "n_heads": (edited_config(n_heads=6), r"att\.head_dim is 12 instead of 8"),
     "n_layers": (edited_config(n_layers=2), r"trf_blocks\.2 is an unknown"),
     "vocab_size": (edited_config(vocab_size=300), r"tok_emb\.weight has shape \(211, 48\) instead of \(300, 48\)"),
     "context_length": (edited_config(context_length=32), r"pos_emb\.weight has shape"),
-    "activation": (edited_config(activation_function="relu"), r"ff\.layers\.1 is a modeling_gpt_scratch\.FusedGELU instead of a"),
+    "activation": (
+        edited_config(activation_function="relu"),
+        r"ff\.layers\.1 is a modeling_gpt_scratch\.FusedGELU instead of a",
+    ),
     "epsilon": (edited_config(layer_norm_epsilon=1e-4), r"final_norm\.eps is 1e-05 instead of 0\.0001"),
     "scaling": (edited_config(scale_attn_weights=False), r"att\.scaling is 0\.28.* instead of 1\.0"),
 }

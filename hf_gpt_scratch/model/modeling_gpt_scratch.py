@@ -137,7 +137,7 @@ class CachedAttention(MultiHeadAttention):
         del self.mask
         self.config = config  # attention functions may look into it
         self.layer_idx = layer_idx
-        # CODEPATH: all official checkpoints scale by the first alone; the options are GPT2Config's, for Stanford's Mistral models
+        # CODEPATH: official checkpoints scale by 1/√D alone; Stanford's Mistral models have the other options
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         # CODEPATH: as above
         if config.scale_attn_by_inverse_layer_idx:
@@ -482,7 +482,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
 
     def _attention_function(self) -> Callable:
         name = self.config._attn_implementation
-        # CODEPATH: GPT2Config's option for Stanford's Mistral models; no official checkpoint has it
+        # CODEPATH: no official checkpoint has it, but Stanford's Mistral models do
         if name == "eager" and self.config.reorder_and_upcast_attn:
             return upcast_attention
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
