@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 CHUNK = 256  # tokens whose logits are in memory together: 51 MB at V = 50257 in float32
+CHUNK_ON_GPU = 2048  # where products of few rows leave most of the device idle
 PART = 8192  # tokens of the vocabulary whose gradients are in memory together in another dtype than the weight's
 
 
@@ -38,17 +39,18 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, num_items, ignore_index):
         dtype = product_dtype(x)
+        chunk = CHUNK if x.device.type == "cpu" else CHUNK_ON_GPU
         loss = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         with torch.autocast(x.device.type, enabled=False):
             x, head = x.to(dtype), weight.to(dtype)
-            for start in range(0, len(x), CHUNK):
-                rows = slice(start, start + CHUNK)
-                logits = F.linear(x[rows], head).float()  # (CHUNK, V)
-                counted = targets[rows] != ignore_index  # (CHUNK,)
-                target_ids = targets[rows].where(counted, 0)[:, None]  # (CHUNK, 1)
-                log_sums = logits.logsumexp(-1, keepdim=True)  # (CHUNK, 1)
+            for start in range(0, len(x), chunk):
+                rows = slice(start, start + chunk)
+                logits = F.linear(x[rows], head).float()  # (chunk, V)
+                counted = targets[rows] != ignore_index  # (chunk,)
+                target_ids = targets[rows].where(counted, 0)[:, None]  # (chunk, 1)
+                log_sums = logits.logsumexp(-1, keepdim=True)  # (chunk, 1)
                 losses = (log_sums - logits.gather(1, target_ids))[:, 0]
                 loss += losses.where(counted, 0).sum()
                 # d loss / d logits = (softmax(logits) - one_hot(target)) / num_items, in the logits' own memory
@@ -69,7 +71,8 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         grads = ctx.saved_tensors
-        if grad_loss.device.type != "cpu" or grad_loss != 1:  # a GPU would have to be waited for
+        # Not to be looked at in a compiled graph, and a GPU would have to be waited for.
+        if torch.compiler.is_compiling() or grad_loss.device.type != "cpu" or grad_loss != 1:
             grads = [None if grad is None else grad * grad_loss for grad in grads]
         return *grads, None, None, None
 
@@ -114,7 +117,6 @@ def can_skip_logits(model: nn.Module) -> bool:
         and not (head._backward_hooks or head._backward_pre_hooks or torch.nn.modules.module._has_any_global_hook())
         and torch.float16 not in (weight.dtype, product_dtype(weight))  # gradients that need scaling first
         and model.loss_function is ForCausalLMLoss
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )
 
