@@ -35,6 +35,7 @@ def test_ids_on_a_gpu_are_the_officials(attention):
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_cuda_graphs_of_static_decoding_give_the_same_ids():
     _, scratch = random_pair()
     scratch = scratch.cuda()  # float32: of numbers rounded to bfloat16 the greatest may be another
