@@ -293,6 +293,10 @@ def test_a_map_and_a_cfg_are_read_from_files(files, tmp_path):
     assert result.exit_code == 0, result.output
     assert "Parameters, as guessed" in result.output
     assert "only place left" in result.output
+    page = tmp_path / "report.html"
+    run(official, raw, "--map", tmp_path / "map.json", "--cfg", tmp_path / "cfg.json", "--html", page)
+    row = "<td><code>stack.0.attention.w_q</code></td><td><code>trf_blocks.0.att.W_query.weight</code></td>"
+    assert row in page.read_text(encoding="utf-8")
     wrong = run(official, raw, "--map", tmp_path / "map.json", "--cfg", json.dumps(sizes | {"n_heads": 6}))
     assert wrong.exit_code == 3
     assert "wrong-n-heads" in wrong.output

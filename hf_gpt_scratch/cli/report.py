@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -203,7 +203,8 @@ def html_report(comparison: Comparison) -> str:
     check_drawing()
     from matplotlib import rc_context
 
-    environment = Environment(loader=PackageLoader(__package__, "templates"), autoescape=True, trim_blocks=True)
+    loader = PackageLoader(__package__, "templates")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     environment.globals |= {"number": number, "show": decoder(comparison.tokenizer)}
     environment.filters["shade"] = shade
     with rc_context(STYLE):  # the caller's own plots stay as they are
