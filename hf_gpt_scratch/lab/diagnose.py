@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .compare import Comparison, errors, logit_bound, stage_bound
-from .mistakes import Hypothesis, hypotheses
+from .mistakes import Mistake, mistakes
 from .search import SHORT, Experiment, Forward, forward_mistakes
 from .simulate import QKV, everywhere
 from .subject import Subject
@@ -140,7 +140,7 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
     changes = grouped(weight_changes(right, given))
     eps_found = {m.eps for m in candidate.module.modules() if isinstance(getattr(m, "eps", None), float)}
     experiment = Experiment(config, short, brief, bound, own, everywhere(config.n_layers))
-    forward = forward_mistakes(experiment, hypotheses(config, sorted(eps_found)))
+    forward = forward_mistakes(experiment, mistakes(config, sorted(eps_found)))
     whole = Experiment(config, input_ids, activations, bound, own, everywhere(config.n_layers))
     unexplained = errors(whole.outcome(forward.findings), activations[LOGITS])[2]
     explained = unexplained <= bound
@@ -169,19 +169,19 @@ def undone(
     """
     n_layers = experiment.config.n_layers
     order = stages(n_layers)
-    found: list[tuple[int, Fault, list[str], Hypothesis | None]] = []
+    found: list[tuple[int, Fault, list[str], Mistake | None]] = []
     for alike in changes:
         tensors = [change.tensor for change in alike]
         found.append((order.index(tensors[0].rpartition(".")[0]), weight_fault(alike, n_layers), tensors, None))
-    for supposed, places in forward.findings:
-        first, fault = forward_fault(supposed, places, forward.undetectable[supposed], n_layers)
-        found.append((order.index(first), fault, [], supposed))
+    for mistake, places in forward.findings:
+        first, fault = forward_fault(mistake, places, forward.undetectable[mistake], n_layers)
+        found.append((order.index(first), fault, [], mistake))
     found.sort(key=lambda item: item[0])
     left, faults = list(forward.findings), []
     weights = dict(experiment.weights)
-    for _, fault, tensors, hypothesis in found:
+    for _, fault, tensors, undone_mistake in found:
         weights |= {name: right[name] for name in tensors}
-        left = [finding for finding in left if finding[0] is not hypothesis]
+        left = [(mistake, places) for mistake, places in left if mistake != undone_mistake]
         error = errors(target, replace(experiment, weights=weights).outcome(left))[2]
         faults.append(replace(fault, error=error))
     return faults
@@ -204,28 +204,30 @@ def weight_fault(changes: list[Change], n_layers: int) -> Fault:
 
 
 def forward_fault(
-    supposed: Hypothesis, places: frozenset[int], undetectable: list[int], n_layers: int
+    mistake: Mistake, places: frozenset[int], undetectable: list[int], n_layers: int
 ) -> tuple[str, Fault]:
-    """The stage where a mistake in the forward pass acts first, and the fault.
+    """The stage where a mistake in the forward pass first shows, and the fault.
 
     Args:
         undetectable: the other blocks where it would make no difference.
     """
     if len(places) == len(everywhere(n_layers)):
-        where = supposed.stage.replace("trf_blocks.0", "trf_blocks.{n}")
-        return supposed.stage, Fault(supposed.name, supposed.says, where, supposed.remedy, "forward")
-    blocks = sorted(places & set(range(n_layers)))
-    acts = [supposed.stage.replace("trf_blocks.0", f"trf_blocks.{n}") for n in blocks]
-    acts += ["final_norm"] if n_layers in places else []
-    names = (
-        [blocks_told(blocks) if len(blocks) < n_layers else "all blocks, but not in the final norm"] if blocks else []
-    )
-    told = ", in " + " and ".join([*names, "the final norm"] if n_layers in places else names)
+        fault = Fault(mistake.name, mistake.says, mistake.stage_in("{n}"), mistake.remedy, "forward")
+        return mistake.stage_in(0), fault
+    blocks = sorted(n for n in places if 0 <= n < n_layers)
+    stages_hit = [mistake.stage_in(n) for n in blocks]
+    where = []
+    if blocks:
+        where.append(blocks_told(blocks) if len(blocks) < n_layers else "all blocks, but not in the final norm")
+    if n_layers in places:
+        stages_hit.append("final_norm")
+        where.append("the final norm")
+    says = f"{mistake.says}, in {' and '.join(where)}"
     if undetectable:
-        told += f"; in {blocks_told(undetectable)} it makes no difference"
+        says += f"; in {blocks_told(undetectable)} it makes no difference"
     elif len(blocks) + (n_layers in places) == 1:
-        told += " only"
-    return acts[0], Fault(supposed.name, supposed.says + told, listed(acts), supposed.remedy, "forward", blocks=blocks)
+        says += " only"
+    return stages_hit[0], Fault(mistake.name, says, listed(stages_hit), mistake.remedy, "forward", blocks=blocks)
 
 
 def blocks_told(blocks: list[int]) -> str:
