@@ -278,7 +278,7 @@ def test_square_bare_matrices_need_to_be_told_their_layout(pair):
         weight = block.att.out_proj.weight
         block.att.out_proj = nn.Module()
         block.att.out_proj.weight, block.att.out_proj.bias = weight, nn.Parameter(torch.zeros(48))
-    with pytest.raises(LabError, match=r"is square, and nothing tells"):
+    with pytest.raises(LabError, match=r"is square, and nothing shows"):
         subject(model, config)
     for suffix, transposed in (("", False), (".T", True)):
         told = {"trf_blocks.{n}.att.out_proj.weight": f"trf_blocks.{{n}}.att.out_proj.weight{suffix}"}

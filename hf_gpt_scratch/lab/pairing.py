@@ -2,11 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -39,6 +38,11 @@ ALIKE, LEAD = 0.6, 0.15
 # What a model may lack and still be looked at; the lab then finds out what that does.
 OPTIONAL = ("pos_emb", "final_norm", "out_head")
 
+Shape = tuple[int, ...]
+Parameters = Mapping[str, nn.Parameter]
+Pending = dict[str, list[str]]  # a unit's module -> the slots that it fits
+Claim = tuple[str, float, str]  # slot, confidence, reason
+
 
 @dataclass(frozen=True)
 class Match:
@@ -65,7 +69,7 @@ def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 # Pairing the parameters of a class of one's own
 
 
-def shapes(config: GPTScratchConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+def shapes(config: GPTScratchConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """The shapes of weights outside and inside the blocks by module, `[out, in]` as `nn.Linear` has them."""
     width, inner = config.emb_dim, config.n_inner or 4 * config.emb_dim
     outside = {
@@ -86,105 +90,162 @@ def shapes(config: GPTScratchConfig) -> tuple[dict[str, tuple[int, ...]], dict[s
     return outside, inside
 
 
+@dataclass(frozen=True)
+class Place:
+    """One of the blocks, or all that is outside them, with what is still to be paired there.
+
+    `prefix` and `book_prefix` go before the names of `own`, the model's parameters, and of `slots`, the book's modules
+    with the shapes of their weights.
+    """
+
+    prefix: str
+    book_prefix: str
+    own: dict[str, nn.Parameter]
+    slots: dict[str, Shape]
+
+
 def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mapping[str, str | None]) -> list[Match]:
-    """Pairs each parameter of a model of one's own with the book's, by `mapping`, name, shape and order.
+    """Pairs each parameter of a model of your own with the book's: by `mapping`, then by name, shape and order.
 
     Raises:
-        LabError: the pairing is not certain; the message has what is left over on either side.
+        LabError: the pairing is not certain; the message lists what is left over on either side.
     """
     own = parameters(module)
-    told = mapped(own, config, mapping)
-    told |= beside(told, own)
-    for match in filter(None, told.values()):
+    given = mapped(own, config, mapping)
+    given |= beside(given, own)
+    matches = [match for match in given.values() if match]
+    for match in matches:
         check_shape(match.row, own, config)
-    rest = {name: p for name, p in own.items() if name not in told}
-    taken = {ours for match in told.values() if match for ours in match.row.ours}
-    unnamed = [n for n in range(config.n_layers) if not any(name.startswith(f"trf_blocks.{n}.") for name in taken)]
-    container = ""
-    if unnamed or any(re.search(r"\.\d+\.", name) for name in rest):
-        container = block_container(rest, config.n_layers)
-    outside, inside = shapes(config)
-    matches = [match for match in told.values() if match]
-    places: list[tuple[str, str, dict[str, tuple[int, ...]]]] = [("", "", outside)]
-    places += [(f"{container}{n}.", f"trf_blocks.{n}.", inside) for n in range(config.n_layers)]
+    places = places_of({name: p for name, p in own.items() if name not in given}, matches, config)
     problems = []
-    for prefix, ours, slots in places:
-        here = {
-            name.removeprefix(prefix): p
-            for name, p in rest.items()
-            if (name.startswith(prefix) if prefix else not (container and name.startswith(container)))
-        }
-        free = {slot: shape for slot, shape in slots.items() if not any(t.startswith(f"{ours}{slot}.") for t in taken)}
-        found, unknown = match_units(here, free, {name: layout_of(module, prefix + name) for name in here})
-        for unit, (slot, confidence, reason) in found.items():
-            names = FUSED if slot == "att.c_attn" else (slot,)
-            for kind, local in units(here)[unit].items():
-                which = {"weight": "scale", "bias": "shift"}[kind] if "norm" in slot else kind
-                row = Row(prefix + local, tuple(f"{ours}{name}.{which}" for name in names), False, "")
-                matches.append(Match(row, confidence, reason))
-        problems += [prefix + local for unit in unknown for local in units(here)[unit].values()]
-    have = {name for match in matches for name in match.row.ours}
-    for _, ours, slots in places:
-        for slot in (slot for slot in slots if slot not in (*OPTIONAL, "att.c_attn")):
-            if f"{ours}{slot}.{'scale' if 'norm' in slot else 'weight'}" not in have:
-                problems.append(f"nothing for {ours}{slot}")
+    for place in places:
+        found, unknown = match_place(place, module)
+        matches += found
+        problems += unknown
+    problems += [f"nothing for {module_name}" for module_name in lacking(matches, config)]
+    refuse_doubt(type(module).__name__, problems, matches)
+    return [with_layout(match, module, own, config, matches) for match in matches]
+
+
+def refuse_doubt(name: str, problems: list[str], matches: list[Match]) -> None:
+    """Raises LabError if something is left over, or two parameters match one of the book's."""
     if problems:
         listed = ", ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise LabError(
-            f"the parameters of {type(module).__name__} cannot be paired with GPT-2's without doubt: {listed}; say "
+            f"the parameters of {name} cannot be paired with GPT-2's without doubt: {listed}; say "
             'what they are by --map FILE, JSON such as {"blocks.{n}.proj.weight": '
             '"trf_blocks.{n}.att.out_proj.weight", "unused.weight": null}'
         )
     targets = [name for match in matches for name in match.row.ours]
     if twice := {name for name in targets if targets.count(name) > 1}:
         raise LabError(f"several parameters are mapped to {', '.join(sorted(twice))}; map each to one name")
-    return [with_layout(match, module, own, config, matches) for match in matches]
 
 
-def mapped(own, config, mapping) -> dict[str, Match | None]:
-    """The matches that a map gives, `{n}` being every layer; None for what it says is no parameter of GPT-2's.
+def places_of(rest: Parameters, matches: list[Match], config: GPTScratchConfig) -> list[Place]:
+    """Where the rest of the parameters belongs, with the slots that no match has taken."""
+    taken = [name for match in matches for name in match.row.ours]
+    begun = {int(number[1]) for name in taken if (number := re.match(r"trf_blocks\.(\d+)\.", name))}
+    numbered = any(re.search(r"\.\d+\.", name) for name in rest)
+    # A map may name all that is in the blocks; then there is no list to look for.
+    container = block_container(rest, config.n_layers) if numbered or len(begun) < config.n_layers else ""
+
+    def place(prefix: str, book_prefix: str, names: list[str], slots: dict[str, Shape]) -> Place:
+        free = {s: shape for s, shape in slots.items() if not any(t.startswith(f"{book_prefix}{s}.") for t in taken)}
+        return Place(prefix, book_prefix, {name.removeprefix(prefix): rest[name] for name in names}, free)
+
+    outside, inside = shapes(config)
+    places = [place("", "", [name for name in rest if not container or not name.startswith(container)], outside)]
+    for n in range(config.n_layers):
+        prefix = f"{container}{n}."
+        places.append(place(prefix, f"trf_blocks.{n}.", [name for name in rest if name.startswith(prefix)], inside))
+    return places
+
+
+def match_place(place: Place, module: nn.Module) -> tuple[list[Match], list[str]]:
+    """The matches of a place, and the names of the parameters that match nothing."""
+    layouts = {name: layout_of(module, place.prefix + name) for name in place.own}
+    found, unknown = match_units(place.own, place.slots, layouts)
+    together = units(place.own)
+    matches = []
+    for unit, (slot, confidence, reason) in found.items():
+        for kind, name in together[unit].items():
+            ours = tuple(
+                f"{place.book_prefix}{module_name}.{kind_of_tensor(slot, kind)}"
+                for module_name in (FUSED if slot == "att.c_attn" else (slot,))
+            )
+            matches.append(Match(Row(place.prefix + name, ours, False, ""), confidence, reason))
+    return matches, [place.prefix + name for unit in unknown for name in together[unit].values()]
+
+
+def kind_of_tensor(slot: str, kind: str) -> str:
+    """What the book calls a module's "weight" or "bias"."""
+    return {"weight": "scale", "bias": "shift"}[kind] if "norm" in slot else kind
+
+
+def lacking(matches: list[Match], config: GPTScratchConfig) -> list[str]:
+    """The book's modules whose weight matches nothing, without those that a model may lack."""
+    matched = {name for match in matches for name in match.row.ours}
+    outside, inside = shapes(config)
+    needed = [("", slot) for slot in outside if slot not in OPTIONAL]
+    needed += [(f"trf_blocks.{n}.", slot) for n in range(config.n_layers) for slot in inside if slot != "att.c_attn"]
+    return [book + slot for book, slot in needed if f"{book}{slot}.{kind_of_tensor(slot, 'weight')}" not in matched]
+
+
+def mapped(own: Parameters, config: GPTScratchConfig, mapping: Mapping[str, str | None]) -> dict[str, Match | None]:
+    """The matches that a map gives, `{n}` being every layer; None for what it declares to be no parameter of GPT-2.
 
     Raises:
         LabError: a name that the model, or the table, does not have.
     """
-    known = {name: row for row in TABLE for name in (row.theirs, *row.ours)}
-    told: dict[str, Match | None] = {}
+    given: dict[str, Match | None] = {}
     for theirs, target in mapping.items():
-        name = (target or "").removesuffix(".T")
-        layer = re.search(r"(?<=\bh\.)\d+|(?<=\btrf_blocks\.)\d+", name)
-        general = re.sub(r"(?<=\bh\.)\d+|(?<=\btrf_blocks\.)\d+", "{n}", name)
-        if target is not None and general not in known:
-            raise LabError(f"the map sends {theirs!r} to {target!r}, which is no name of the book's or GPT-2's")
+        row, layer = (None, None) if target is None else target_row(theirs, target)
         for n in range(config.n_layers if "{n}" in theirs else 1):
-            numbered = theirs.replace("{n}", str(n))
-            if numbered not in own:
-                raise LabError(f"the map names {numbered!r}, which the model does not have; it has {', '.join(own)}")
-            if target is None:
-                told[numbered] = None
-                continue
-            row = known[general]
-            turned = target.endswith(".T") or (general == row.theirs and row.transposed)
-            ours = row.ours if general == row.theirs else (general,)
-            row = Row(numbered, ours, turned and own[numbered].ndim > 1, "").at(int(layer[0]) if layer else n)
-            told[numbered] = Match(row, 1.0, "your map")
-    return told
+            name = theirs.replace("{n}", str(n))
+            if name not in own:
+                raise LabError(f"the map names {name!r}, which the model does not have; it has {', '.join(own)}")
+            given[name] = None
+            if row is not None:
+                row_here = replace(row, theirs=name, transposed=row.transposed and own[name].ndim > 1)
+                given[name] = Match(row_here.at(n if layer is None else layer), 1.0, "your map")
+    return given
 
 
-def beside(told: Mapping[str, Match | None], own) -> dict[str, Match | None]:
-    """The other parameter of each module of which the map tells one: a weight's bias, or a bias's weight."""
+def target_row(theirs: str, target: str) -> tuple[Row, int | None]:
+    """The row of a map's entry, and the layer that its target names, if it names one.
+
+    Raises:
+        LabError: the target is in no row of the table.
+    """
+    rows = {name: row for row in TABLE for name in (row.theirs, *row.ours)}
+    number = r"(?<=\bh\.)\d+|(?<=\btrf_blocks\.)\d+"
+    name = target.removesuffix(".T")
+    general, layer = re.sub(number, "{n}", name), re.search(number, name)
+    if general not in rows:
+        raise LabError(f"the map sends {theirs!r} to {target!r}, which is no name of the book's or GPT-2's")
+    row, turned = rows[general], target.endswith(".T")
+    if general == row.theirs:
+        row = Row(theirs, row.ours, turned or row.transposed, "")
+    else:
+        row = Row(theirs, (general,), turned, "")
+    return row, int(layer[0]) if layer else None
+
+
+def beside(given: Mapping[str, Match | None], own: Parameters) -> dict[str, Match | None]:
+    """The other parameter of each module of which the map names one: a weight's bias, or a bias's weight."""
+    other_kind = {"weight": "bias", "bias": "weight", "scale": "shift", "shift": "scale"}
     found: dict[str, Match | None] = {}
-    for name, match in told.items():
+    for name, match in given.items():
         owner = name.rpartition(".")[0]
         others = [other for other in own if other.rpartition(".")[0] == owner and other != name]
-        if match and len(others) == 1 and others[0] not in told:
-            kinds = {"weight": "bias", "bias": "weight", "scale": "shift", "shift": "scale"}
+        if match and len(others) == 1 and others[0] not in given:
             names = [ours.rpartition(".") for ours in match.row.ours]
-            scratch = tuple(f"{module}.{kinds[kind]}" for module, _, kind in names)
-            found[others[0]] = Match(Row(others[0], scratch, False, ""), 1.0, f"beside {name}")
+            ours = tuple(f"{module}.{other_kind[kind]}" for module, _, kind in names)
+            found[others[0]] = Match(Row(others[0], ours, False, ""), 1.0, f"beside {name}")
     return found
 
 
-def block_container(names, n_layers: int) -> str:
+def block_container(names: Collection[str], n_layers: int) -> str:
     """The path, dot and all, of the list of blocks: `n_layers` parts numbered from 0 with the same names in each."""
     counts: dict[str, int] = {}
     for name in names:
@@ -194,8 +255,8 @@ def block_container(names, n_layers: int) -> str:
         insides: dict[str, set[str]] = {}
         for name in names:
             if name.startswith(path):
-                number, _, inside = name.removeprefix(path).partition(".")
-                insides.setdefault(number, set()).add(inside)
+                layer, _, inside = name.removeprefix(path).partition(".")
+                insides.setdefault(layer, set()).add(inside)
         if insides.keys() == {str(n) for n in range(n_layers)} and len(set(map(frozenset, insides.values()))) == 1:
             return path
     raise LabError(
@@ -204,7 +265,7 @@ def block_container(names, n_layers: int) -> str:
     )
 
 
-def units(own: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
+def units(own: Parameters) -> dict[str, dict[str, str]]:
     """Parameters that belong together, by the path of their module: {path: {"weight": name, "bias": name}}.
 
     A module with several matrices of its own gives one unit for each.
@@ -232,55 +293,80 @@ def layout_of(module: nn.Module, name: str) -> str | None:
     return "[out, in]" if isinstance(owner, nn.Linear | nn.Embedding) else None
 
 
-def match_units(own, slots, layouts) -> tuple[dict[str, tuple[str, float, str]], list[str]]:
-    """Each unit's slot, confidence and reason; and the units without one."""
-    pending = {}
-    for unit, kinds in units(own).items():
-        name = kinds.get("weight", next(iter(kinds.values())))
-        shape, straight, turned = tuple(own[name].shape), layouts[name] != "[in, out]", layouts[name] != "[out, in]"
-        pending[unit] = [
-            slot for slot in slots if (straight and shape == slots[slot]) or (turned and shape == slots[slot][::-1])
-        ]
-    found: dict[str, tuple[str, float, str]] = {}
+def match_units(
+    own: Parameters, slots: Mapping[str, Shape], layouts: Mapping[str, str | None]
+) -> tuple[dict[str, Claim], list[str]]:
+    """The slot of each unit, with confidence and reason; and the units without one.
 
-    def take(claims: dict[str, tuple[str, float, str]]) -> None:
-        slots_claimed = [slot for slot, _, _ in claims.values()]
-        for unit, claim in claims.items():
-            if slots_claimed.count(claim[0]) == 1:  # two that claim one slot both stay without
-                found[unit] = claim
-                del pending[unit]
-        gone = {slot for slot, _, _ in found.values()}
-        gone |= set(FUSED) if "att.c_attn" in gone else {"att.c_attn"} if gone & set(FUSED) else set()
-        for unit in pending:
-            pending[unit] = [slot for slot in pending[unit] if slot not in gone]
+    Each pass makes claims from what is left of the last: by the name, a similar name, elimination, the norms' order.
+    """
+    pending = {unit: fitting(own, kinds, slots, layouts) for unit, kinds in units(own).items()}
+    found: dict[str, Claim] = {}
+    for claims in (by_name, by_similar_name, by_elimination, by_order_of_norms):
+        settle(claims(pending), pending, found)
+    return found, list(pending)
 
-    def only(unit: str, fits: list[str], confidence: float, reason: str) -> dict[str, tuple[str, float, str]]:
-        return {unit: (fits[0], confidence, reason)} if len(fits) == 1 else {}
 
-    claims: dict[str, tuple[str, float, str]] = {}
-    for unit, fitting in pending.items():
-        named = [slot for slot in fitting if re.fullmatch(ALIASES[slot], unit, re.IGNORECASE)]
-        claims |= only(unit, named, 1.0, "name and shape")
-    take(claims)
-    claims = {}
-    for unit, fitting in pending.items():
-        ratios = sorted(((alikeness(unit, slot), slot) for slot in fitting), reverse=True)
+def fitting(
+    own: Parameters, kinds: dict[str, str], slots: Mapping[str, Shape], layouts: Mapping[str, str | None]
+) -> list[str]:
+    """The slots that a unit fits by its shape, as it is or transposed, whichever its module allows."""
+    name = kinds.get("weight", next(iter(kinds.values())))
+    shape, layout = tuple(own[name].shape), layouts[name]
+    return [
+        slot
+        for slot, straight in slots.items()
+        if (layout != "[in, out]" and shape == straight) or (layout != "[out, in]" and shape == straight[::-1])
+    ]
+
+
+def settle(claims: dict[str, Claim], pending: Pending, found: dict[str, Claim]) -> None:
+    """Accepts each claim to a slot that no other unit claims, and closes these slots to what is pending."""
+    claimed = [slot for slot, _, _ in claims.values()]
+    for unit, claim in claims.items():
+        if claimed.count(claim[0]) == 1:
+            found[unit] = claim
+            del pending[unit]
+    closed = {slot for slot, _, _ in found.values()}
+    if "att.c_attn" in closed:
+        closed |= set(FUSED)
+    elif closed & set(FUSED):
+        closed.add("att.c_attn")
+    for unit, slots in pending.items():
+        pending[unit] = [slot for slot in slots if slot not in closed]
+
+
+def by_name(pending: Pending) -> dict[str, Claim]:
+    claims: dict[str, Claim] = {}
+    for unit, slots in pending.items():
+        named = [slot for slot in slots if re.fullmatch(ALIASES[slot], unit, re.IGNORECASE)]
+        if len(named) == 1:
+            claims[unit] = (named[0], 1.0, "name and shape")
+    return claims
+
+
+def by_similar_name(pending: Pending) -> dict[str, Claim]:
+    claims: dict[str, Claim] = {}
+    for unit, slots in pending.items():
+        ratios = sorted(((alikeness(unit, slot), slot) for slot in slots), reverse=True)
         if ratios and ratios[0][0] >= ALIKE and ratios[0][0] - (ratios[1][0] if ratios[1:] else 0) >= LEAD:
             claims[unit] = (ratios[0][1], ratios[0][0], "similar name, and shape")
-    take(claims)
-    claims = {}
-    for unit, fitting in pending.items():
-        claims |= only(unit, fitting, 0.6, "the only place left for its shape")
-    take(claims)
-    norms = [unit for unit in pending if pending[unit] and all("norm" in slot for slot in pending[unit])]
-    if norms and all(pending[unit] == pending[norms[0]] for unit in norms) and len(norms) == len(pending[norms[0]]):
-        take(
-            {
-                unit: (slot, 0.4, "shape, and order of the norms")
-                for unit, slot in zip(norms, pending[norms[0]], strict=True)
-            }
-        )
-    return found, list(pending)
+    return claims
+
+
+def by_elimination(pending: Pending) -> dict[str, Claim]:
+    return {
+        unit: (slots[0], 0.6, "the only place left for its shape") for unit, slots in pending.items() if len(slots) == 1
+    }
+
+
+def by_order_of_norms(pending: Pending) -> dict[str, Claim]:
+    """Norms that fit the same slots and are as many, in the order in which the model has them."""
+    norms = {unit: slots for unit, slots in pending.items() if slots and all("norm" in slot for slot in slots)}
+    open_slots = next(iter(norms.values()), [])
+    if len(norms) != len(open_slots) or any(slots != open_slots for slots in norms.values()):
+        return {}
+    return {unit: (slot, 0.4, "shape, and order of the norms") for unit, slot in zip(norms, open_slots, strict=True)}
 
 
 def alikeness(unit: str, slot: str) -> float:
@@ -292,37 +378,50 @@ def alikeness(unit: str, slot: str) -> float:
     return max(difflib.SequenceMatcher(None, unit.lower(), name.lower()).ratio() for name in names)
 
 
-def with_layout(match: Match, module: nn.Module, own, config, matches: list[Match]) -> Match:
+def with_layout(
+    match: Match, module: nn.Module, own: Parameters, config: GPTScratchConfig, matches: list[Match]
+) -> Match:
     """The match with its matrix's layout: by shape; a square one by its module or the other matrices."""
-    shape, straight = tuple(own[match.row.theirs].shape), shape_of(match.row, config)
+    shape, straight = own[match.row.theirs].shape, shape_of(match.row, config)
     if len(shape) < 2:
         return match
     if straight[0] != straight[1]:
         return replace(match, row=replace(match.row, transposed=shape != straight))
     if known := layout_of(module, match.row.theirs):
-        transposed, reason = known == "[in, out]", f"{known} as its module has it"
-        return replace(match, row=replace(match.row, transposed=transposed), reason=f"{match.reason}; {reason}")
-    if match.reason == "your map":
+        layout, reason = known, f"{known} as its module has it"
+    elif match.reason == "your map":
         return match
-    inside = [other.row for other in matches if other.row.ours[0].startswith("trf_blocks")]
-    bare = [row for row in inside if not layout_of(module, row.theirs)]
-    straights = {
-        tuple(own[row.theirs].shape) == shape_of(row, config)
-        for row in bare
-        if own[row.theirs].ndim > 1 and own[row.theirs].shape[0] != own[row.theirs].shape[1]
-    }
-    if len(straights) != 1:
-        name = match.row.ours[0]
+    else:
+        layout = layout_of_others(match, module, own, config, matches)
+        reason = f"square: {layout} as the other bare matrices"
+    row = replace(match.row, transposed=layout == "[in, out]")
+    return replace(match, row=row, reason=f"{match.reason}; {reason}")
+
+
+def layout_of_others(
+    match: Match, module: nn.Module, own: Parameters, config: GPTScratchConfig, matches: list[Match]
+) -> str:
+    """The one layout of the blocks' other matrices that are not square and whose modules do not determine it.
+
+    Raises:
+        LabError: there are none, or they are stored in both ways.
+    """
+    layouts = set()
+    for row in (other.row for other in matches):
+        shape = own[row.theirs].shape
+        bare = row.ours[0].startswith("trf_blocks") and not layout_of(module, row.theirs)
+        if bare and len(shape) > 1 and shape[0] != shape[1]:
+            layouts.add("[out, in]" if shape == shape_of(row, config) else "[in, out]")
+    if len(layouts) != 1:
+        theirs, name = match.row.theirs, match.row.ours[0]
         raise LabError(
-            f"{match.row.theirs} is square, and nothing tells whether it is stored [out, in], as in nn.Linear, or "
-            f'[in, out]; say so by --map FILE: {{"{match.row.theirs}": "{name}"}} or "{name}.T"'
+            f"{theirs} is square, and nothing shows whether it is stored [out, in], as in nn.Linear, or "
+            f'[in, out]; say so by --map FILE: {{"{theirs}": "{name}"}} or "{name}.T"'
         )
-    transposed = not straights.pop()
-    reason = f"square: {'[in, out]' if transposed else '[out, in]'} as the other bare matrices"
-    return replace(match, row=replace(match.row, transposed=transposed), reason=f"{match.reason}; {reason}")
+    return layouts.pop()
 
 
-def check_shape(row: Row, own, config: GPTScratchConfig) -> None:
+def check_shape(row: Row, own: Parameters, config: GPTScratchConfig) -> None:
     shape, straight = tuple(own[row.theirs].shape), shape_of(row, config)
     if shape not in ((straight, straight[::-1]) if len(shape) > 1 else (straight[:1],)):
         raise LabError(
@@ -331,7 +430,7 @@ def check_shape(row: Row, own, config: GPTScratchConfig) -> None:
         )
 
 
-def shape_of(row: Row, config: GPTScratchConfig) -> tuple[int, ...]:
+def shape_of(row: Row, config: GPTScratchConfig) -> Shape:
     outside, inside = shapes(config)
     path = re.sub(r"^trf_blocks\.\d+\.", "", row.ours[0]).rpartition(".")[0]
     return {**outside, **inside}["att.c_attn" if len(row.ours) == 3 else path]
