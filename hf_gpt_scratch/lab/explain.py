@@ -8,14 +8,31 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from transformers.activations import ACT2FN
+
 from ..errors import UnknownName
 from ..model.configuration_gpt_scratch import GPTScratchConfig
-from ..model.modeling_gpt_scratch import MODELS, GPTScratchForCausalLM, GPTScratchPreTrainedModel
+from ..model.modeling_gpt_scratch import (
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForCausalLM,
+    GPTScratchForQuestionAnswering,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchPreTrainedModel,
+)
 from ..model.weight_map import DROPPED, GPT2_PREFIX, HEADS, LM_HEAD, SCRATCH_PREFIX, TABLE, Row
 from .inspect import BLOCK, ROLES, arithmetic, build, facts, resolve
 
 # What the base model's place in a head, PEFT, DistributedDataParallel and torch.compile put before a name.
 PREFIXES = (GPT2_PREFIX[:-1], SCRATCH_PREFIX[:-1], "base_model", "module", "_orig_mod")
+
+# Which class has a head of this name; GPTScratchForCausalLM has the rest.
+HEAD_CLASSES: dict[str, type[GPTScratchPreTrainedModel]] = {
+    "score.": GPTScratchForSequenceClassification,
+    "classifier.": GPTScratchForTokenClassification,
+    "qa_outputs.": GPTScratchForQuestionAnswering,
+    "multiple_choice_head.": GPTScratchDoubleHeadsModel,
+}
 
 
 @dataclass(frozen=True)
@@ -65,15 +82,20 @@ def explain(name: str, model="124M") -> list[Explanation]:
     query, layer = _normalized(name)
     if layer is not None and layer >= config.n_layers:
         raise UnknownName(f"got {name!r}, but the model has the layers 0 to {config.n_layers - 1}; name one of those")
-    # Cross-attention has the names of attention; it is meant only where there is some, or by its own name.
-    cross = config.add_cross_attention or any("cross" in part for part in query)
-    found = [(row, picked) for row in TABLE if cross or "cross" not in row.theirs if (picked := _picked(row, query))]
-    dropped = [other for other in DROPPED if cross or "cross" not in other if _within(query, other)]
-    exact = [(row, picked) for row, picked in found if query in map(_parts, (row.theirs, *row.ours))]
-    if not found and not dropped:
+    rows = [(row, picked) for row in TABLE if _meant(row.theirs, query, config) and (picked := _picked(row, query))]
+    exact = [(row, picked) for row, picked in rows if query in map(_parts, (row.theirs, *row.ours))]
+    if exact:
+        return [_explained(row, picked, layer, config) for row, picked in exact]
+    dropped = [other for other in DROPPED if _meant(other, query, config) and _within(query, other)]
+    if not rows and not dropped:
         raise UnknownName(f"got {name!r}, which is no parameter of GPT-2 or ours; {_suggestion(query)}")
-    explanations = [_explained(row, picked, layer, config) for row, picked in exact or found]
-    return explanations + [_dropped(other, layer, config) for other in (() if exact else dropped)]
+    explanations = [_explained(row, picked, layer, config) for row, picked in rows]
+    return explanations + [_dropped(other, layer, config) for other in dropped]
+
+
+def _meant(name: str, query: tuple[str, ...], config: GPTScratchConfig) -> bool:
+    """Cross-attention has the names of attention; it is meant only where there is some, or by its own name."""
+    return "cross" not in name or config.add_cross_attention or any("cross" in part for part in query)
 
 
 def _normalized(name: str) -> tuple[tuple[str, ...], int | None]:
@@ -124,26 +146,23 @@ def _role(name: str) -> str:
 
 
 def _explained(row: Row, picked: list[int], layer: int | None, config: GPTScratchConfig) -> Explanation:
-    shapes, gpt2_shape, filled, note = _shapes(row, config)
+    model, note = _model_with(row, config)
+    tensors = model.state_dict()
+    ours = [tensors[_stored(row, name)] for name in row.at(0).ours]
+    shapes, filled = [list(tensor.shape) for tensor in ours], facts(model)
     numbered = row if layer is None else row.at(layer)
-    prefixed = row not in HEADS
     parts = []
     for i in picked:
-        value = _expression(row.theirs)
-        if len(row.ours) > 1:
-            rows = f"{i * shapes[i][0]}:{(i + 1) * shapes[i][0]}"
-            value += f"[:, {rows}]" if row.transposed else f"[{rows}]"
-        value += ".T" if row.transposed else ""
-        name = numbered.ours[i]
-        parts.append(Part(name, SCRATCH_PREFIX * prefixed + name, shapes[i], _expression(row.ours[i]), value))
+        name, code = numbered.ours[i], _expression(row.ours[i])
+        parts.append(Part(name, _stored(row, name), shapes[i], code, _value_of_part(row, i, shapes)))
     back = ", ".join(map(_expression, row.ours))
     back = f"torch.cat([{back}])" if len(row.ours) > 1 else back
     step = 1 if row.theirs in ("wte.weight", "wpe.weight") else -1  # in × out, as in the tree
-    roles = dict.fromkeys(ROLES[_role(row.ours[i])] for i in picked)
+    roles = list(dict.fromkeys(ROLES[_role(row.ours[i])] for i in picked))
     return Explanation(
         gpt2=numbered.theirs,
-        gpt2_stored=GPT2_PREFIX * prefixed + numbered.theirs,
-        gpt2_shape=gpt2_shape,
+        gpt2_stored=numbered.theirs if row in HEADS else GPT2_PREFIX + numbered.theirs,
+        gpt2_shape=list(row.to_theirs(ours).shape),
         gpt2_code=_expression(row.theirs),
         gpt2_value=back + (".T" if row.transposed else ""),
         parts=tuple(parts),
@@ -155,29 +174,47 @@ def _explained(row: Row, picked: list[int], layer: int | None, config: GPTScratc
     )
 
 
-def _shapes(row: Row, config: GPTScratchConfig) -> tuple[list[list[int]], list[int], dict[str, Any], str]:
-    """Shapes of a row's tensors of ours and of GPT-2's, the model's facts, and what must change for it to have them."""
-    values: dict[str, Any] = {**config.to_dict(), "n_layers": 1, "tie_word_embeddings": False}
-    causal = GPTScratchForCausalLM
-    others: list[tuple[type[GPTScratchPreTrainedModel], dict]] = [(model_class, {}) for model_class in MODELS[1:]]
-    changes: tuple[dict[str, Any], ...] = (
-        {"qkv_bias": True},
-        {"activation_function": "prelu"},
-        {"activation_function": "xielu"},
-        {"qkv_bias": True, "add_cross_attention": True},
-    )
-    for model_class, change in [(causal, {}), *others, *((causal, change) for change in changes)]:
-        model = build(GPTScratchConfig.from_dict({**values, **change}), model_class)
-        tensors = {name.removeprefix(SCRATCH_PREFIX): tensor for name, tensor in model.state_dict().items()}
-        found = [tensors[name] for name in row.at(0).ours if name in tensors]
-        if found:
-            break
-    note = f"only {model_class.__name__} has it" if model_class is not GPTScratchForCausalLM else ""
-    for key, value in change.items():
-        note = f"this model has none: only one with {key}={value!r} does"
-    if row is LM_HEAD and config.tie_word_embeddings:
-        note = "tied: the same matrix as tok_emb.weight, stored once"
-    return [list(t.shape) for t in found], list(row.to_theirs(found).shape), facts(model), note
+def _stored(row: Row, name: str) -> str:
+    """The name in our files of a row's tensor; heads are outside the base model."""
+    return name if row in HEADS else SCRATCH_PREFIX + name
+
+
+def _value_of_part(row: Row, i: int, shapes: list[list[int]]) -> str:
+    """The i-th of our tensors as Python over GPT-2's modules."""
+    value = _expression(row.theirs)
+    if len(row.ours) > 1:
+        rows = f"{i * shapes[i][0]}:{(i + 1) * shapes[i][0]}"
+        value += f"[:, {rows}]" if row.transposed else f"[{rows}]"
+    return value + (".T" if row.transposed else "")
+
+
+def _model_with(row: Row, config: GPTScratchConfig) -> tuple[GPTScratchPreTrainedModel, str]:
+    """One block of a model of this config that has the row's tensors, and what must change for it to have them."""
+    model_class = next((c for name, c in HEAD_CLASSES.items() if row.ours[0].startswith(name)), GPTScratchForCausalLM)
+    changes = _changes_for(row.ours[0], config)
+    values = {**config.to_dict(), "n_layers": 1, "tie_word_embeddings": False, **changes}
+    model = build(GPTScratchConfig.from_dict(values), model_class)
+    if changes:
+        needed = " and ".join(f"{key}={value!r}" for key, value in changes.items())
+        return model, f"this model has none: only one with {needed} does"
+    if model_class is not GPTScratchForCausalLM:
+        return model, f"only {model_class.__name__} has it"
+    tied = row is LM_HEAD and config.tie_word_embeddings
+    return model, "tied: the same matrix as tok_emb.weight, stored once" if tied else ""
+
+
+def _changes_for(name: str, config: GPTScratchConfig) -> dict[str, Any]:
+    """The settings that a model needs to have this parameter of ours, and that the config does not have."""
+    changes: dict[str, Any] = {}
+    if "att.W_" in name and name.endswith(".bias") and not config.qkv_bias:
+        changes["qkv_bias"] = True
+    if "cross" in name and not config.add_cross_attention:
+        changes["add_cross_attention"] = True
+    if ".ff.layers.1." in name:
+        own = name.rpartition(".")[2]
+        if own not in ACT2FN[config.activation_function].state_dict():
+            changes["activation_function"] = "prelu" if own == "weight" else "xielu"
+    return changes
 
 
 def _dropped(name: str, layer: int | None, config: GPTScratchConfig) -> Explanation:

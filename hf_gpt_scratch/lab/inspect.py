@@ -106,15 +106,19 @@ def resolve(
                 "known; give the config instead"
             )
         return GPTScratchConfig.from_gpt2(model.config), kind
+    if isinstance(model, nn.Module):
+        raise ValueError(f"got a {type(model).__name__}, which does not keep its config; give the config instead")
     if isinstance(model, GPTScratchConfig):
         return model, GPTScratchForCausalLM
     if isinstance(model, PreTrainedConfig):
         return GPTScratchConfig.from_gpt2(model), GPTScratchForCausalLM
     if isinstance(model, Mapping):
         return GPTScratchConfig(**model), GPTScratchForCausalLM
-    if isinstance(model, nn.Module):
-        raise ValueError(f"got a {type(model).__name__}, which does not keep its config; give the config instead")
-    name = str(model)
+    return _named(str(model))
+
+
+def _named(name: str) -> tuple[GPTScratchConfig, type[GPTScratchPreTrainedModel]]:
+    """The config and the class of a preset, the book's configuration, a directory, a config.json or a hub id."""
     if name in PRESETS:
         return GPTScratchConfig.preset(name), GPTScratchForCausalLM
     if name == BOOK:
@@ -125,22 +129,27 @@ def resolve(
             raise OSError("no config.json")
         config = GPTScratchConfig.from_pretrained(name)
     except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:  # a config.json can hold anything
-        if Path(name).is_file() and not name.endswith(".json"):
-            raise ValueError(
-                f"{name} is a file, but sizes are read from a directory with a config.json; give that, or, if it "
-                f"is the book's or another program's checkpoint, convert it: hf-gpt-scratch convert {name} DIRECTORY"
-            ) from error
-        meant = difflib.get_close_matches(name, (*PRESETS, BOOK), n=1, cutoff=0.7)
-        hint = f"; did you mean {meant[0]!r}?" if meant else "."
-        raise ValueError(
-            f"got {name!r}{hint} A model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
-            f"hub id ({str(error).splitlines()[0]})"
-        ) from error
+        raise ValueError(_unknown(name, str(error).splitlines()[0])) from error
     except (ValueError, StrictDataclassError):
         raise
     except Exception as error:  # transformers takes a config in many ways, and fails in as many
         raise ValueError(f"{name!r} has a config.json that is not usable ({error!r}); correct it") from error
     return config, architecture(values, name)
+
+
+def _unknown(name: str, reason: str) -> str:
+    """The message for a name that leads to no config."""
+    if Path(name).is_file() and not name.endswith(".json"):
+        return (
+            f"{name} is a file, but sizes are read from a directory with a config.json; give that, or, if it "
+            f"is the book's or another program's checkpoint, convert it: hf-gpt-scratch convert {name} DIRECTORY"
+        )
+    close = difflib.get_close_matches(name, (*PRESETS, BOOK), n=1, cutoff=0.7)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return (
+        f"got {name!r}{hint} A model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
+        f"hub id ({reason})"
+    )
 
 
 def build(config: GPTScratchConfig, model_class: type[GPTScratchPreTrainedModel]) -> GPTScratchPreTrainedModel:
@@ -432,31 +441,32 @@ def _steps(model: GPTScratchPreTrainedModel, events: list[Event]) -> list[Step]:
     """The trace in words; blocks that do the same are one step."""
     filled = facts(model)
     steps: list[Step] = []
-    for full, shape, added in events:
-        path = full.removeprefix(SCRATCH_PREFIX).removeprefix(".")
+    for event in events:
+        path = event[0].removeprefix(SCRATCH_PREFIX).removeprefix(".")
         block = BLOCK.match(path)
-        name = path[block.end() + 1 :] if block else path
-        if name != "+":
-            does, equation = ROLES.get(name) or (f"a {type(model.get_submodule(full)).__name__}", "")
-        else:
-            # In a block one of the two is the shortcut; outside, they are the two embeddings.
-            does = f"adds {added}: the shortcut" if added else "adds the two: what the token is, and where it stands"
-            equation = "x = x + …"
-        tensor: tuple[str | int, ...] = ("B", "T", *shape[2:]) if len(shape) > 2 else ("B", *shape[1:])
-        if name == "att.softmax":
-            tensor = ("B", shape[1], "T", "T")
-        gpt2 = gpt2_module(path) if name != "+" else None
-        step = Step(name, gpt2, does.format(**filled), equation.format(**filled), tensor)
+        step = _step(model, event, path[block.end() + 1 :] if block else path, filled)
         if not block:
             steps.append(step)
-            continue
-        number = block[2]
-        if steps and steps[-1].name == f"trf_blocks.{number}":
-            steps[-1] = replace(steps[-1], steps=(*steps[-1].steps, step), shape=tensor)
+        elif steps and steps[-1].name == f"trf_blocks.{block[2]}":
+            steps[-1] = replace(steps[-1], steps=(*steps[-1].steps, step), shape=step.shape)
         else:
-            gpt2 = gpt2_module("trf_blocks")
-            steps.append(Step(f"trf_blocks.{number}", f"{gpt2}.{number}", "", "", tensor, steps=(step,)))
+            gpt2 = f"{gpt2_module('trf_blocks')}.{block[2]}"
+            steps.append(Step(f"trf_blocks.{block[2]}", gpt2, "", "", step.shape, steps=(step,)))
     return _merged(steps)
+
+
+def _step(model: GPTScratchPreTrainedModel, event: Event, name: str, filled: dict[str, Any]) -> Step:
+    """One operation in words; `name` is its module's, without the block's."""
+    full, sizes, added = event
+    shape: tuple[str | int, ...] = ("B", "T", *sizes[2:]) if len(sizes) > 2 else ("B", *sizes[1:])
+    if name == "att.softmax":
+        shape = ("B", sizes[1], "T", "T")
+    if name == "+":
+        # In a block one of the two is the shortcut; outside, they are the two embeddings.
+        does = f"adds {added}: the shortcut" if added else "adds the two: what the token is, and where it stands"
+        return Step(name, None, does, "x = x + …", shape)
+    does, equation = ROLES.get(name) or (f"a {type(model.get_submodule(full)).__name__}", "")
+    return Step(name, gpt2_module(full), does.format(**filled), equation.format(**filled), shape)
 
 
 def _merged(steps: list[Step]) -> list[Step]:
@@ -473,25 +483,28 @@ def _merged(steps: list[Step]) -> list[Step]:
 
 
 def _summary(model: GPTScratchPreTrainedModel, steps: list[Step], total: int) -> str:
-    n = facts(model)
-    base = model.base_model
-    inner = [step.name.partition(".")[0] for step in next(step.steps for step in steps if step.steps)]
-    norms = "before" if inner.index("norm1") < inner.index("att") else "after"
-    shortcuts = ("no shortcut leads", "a shortcut leads", "shortcuts lead")[min(inner.count("+"), 2)]
+    n, base = facts(model), model.base_model
     wide, width = base.trf_blocks[0].ff.layers[0].out_features, base.tok_emb.embedding_dim
     times = f"{wide // width} × {width:,}" if wide % width == 0 else f"{wide / width:.2f} × {width:,}"
     inside = sum(p.numel() for p in base.trf_blocks.parameters())
     embedded = base.tok_emb.weight.numel() + base.pos_emb.weight.numel()
     shape = ", ".join(f"{size:,}" for size in steps[-1].shape[2:])
+    gives = f"and gives {shape} numbers for each of them" if shape else "and gives one number for all of them"
     tied = model.get_output_embeddings() is not None and model.config.tie_word_embeddings
     head = " The output head is the token embedding's matrix once more." if tied else ""
-    gives = f"and gives {shape} numbers for each of them" if shape else "and gives one number for all of them"
-    around = "one" if inner.count("+") == 1 else "both"
     return (
         f"{type(model).__name__} reads up to {n['C']} tokens, each one of {n['V']}, {gives}. Every token is a vector "
         f"of {n['E']} numbers, which {n['L']} transformer blocks rewrite one after the other: {n['H']} attention heads "
         f"of {n['D']} numbers let it look at the tokens before it, and a feed-forward network {n['F']} wide ({times}, "
-        f"{n['activation']}) works on it alone. Norms come {norms} attention and feed-forward, and {shortcuts} around "
-        f"{around}. Of {total:,} parameters {inside / total:.1%} are in the blocks and {embedded / total:.1%} in the "
-        f"embeddings.{head}"
+        f"{n['activation']}) works on it alone. {_order_in_block(steps)} Of {total:,} parameters {inside / total:.1%} "
+        f"are in the blocks and {embedded / total:.1%} in the embeddings.{head}"
     )
+
+
+def _order_in_block(steps: list[Step]) -> str:
+    """Where the norms and the shortcuts of the first block are."""
+    inner = [step.name.partition(".")[0] for step in next(step.steps for step in steps if step.steps)]
+    norms = "before" if inner.index("norm1") < inner.index("att") else "after"
+    shortcuts = {0: "no shortcut leads around either", 1: "a shortcut leads around one"}
+    around = shortcuts.get(inner.count("+"), "shortcuts lead around both")
+    return f"Norms come {norms} attention and feed-forward, and {around}."
