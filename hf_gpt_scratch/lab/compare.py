@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, E emb_dim, H heads, V vocabulary.
 import math
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -31,12 +31,18 @@ from .trace import (
     HEAD_STAGES,
     LOGITS,
     OTHER_STAGES,
+    Activations,
     double_trace,
     first_tensor,
     meaning,
     stages,
     trace,
 )
+
+if TYPE_CHECKING:
+    from .diagnose import Diagnosis
+
+Traces = tuple[Activations, Activations]  # of reference and candidate
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,12 @@ class Comparison:
     deterministic: bool = True
     perplexity: dict[str, float] | None = None
     gradients: dict[str, float] | None = None
-    diagnosis: Any = None
+    diagnosis: "Diagnosis | None" = None
     kind: str = GPTScratchForCausalLM.__name__
     tensors: int = 0
     different_tensors: list[str] | None = None
     different_settings: list[str] = field(default_factory=list)
-    traces: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = field(default=({}, {}), repr=False)
+    traces: Traces = field(default=({}, {}), repr=False)
     tokenizer: Any = field(default=None, repr=False)
 
     @property
@@ -315,48 +321,34 @@ def compare_models(
     Raises:
         LabError: a model does not run on the tokens.
     """
-    if reference.kind is not candidate.kind:
-        kinds = " and ".join(f"{subject.name} as {subject.kind.__name__}" for subject in (reference, candidate))
-        raise LabError(f"the two are models of different kinds, {kinds}; compare two of one kind")
-    if gradients and not reference.is_language_model:
-        raise LabError(
-            f"gradients are of a language model's loss, but these are {reference.kind.__name__}; leave them out"
-        )
+    refuse_kinds(reference, candidate, gradients=gradients)
     torch.manual_seed(0)
-    single = [trace(subject, input_ids) for subject in (reference, candidate)]
+    single = (trace(reference, input_ids), trace(candidate, input_ids))
     again = trace(candidate, input_ids)[LOGITS]
     deterministic = errors(single[1][LOGITS], again)[2] <= FP32_LOGITS
-    double = [double_trace(subject, input_ids, dropout=True) for subject in (reference, candidate)]
-    exact = all(double)
-    used = [activations for activations in double if activations] if exact else single
-    order = [stage for stage in used[0] if stage in used[1]]
-    measured = []
-    for stage in order:
-        off, rms, relative, note = errors(used[0][stage], used[1][stage])
-        float32 = errors(single[0][stage], single[1][stage])[2]
-        measured.append(StageError(stage, meaning(stage), off, rms, relative, float32, note))
-    n_layers = sum(bool(re.fullmatch(r"trf_blocks\.\d+\.input", stage)) for stage in used[0])
-    places = [*stages(n_layers)[:-1], *HEAD_STAGES, LOGITS]
-    measured.sort(key=lambda error: places.index(error.stage))
+    double = (double_trace(reference, input_ids, dropout=True), double_trace(candidate, input_ids, dropout=True))
+    dtype, used = "float32", single
+    if double[0] is not None and double[1] is not None:
+        dtype, used = "float64", (double[0], double[1])
     result = Comparison(
         reference=reference.name,
         candidate=candidate.name,
         tokens=input_ids.tolist(),
-        dtype="float64" if exact else "float32",
-        bound=stage_bound("float64" if exact else "float32"),
-        stages=measured,
+        dtype=dtype,
+        bound=stage_bound(dtype),
+        stages=stage_errors(used, single),
         logits=distribution(used[0][LOGITS], used[1][LOGITS]),
         logits_float32=distribution(single[0][LOGITS], single[1][LOGITS]),
         matches={s: m.matches for s, m in (("reference", reference), ("candidate", candidate)) if m.guessed},
         notes=[*reference.notes, *candidate.notes],
         deterministic=deterministic,
         kind=reference.kind.__name__,
-        traces=(used[0], used[1]),
+        traces=used,
     )
     if reference.tensors is not None and candidate.tensors is not None:
         result.tensors = len(reference.tensors.keys() | candidate.tensors.keys())
         result.different_tensors = differing(reference.tensors, candidate.tensors)
-    if all(isinstance(subject.module, PreTrainedModel) for subject in (reference, candidate)):
+    if isinstance(reference.module, PreTrainedModel) and isinstance(candidate.module, PreTrainedModel):
         result.different_settings = differing_settings(reference.module, candidate.module)
     if text_ids is not None and reference.is_language_model:
         result.perplexity = {
@@ -366,6 +358,30 @@ def compare_models(
     if gradients:
         result.gradients = gradient_errors(reference, candidate, input_ids)
     return result
+
+
+def refuse_kinds(reference: Subject, candidate: Subject, *, gradients: bool) -> None:
+    """Raises LabError if the models are of two kinds, or have no loss that gradients could be taken of."""
+    if reference.kind is not candidate.kind:
+        kinds = " and ".join(f"{subject.name} as {subject.kind.__name__}" for subject in (reference, candidate))
+        raise LabError(f"the two are models of different kinds, {kinds}; compare two of one kind")
+    if gradients and not reference.is_language_model:
+        raise LabError(
+            f"gradients are of a language model's loss, but these are {reference.kind.__name__}; leave them out"
+        )
+
+
+def stage_errors(traces: Traces, single: Traces) -> list[StageError]:
+    """The errors of all stages that both traces have, in execution order; `single` are the float32 traces."""
+    measured = []
+    for stage in traces[0]:
+        if stage in traces[1]:
+            off, rms, relative, note = errors(traces[0][stage], traces[1][stage])
+            float32 = errors(single[0][stage], single[1][stage])[2]
+            measured.append(StageError(stage, meaning(stage), off, rms, relative, float32, note))
+    n_layers = sum(bool(re.fullmatch(r"trf_blocks\.\d+\.input", stage)) for stage in traces[0])
+    order = [*stages(n_layers)[:-1], *HEAD_STAGES, LOGITS]
+    return sorted(measured, key=lambda error: order.index(error.stage))
 
 
 def perplexity(subject: Subject, text_ids: torch.Tensor, window: int) -> float:
@@ -385,26 +401,34 @@ def tied(subject: Subject) -> bool:
     return own.get(f"{LOGITS}.weight", own.get("tok_emb.weight")) is own.get("tok_emb.weight")
 
 
-@torch.enable_grad()
 def gradient_errors(reference: Subject, candidate: Subject, input_ids: torch.Tensor) -> dict[str, float]:
     """The relative error of the gradient of each parameter that both have, by the book's names, in float32."""
-    found = []
-    for subject in (reference, candidate):
-        subject.module.zero_grad()
-        output = subject.module(input_ids)
-        logits = first_tensor(output.logits if hasattr(output, "logits") else output)
-        if logits is None or logits.shape[1] != input_ids.shape[1]:
-            raise LabError(f"{subject.name} gives no logits for each token, so there is no loss to take gradients of")
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
-        gradients = {name: p.grad for name, p in parameters(subject.module).items() if p.grad is not None}
-        found.append(subject.in_book_names(gradients))
-        subject.module.zero_grad()
-    if any(tied(subject) for subject in (reference, candidate)):
+    first, second = (gradients_of(subject, input_ids) for subject in (reference, candidate))
+    if tied(reference) or tied(candidate):
         # The one matrix has the sum of both gradients, so the sum is what two matrices are compared by.
-        for subject, ours in zip((reference, candidate), found, strict=True):
-            head = ours.pop(f"{LOGITS}.weight", None)
+        for subject, gradients in ((reference, first), (candidate, second)):
+            head = gradients.pop(f"{LOGITS}.weight", None)
             if head is not None and not tied(subject):
-                ours["tok_emb.weight"] = ours["tok_emb.weight"] + head
-    shared = [name for name in found[0] if name in found[1] and found[0][name].shape == found[1][name].shape]
-    theirs, ours = ({name: tensors[name] for name in shared} for tensors in found)
-    return relative_errors(theirs, ours) if shared else {}
+                gradients["tok_emb.weight"] = gradients["tok_emb.weight"] + head
+    shared = [name for name in first if name in second and first[name].shape == second[name].shape]
+    if not shared:
+        return {}
+    return relative_errors({name: first[name] for name in shared}, {name: second[name] for name in shared})
+
+
+@torch.enable_grad()
+def gradients_of(subject: Subject, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients of the mean loss of each next token, by the book's names. The model's own are cleared.
+
+    Raises:
+        LabError: the model does not give logits for each token.
+    """
+    subject.module.zero_grad()
+    output = subject.module(input_ids)
+    logits = first_tensor(output.logits if hasattr(output, "logits") else output)
+    if logits is None or logits.shape[1] != input_ids.shape[1]:
+        raise LabError(f"{subject.name} gives no logits for each token, so there is no loss to take gradients of")
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
+    gradients = {name: p.grad for name, p in parameters(subject.module).items() if p.grad is not None}
+    subject.module.zero_grad()  # which sets them to None, so that these stay as they are
+    return subject.in_book_names(gradients)

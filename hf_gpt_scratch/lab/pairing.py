@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import LabError
+from ..errors import LabError, few
 from ..model.configuration_gpt_scratch import GPTScratchConfig
 from ..model.weight_map import TABLE, Row
 
@@ -130,9 +130,8 @@ def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mappi
 def refuse_doubt(name: str, problems: list[str], matches: list[Match]) -> None:
     """Raises LabError if something is left over, or two parameters match one of the book's."""
     if problems:
-        listed = ", ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise LabError(
-            f"the parameters of {name} cannot be paired with GPT-2's without doubt: {listed}; say "
+            f"the parameters of {name} cannot be paired with GPT-2's without doubt: {few(problems, 8)}; say "
             'what they are by --map FILE, JSON such as {"blocks.{n}.proj.weight": '
             '"trf_blocks.{n}.att.out_proj.weight", "unused.weight": null}'
         )

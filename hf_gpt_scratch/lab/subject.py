@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ConversionError, LabError
+from ..errors import ConversionError, LabError, few
 from ..model.configuration_gpt_scratch import TO_GPT2, GPTScratchConfig
 from ..model.layers import SIZES
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
@@ -226,20 +226,21 @@ def check_loaded(info: Mapping[str, Any], source: str) -> None:
     """Raises LabError unless a model got all its weights from a checkpoint, and left none behind."""
     for what in ("missing", "unexpected", "mismatched"):
         if names := sorted(map(str, info[f"{what}_keys"])):
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise LabError(
-                f"{source} does not fit its class: {what} {', '.join(names[:5])}{more}; download or save it again"
-            )
+            raise LabError(f"{source} does not fit its class: {what} {few(names, 5)}; download or save it again")
 
 
-def load_class(source, file, attribute, weights, cfg, mapping, like) -> Subject:
+def load_class(
+    source: str,
+    file: str,
+    attribute: str,
+    weights: Path | None,
+    cfg: str | None,
+    mapping: Mapping[str, str | None],
+    like: Subject | None,
+) -> Subject:
+    """A model that a file makes or has; one that it has keeps its weights and its mode, unless `weights` are given."""
     module = import_file(file)
-    made = getattr(module, attribute, None)
-    if made is None:
-        public = [
-            name for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)
-        ]
-        raise LabError(f"{file} has no {attribute!r}; its models are {', '.join(public) or 'none'}")
+    made = public_model(module, attribute, file)
     if isinstance(made, type) and issubclass(made, PreTrainedModel):
         return load_own_checkpoint(source, made, weights, cfg, mapping)
     if weights is not None and weights.is_dir():
@@ -247,17 +248,17 @@ def load_class(source, file, attribute, weights, cfg, mapping, like) -> Subject:
             f"weights {weights} is a directory, which only Transformers classes have; give {source}'s model.pth or "
             ".safetensors"
         )
-    notes = []
+    ready, notes = isinstance(made, nn.Module), []
     settings = read_cfg(cfg, module)
-    if settings is None and like is not None and like.config is not None:
-        settings = book_settings(like.config)
-        if not isinstance(made, nn.Module):
-            shown = {name: settings[name] for name in SIZES}
-            notes.append(f"cfg: none given, so the other model's: {json.dumps(shown)}, qkv_bias {settings.qkv_bias}")
     if settings is None:
-        raise LabError(f"{source} needs a cfg: JSON, a JSON file, or the name of a dict in {file}")
+        if like is None or like.config is None:
+            raise LabError(f"{source} needs a cfg: JSON, a JSON file, or the name of a dict in {file}")
+        settings = book_settings(like.config)
+        if not ready:
+            values = {name: settings[name] for name in SIZES}
+            notes.append(f"cfg: none given, so the other model's: {json.dumps(values)}, qkv_bias {settings.qkv_bias}")
     config = sizes(settings, source)
-    model = made if isinstance(made, nn.Module) else build(made, settings, source)
+    model = made if ready else build(made, settings, source)
     result = subject(model, config, source, mapping)
     if result.guessed:
         result.config = config if cfg is not None else None
@@ -265,14 +266,27 @@ def load_class(source, file, attribute, weights, cfg, mapping, like) -> Subject:
     if weights is not None:
         model.load_state_dict(read_weights(weights, model))
         notes.append(f"weights: {weights}")
-    elif not isinstance(made, nn.Module):
+    elif not ready:
         if like is None:
             raise LabError(f"{source} is a class; give its --weights")
         copy_weights(like, result)
         notes.append("weights: none given, so the other model's, through the mapping")
-    if not isinstance(made, nn.Module):
+    if not ready:
         model.float().eval()
     return result
+
+
+def public_model(module: ModuleType, attribute: str, file: str) -> Any:
+    """The class, function or model of this name.
+
+    Raises:
+        LabError: there is none; the message names the file's classes.
+    """
+    made = getattr(module, attribute, None)
+    if made is None:
+        models = [n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)]
+        raise LabError(f"{file} has no {attribute!r}; its models are {', '.join(models) or 'none'}")
+    return made
 
 
 def load_own_checkpoint(source, made: Any, weights: Path | None, cfg, mapping) -> Subject:
@@ -367,7 +381,7 @@ def sizes(settings: Settings, source: str) -> GPTScratchConfig:
 
 
 def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict that fits the model; one inside a training checkpoint is found there.
+    """A state dict that fits the model.
 
     Raises:
         LabError: it cannot be read, or does not fit; the message names the tensors.
@@ -375,34 +389,51 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     if not file.exists():
         raise LabError(f"there is no file {file} to read weights from; check the path")
     try:
-        refuse_no_file(file)
-        values: Any = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
-        if not isinstance(values, Mapping):
-            raise TypeError(f"it holds a {type(values).__name__}, and no state dict; save model.state_dict()")
-        for key in ("model_state_dict", "state_dict", "model"):
-            if isinstance(values.get(key), Mapping):
-                values = values[key]
-        values = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in values.items()}  # of torch.compile
-        others = [name for name, tensor in values.items() if not isinstance(tensor, torch.Tensor | Stored)]
-        if others:
-            raise TypeError(f"{others[0]!r} is no tensor, but a state dict has nothing else; save model.state_dict()")
-        values = {name: tensor.read() if isinstance(tensor, Stored) else tensor for name, tensor in values.items()}
+        values = read_state_dict(file)
     except ConversionError as error:
         raise LabError(f"cannot read weights: {error}") from error
     except Exception as error:  # OSError, SafetensorError, …: whatever a broken file leads to
         raise LabError(f"cannot read weights from {file}: {type(error).__name__}: {error}") from error
     own = model.state_dict()
-    persistent = {name for name in own if name in parameters(model)}
-    wrong = [f"missing {name}" for name in persistent - values.keys()]
+    wrong = misfits(values, own, parameters(model))
+    if wrong:
+        raise LabError(f"{file} does not fit the model: {'; '.join(wrong[:6])}; check --cfg and --weights")
+    return {name: values.get(name, tensor) for name, tensor in own.items()}
+
+
+def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
+    """A file's state dict, which may be inside a training checkpoint, without the prefix of torch.compile.
+
+    Raises:
+        TypeError: it holds something else.
+        Exception: whatever a broken file leads to.
+    """
+    refuse_no_file(file)
+    values: Any = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
+    if not isinstance(values, Mapping):
+        raise TypeError(f"it holds a {type(values).__name__}, and no state dict; save model.state_dict()")
+    for key in ("model_state_dict", "state_dict", "model"):
+        if isinstance(values.get(key), Mapping):
+            values = values[key]
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor | Stored):
+            raise TypeError(f"{name!r} is no tensor, but a state dict has nothing else; save model.state_dict()")
+    return {
+        str(name).removeprefix("_orig_mod."): value.read() if isinstance(value, Stored) else value
+        for name, value in values.items()
+    }
+
+
+def misfits(values: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], needed: Collection[str]) -> list[str]:
+    """What is wrong with a state dict for a model whose own is `own`; masks may be left over, buffers missing."""
+    wrong = [f"missing {name}" for name in own if name in needed and name not in values]
     wrong += [f"unexpected {name}" for name in values.keys() - own.keys() if not name.endswith(("mask", "attn.bias"))]
     wrong += [
         f"{name}: {tuple(values[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own.keys() & values.keys()
         if values[name].shape != own[name].shape
     ]
-    if wrong:
-        raise LabError(f"{file} does not fit the model: {'; '.join(sorted(wrong)[:6])}; check --cfg and --weights")
-    return {name: values.get(name, tensor) for name, tensor in own.items()}
+    return sorted(wrong)
 
 
 @torch.no_grad()

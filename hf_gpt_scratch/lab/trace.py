@@ -16,9 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.utils import ModelOutput
 
 from ..errors import LabError
-from ..weights.parity import (
-    warm_up,
-)
+from ..weights.parity import warm_up
 from .subject import Subject
 
 LOGITS, CHOICES = "out_head", "mc_logits"
@@ -57,6 +55,9 @@ SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 DROPOUT, KERNEL = (F.dropout, torch.dropout), F.scaled_dot_product_attention
 
 
+Activations = dict[str, torch.Tensor]  # by stage
+
+
 def meaning(stage: str) -> str:
     """What a stage is, in words."""
     return OTHER_STAGES.get(stage) or HEAD_STAGES.get(stage) or BLOCK_STAGES[re.sub(r"^trf_blocks\.\d+\.?", "", stage)]
@@ -68,31 +69,35 @@ def stages(n_layers: int) -> list[str]:
     return ["tok_emb", "pos_emb", *blocks, "final_norm", LOGITS]
 
 
-# Listening
+# Recording
 
 
-class Listener(TorchFunctionMode):
-    """Hears each attention softmax of a forward pass, and switches dropout off if asked to."""
+class AttentionRecorder(TorchFunctionMode):
+    """Records the result of each attention softmax, (B, H, T, T), and switches dropout off if asked to."""
 
     def __init__(self, dropout: bool):
         super().__init__()
         self.dropout = dropout
-        self.attention: list[torch.Tensor] = []
+        self.weights: list[torch.Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if not self.dropout and func in DROPOUT:
             return args[0] if args else kwargs["input"]
         if not self.dropout and func is KERNEL:
-            args, kwargs = (
-                args[:4],
-                {name: value for name, value in kwargs.items() if name != "dropout_p"}
-                | ({"is_causal": args[5]} if len(args) > 5 else {}),
-            )
+            args, kwargs = without_dropout(args, kwargs)
         result = func(*args, **kwargs)
         if func in SOFTMAX and result.ndim == 4 and result.shape[-1] == result.shape[-2]:
-            self.attention.append(result.detach())
+            self.weights.append(result.detach())
         return result
+
+
+def without_dropout(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of `scaled_dot_product_attention`, of which dropout_p is the fifth and is_causal the sixth."""
+    kept = {name: value for name, value in kwargs.items() if name != "dropout_p"}
+    if len(args) > 5:
+        kept["is_causal"] = args[5]
+    return args[:4], kept
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:
@@ -102,7 +107,7 @@ def first_tensor(output: Any) -> torch.Tensor | None:
 
 
 def hook_points(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, ...], bool]]:
-    """Where to listen: path and module, the stages that it gives (side by side in its last dimension), input or not."""
+    """Where to hook: path and module, the stages side by side in its tensor's last dimension, and whether its input."""
     owners: dict[str, set[tuple[str, ...]]] = {}
     blocks: dict[str, list[str]] = {}
     for match in subject.matches:
@@ -126,7 +131,7 @@ def hook_points(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, .
             yield path, module, (stage,), False
 
 
-def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) -> dict[str, torch.Tensor]:
+def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) -> Activations:
     """The outputs of all stages that can be recorded, in the order in which they ran, and the logits.
 
     Args:
@@ -136,9 +141,9 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
         LabError: the model does not run on these tokens.
     """
     warm_up()
-    activations: dict[str, torch.Tensor] = {}
+    activations: Activations = {}
 
-    def hear(names: tuple[str, ...], value: Any) -> None:
+    def record(names: tuple[str, ...], value: Any) -> None:
         tensor = first_tensor(value)
         if tensor is not None and tensor.ndim and tensor.shape[-1] % len(names) == 0:
             for name, part in zip(names, tensor.detach().chunk(len(names), dim=-1), strict=True):
@@ -146,10 +151,10 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
                 activations.setdefault(name, part.clone())
 
     def before(names):
-        return lambda module, args, kwargs: hear(names, args or tuple(kwargs.values()))
+        return lambda module, args, kwargs: record(names, args or tuple(kwargs.values()))
 
     def after(names):
-        return lambda module, args, output: hear(names, output)
+        return lambda module, args, output: record(names, output)
 
     with ExitStack() as stack:
         for _, module, names, is_input in hook_points(subject):
@@ -159,7 +164,7 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
                 handle = module.register_forward_hook(after(names))
             stack.callback(handle.remove)
         stack.enter_context(written_out_attention(subject.module))
-        listener = stack.enter_context(Listener(dropout))
+        attention = stack.enter_context(AttentionRecorder(dropout))
         try:
             output = subject.module(input_ids)
         except Exception as error:  # whatever the user's class raises
@@ -171,8 +176,8 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
     if logits is None or logits.ndim != 3:
         raise LabError(f"{subject.name} returns no logits (B, T, V) but {type(output).__name__}; return them first")
     layers = {match.row.ours[0].split(".")[1] for match in subject.matches if match.row.ours[0].startswith("trf")}
-    if len(listener.attention) == len(layers):
-        activations |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(listener.attention)}
+    if len(attention.weights) == len(layers):
+        activations |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(attention.weights)}
     if isinstance(getattr(output, CHOICES, None), torch.Tensor):
         activations[CHOICES] = output.mc_logits
     activations[LOGITS] = logits
@@ -217,7 +222,7 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         module.to(kept.pop() if len(kept) == 1 else torch.float32)
 
 
-def double_trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool) -> dict[str, torch.Tensor] | None:
+def double_trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool) -> Activations | None:
     """The trace in float64; None if the model cannot, or computes in float32 on the way."""
     try:
         with in_dtype(subject.module, torch.float64):

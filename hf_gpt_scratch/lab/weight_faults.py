@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import few
 from .simulate import Weights
 from .trace import LOGITS
 
@@ -170,14 +171,18 @@ def in_any_block(tensor: str) -> str:
 
 
 def listed(tensors: list[str]) -> str:
-    """The tensors' names, with equal ones of several blocks told once: `trf_blocks.{0…2}.att.out_proj.weight`."""
-    blocks: dict[str, list[int]] = {}
+    """The tensors' names, those of several blocks as one: `trf_blocks.{0…2}.att.out_proj.weight`."""
+    blocks: dict[str, list[str]] = {}
     for tensor in tensors:
-        number = re.search(r"(?<=trf_blocks\.)\d+", tensor)
-        blocks.setdefault(re.sub(r"(?<=trf_blocks\.)\d+", "{n}", tensor), []).extend([int(number[0])] if number else [])
-    told = []
-    for name, numbers in blocks.items():
-        run = len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1))
-        shown = f"{{{numbers[0]}…{numbers[-1]}}}" if run else f"{{{','.join(map(str, numbers))}}}"
-        told.append(name.replace("{n}", shown if len(numbers) > 1 else "".join(map(str, numbers))))
-    return ", ".join(told[:6]) + (f" and {len(told) - 6} more" if len(told) > 6 else "")
+        numbers = blocks.setdefault(re.sub(r"(?<=trf_blocks\.)\d+", "{n}", tensor), [])
+        numbers += re.findall(r"(?<=trf_blocks\.)\d+", tensor)
+    return few([name.replace("{n}", numbered(numbers)) for name, numbers in blocks.items()], 6)
+
+
+def numbered(numbers: list[str]) -> str:
+    """3; {3,7}; {0…2}."""
+    if len(numbers) < 2:
+        return "".join(numbers)
+    first, last = int(numbers[0]), int(numbers[-1])
+    run = numbers == [str(n) for n in range(first, last + 1)]
+    return f"{{{first}…{last}}}" if run else f"{{{','.join(numbers)}}}"
