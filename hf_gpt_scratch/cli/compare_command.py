@@ -82,12 +82,16 @@ def check_outputs(html: Path | None, json_: Path | None) -> None:
     """
     if html is not None:
         check_drawing()
-    for option, file in (("--html", html), ("--json", json_)):
-        if file is None or (option == "--json" and str(file) == "-"):
-            continue
-        place = file if file.exists() else file.parent
-        if str(file) == "-" or file.is_dir() or not (file.parent.is_dir() and os.access(place, os.W_OK)):
-            raise LabError(f"{option} {file} cannot be written; give a file in a directory that exists and is yours")
+        check_writable("--html", html)
+    if json_ is not None and str(json_) != "-":
+        check_writable("--json", json_)
+
+
+def check_writable(option: str, file: Path) -> None:
+    """Raises LabError unless the file can be written; "-" is no file."""
+    place = file if file.exists() else file.parent
+    if str(file) == "-" or file.is_dir() or not (file.parent.is_dir() and os.access(place, os.W_OK)):
+        raise LabError(f"{option} {file} cannot be written; give a file in a directory that exists and is yours")
 
 
 def as_json(comparison) -> str:

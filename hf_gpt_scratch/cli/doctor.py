@@ -180,19 +180,18 @@ def check_libraries(patient: Patient) -> str:
         ) from None
     from packaging.requirements import Requirement
 
-    wrong, found = [], 0
+    wrong, needed = [], 0
     for requirement in map(Requirement, declared):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        found += 1
+        needed += 1
         installed = versions((requirement.name,))[requirement.name]
         if installed is None or not requirement.specifier.contains(installed, prereleases=True):
-            wrong.append(f"{requirement.name} {installed or 'missing'}, needed {requirement.specifier}")
+            wrong.append((requirement, installed or "missing"))
     if wrong:
-        raise Wrong(
-            "; ".join(wrong) + '; pip install "' + '" "'.join(w.split()[0] + w.split()[-1] for w in wrong) + '"'
-        )
-    return f"all {found} that are needed are installed, in versions that fit"
+        what = "; ".join(f"{one.name} {installed}, needed {one.specifier}" for one, installed in wrong)
+        raise Wrong(what + "; pip install " + " ".join(f'"{one.name}{one.specifier}"' for one, _ in wrong))
+    return f"all {needed} that are needed are installed, in versions that fit"
 
 
 def check_torch(patient: Patient) -> str:
@@ -610,26 +609,13 @@ def doctor(
     """
     console = Console(stderr=as_json, highlight=False)
     found, machine = versions(), system()
-    told = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
+    names = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
     memory = machine["memory_gib"].get("MemTotal")
-    console.print(f"[bold]Versions[/]  {escape(told)}", soft_wrap=True)
-    console.print(
-        f"[bold]System[/]    {escape(machine['platform'])}, {escape(machine['cpu'])}, {machine['cores']} cores"
-        + (f", {memory} GiB" if memory else ""),
-        soft_wrap=True,
-    )
-    width = max(map(len, CHECKS))
-    styles = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow"}
-    results: list[Result] = []
+    about = [machine["platform"], machine["cpu"], f"{machine['cores']} cores", *([f"{memory} GiB"] if memory else [])]
+    console.print(f"[bold]Versions[/]  {escape(names)}", soft_wrap=True)
+    console.print(f"[bold]System[/]    {escape(', '.join(about))}", soft_wrap=True)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="hf_gpt_scratch.") as place, console.status("Starting") as status:
-        for one in examine_elsewhere(Path(place)):
-            if isinstance(one, str):
-                status.update(f"Checking {one}")
-                continue
-            results.append(one)
-            line = f"[{styles[one.status]}]{one.status:<7}[/]  {one.check:<{width}}  {escape(one.reason)}"
-            console.print(line, soft_wrap=True)
+    results = examine_and_print(console)
     failed = [one.check for one in results if one.status == FAILED]
     seconds = time.perf_counter() - began
     if failed:
@@ -647,6 +633,22 @@ def doctor(
         report = {"versions": found, "system": machine, **facts, "checks": checks, "passed": not failed}
         print(json.dumps(report, indent=2, ensure_ascii=False))
     sys.exit(1 if failed else 0)
+
+
+def examine_and_print(console: Console) -> list[Result]:
+    """All checks in another process, with a line for each as it ends."""
+    width = max(map(len, CHECKS))
+    styles = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow"}
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="hf_gpt_scratch.") as place, console.status("Starting") as status:
+        for one in examine_elsewhere(Path(place)):
+            if isinstance(one, str):
+                status.update(f"Checking {one}")
+                continue
+            results.append(one)
+            line = f"[{styles[one.status]}]{one.status:<7}[/]  {one.check:<{width}}  {escape(one.reason)}"
+            console.print(line, soft_wrap=True)
+    return results
 
 
 def main() -> None:
