@@ -165,7 +165,8 @@ def deterministic_trace(comparison: Comparison, candidate: Subject) -> Activatio
 
 def epsilons(model: Subject) -> list[float]:
     """The epsilons of a model's norms."""
-    return sorted({m.eps for m in model.module.modules() if isinstance(getattr(m, "eps", None), float)})
+    found = (getattr(module, "eps", None) for module in model.module.modules())
+    return sorted({eps for eps in found if isinstance(eps, float)})
 
 
 def undone(

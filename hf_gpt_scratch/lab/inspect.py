@@ -111,7 +111,8 @@ def resolve(
     if isinstance(model, GPTScratchConfig):
         return model, GPTScratchForCausalLM
     if isinstance(model, PreTrainedConfig):
-        return GPTScratchConfig.from_gpt2(model), GPTScratchForCausalLM
+        other: Any = model  # of whatever type: what is not GPT-2's is refused there
+        return GPTScratchConfig.from_gpt2(other), GPTScratchForCausalLM
     if isinstance(model, Mapping):
         return GPTScratchConfig(**model), GPTScratchForCausalLM
     return _named(str(model))
@@ -122,7 +123,8 @@ def _named(name: str) -> tuple[GPTScratchConfig, type[GPTScratchPreTrainedModel]
     if name in PRESETS:
         return GPTScratchConfig.preset(name), GPTScratchForCausalLM
     if name == BOOK:
-        return GPTScratchConfig(**GPT_CONFIG_124M), GPTScratchForCausalLM
+        book: dict[str, Any] = {**GPT_CONFIG_124M}
+        return GPTScratchConfig(**book), GPTScratchForCausalLM
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
         if not values:
@@ -168,7 +170,7 @@ def build(config: GPTScratchConfig, model_class: type[GPTScratchPreTrainedModel]
 
 def facts(model: GPTScratchPreTrainedModel) -> dict[str, Any]:
     """The numbers that `ROLES` speaks of, read off the model's modules."""
-    base = model.base_model
+    base: Any = model.base_model  # its modules may be of other classes, in a model of your own
     block = base.trf_blocks[0]
     wide, act, _ = block.ff.layers
     scalings = [block.att.scaling for block in base.trf_blocks]
@@ -483,7 +485,8 @@ def _merged(steps: list[Step]) -> list[Step]:
 
 
 def _summary(model: GPTScratchPreTrainedModel, steps: list[Step], total: int) -> str:
-    n, base = facts(model), model.base_model
+    n = facts(model)
+    base: Any = model.base_model
     wide, width = base.trf_blocks[0].ff.layers[0].out_features, base.tok_emb.embedding_dim
     times = f"{wide // width} × {width:,}" if wide % width == 0 else f"{wide / width:.2f} × {width:,}"
     inside = sum(p.numel() for p in base.trf_blocks.parameters())

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import LabError
@@ -188,11 +189,11 @@ def outputs_of(output: Any) -> torch.Tensor | None:
     """The logits (B, T, V) of a model's output; of other heads what they compute, with as many dimensions."""
     if isinstance(output, ModelOutput):
         if "start_logits" in output:
-            return torch.stack([output.start_logits, output.end_logits], dim=1)  # (B, 2, T)
+            return torch.stack([output["start_logits"], output["end_logits"]], dim=1)  # (B, 2, T)
         if "logits" not in output:
             return output.get("last_hidden_state")  # (B, T, E)
-        if output.logits.ndim == 2:
-            return output.logits.unsqueeze(1)  # (B, 1, labels)
+        if output["logits"].ndim == 2:
+            return output["logits"].unsqueeze(1)  # (B, 1, labels)
     return first_tensor(output.logits if hasattr(output, "logits") else output)
 
 
@@ -201,7 +202,7 @@ def written_out_attention(module: nn.Module) -> Iterator[None]:
     """Transformers' models compute attention in one kernel, which hooks do not see into; here it is written out."""
     config = getattr(module, "config", None)
     used = getattr(config, "_attn_implementation", None)
-    if used is None or not hasattr(module, "set_attn_implementation"):
+    if used is None or not isinstance(module, PreTrainedModel):
         yield
         return
     module.set_attn_implementation("eager")
