@@ -1,4 +1,4 @@
-"""How explanations and inspections look at a terminal."""
+"""Explanations and inspections on the terminal."""
 
 import re
 
@@ -13,7 +13,7 @@ from ..lab.inspect import BYTES, Inspection, Step
 SYMBOLS = {
     "x": "a token's vector, along the shortcuts",
     "y": "x after the norm",
-    "z": "what the heads found",
+    "z": "the heads' results",
     "h": "the feed-forward network's wide vector",
 }
 
@@ -47,7 +47,7 @@ def explanation(found: Explanation) -> Panel:
 
 
 def report(found: Inspection, width: int) -> Group:
-    """All of an inspection; the column of shapes only from 100 characters on."""
+    """A complete inspection; the column of shapes appears from a width of 100 characters."""
     parts: list[RenderableType] = [
         Text(f"{found.model}: {found.kind}", style="bold"),
         Text(),

@@ -1,4 +1,4 @@
-"""A comparison for people: tables on a terminal, and one self-contained HTML page.
+"""A comparison as tables on the terminal, and as one self-contained HTML page.
 
 Shapes: B batch, T tokens, H heads.
 """
@@ -28,7 +28,7 @@ from ..lab.trace import BLOCK_STAGES
 ALWAYS = (BLOCK_STAGES[""], "logits")
 STAGE_FIGURES = ("max |a−b|", "RMS", "relative", "float32")
 HEADS_SHOWN, TOKENS_SHOWN = 6, 24
-# What an error that is no number counts as on a logarithmic scale, and what is no error at all.
+# The ends of the logarithmic scale: infinite errors and NaN, and zero.
 WORST, LEAST = 10.0, 1e-17
 SAME, DIFFERENT, FAINT = "#2f7d4f", "#c23b22", "#8a8f98"
 
@@ -38,7 +38,7 @@ def number(value: float) -> str:
 
 
 def decoder(tokenizer: Any) -> Callable[[int], str]:
-    """Token id -> what to show for it."""
+    """Token id -> its text, or its number without a tokenizer."""
     return (lambda token: repr(tokenizer.decode([token]))[1:-1]) if tokenizer else str
 
 
@@ -46,7 +46,7 @@ def decoder(tokenizer: Any) -> Callable[[int], str]:
 
 
 def stage_table(comparison: Comparison, width: int = 120) -> Table:
-    """The stages from the first that differs to the end of its block, and the blocks' ends.
+    """The stages from the first that differs to the end of its block, and all block outputs.
 
     Names and figures are never cut off: a narrow terminal gets fewer columns.
     """
@@ -71,7 +71,7 @@ def stage_table(comparison: Comparison, width: int = 120) -> Table:
 
 
 def stages_shown(comparison: Comparison) -> list[StageError]:
-    """The last stage that agrees, the first that differs, the rest of its block; the ends of blocks, and the logits."""
+    """The last stage that agrees, the first that differs, the rest of its block; all block outputs, and the logits."""
     first = comparison.first_divergence
     at = comparison.stages.index(first) if first else -1
     block = ".".join(first.stage.split(".")[:2]) + "." if first else ""
@@ -84,12 +84,12 @@ def stages_shown(comparison: Comparison) -> list[StageError]:
 
 
 def mapping_table(matches: list[Match]) -> RenderableType:
-    """The guessed mapping, the blocks' parameters told once, and those with the book's own names not at all."""
+    """The guessed pairing, as in `once`."""
     guessed = once(matches)
     if not guessed:
         return f"Parameters: all {len(matches)} have the book's names and shapes."
-    table = Table(box=box.SIMPLE_HEAD, title="Parameters, as guessed: check them", title_justify="left")
-    for heading in ("yours", "the book's", "layout", "sure", "because"):
+    table = Table(box=box.SIMPLE_HEAD, title="Parameters, as guessed: please check", title_justify="left")
+    for heading in ("yours", "the book's", "layout", "confidence", "reason"):
         table.add_column(heading, overflow="fold")
     for match in guessed:
         style = "yellow" if match.confidence < 0.9 else ""
@@ -100,7 +100,7 @@ def mapping_table(matches: list[Match]) -> RenderableType:
 
 
 def once(matches: list[Match]) -> list[Match]:
-    """The matches that are a guess, as the book's own names are not; in the blocks those of the first alone."""
+    """The matches under other names than the book's; of the blocks, only the first."""
     guessed = [match for match in matches if match.row.ours != (match.row.theirs,)]
     return [match for match in guessed if not re.match(r"trf_blocks\.[1-9]", match.row.ours[0])]
 
@@ -117,7 +117,7 @@ def diagnosis_panel(comparison: Comparison) -> Panel:
         lines += [
             f"\n[bold red]{i}. {fault.name}[/]: [bold]{escape(fault.says)}[/]",
             f"   where: {escape(fault.where)}",
-            f"   do: {escape(fault.remedy)}",
+            f"   fix: {escape(fault.remedy)}",
             f"   {repaired}the relative logit error is {number(fault.error)}.",
         ]
     if diagnosis.explained and diagnosis.faults:
@@ -126,7 +126,7 @@ def diagnosis_panel(comparison: Comparison) -> Panel:
             f"\nThe reference with {these} reproduces the candidate to {number(diagnosis.unexplained)} "
             f"({diagnosis.tried} experiments)."
         )
-    lines += [f"As good an explanation: {escape(says)}" for says in diagnosis.alternatives]
+    lines += [f"Equally good explanation: {escape(says)}" for says in diagnosis.alternatives]
     if diagnosis.note:
         lines.append(f"\n[yellow]{escape(diagnosis.note)}[/]")
     names = ", ".join(fault.title for fault in diagnosis.faults) or "no known mistake"
@@ -134,7 +134,7 @@ def diagnosis_panel(comparison: Comparison) -> Panel:
 
 
 def figures(comparison: Comparison) -> list[tuple[str, str]]:
-    """What the logits say, by name."""
+    """The figures of the logits, by name."""
     logits = comparison.logits
     named = [
         ("max |logit error|", f"{number(logits.max_abs_error)} of {logits.max_abs_logit:.4g}"),
@@ -157,7 +157,7 @@ def figures(comparison: Comparison) -> list[tuple[str, str]]:
 
 def after(comparison: Comparison) -> str:
     row, place = comparison.worst_token
-    return f"token {place} of row {row}, where the models differ most"
+    return f"token {place} of sequence {row}, where the models differ most"
 
 
 def token_table(comparison: Comparison, k: int = 5) -> Table:
@@ -173,7 +173,7 @@ def token_table(comparison: Comparison, k: int = 5) -> Table:
 
 
 def terminal_report(comparison: Comparison, width: int = 120) -> RenderableType:
-    """All that a terminal of so many columns shows."""
+    """The report for a terminal with `width` columns."""
     head = Table(box=None, show_header=False)
     for name, value in (
         ("reference", comparison.reference),
@@ -201,7 +201,7 @@ def print_report(comparison: Comparison, console: Console) -> None:
 
 
 def html_report(comparison: Comparison) -> str:
-    """One page with everything in it: no scripts, no fonts, no images from elsewhere.
+    """One self-contained page: no scripts, and no external fonts or images.
 
     Raises:
         LabError: matplotlib is not installed.
@@ -213,7 +213,7 @@ def html_report(comparison: Comparison) -> str:
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     environment.globals |= {"number": number, "show": decoder(comparison.tokenizer)}
     environment.filters["shade"] = shade
-    with rc_context(STYLE):  # the caller's own plots stay as they are
+    with rc_context(STYLE):  # leaves the caller's own plots alone
         depth, attention = depth_figure(comparison), attention_figure(comparison)
     return environment.get_template("report.html").render(
         comparison=comparison,
@@ -242,7 +242,7 @@ def check_drawing() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise LabError('the HTML report is drawn by matplotlib; pip install "hf-gpt-scratch[examples]"') from error
+        raise LabError('the HTML report needs matplotlib; pip install "hf-gpt-scratch[examples]"') from error
 
 
 def logarithmic(value: float) -> float:
@@ -304,7 +304,7 @@ def mark_blocks(axes: Any, comparison: Comparison) -> None:
 
 
 def heat_map(comparison: Comparison) -> dict[str, Any]:
-    """Layers × stages: rows of (layer, cells), a cell being a `StageError` or None where nothing was recorded."""
+    """Layers × stages: rows of (layer, cells); a cell is a `StageError`, or None if it was not recorded."""
     found = {stage.stage: stage for stage in comparison.stages}
     layers = sorted({int(m[1]) for name in found if (m := re.match(r"trf_blocks\.(\d+)", name))})
     columns = [(key, what) for key, what in BLOCK_STAGES.items() if key != "input"]
@@ -314,7 +314,7 @@ def heat_map(comparison: Comparison) -> dict[str, Any]:
 
 
 def shade(stage: StageError | None) -> str:
-    """A colour for an error: green below 1e-7, through yellow, to red at 1; empty is grey."""
+    """A colour for an error: from green at 1e-7 and below, through yellow, to red at 1; grey for no value."""
     if stage is None:
         return "background:#eceef1"
     depth = (math.log10(logarithmic(stage.relative)) + 7) / 7

@@ -1,4 +1,4 @@
-"""Two models on the same tokens, layer by layer in execution order: where they part, and how far.
+"""Two models on the same tokens, stage by stage in execution order: where they diverge, and by how much.
 
 Shapes: B batch, T tokens, E emb_dim, H heads, V vocabulary.
 """
@@ -47,9 +47,9 @@ Traces = tuple[Activations, Activations]  # of reference and candidate
 
 @dataclass(frozen=True)
 class StageError:
-    """How far the candidate is off after one stage; errors are inf where shapes or NaNs differ.
+    """The candidate's error at one stage; inf where shapes or the positions of NaNs differ.
 
-    `relative` is max|a − b| / max|a|; `float32` is the same of the float32 run.
+    `relative` is max|a − b| / max|a|; `float32` is the same in the float32 run.
     """
 
     stage: str
@@ -63,7 +63,7 @@ class StageError:
 
 @dataclass(frozen=True)
 class Distribution:
-    """The next-token distributions of two models, over all tokens. KL in nats, of the candidate from the reference."""
+    """Two models' next-token distributions over all tokens. The KL divergence is KL(reference ‖ candidate) in nats."""
 
     tokens: int
     max_abs_logit: float
@@ -76,10 +76,10 @@ class Distribution:
 
 @dataclass
 class Comparison:
-    """What `compare_models` measured. `traces` and the like are for the reports and stay out of `to_dict`.
+    """The measurements of `compare_models`. `traces` and `tokenizer` are for the reports, not for `to_dict`.
 
-    `different_tensors` are those of two checkpoints that are not equal bit for bit, of `tensors` in all; None where one
-    model is not a checkpoint.
+    `different_tensors` names those of the `tensors` in two checkpoints that are not equal bit for bit; None if one of
+    the models is not a checkpoint.
     """
 
     reference: str
@@ -113,7 +113,7 @@ class Comparison:
 
     @property
     def equivalent(self) -> bool:
-        """Whether both compute one thing, within rounding; `<=` is False for NaN, as it must be."""
+        """Whether both compute the same function, within rounding; `<=` is False for NaN, as it must be."""
         bound = logit_bound(self.dtype)
         choices = [stage.relative for stage in self.stages if stage.stage == CHOICES]
         finite_logits = math.isfinite(self.logits_float32.relative_error)
@@ -122,7 +122,7 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether the models are one: in what they compute, and two checkpoints in their weights too, bit for bit."""
+        """Whether they are equivalent and, as two checkpoints, have equal weights bit for bit and equal settings."""
         return self.equivalent and not self.different_tensors and not self.different_settings
 
     @property
@@ -134,7 +134,7 @@ class Comparison:
     def verdict(self) -> str:
         bug, rounding = self.logits.relative_error, self.logits_float32.relative_error
         if self.same:
-            more = f" and {bug:.1e} in float64: what float32 shows is rounding" if self.dtype == "float64" else ""
+            more = f" and {bug:.1e} in float64: the float32 error is rounding" if self.dtype == "float64" else ""
             bits = f"; {self.tensors} tensors equal bit for bit" if self.different_tensors is not None else ""
             return f"the same model: relative logit error {rounding:.1e} in float32{more}{bits}"
         if self.equivalent and not self.different_tensors:
@@ -147,23 +147,23 @@ class Comparison:
                 f"{len(self.different_tensors or [])} of {self.tensors} tensors are not equal bit for bit"
             )
         if not self.deterministic:
-            return "different: the candidate gives other logits each time it runs"
+            return "different: the candidate returns different logits on every run"
         if not math.isfinite(rounding):
-            return "different: logits that are NaN or infinite are never the same"
+            return "different: logits that are NaN or infinite equal nothing"
         if bug <= logit_bound(self.dtype):
             return f"different: the {OTHER_STAGES[LOGITS]} agree, but not the {HEAD_STAGES[CHOICES]}"
         if self.dtype == "float64":
-            return f"different: relative logit error {rounding:.1e} in float32 and {bug:.1e} in float64, so no rounding"
-        return f"different: relative logit error {rounding:.1e} in float32; float64 cannot be had of these models"
+            return f"different: relative logit error {rounding:.1e} in float32 and {bug:.1e} in float64: not rounding"
+        return f"different: relative logit error {rounding:.1e} in float32; these models do not run in float64"
 
     @property
     def last_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits of both models, (B, T, V), of the last tokens that both have."""
+        """The logits of both models (B, T, V), of the last tokens for which both have some."""
         return aligned_logits(self.traces[0][LOGITS], self.traces[1][LOGITS])
 
     @property
     def worst_token(self) -> tuple[int, int]:
-        """Row and place of the token after which the two next-token distributions differ most."""
+        """Row and position of the token after which the next-token distributions differ most."""
         kl = kl_divergence(*self.last_logits).nan_to_num(-1.0)  # (B, T)
         row, place = divmod(int(kl.argmax()), kl.shape[1])
         return row, place + len(self.tokens[0]) - kl.shape[1]
@@ -185,7 +185,7 @@ class Comparison:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; what is not finite is a string."""
+        """For JSON; numbers that are not finite are strings."""
         first = self.first_divergence
         return finite(
             {
@@ -228,7 +228,7 @@ def stage_bound(dtype: str) -> float:
 
 
 def aligned(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Both in float64 and one shape, or None. One may lack the batch, or have the last tokens alone."""
+    """Both in float64 and in one shape, or None. One may lack the batch dimension, or have the last tokens only."""
     a, b = reference.double(), candidate.double()
     if a.shape != b.shape and a.numel() == b.numel() and a.shape[-1] == b.shape[-1]:
         b = b.reshape(a.shape)
@@ -243,7 +243,7 @@ def aligned(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[torch.Ten
 
 
 def errors(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[float, float, float, str]:
-    """max|a − b|, √mean(a − b)², max|a − b| / max|a|, and a note; inf where shapes or the places of NaNs differ."""
+    """max|a − b|, √mean(a − b)², max|a − b| / max|a|, and a note; inf if shapes or the positions of NaNs differ."""
     pair = aligned(reference, candidate)
     if pair is None:
         note = f"shape {tuple(candidate.shape)} instead of {tuple(reference.shape)}"
@@ -252,22 +252,22 @@ def errors(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[float, flo
     sound = a.isfinite()
     if not torch.equal(sound, b.isfinite()):
         broken = (~b.isfinite()).double().mean().item()
-        return math.inf, math.inf, math.inf, f"{broken:.0%} of the candidate's numbers are NaN or infinite"
+        return math.inf, math.inf, math.inf, f"{broken:.0%} of the candidate's values are NaN or infinite"
     difference = (a - b)[sound].abs()
     if not difference.numel():
-        return 0.0, 0.0, 0.0, "nothing but NaN in both"
+        return 0.0, 0.0, 0.0, "no finite value in either"
     largest, off = a[sound].abs().max().item(), difference.max().item()
     return off, difference.square().mean().sqrt().item(), off / largest if largest else off, ""
 
 
 def kl_divergence(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """KL(reference ‖ candidate) of two models' logits (B, T, V), in nats (B, T)."""
+    """KL(reference ‖ candidate) per token (B, T) in nats, from logits (B, T, V)."""
     p, q = reference.log_softmax(-1), candidate.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).clamp(min=0)
 
 
 def aligned_logits(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits (B, T, V) of two models in float64, of the last tokens that both have.
+    """Two models' logits (B, T, V) in float64, of the last tokens for which both have some.
 
     Raises:
         LabError: the vocabularies differ.
@@ -282,14 +282,14 @@ def aligned_logits(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[to
 
 
 def distribution(reference: torch.Tensor, candidate: torch.Tensor) -> Distribution:
-    """The figures of two models' logits (B, T, V).
+    """How two models' logits (B, T, V) differ.
 
     Raises:
         LabError: the vocabularies differ.
     """
     a, b = aligned_logits(reference, candidate)
     off, _, relative, _ = errors(a, b)
-    if not (a.isfinite().all() and b.isfinite().all()):  # no model that gives them is the same as any other
+    if not (a.isfinite().all() and b.isfinite().all()):  # such a model equals no other
         relative = math.inf
     kl = kl_divergence(a, b)
     return Distribution(
@@ -316,10 +316,10 @@ def compare_models(
 
     Args:
         text_ids: (1, any length), for the perplexity of both.
-        gradients: compare those of the mean loss on `input_ids` too.
+        gradients: also compare the gradients of the mean loss on `input_ids`.
 
     Raises:
-        LabError: a model does not run on the tokens.
+        LabError: the models are of different kinds, or one does not run on the tokens.
     """
     refuse_kinds(reference, candidate, gradients=gradients)
     torch.manual_seed(0)
@@ -361,13 +361,13 @@ def compare_models(
 
 
 def refuse_kinds(reference: Subject, candidate: Subject, *, gradients: bool) -> None:
-    """Raises LabError if the models are of two kinds, or have no loss that gradients could be taken of."""
+    """Raises LabError if the models are of two kinds, or have no loss to differentiate."""
     if reference.kind is not candidate.kind:
         kinds = " and ".join(f"{subject.name} as {subject.kind.__name__}" for subject in (reference, candidate))
         raise LabError(f"the two are models of different kinds, {kinds}; compare two of one kind")
     if gradients and not reference.is_language_model:
         raise LabError(
-            f"gradients are of a language model's loss, but these are {reference.kind.__name__}; leave them out"
+            f"gradients are those of a language model's loss, but these are {reference.kind.__name__}; drop --gradients"
         )
 
 
@@ -385,7 +385,7 @@ def stage_errors(traces: Traces, single: Traces) -> list[StageError]:
 
 
 def perplexity(subject: Subject, text_ids: torch.Tensor, window: int) -> float:
-    """exp of the mean loss of each next token of a text (1, N), in windows of so many tokens one after the other."""
+    """exp of the mean next-token loss on a text (1, N), in consecutive windows of `window` tokens."""
     loss, tokens = 0.0, 0
     for ids in text_ids.split(window, dim=1):
         logits = trace(subject, ids)[LOGITS][:, :-1]
@@ -396,16 +396,16 @@ def perplexity(subject: Subject, text_ids: torch.Tensor, window: int) -> float:
 
 
 def tied(subject: Subject) -> bool:
-    """Whether one matrix is both the token embedding and the head."""
+    """Whether the head is the token embedding's matrix."""
     own = {ours: parameters(subject.module)[m.row.theirs] for m in subject.matches for ours in m.row.ours}
     return own.get(f"{LOGITS}.weight", own.get("tok_emb.weight")) is own.get("tok_emb.weight")
 
 
 def gradient_errors(reference: Subject, candidate: Subject, input_ids: torch.Tensor) -> dict[str, float]:
-    """The relative error of the gradient of each parameter that both have, by the book's names, in float32."""
+    """The relative gradient error of each parameter that both have, in float32, by the book's names."""
     first, second = (gradients_of(subject, input_ids) for subject in (reference, candidate))
     if tied(reference) or tied(candidate):
-        # The one matrix has the sum of both gradients, so the sum is what two matrices are compared by.
+        # A tied matrix has the sum of both gradients, so two untied ones are compared by their sum.
         for subject, gradients in ((reference, first), (candidate, second)):
             head = gradients.pop(f"{LOGITS}.weight", None)
             if head is not None and not tied(subject):
@@ -421,13 +421,13 @@ def gradients_of(subject: Subject, input_ids: torch.Tensor) -> dict[str, torch.T
     """The gradients of the mean loss of each next token, by the book's names. The model's own are cleared.
 
     Raises:
-        LabError: the model does not give logits for each token.
+        LabError: the model does not return logits for each token.
     """
     subject.module.zero_grad()
     output = subject.module(input_ids)
     logits = first_tensor(output.logits if hasattr(output, "logits") else output)
     if logits is None or logits.shape[1] != input_ids.shape[1]:
-        raise LabError(f"{subject.name} gives no logits for each token, so there is no loss to take gradients of")
+        raise LabError(f"{subject.name} does not return logits for each token, so there is no loss to differentiate")
     F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
     gradients = {name: p.grad for name, p in parameters(subject.module).items() if p.grad is not None}
     subject.module.zero_grad()  # which sets them to None, so that these stay as they are

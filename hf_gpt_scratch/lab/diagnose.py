@@ -1,10 +1,10 @@
-"""Why a model is not the reference: known mistakes, each tried by experiment, and the one named that explains it.
+"""Why a candidate differs from the reference: the known mistakes that reproduce it, established by experiment.
 
-Two questions are asked apart. Which tensors hold other numbers, and what was done to them (`weight_faults.py`)? Does
-the candidate compute something else with its numbers? GPT-2's forward pass with one switch for each mistake
-(`simulate.py`) runs on the candidate's own weights until it gives what the candidate gives, stage by stage
-(`search.py`): each block by itself where hooks reach it, so that a mistake in one of them is found in its place.
-The proof is the same run with the mistakes undone one after the other: the error against the reference vanishes.
+Weights and forward pass are diagnosed separately. Weights: which tensors differ, and what was done to them
+(`weight_faults.py`). Forward pass: GPT-2's, with one switch for each mistake (`simulate.py`), runs on the candidate's
+own weights until it reproduces the candidate's activations stage by stage (`search.py`), block by block where hooks
+reach the blocks, so that each mistake is located. The proof is the same run with the mistakes undone one after another:
+the error against the reference vanishes.
 
 Shapes: B batch, T tokens, E emb_dim, V vocabulary.
 """
@@ -28,10 +28,10 @@ from .weight_faults import Change, grouped, in_any_block, is_bias, listed, weigh
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake that the experiment confirms.
+    """A mistake confirmed by experiment.
 
-    `error` is the relative error of the logits against the reference with this fault and those before it repaired,
-    `blocks` the blocks that have it, where not all of the model does.
+    `error` is the relative logit error against the reference with this fault and those before it repaired; `blocks` are
+    the blocks that have it, empty if the whole model does.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Fault:
 
 @dataclass
 class Diagnosis:
-    """The faults in execution order; `explained` says that together they reproduce the candidate.
+    """The faults in execution order; `explained` if together they reproduce the candidate.
 
-    `error` is the candidate's relative logit error, `unexplained` that of the candidate against the reference with
+    `error` is the candidate's relative logit error, `unexplained` the error that remains against the reference with
     these faults, `tried` the number of experiments.
     """
 
@@ -65,7 +65,7 @@ class Diagnosis:
 
     @classmethod
     def failed(cls, error: float, note: str, tried: int = 0) -> "Diagnosis":
-        """No faults, and why none can be looked for."""
+        """No faults, and why the search was impossible."""
         return cls([], False, error, error, tried, note)
 
     @property
@@ -77,10 +77,10 @@ class Diagnosis:
 
 
 def complete(weights: Weights, reference: Weights) -> dict[str, torch.Tensor]:
-    """A model's weights with something in place of what it lacks, in execution order.
+    """A model's weights in execution order, with missing tensors filled in.
 
-    Biases become zeros and a missing head tok_emb's matrix; norms and positions become the reference's, so that only
-    the forward pass without them is like the model's.
+    Missing biases become zeros and a missing head tok_emb's matrix. Missing norms and positions become the reference's,
+    so that only the mistake of leaving them out reproduces the model.
     """
     filled = {}
     for name, right in reference.items():
@@ -96,7 +96,7 @@ def complete(weights: Weights, reference: Weights) -> dict[str, torch.Tensor]:
 
 
 def in_order(weights: Weights, n_layers: int) -> dict[str, torch.Tensor]:
-    """The same tensors in execution order, with zeros for biases and tok_emb's matrix for a head that are not there."""
+    """The tensors in execution order, with zeros for missing QKV biases and tok_emb's matrix for a missing head."""
     weights = dict(weights)
     weights.setdefault(f"{LOGITS}.weight", weights["tok_emb.weight"])
     for n in range(n_layers):
@@ -109,17 +109,17 @@ def in_order(weights: Weights, n_layers: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> Diagnosis | None:
-    """Why the candidate differs; None if it does not. `comparison` is that of these two.
+    """Why the candidate differs; None if it does not. `comparison` compares these two.
 
     Raises:
-        LabError: a model does not run any more.
+        LabError: a model no longer runs.
     """
     if comparison.same:
         return None
     error = comparison.logits.relative_error
     config = reference.config or candidate.config
     if config is None:
-        return Diagnosis.failed(error, "the sizes of neither model are known; give --cfg")
+        return Diagnosis.failed(error, "neither model's sizes are known; give --cfg")
     input_ids, target = torch.tensor(comparison.tokens), comparison.traces[0][LOGITS]
     dtype, bound = getattr(torch, comparison.dtype), stage_bound(comparison.dtype)
     right = in_order({name: w.to(dtype) for name, w in reference.weights().items()}, config.n_layers)
@@ -156,7 +156,7 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
 
 
 def deterministic_trace(comparison: Comparison, candidate: Subject) -> Activations | None:
-    """The candidate's trace, without dropout if it is random with it; None if it is random without it too."""
+    """The candidate's trace, without dropout if dropout makes it random; None if it is random even then."""
     if comparison.deterministic:
         return comparison.traces[1]
     first, second = (run(candidate, torch.tensor(comparison.tokens), comparison.dtype, dropout=False) for _ in range(2))
@@ -176,7 +176,7 @@ def undone(
     changes: list[list[Change]],
     forward: Forward,
 ) -> list[Fault]:
-    """All faults in execution order, each with the error against the reference once it and those before it are undone.
+    """All faults in execution order, each with the error that remains once it and those before it are undone.
 
     Args:
         target: the reference's logits.
@@ -203,7 +203,7 @@ def undone(
 
 
 def weight_fault(changes: list[Change], n_layers: int) -> Fault:
-    """The fault of tensors that were changed alike."""
+    """The fault of tensors that were changed in the same way."""
     tensors = [change.tensor for change in changes]
     first, blocks, roles = changes[0], some_blocks(tensors, n_layers), {in_any_block(tensor) for tensor in tensors}
     if any(change.says != first.says for change in changes):
@@ -267,14 +267,14 @@ def unexplained_note(comparison: Comparison, faults: list[Fault], unexplained: l
     where = f"the first stage that differs is {first.stage} ({first.meaning})" if first else "only the logits differ"
     if faults and unexplained and len(unexplained[0]) == 1:
         n, last = unexplained[0][0], len(comparison.growth)
-        place = "before the blocks" if n < 0 else f"in block {n}" if n < last else "behind the blocks"
-        where = f"what goes wrong besides is {place}"
-    known = "what is named is wrong, but it does not explain all" if faults else "no known mistake explains it"
+        place = "before the blocks" if n < 0 else f"in block {n}" if n < last else "after the blocks"
+        where = f"the unexplained error arises {place}"
+    known = "the mistakes named do not explain everything" if faults else "no known mistake explains it"
     return f"{known}; {where}: look there"
 
 
 def run(candidate: Subject, input_ids: torch.Tensor, dtype: str, *, dropout: bool) -> Activations:
-    """The candidate's trace in a dtype that it has been seen to run in."""
+    """The candidate's trace in a dtype in which it is known to run."""
     exact = double_trace(candidate, input_ids, dropout=dropout) if dtype == "float64" else None
     return exact or trace(candidate, input_ids, dropout=dropout)
 
@@ -283,12 +283,12 @@ def dropout_fault(training: bool, blocks: list[int], n_layers: int) -> Fault:
     if training:
         says, remedy = (
             "dropout is on: the model is in training mode",
-            "call model.eval() before you compare or generate",
+            "call model.eval() before comparing or generating",
         )
     else:
         says = "dropout is on even in evaluation mode"
         remedy = "nn.Dropout, or F.dropout(x, p, training=self.training): plain F.dropout ignores model.eval()"
     if not blocks or len(blocks) == n_layers:
-        return Fault("dropout-on", says, "all of the model", remedy, "mode")
+        return Fault("dropout-on", says, "the whole model", remedy, "mode")
     says, where = f"{says}, in {named_blocks(blocks, only=True)}", listed([f"trf_blocks.{n}" for n in blocks])
     return Fault("dropout-on", says, where, remedy, "mode", blocks=blocks)

@@ -1,4 +1,4 @@
-"""Where a parameter comes from and goes to, what it does, and in which equation.
+"""A parameter's source and target names, its role, and its equation.
 
 Sizes come from the config and the model on the meta device; no weights are read.
 """
@@ -23,7 +23,7 @@ from ..model.modeling_gpt_scratch import (
 from ..model.weight_map import DROPPED, GPT2_PREFIX, HEADS, LM_HEAD, SCRATCH_PREFIX, TABLE, Row
 from .inspect import BLOCK, ROLES, arithmetic, build, facts, resolve
 
-# What the base model's place in a head, PEFT, DistributedDataParallel and torch.compile put before a name.
+# Prefixes of a base model in a head model, and those of PEFT, DistributedDataParallel and torch.compile.
 PREFIXES = (GPT2_PREFIX[:-1], SCRATCH_PREFIX[:-1], "base_model", "module", "_orig_mod")
 
 # Which class has a head of this name; GPTScratchForCausalLM has the rest.
@@ -37,8 +37,8 @@ HEAD_CLASSES: dict[str, type[GPTScratchPreTrainedModel]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of ours: `code` is its name in Python over the modules of a block of ours (outside blocks: of the
-    model), `value` what it is over those of GPT-2's."""
+    """One tensor of ours. `code` is its Python expression within our block (outside blocks: within our model), `value`
+    the equal expression within GPT-2's."""
 
     name: str
     stored: str
@@ -49,12 +49,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A parameter, from GPT-2's tensor to ours and back. Without `parts` it is dropped on the way."""
+    """A parameter, from GPT-2's tensor to ours and back. Without `parts`, the conversion drops it."""
 
     gpt2: str
     gpt2_stored: str
     gpt2_shape: list[int]
-    gpt2_code: str  # as in `Part`, the other way round
+    gpt2_code: str  # as in `Part`, in the other direction
     gpt2_value: str
     parts: tuple[Part, ...]
     meaning: str
@@ -68,20 +68,20 @@ class Explanation:
 
 
 def explain(name: str, model="124M") -> list[Explanation]:
-    """Where the parameters called `name` come from and go to, with the shapes that they have in `model`.
+    """The parameters that match `name`: where they come from and go to, with their shapes in `model`.
 
     Args:
-        name: GPT-2's or ours, whole or in part ("W_query"), with or without prefix and layer number.
-        model: what `resolve` understands.
+        name: GPT-2's name or ours, in full or in part ("W_query"), with or without prefix and layer number.
+        model: anything that `resolve` accepts.
 
     Raises:
-        UnknownName: no parameter is called so; the message has the nearest names.
+        UnknownName: no parameter matches; the message suggests the closest names.
         ValueError: see `resolve`.
     """
     config, _ = resolve(model)
     query, layer = _normalized(name)
     if layer is not None and layer >= config.n_layers:
-        raise UnknownName(f"got {name!r}, but the model has the layers 0 to {config.n_layers - 1}; name one of those")
+        raise UnknownName(f"got {name!r}, but the model has layers 0 to {config.n_layers - 1}; name one of those")
     rows = [(row, picked) for row in TABLE if _meant(row.theirs, query, config) and (picked := _picked(row, query))]
     exact = [(row, picked) for row, picked in rows if query in map(_parts, (row.theirs, *row.ours))]
     if exact:
@@ -94,12 +94,12 @@ def explain(name: str, model="124M") -> list[Explanation]:
 
 
 def _meant(name: str, query: tuple[str, ...], config: GPTScratchConfig) -> bool:
-    """Cross-attention has the names of attention; it is meant only where there is some, or by its own name."""
+    """Cross-attention shares attention's names, so it matches only if the config has it or the query names it."""
     return "cross" not in name or config.add_cross_attention or any("cross" in part for part in query)
 
 
 def _normalized(name: str) -> tuple[tuple[str, ...], int | None]:
-    """The name's parts without prefixes and layer number, and the number."""
+    """The name's parts without prefixes and layer number, and that number."""
     name = re.sub(r"\[(\d+)\]", r".\1", name.strip())
     numbers = [int(number) for _, number in BLOCK.findall(name) if number.isdigit()]
     parts = list(_parts(name))
@@ -118,7 +118,7 @@ def _within(query: tuple[str, ...], name: str) -> bool:
 
 
 def _picked(row: Row, query: tuple[str, ...]) -> list[int]:
-    """Which of the row's tensors of ours are meant; all if GPT-2's is."""
+    """Which of our tensors in the row match; all of them if GPT-2's name does."""
     if _within(query, row.theirs):
         return list(range(len(row.ours)))
     return [i for i, name in enumerate(row.ours) if _within(query, name)]
@@ -136,12 +136,12 @@ def _suggestion(query: tuple[str, ...]) -> str:
 
 
 def _expression(name: str) -> str:
-    """A name as Python over the modules of its block, or of the model if it is in none."""
+    """A name as a Python expression within its block, or within the model if it is outside the blocks."""
     return re.sub(r"\.(\d+)", r"[\1]", re.sub(r"^(h|trf_blocks)\.\{n\}\.", "", name))
 
 
 def _role(name: str) -> str:
-    """The key in `ROLES` of the module that has this parameter of ours."""
+    """The key in `ROLES` of the module that owns this parameter of ours."""
     return BLOCK.sub("", name).removeprefix(".").rpartition(".")[0]
 
 
@@ -175,12 +175,12 @@ def _explained(row: Row, picked: list[int], layer: int | None, config: GPTScratc
 
 
 def _stored(row: Row, name: str) -> str:
-    """The name in our files of a row's tensor; heads are outside the base model."""
+    """The name of a row's tensor in our files; heads are outside the base model."""
     return name if row in HEADS else SCRATCH_PREFIX + name
 
 
 def _value_of_part(row: Row, i: int, shapes: list[list[int]]) -> str:
-    """The i-th of our tensors as Python over GPT-2's modules."""
+    """The i-th of our tensors as a Python expression within GPT-2's block."""
     value = _expression(row.theirs)
     if len(row.ours) > 1:
         rows = f"{i * shapes[i][0]}:{(i + 1) * shapes[i][0]}"
@@ -189,14 +189,14 @@ def _value_of_part(row: Row, i: int, shapes: list[list[int]]) -> str:
 
 
 def _model_with(row: Row, config: GPTScratchConfig) -> tuple[GPTScratchPreTrainedModel, str]:
-    """One block of a model of this config that has the row's tensors, and what must change for it to have them."""
+    """A one-block model that has the row's tensors, and a note if this config's language model does not."""
     model_class = next((c for name, c in HEAD_CLASSES.items() if row.ours[0].startswith(name)), GPTScratchForCausalLM)
     changes = _changes_for(row.ours[0], config)
     values = {**config.to_dict(), "n_layers": 1, "tie_word_embeddings": False, **changes}
     model = build(GPTScratchConfig.from_dict(values), model_class)
     if changes:
         needed = " and ".join(f"{key}={value!r}" for key, value in changes.items())
-        return model, f"this model has none: only one with {needed} does"
+        return model, f"this model does not have it: that takes {needed}"
     if model_class is not GPTScratchForCausalLM:
         return model, f"only {model_class.__name__} has it"
     tied = row is LM_HEAD and config.tie_word_embeddings
@@ -204,7 +204,7 @@ def _model_with(row: Row, config: GPTScratchConfig) -> tuple[GPTScratchPreTraine
 
 
 def _changes_for(name: str, config: GPTScratchConfig) -> dict[str, Any]:
-    """The settings that a model needs to have this parameter of ours, and that the config does not have."""
+    """The settings that this parameter of ours requires and the config lacks."""
     changes: dict[str, Any] = {}
     if "att.W_" in name and name.endswith(".bias") and not config.qkv_bias:
         changes["qkv_bias"] = True
@@ -227,9 +227,9 @@ def _dropped(name: str, layer: int | None, config: GPTScratchConfig) -> Explanat
         gpt2_code=_expression(name),
         gpt2_value="",
         parts=(),
-        meaning="the causal mask" if mask else "the number that the causal mask once filled in",
-        does="no weight: it is dropped, since it is computed when it is needed",
-        equation="position t sees the positions 0 to t",
+        meaning="the causal mask" if mask else "the value that the causal mask once filled in",
+        does="not a weight: dropped, because it is computed when needed",
+        equation="position t sees positions 0 to t",
         arithmetic="",
         note="",
     )

@@ -1,7 +1,7 @@
 """The mistakes that people make in a GPT's forward pass, as a table.
 
-A row says what a mistake is called, where it first shows, what it is, how to repair it, and which switch of the
-simulation (`Switches` in simulate.py) makes it. Functions below the table add the rows that depend on the config.
+A row has a mistake's name, the first stage that shows it, its description, its remedy, and the switch of the simulation
+(`Switches` in simulate.py) that makes it. Functions below the table add the rows that depend on the config.
 """
 
 from collections.abc import Iterable
@@ -54,15 +54,15 @@ CATALOGUE = (
             "x.var(dim=-1, keepdim=True, unbiased=False)", "unbiased"),
     Mistake("eps-outside-root", "norm1", "LayerNorm adds eps to the standard deviation, not to the variance",
             "(x - mean) / torch.sqrt(var + eps)", "eps_on_std"),
-    Mistake("post-norm", "norm1", "the norms come after the shortcut additions (post-norm)",
+    Mistake("post-norm", "norm1", "the norms come after the shortcuts are added (post-norm)",
             BOTH_NORMS, "norm_order", "post"),
-    Mistake("missing-bias", "norm1", "no bias is added by norm", BIAS, "no_bias", ("norm",)),
-    Mistake("not-transposed", "att.W_query", "W_query, W_key, W_value applied the wrong way round",
+    Mistake("missing-bias", "norm1", "the norms add no bias (shift)", BIAS, "no_bias", ("norm",)),
+    Mistake("not-transposed", "att.W_query", "W_query, W_key, W_value are applied transposed",
             TRANSPOSE, "transposed", QKV),
-    Mistake("not-transposed", "att.W_query", "out_proj, W_query, W_key, W_value applied the wrong way round",
+    Mistake("not-transposed", "att.W_query", "out_proj, W_query, W_key, W_value are applied transposed",
             TRANSPOSE, "transposed", ("out_proj", *QKV)),
-    Mistake("missing-bias", "att.W_query", "no bias is added by W_query, W_key, W_value", BIAS, "no_bias", QKV),
-    Mistake("heads-not-transposed", "att.weights", "heads are cut out by .view(B, H, T, D) without transpose",
+    Mistake("missing-bias", "att.W_query", "W_query, W_key, W_value add no bias", BIAS, "no_bias", QKV),
+    Mistake("heads-not-transposed", "att.weights", "heads are split by .view(B, H, T, D) without transpose",
             ".view(B, T, H, D).transpose(1, 2), and back before out_proj", "heads_not_moved"),
     Mistake("missing-scale", "att.weights", "attention scores are not divided by √head_dim", SCALE, "scale", "none"),
     Mistake("doubled-scale", "att.weights", "attention scores are divided by √head_dim twice", SCALE, "scale", "twice"),
@@ -72,33 +72,35 @@ CATALOGUE = (
             SCALE, "scale", "n_heads"),
     Mistake("inverted-scale", "att.weights", "attention scores are multiplied by √head_dim, not divided",
             SCALE, "scale", "times"),
-    Mistake("no-mask", "att.weights", "there is no causal mask: tokens see what comes after them",
+    Mistake("no-mask", "att.weights", "there is no causal mask: tokens see the tokens after them",
             MASK, "mask", "none"),
     Mistake("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, "mask", "hides itself"),
     Mistake("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, "mask", "hides itself, softly"),
-    Mistake("mask-sees-ahead", "att.weights", "the mask is one off: a token sees the next one",
+    Mistake("mask-sees-ahead", "att.weights", "the mask is off by one: a token sees the next one",
             MASK, "mask", "sees one ahead"),
-    Mistake("mask-upside-down", "att.weights", "the mask is upside down: a token sees itself and what comes after it",
+    Mistake("mask-upside-down", "att.weights", "the mask is upside down: a token sees itself and the tokens after it",
             MASK, "mask", "upside down"),
     Mistake("mask-after-softmax", "att.weights", "the mask is applied after softmax: rows do not sum to 1",
             MASK, "mask", "after softmax"),
     Mistake("mask-zero-scores", "att.weights", "masked scores are set to 0, not to -inf, before softmax",
             MASK, "mask", "zero scores"),
-    Mistake("not-transposed", "att.out_proj", "out_proj applied the wrong way round",
+    Mistake("not-transposed", "att.out_proj", "out_proj is applied transposed",
             TRANSPOSE, "transposed", ("out_proj",)),
-    Mistake("missing-bias", "att.out_proj", "no bias is added by out_proj", BIAS, "no_bias", ("out_proj",)),
-    Mistake("shortcut-after-norm", "norm2.input", "the shortcut adds the normed input, not the input",
+    Mistake("missing-bias", "att.out_proj", "out_proj adds no bias", BIAS, "no_bias", ("out_proj",)),
+    Mistake("shortcut-after-norm", "norm2.input", "the shortcut adds the normalized input, not the input",
             "keep shortcut = x before x = norm1(x)", "norm_order", "shortcut after norm"),
-    Mistake("missing-shortcut", "norm2.input", "no shortcut around attention", SHORTCUT, "shortcuts", ("attention",)),
-    Mistake("missing-shortcut", "norm2.input", "no shortcut around attention and feed-forward",
+    Mistake("missing-shortcut", "norm2.input", "there is no shortcut around attention",
+            SHORTCUT, "shortcuts", ("attention",)),
+    Mistake("missing-shortcut", "norm2.input", "there is no shortcut around attention and feed-forward",
             SHORTCUT, "shortcuts", ("attention", "feed-forward")),
-    Mistake("one-norm-for-both", "norm2", "norm1 is used where norm2 belongs", "x = ff(norm2(x))", "single_norm"),
-    Mistake("missing-bias", "ff.layers.0", "no bias is added by ff.layers.0", BIAS, "no_bias", ("ff.layers.0",)),
-    Mistake("missing-bias", "ff.layers.2", "no bias is added by ff.layers.2", BIAS, "no_bias", ("ff.layers.2",)),
-    Mistake("missing-shortcut", "", "no shortcut around feed-forward", SHORTCUT, "shortcuts", ("feed-forward",)),
+    Mistake("one-norm-for-both", "norm2", "norm1 is used in place of norm2", "x = ff(norm2(x))", "single_norm"),
+    Mistake("missing-bias", "ff.layers.0", "ff.layers.0 adds no bias", BIAS, "no_bias", ("ff.layers.0",)),
+    Mistake("missing-bias", "ff.layers.2", "ff.layers.2 adds no bias", BIAS, "no_bias", ("ff.layers.2",)),
+    Mistake("missing-shortcut", "", "there is no shortcut around feed-forward",
+            SHORTCUT, "shortcuts", ("feed-forward",)),
     Mistake("missing-final-norm", "final_norm", "there is no norm after the last block",
             "logits = out_head(final_norm(x))", "final_norm", "missing"),
-    Mistake("wrong-head", LOGITS, "the head is tok_emb's matrix, but the checkpoint has one of its own",
+    Mistake("wrong-head", LOGITS, "the head is tok_emb's matrix, but the checkpoint has a head of its own",
             "load out_head.weight", "tied_head"),
     Mistake("not-logits", LOGITS, "the model returns log_softmax of the logits",
             "return the logits", "output", "log_softmax"),
@@ -116,7 +118,7 @@ def scaled_embedding(config: GPTScratchConfig) -> Mistake:
 
 
 def wrong_eps(config: GPTScratchConfig, candidate: Iterable[float]) -> list[Mistake]:
-    """Other epsilons: those that the candidate's norms have, and the usual ones."""
+    """Other epsilons: those of the candidate's norms, and the usual ones."""
     eps = config.layer_norm_epsilon
     remedy = f"build the norms with eps={eps:g}"
     return [
@@ -156,7 +158,7 @@ def wrong_activations(config: GPTScratchConfig) -> list[Mistake]:
             continue
         name, says = "wrong-activation", f"the activation is {other}, not {right}"
         if other == "linear":
-            says = f"the activation is none at all, not {right}"
+            says = f"there is no activation instead of {right}"
         elif (other, right) == ("gelu", "gelu_new"):
             name, says = "exact-gelu", "GELU is the exact x · Φ(x), not the tanh approximation"
         rows.append(Mistake(name, "ff.layers.2.input", says, remedy, "activation", other))
@@ -164,7 +166,7 @@ def wrong_activations(config: GPTScratchConfig) -> list[Mistake]:
 
 
 def mistakes(config: GPTScratchConfig, candidate_eps: Iterable[float] = ()) -> list[Mistake]:
-    """All single mistakes in the forward pass that are tried, in execution order.
+    """All single mistakes in the forward pass, in execution order.
 
     Args:
         candidate_eps: the epsilons of the candidate's norms.

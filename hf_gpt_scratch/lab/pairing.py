@@ -1,4 +1,4 @@
-"""Whose parameters are whose: those of a class of one's own paired with the book's, by name, shape and place."""
+"""Pairs the parameters of a class of your own with the book's, by name, shape and order."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ from ..errors import LabError, few
 from ..model.configuration_gpt_scratch import GPTScratchConfig
 from ..model.weight_map import TABLE, Row
 
-# What a layer of one's own may be called; the whole path inside the block has to fit.
+# What others call the book's layers; the whole path inside the block has to match.
 ATTENTION = r"(?:self_?)?(?:att|attn|attention|mha|sa|multi_?head)[^.]*\."
 FEED_FORWARD = r"(?:ff|ffn|mlp|feed_?forward)[^.]*\."
 ALIASES = {
@@ -33,9 +33,9 @@ ALIASES = {
 }
 FUSED = tuple(f"att.{name}" for name in ("W_query", "W_key", "W_value"))
 SHIFT_NAMES = ("shift", "bias", "beta", "b", "offset")
-# difflib's ratio above which a name that is no alias still counts as alike, and its lead over the next best slot.
+# The least difflib ratio of a similar name that is not an alias, and its least lead over the next best slot.
 ALIKE, LEAD = 0.6, 0.15
-# What a model may lack and still be looked at; the lab then finds out what that does.
+# What a model may lack and still be compared; the diagnosis then shows the effect.
 OPTIONAL = ("pos_emb", "final_norm", "out_head")
 
 Shape = tuple[int, ...]
@@ -46,7 +46,7 @@ Claim = tuple[str, float, str]  # slot, confidence, reason
 
 @dataclass(frozen=True)
 class Match:
-    """One parameter of a model and its names here. In `row`, `theirs` is the model's own name."""
+    """One parameter of a model, paired. In `row`, `theirs` is the model's name and `ours` the book's."""
 
     row: Row
     confidence: float
@@ -66,11 +66,11 @@ def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(remove_duplicate=False))
 
 
-# Pairing the parameters of a class of one's own
+# Pairing the parameters of a class of your own
 
 
 def shapes(config: GPTScratchConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """The shapes of weights outside and inside the blocks by module, `[out, in]` as `nn.Linear` has them."""
+    """The weights' shapes outside and inside the blocks by module, `[out, in]` as in `nn.Linear`."""
     width, inner = config.emb_dim, config.n_inner or 4 * config.emb_dim
     outside = {
         "tok_emb": (config.vocab_size, width),
@@ -92,7 +92,7 @@ def shapes(config: GPTScratchConfig) -> tuple[dict[str, Shape], dict[str, Shape]
 
 @dataclass(frozen=True)
 class Place:
-    """One of the blocks, or all that is outside them, with what is still to be paired there.
+    """One of the blocks, or everything outside them, with what is still unpaired there.
 
     `prefix` and `book_prefix` go before the names of `own`, the model's parameters, and of `slots`, the book's modules
     with the shapes of their weights.
@@ -108,7 +108,7 @@ def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mappi
     """Pairs each parameter of a model of your own with the book's: by `mapping`, then by name, shape and order.
 
     Raises:
-        LabError: the pairing is not certain; the message lists what is left over on either side.
+        LabError: the pairing is ambiguous; the message lists what is left over on either side.
     """
     own = parameters(module)
     given = mapped(own, config, mapping)
@@ -131,8 +131,8 @@ def refuse_doubt(name: str, problems: list[str], matches: list[Match]) -> None:
     """Raises LabError if something is left over, or two parameters match one of the book's."""
     if problems:
         raise LabError(
-            f"the parameters of {name} cannot be paired with GPT-2's without doubt: {few(problems, 8)}; say "
-            'what they are by --map FILE, JSON such as {"blocks.{n}.proj.weight": '
+            f"the parameters of {name} cannot be paired with GPT-2's unambiguously: {few(problems, 8)}; say "
+            'what they are with --map FILE, JSON such as {"blocks.{n}.proj.weight": '
             '"trf_blocks.{n}.att.out_proj.weight", "unused.weight": null}'
         )
     targets = [name for match in matches for name in match.row.ours]
@@ -141,11 +141,11 @@ def refuse_doubt(name: str, problems: list[str], matches: list[Match]) -> None:
 
 
 def places_of(rest: Parameters, matches: list[Match], config: GPTScratchConfig) -> list[Place]:
-    """Where the rest of the parameters belongs, with the slots that no match has taken."""
+    """The places of the unpaired parameters, with the slots that no match has taken."""
     taken = [name for match in matches for name in match.row.ours]
     begun = {int(number[1]) for name in taken if (number := re.match(r"trf_blocks\.(\d+)\.", name))}
     numbered = any(re.search(r"\.\d+\.", name) for name in rest)
-    # A map may name all that is in the blocks; then there is no list to look for.
+    # A map may name everything in the blocks; then no list of blocks is needed.
     container = block_container(rest, config.n_layers) if numbered or len(begun) < config.n_layers else ""
 
     def place(prefix: str, book_prefix: str, names: list[str], slots: dict[str, Shape]) -> Place:
@@ -182,7 +182,7 @@ def kind_of_tensor(slot: str, kind: str) -> str:
 
 
 def lacking(matches: list[Match], config: GPTScratchConfig) -> list[str]:
-    """The book's modules whose weight matches nothing, without those that a model may lack."""
+    """The book's modules whose weight is unmatched, except those that a model may lack."""
     matched = {name for match in matches for name in match.row.ours}
     outside, inside = shapes(config)
     needed = [("", slot) for slot in outside if slot not in OPTIONAL]
@@ -191,10 +191,10 @@ def lacking(matches: list[Match], config: GPTScratchConfig) -> list[str]:
 
 
 def mapped(own: Parameters, config: GPTScratchConfig, mapping: Mapping[str, str | None]) -> dict[str, Match | None]:
-    """The matches that a map gives, `{n}` being every layer; None for what it declares to be no parameter of GPT-2.
+    """The matches in a map, `{n}` being every layer; None for a parameter that GPT-2 does not have.
 
     Raises:
-        LabError: a name that the model, or the table, does not have.
+        LabError: a name is not in the model, or not in the weight map.
     """
     given: dict[str, Match | None] = {}
     for theirs, target in mapping.items():
@@ -211,17 +211,17 @@ def mapped(own: Parameters, config: GPTScratchConfig, mapping: Mapping[str, str 
 
 
 def target_row(theirs: str, target: str) -> tuple[Row, int | None]:
-    """The row of a map's entry, and the layer that its target names, if it names one.
+    """The row of a map's entry, and the layer number in its target, if any.
 
     Raises:
-        LabError: the target is in no row of the table.
+        LabError: the target is not in the weight map.
     """
     rows = {name: row for row in TABLE for name in (row.theirs, *row.ours)}
     number = r"(?<=\bh\.)\d+|(?<=\btrf_blocks\.)\d+"
     name = target.removesuffix(".T")
     general, layer = re.sub(number, "{n}", name), re.search(number, name)
     if general not in rows:
-        raise LabError(f"the map sends {theirs!r} to {target!r}, which is no name of the book's or GPT-2's")
+        raise LabError(f"the map sends {theirs!r} to {target!r}, which is not a name of the book's or GPT-2's")
     row, turned = rows[general], target.endswith(".T")
     if general == row.theirs:
         row = Row(theirs, row.ours, turned or row.transposed, "")
@@ -245,7 +245,7 @@ def beside(given: Mapping[str, Match | None], own: Parameters) -> dict[str, Matc
 
 
 def block_container(names: Collection[str], n_layers: int) -> str:
-    """The path, dot and all, of the list of blocks: `n_layers` parts numbered from 0 with the same names in each."""
+    """The path of the list of blocks with its dot: `n_layers` children numbered from 0, with the same names in each."""
     counts: dict[str, int] = {}
     for name in names:
         for number in re.finditer(r"(?<=\.)\d+(?=\.)", name):
@@ -259,15 +259,15 @@ def block_container(names: Collection[str], n_layers: int) -> str:
         if insides.keys() == {str(n) for n in range(n_layers)} and len(set(map(frozenset, insides.values()))) == 1:
             return path
     raise LabError(
-        f"found no list of {n_layers} equal blocks among the parameters ({', '.join(list(names)[:4])}, …); check "
-        "n_layers in the cfg, keep the blocks in an nn.ModuleList or nn.Sequential, or name all parameters by --map"
+        f"there is no list of {n_layers} equal blocks among the parameters ({', '.join(list(names)[:4])}, …); check "
+        "n_layers in the cfg, keep the blocks in an nn.ModuleList or nn.Sequential, or name all parameters in --map"
     )
 
 
 def units(own: Parameters) -> dict[str, dict[str, str]]:
     """Parameters that belong together, by the path of their module: {path: {"weight": name, "bias": name}}.
 
-    A module with several matrices of its own gives one unit for each.
+    A module with several matrices of its own makes one unit for each.
     """
     together: dict[str, list[str]] = {}
     for name in own:
@@ -285,7 +285,7 @@ def units(own: Parameters) -> dict[str, dict[str, str]]:
 
 
 def layout_of(module: nn.Module, name: str) -> str | None:
-    """How the module that owns a parameter stores its matrix; None if it does not say."""
+    """How the module that owns a parameter stores its matrix; None if its class does not determine it."""
     owner = module.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, Conv1D):
         return "[in, out]"
@@ -297,7 +297,7 @@ def match_units(
 ) -> tuple[dict[str, Claim], list[str]]:
     """The slot of each unit, with confidence and reason; and the units without one.
 
-    Each pass makes claims from what is left of the last: by the name, a similar name, elimination, the norms' order.
+    Each pass claims slots for what the last one left: by name, similar name, elimination, order of the norms.
     """
     pending = {unit: fitting(own, kinds, slots, layouts) for unit, kinds in units(own).items()}
     found: dict[str, Claim] = {}
@@ -309,7 +309,7 @@ def match_units(
 def fitting(
     own: Parameters, kinds: dict[str, str], slots: Mapping[str, Shape], layouts: Mapping[str, str | None]
 ) -> list[str]:
-    """The slots that a unit fits by its shape, as it is or transposed, whichever its module allows."""
+    """The slots that a unit fits by shape, as it is or transposed, as far as its module allows."""
     name = kinds.get("weight", next(iter(kinds.values())))
     shape, layout = tuple(own[name].shape), layouts[name]
     return [
@@ -320,7 +320,7 @@ def fitting(
 
 
 def settle(claims: dict[str, Claim], pending: Pending, found: dict[str, Claim]) -> None:
-    """Accepts each claim to a slot that no other unit claims, and closes these slots to what is pending."""
+    """Accepts each claim to a slot that no other unit claims, and closes these slots to the pending units."""
     claimed = [slot for slot, _, _ in claims.values()]
     for unit, claim in claims.items():
         if claimed.count(claim[0]) == 1:
@@ -360,7 +360,7 @@ def by_elimination(pending: Pending) -> dict[str, Claim]:
 
 
 def by_order_of_norms(pending: Pending) -> dict[str, Claim]:
-    """Norms that fit the same slots and are as many, in the order in which the model has them."""
+    """Pairs norms with slots in the model's order, if all fit the same slots and there are as many of both."""
     norms = {unit: slots for unit, slots in pending.items() if slots and all("norm" in slot for slot in slots)}
     open_slots = next(iter(norms.values()), [])
     if len(norms) != len(open_slots) or any(slots != open_slots for slots in norms.values()):
@@ -369,7 +369,7 @@ def by_order_of_norms(pending: Pending) -> dict[str, Claim]:
 
 
 def alikeness(unit: str, slot: str) -> float:
-    """difflib's ratio of a path and the nearest of the slot's two names in the table."""
+    """difflib's ratio of a path and the closest of the slot's names in the weight map."""
     names = {slot.rpartition(".")[2], slot}
     for row in TABLE:
         if any(f"{slot}." in f"{name}." for name in row.ours):
@@ -380,7 +380,7 @@ def alikeness(unit: str, slot: str) -> float:
 def with_layout(
     match: Match, module: nn.Module, own: Parameters, config: GPTScratchConfig, matches: list[Match]
 ) -> Match:
-    """The match with its matrix's layout: by shape; a square one by its module or the other matrices."""
+    """The match with its matrix's layout: by its shape or, if square, by its module or the other matrices."""
     shape, straight = own[match.row.theirs].shape, shape_of(match.row, config)
     if len(shape) < 2:
         return match
@@ -400,10 +400,10 @@ def with_layout(
 def layout_of_others(
     match: Match, module: nn.Module, own: Parameters, config: GPTScratchConfig, matches: list[Match]
 ) -> str:
-    """The one layout of the blocks' other matrices that are not square and whose modules do not determine it.
+    """The layout of the blocks' rectangular bare matrices, which must have one in common.
 
     Raises:
-        LabError: there are none, or they are stored in both ways.
+        LabError: there are none, or both layouts occur.
     """
     layouts = set()
     for row in (other.row for other in matches):
@@ -415,7 +415,7 @@ def layout_of_others(
         theirs, name = match.row.theirs, match.row.ours[0]
         raise LabError(
             f"{theirs} is square, and nothing shows whether it is stored [out, in], as in nn.Linear, or "
-            f'[in, out]; say so by --map FILE: {{"{theirs}": "{name}"}} or "{name}.T"'
+            f'[in, out]; say so with --map FILE: {{"{theirs}": "{name}"}} or "{name}.T"'
         )
     return layouts.pop()
 

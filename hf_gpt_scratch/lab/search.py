@@ -1,4 +1,4 @@
-"""Which known mistakes in the forward pass reproduce what the candidate computes: found by experiment.
+"""The search for mistakes in the forward pass: which of them reproduce the candidate, by experiment.
 
 Shapes: B batch, T tokens, E emb_dim.
 """
@@ -17,7 +17,7 @@ from .mistakes import Mistake
 from .simulate import Switches, simulate
 from .trace import meaning, stages
 
-# Forward mistakes that are looked for at once, and the tokens on which: enough for any mask, and quick.
+# The most mistakes that a search combines, and how many tokens it runs on: enough for any mask, and quick.
 MOST, SHORT = 4, 12
 
 # Mistakes, each with the places that have it.
@@ -36,7 +36,7 @@ def placed(findings: Findings) -> dict[int, Switches]:
 
 
 def place_of(stage: str, n_layers: int) -> int:
-    """The place that a stage shows; the input of block n is what the place before it gives."""
+    """The place whose computation a stage shows; the input of block n is the result of the place before."""
     if number := re.match(r"trf_blocks\.(\d+)(\.input$)?", stage):
         return int(number[1]) - bool(number[2])
     return -1 if stage in ("tok_emb", "pos_emb") else n_layers
@@ -44,9 +44,9 @@ def place_of(stage: str, n_layers: int) -> int:
 
 @dataclass
 class Experiment:
-    """The candidate's trace and everything to reproduce it with, in some places in a row.
+    """The candidate's trace, and everything needed to reproduce it in some consecutive places.
 
-    `start` is what goes into the first of them (B, T, E), `tried` all experiments so far.
+    `start` is the input of the first place (B, T, E), `tried` all experiments so far.
     """
 
     config: GPTScratchConfig
@@ -83,7 +83,7 @@ class Experiment:
         return simulate(self.weights, self.config, self.input_ids, placed(findings), self.places, self.start)
 
     def outcome(self, findings: Findings) -> torch.Tensor:
-        """What the last place gives: the logits, or what goes into the next block (B, T, E)."""
+        """The result of the last place: the logits, or the next block's input (B, T, E)."""
         *_, (_, x) = self.simulated(findings)
         return x
 
@@ -100,18 +100,18 @@ class Experiment:
         return range(first, place_of(shared[agreed], n_layers) + 1)
 
     def without(self, doubted: frozenset[str]) -> "Experiment":
-        """The same without the stages of these meanings, but for the last."""
+        """The same experiment without the stages of these meanings, except the last stage."""
         kept = [stage for stage in self.shared if meaning(stage) not in doubted or stage == self.shared[-1]]
         return replace(self, activations={stage: self.activations[stage] for stage in kept})
 
     def parts(self) -> list[range]:
-        """The places, cut wherever what one gives to the next is recorded: each block by itself if all is."""
+        """The places, split wherever the activation between two was recorded: into single blocks if all were."""
         between = [stage for stage in self.activations if re.fullmatch(r"trf_blocks\.\d+(\.input)?", stage)]
         cuts = {self.places.start, self.places.stop, *(place_of(s, self.config.n_layers) + 1 for s in between)}
         return [range(*pair) for pair in pairwise(sorted(cuts))]
 
     def activation_before(self, place: int) -> torch.Tensor | None:
-        """What the candidate itself gave to a place (B, T, E); None where that was not recorded."""
+        """The candidate's own input to a place (B, T, E); None if it was not recorded."""
         for name in (f"trf_blocks.{place}.input", f"trf_blocks.{place - 1}"):
             x = self.activations.get(name)
             if x is not None and x.shape == (*self.input_ids.shape, self.config.emb_dim):
@@ -119,7 +119,7 @@ class Experiment:
         return None
 
     def differing_blocks(self, findings: Findings) -> list[int]:
-        """The blocks that do not give what the mistakes let them give, each fed with what the candidate gave it."""
+        """The blocks that these mistakes do not explain, each run on the candidate's own input to it."""
         parts = [replace(self, places=places, start=self.activation_before(places.start)) for places in self.parts()]
         differ = [part for part in parts if part.start is not None and not part.explained_by(findings)]
         return [n for part in differ for n in part.places if n < self.config.n_layers]
@@ -147,7 +147,7 @@ def search(experiment: Experiment, known: list[Mistake], *, thorough: bool = Tru
 def additions(
     experiment: Experiment, known: list[Mistake], findings: Findings, agreed: int, *, thorough: bool
 ) -> list[Iterable[Findings]]:
-    """What a step of the search may add: single mistakes, then pairs of them. One switch is set at most once."""
+    """What a step of the search may add: single mistakes, then pairs. No switch is set twice."""
     used = {mistake.switch for mistake, _ in findings}
     free = [mistake for mistake in known if mistake.switch not in used]
     singles = [experiment.throughout(mistake) for mistake in free]
@@ -158,7 +158,7 @@ def additions(
 
 
 def furthest(experiment: Experiment, findings: Findings, group: Iterable[Findings]) -> tuple[Agreement, Findings]:
-    """What gets furthest of a group, with the least error, and how far; the first of several that are equal."""
+    """The member of a group that agrees furthest, then with the least error, and how far; the first of equals."""
     best: tuple[Agreement, Findings] = ((-1, math.inf), [])
     for added in group:
         agreed, error = experiment.agreement([*findings, *added])
@@ -169,9 +169,9 @@ def furthest(experiment: Experiment, findings: Findings, group: Iterable[Finding
 
 @dataclass
 class Part:
-    """Places examined by themselves: the mistakes in them, and whether those explain them.
+    """Consecutive places examined by themselves: their mistakes, and whether these explain them.
 
-    `doubted` are the meanings of the stages that were left out of the comparison; `experiment` has none of these.
+    `doubted` are the meanings of the stages that the comparison ignored; `experiment` is without them.
     """
 
     experiment: Experiment
@@ -193,9 +193,9 @@ def explain_part(experiment: Experiment, known: list[Mistake], earlier: list[Par
     shared, (agreed, _) = experiment.shared, experiment.agreement([])
     nothing: frozenset[str] = frozenset()
     partial: Findings = []
-    # A mistake may sit inside a module, so that the module's own output shows it, or after it. So first all stages
-    # are trusted, then all but those like the first that differs, and at last only the last. With that one left
-    # each experiment runs to the end, so of several places only single mistakes are tried then.
+    # A mistake may be inside a module, so that the module's own output shows it, or after it. So all stages are
+    # trusted first, then all but those like the first that differs, finally only the last. Then every experiment
+    # runs to the end, so in several places only single mistakes are tried.
     for doubted, exhaustive in (
         (nothing, thorough),
         (frozenset({meaning(shared[agreed])}), thorough),
@@ -225,8 +225,8 @@ def precedents(earlier: list[Part]) -> list[tuple[list[Mistake], frozenset[str]]
 class Forward:
     """The mistakes in the forward pass.
 
-    `undetectable` are the other blocks that could have a mistake without making a difference, `unexplained` the places
-    that no mistake explains, `alternatives` what else would explain a single one.
+    `undetectable` are the other blocks in which a mistake would make no difference, `unexplained` the places that no
+    mistake explains, `alternatives` what other mistakes would explain a single one's effects.
     """
 
     findings: Findings
@@ -255,9 +255,9 @@ def forward_mistakes(experiment: Experiment, known: list[Mistake]) -> Forward:
 
 
 def explain_parts(experiment: Experiment, known: list[Mistake]) -> list[Part]:
-    """Each part by itself, fed with what the candidate fed into it, so that no mistake hides another's place.
+    """Each part by itself, run on the candidate's own input to it, so that no mistake hides another.
 
-    It ends at a part that is not explained and gives nothing that was recorded to the next.
+    Stops after an unexplained part if the input of the next was not recorded.
     """
     parts: list[Part] = []
     start: torch.Tensor | None = None
@@ -290,7 +290,7 @@ def extent(experiment: Experiment, parts: list[Part], mistake: Mistake) -> tuple
 
 
 def other_explanations(parts: list[Part], known: list[Mistake], named: Mistake, places: frozenset[int]) -> list[str]:
-    """What other mistakes say that, in the same places, would explain all parts as well."""
+    """The descriptions of other mistakes that, in the same places, would explain all parts as well."""
     return [
         other.says
         for other in known

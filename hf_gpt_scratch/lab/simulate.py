@@ -1,4 +1,4 @@
-"""GPT-2's forward pass, with everything that can be got wrong in it as a switch.
+"""GPT-2's forward pass with a switch for each mistake, independent of the model in `model/`.
 
 Shapes: B batch, T tokens, E emb_dim, H heads, D = E / H, I n_inner, V vocabulary.
 """
@@ -23,7 +23,7 @@ Stages = Generator[tuple[str, torch.Tensor], None, torch.Tensor]
 
 @dataclass(frozen=True)
 class Switches:
-    """What a forward pass does otherwise than GPT-2's; None, 0, () and "" mean nothing."""
+    """How a forward pass deviates from GPT-2's; the defaults are GPT-2's."""
 
     embedding_scale: bool = False
     positions: int | str | None = None  # added to each position, or "none"
@@ -37,9 +37,9 @@ class Switches:
     heads_not_moved: bool = False
     scale: str = ""
     mask: str = ""
-    shortcuts: tuple[str, ...] = ()  # those left out: "attention", "feed-forward"
+    shortcuts: tuple[str, ...] = ()  # those missing: around "attention", "feed-forward"
     activation: str = ""
-    transposed: tuple[str, ...] = ()  # applied the wrong way round
+    transposed: tuple[str, ...] = ()  # matrices applied transposed
     no_bias: tuple[str, ...] = ()
     final_norm: str = ""
     tied_head: bool = False
@@ -62,7 +62,7 @@ def norm(x: torch.Tensor, weights: Weights, name: str, eps: float, wrong: Switch
 
 
 def masked_softmax(scores: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax of scores (B, H, T, T), and the attention weights that are used; the same but for one kind."""
+    """The softmax of scores (B, H, T, T) and the attention weights used, which are the same for all kinds but one."""
     ones = torch.ones(scores.shape[-2:], dtype=torch.bool)
     hidden = {
         "": ones.triu(1),

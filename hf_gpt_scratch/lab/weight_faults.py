@@ -1,4 +1,4 @@
-"""Which tensors hold other numbers than the reference's, and what was done to each."""
+"""Which tensors differ from the reference's, and what was done to each."""
 
 import re
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from ..errors import few
 from .simulate import Weights
 from .trace import LOGITS
 
-# Mistakes in the weights that are one mistake in however many tensors.
+# Mistakes that count once, however many tensors have them.
 COLLECTIVE = ("qkv-order", "block-order", "wrong-tensor", "not-loaded", "rounded-weights", "other-weights")
 
-# The name of a mistake, what it says of the tensor, and the remedy.
+# A mistake's name, its description of the tensor, and the remedy.
 What = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Change:
-    """What was done to one tensor of the reference."""
+    """What was done to one of the reference's tensors."""
 
     tensor: str
     name: str
@@ -27,13 +27,13 @@ class Change:
 
     @property
     def owner(self) -> str:
-        """What holds something else: the block if it is all of it, else the module in any block."""
+        """The whole block for block-order, else the module without its block."""
         owner = self.tensor.rpartition(".")[0]
         return ".".join(owner.split(".")[:2]) if self.name == "block-order" else in_any_block(owner)
 
 
 def weight_changes(reference: Weights, candidate: Weights) -> list[Change]:
-    """The tensors of the candidate with other numbers than the reference's, in execution order; what was done to each.
+    """What was done to each of the candidate's tensors that differs from the reference's, in execution order.
 
     A module that the candidate lacks entirely is left to the diagnosis of the forward pass.
     """
@@ -65,12 +65,16 @@ def untied(reference: Weights, candidate: Weights) -> bool:
 
 
 def what_happened(name: str, right: torch.Tensor, got: torch.Tensor | None, reference: Weights) -> What | None:
-    """What was done to the tensor `right` of the reference to get `got`; None if a missing bias does no harm."""
+    """What turned the reference's tensor `right` into `got`; None if it is a missing bias that is zero anyway."""
     if got is None:
         missing = "missing-bias", "is missing", "build the layers with bias=True and load it"
         return missing if is_bias(name) and right.any() else None
     if got.shape != right.shape:
-        return "other-weights", f"has shape {tuple(got.shape)} instead of {tuple(right.shape)}", "build it alike"
+        return (
+            "other-weights",
+            f"has shape {tuple(got.shape)} instead of {tuple(right.shape)}",
+            "build both with the same sizes",
+        )
     return (
         other_way_round(right, got)
         or another_tensor(name, got, reference)
@@ -78,7 +82,7 @@ def what_happened(name: str, right: torch.Tensor, got: torch.Tensor | None, refe
         or shifted(name, right, got)
         or rounded(right, got)
         or scaled(right, got)
-        or ("other-weights", "holds other numbers", "load the reference's checkpoint, or train no further")
+        or ("other-weights", "holds other values", "load the reference's checkpoint, without further training")
     )
 
 
@@ -95,12 +99,16 @@ def other_way_round(right: torch.Tensor, got: torch.Tensor) -> What | None:
     if is_transpose(got, right):
         return "not-transposed", "is not transposed", "GPT-2 stores its matrices [in, out], nn.Linear [out, in]: use .T"
     if right.ndim == 2 and torch.equal(got, right.T.reshape(right.shape)):
-        return "not-transposed", "is reshaped, not transposed", ".T, never .reshape or .view: the shape alone is right"
+        return (
+            "not-transposed",
+            "is reshaped, not transposed",
+            "use .T, never .reshape or .view",
+        )
     return None
 
 
 def another_tensor(name: str, got: torch.Tensor, reference: Weights) -> What | None:
-    """Which other tensor of the reference it is: another of query, key and value, another block's, or any."""
+    """Whether it is another tensor of the reference: another of query, key and value, another block's, or any."""
     for other, tensor in reference.items():
         if other == name or tensor.shape != got.shape:
             continue
@@ -124,9 +132,9 @@ def another_tensor(name: str, got: torch.Tensor, reference: Weights) -> What | N
 
 def never_loaded(name: str, got: torch.Tensor) -> What | None:
     if is_bias(name) and not got.any():
-        return "missing-bias", "is zero: never loaded", "load it"
+        return "missing-bias", "is all zeros: never loaded", "load it"
     if name.endswith(".scale") and bool((got == 1).all()):
-        return "not-loaded", "is one everywhere: never loaded", "load it"
+        return "not-loaded", "is all ones: never loaded", "load it"
     return None
 
 
@@ -146,15 +154,15 @@ def rounded(right: torch.Tensor, got: torch.Tensor) -> What | None:
 
 
 def scaled(right: torch.Tensor, got: torch.Tensor) -> What | None:
-    """Whether it is a multiple, by least squares."""
+    """Whether it is a multiple of the reference's, by least squares."""
     factor = (got.flatten() @ right.flatten() / right.square().sum().clamp(min=1e-30)).item()
     if factor and torch.allclose(got, factor * right, rtol=1e-5, atol=0):
-        return "scaled-weights", f"is {factor:.6g} times the reference's", "load it as it is"
+        return "scaled-weights", f"is {factor:.6g} times the reference's", "load it without rescaling"
     return None
 
 
 def grouped(changes: list[Change]) -> list[list[Change]]:
-    """The changes of one kind to one tensor in all blocks, together."""
+    """Groups changes of one kind to the same tensor of several blocks."""
     groups: dict[tuple[str, str], list[Change]] = {}
     for change in changes:
         role = in_any_block(change.tensor)
