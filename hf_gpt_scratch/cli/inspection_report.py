@@ -34,7 +34,7 @@ def explanation(found: Explanation) -> Panel:
     line("ours", *(f"{part.name}  {_shape(part.shape)}" for part in found.parts))
     line("GPT-2's", f"{found.gpt2}  {_shape(found.gpt2_shape)}")
     line("what", found.meaning)
-    line("does", found.does)
+    line("role", found.does)
     line("equation", *found.equation.split("; "))
     line("where", *(f"{name} is {what}" for name, what in SYMBOLS.items() if re.search(rf"\b{name}\b", found.equation)))
     line("parameters", found.arithmetic)
@@ -63,7 +63,7 @@ def report(found: Inspection, width: int) -> Group:
 
 
 def _steps(found: Inspection) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), title="What it does, in order", title_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0), title="Operations, in execution order", title_justify="left")
     table.add_column("step", no_wrap=True)
     table.add_column("GPT-2", no_wrap=True, style="dim")
     table.add_column("what", ratio=1)
@@ -80,7 +80,7 @@ def _steps(found: Inspection) -> Table:
 
 
 def _tree(found: Inspection, shown: bool) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), title="What it is made of", title_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0), title="Modules", title_justify="left")
     table.add_column("module", no_wrap=True)
     if shown:
         table.add_column("shapes", style="cyan")

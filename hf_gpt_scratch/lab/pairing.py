@@ -92,16 +92,20 @@ def shapes(config: GPTScratchConfig) -> tuple[dict[str, Shape], dict[str, Shape]
 
 @dataclass(frozen=True)
 class Place:
-    """One of the blocks, or everything outside them, with what is still unpaired there.
+    """One of the blocks, or everything outside them.
 
-    `prefix` and `book_prefix` go before the names of `own`, the model's parameters, and of `slots`, the book's modules
-    with the shapes of their weights.
+    `own` are the model's unpaired parameters there, by name without `prefix`; `slots` are the book's modules with the
+    shapes of their weights, by name without `book_prefix`.
     """
 
     prefix: str
     book_prefix: str
     own: dict[str, nn.Parameter]
     slots: dict[str, Shape]
+
+    def has(self, slot: str, name: str) -> bool:
+        """Whether the book's parameter of this name belongs to a slot here."""
+        return name.startswith(f"{self.book_prefix}{slot}.")
 
 
 def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mapping[str, str | None]) -> list[Match]:
@@ -116,13 +120,14 @@ def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mappi
     matches = [match for match in given.values() if match]
     for match in matches:
         check_shape(match.row, own, config)
-    places = places_of({name: p for name, p in own.items() if name not in given}, matches, config)
+    taken = [name for match in matches for name in match.row.ours]
+    places = places_of({name: p for name, p in own.items() if name not in given}, taken, config)
     problems = []
     for place in places:
-        found, unknown = match_place(place, module)
+        found, unmatched = match_place(place, module, taken)
         matches += found
-        problems += unknown
-    problems += [f"nothing for {module_name}" for module_name in lacking(matches, config)]
+        problems += unmatched
+    problems += [f"nothing for {name}" for name in lacking(places, matches)]
     refuse_doubt(type(module).__name__, problems, matches)
     return [with_layout(match, module, own, config, matches) for match in matches]
 
@@ -140,40 +145,36 @@ def refuse_doubt(name: str, problems: list[str], matches: list[Match]) -> None:
         raise LabError(f"several parameters are mapped to {', '.join(sorted(twice))}; map each to one name")
 
 
-def places_of(rest: Parameters, matches: list[Match], config: GPTScratchConfig) -> list[Place]:
-    """The places of the unpaired parameters, with the slots that no match has taken."""
-    taken = [name for match in matches for name in match.row.ours]
+def places_of(rest: Parameters, taken: list[str], config: GPTScratchConfig) -> list[Place]:
+    """The places of the unpaired parameters; `taken` are the book's names that have a match."""
     begun = {int(number[1]) for name in taken if (number := re.match(r"trf_blocks\.(\d+)\.", name))}
     numbered = any(re.search(r"\.\d+\.", name) for name in rest)
     # A map may name everything in the blocks; then no list of blocks is needed.
-    container = block_container(rest, config.n_layers) if numbered or len(begun) < config.n_layers else ""
-
-    def place(prefix: str, book_prefix: str, names: list[str], slots: dict[str, Shape]) -> Place:
-        free = {s: shape for s, shape in slots.items() if not any(t.startswith(f"{book_prefix}{s}.") for t in taken)}
-        return Place(prefix, book_prefix, {name.removeprefix(prefix): rest[name] for name in names}, free)
-
+    complete = begun.issuperset(range(config.n_layers)) and not numbered
+    container = "" if complete else block_container(rest, config.n_layers)
+    in_blocks = [name for name in rest if container and name.startswith(container)]
     outside, inside = shapes(config)
-    places = [place("", "", [name for name in rest if not container or not name.startswith(container)], outside)]
+    places = [Place("", "", {name: p for name, p in rest.items() if name not in in_blocks}, outside)]
     for n in range(config.n_layers):
         prefix = f"{container}{n}."
-        places.append(place(prefix, f"trf_blocks.{n}.", [name for name in rest if name.startswith(prefix)], inside))
+        own = {name.removeprefix(prefix): rest[name] for name in in_blocks if name.startswith(prefix)}
+        places.append(Place(prefix, f"trf_blocks.{n}.", own, inside))
     return places
 
 
-def match_place(place: Place, module: nn.Module) -> tuple[list[Match], list[str]]:
+def match_place(place: Place, module: nn.Module, taken: list[str]) -> tuple[list[Match], list[str]]:
     """The matches of a place, and the names of the parameters that match nothing."""
+    free = {slot: shape for slot, shape in place.slots.items() if not any(place.has(slot, name) for name in taken)}
     layouts = {name: layout_of(module, place.prefix + name) for name in place.own}
-    found, unknown = match_units(place.own, place.slots, layouts)
+    found, unmatched = match_units(place.own, free, layouts)
     together = units(place.own)
     matches = []
     for unit, (slot, confidence, reason) in found.items():
         for kind, name in together[unit].items():
-            ours = tuple(
-                f"{place.book_prefix}{module_name}.{kind_of_tensor(slot, kind)}"
-                for module_name in (FUSED if slot == "att.c_attn" else (slot,))
-            )
+            layers = FUSED if slot == "att.c_attn" else (slot,)
+            ours = tuple(f"{place.book_prefix}{layer}.{kind_of_tensor(slot, kind)}" for layer in layers)
             matches.append(Match(Row(place.prefix + name, ours, False, ""), confidence, reason))
-    return matches, [place.prefix + name for unit in unknown for name in together[unit].values()]
+    return matches, [place.prefix + name for unit in unmatched for name in together[unit].values()]
 
 
 def kind_of_tensor(slot: str, kind: str) -> str:
@@ -181,13 +182,16 @@ def kind_of_tensor(slot: str, kind: str) -> str:
     return {"weight": "scale", "bias": "shift"}[kind] if "norm" in slot else kind
 
 
-def lacking(matches: list[Match], config: GPTScratchConfig) -> list[str]:
+def lacking(places: list[Place], matches: list[Match]) -> list[str]:
     """The book's modules whose weight is unmatched, except those that a model may lack."""
     matched = {name for match in matches for name in match.row.ours}
-    outside, inside = shapes(config)
-    needed = [("", slot) for slot in outside if slot not in OPTIONAL]
-    needed += [(f"trf_blocks.{n}.", slot) for n in range(config.n_layers) for slot in inside if slot != "att.c_attn"]
-    return [book + slot for book, slot in needed if f"{book}{slot}.{kind_of_tensor(slot, 'weight')}" not in matched]
+    return [
+        place.book_prefix + slot
+        for place in places
+        for slot in place.slots
+        if slot not in (*OPTIONAL, "att.c_attn")
+        and f"{place.book_prefix}{slot}.{kind_of_tensor(slot, 'weight')}" not in matched
+    ]
 
 
 def mapped(own: Parameters, config: GPTScratchConfig, mapping: Mapping[str, str | None]) -> dict[str, Match | None]:
