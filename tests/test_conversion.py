@@ -577,7 +577,7 @@ def test_scripts_convert_and_report(source, target, tmp_path):
         assert told in done.stdout
     back = script("scratch_to_gpt2", target, tmp_path / "back", "--no-verify")
     assert back.returncode == 0, back.stderr
-    assert "Not verified, as asked." in back.stdout
+    assert "Not verified, as requested." in back.stdout
     assert sha256(source / "model.safetensors") == sha256(tmp_path / "back/model.safetensors")
 
 
