@@ -647,7 +647,7 @@ def test_script_interrupted_half_way(tmp_path, number):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Interrupted:" in errors
-    assert "as it was before" in errors
+    assert "is either complete or unchanged" in errors
     assert "Traceback" not in errors
     assert not target.exists()
     assert leftovers(target) == []
