@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from hf_gpt_scratch import GPTScratchConfig
-from hf_gpt_scratch.lab.mistakes import hypotheses
+from hf_gpt_scratch.lab.mistakes import mistakes as known_mistakes
 from hf_gpt_scratch.model import weight_map
 
 DOCS = Path(__file__).parent
@@ -14,9 +14,9 @@ ROOT = DOCS.parent
 def mistakes() -> str:
     """The mistakes in a forward pass that the lab knows: name, what the first of that name says, how many there are."""
     lines = ["| mistake | for instance, of GPT-2 124M | tried |", "| --- | --- | --- |"]
-    known = hypotheses(GPTScratchConfig.preset("124M"))
-    for name in dict.fromkeys(hypothesis.name for hypothesis in known):
-        says = [hypothesis.says for hypothesis in known if hypothesis.name == name]
+    known = known_mistakes(GPTScratchConfig.preset("124M"))
+    for name in dict.fromkeys(mistake.name for mistake in known):
+        says = [mistake.says for mistake in known if mistake.name == name]
         lines.append(f"| `{name}` | {says[0]} | {len(says)} |")
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """GPT-2 in the layers of *Build a Large Language Model (From Scratch)*, as a first-class Transformers model.
 
-Everything that README and documentation use is here: the classes, and `convert`, `export`, `verify`, `compare`,
-`explain`, `inspect`, `gpt2_tokenizer` and `model_card`, which are imported when they are first asked for.
+Everything that the README and the documentation use is here: the classes, and `convert`, `export`, `verify`, `compare`,
+`explain`, `inspect`, `gpt2_tokenizer` and `model_card`, which are imported on first use.
 """
 
 from importlib import import_module
@@ -93,7 +93,7 @@ __all__ = [
     "verify",
 ]
 
-# Their modules need more than a model does.
+# Their modules import more than a model needs.
 _ON_DEMAND = {
     "compare": (".lab.session", "compare"),
     "convert": (".weights.formats", "import_checkpoint"),

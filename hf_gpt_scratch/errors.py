@@ -1,37 +1,45 @@
-"""The errors of this package: each message names the value, the rule and what helps."""
+"""The errors of this package. Each message names the value, the rule and the remedy."""
 
-# What lies in a damaged file can be as long as the file.
+from collections.abc import Sequence
+
+# A value quoted from a damaged file can be as long as the file.
 LONGEST_MESSAGE = 1500
 
 
 def shortened(text: str, length: int = 200) -> str:
-    """The text, or its beginning and its end."""
+    """The text, or its beginning and end if it is longer than `length`."""
     half = length // 2 - 2
     return text if len(text) <= length else f"{text[:half]} … {text[-half:]}"
 
 
+def few(names: Sequence[str], most: int) -> str:
+    """The names, or the first of them and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 class GPTScratchError(Exception):
-    """What the commands and functions of this package refuse."""
+    """The base class of this package's errors."""
 
     def __init__(self, message: str):
         super().__init__(shortened(message, LONGEST_MESSAGE))
 
 
 class ConversionError(GPTScratchError):
-    """A checkpoint that cannot be read, converted or published; nothing was left behind."""
+    """A checkpoint cannot be read, converted or published; no partial result is left behind."""
 
 
 class ParityError(GPTScratchError, AssertionError):
-    """What was written is not the model that was read."""
+    """The model that was written differs from the one that was read."""
 
 
 class LabError(GPTScratchError):
-    """A model that cannot be loaded or compared."""
+    """A model cannot be loaded or compared."""
 
 
 class UnknownName(GPTScratchError, ValueError):
-    """No row of the weight map and no model has this name."""
+    """The weight map has no such name."""
 
 
 class UnknownArchitecture(GPTScratchError, ValueError):
-    """A model that is neither ours nor the official one."""
+    """The model is neither an official GPT-2 nor one of ours."""

@@ -1,4 +1,4 @@
-"""Where the modules of 0.1.0 are now: old imports, and pickles of whole models, find them, with a warning."""
+"""The new places of 0.1.0's modules: old imports and pickled models still work, with a warning."""
 
 import sys
 import warnings
@@ -18,7 +18,7 @@ MOVED = {f"{PACKAGE}.{name}": f"{PACKAGE}.{room}.{name}" for room, names in ROOM
 
 
 class Moved(MetaPathFinder, Loader):
-    """Gives the module at its new place under its old name."""
+    """Imports a module from its new place under its old name."""
 
     def find_spec(self, fullname, path=None, target=None):
         return ModuleSpec(fullname, self) if fullname in MOVED else None
@@ -26,7 +26,7 @@ class Moved(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         new = MOVED[spec.name]
         warnings.warn(
-            f"{spec.name} has moved to {new}; what README and documentation use is in {PACKAGE} itself",
+            f"{spec.name} has moved to {new}; the public names are in {PACKAGE} itself",
             FutureWarning,
             stacklevel=2,
         )
@@ -39,6 +39,6 @@ class Moved(MetaPathFinder, Loader):
 
 
 def keep_old_names() -> None:
-    """Has Python look here for a module that is not in its old place."""
+    """Makes Python look here for modules that are no longer in their old places."""
     if not any(isinstance(finder, Moved) for finder in sys.meta_path):
         sys.meta_path.append(Moved())

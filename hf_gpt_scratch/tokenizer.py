@@ -6,7 +6,7 @@ import tiktoken
 from transformers import GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# The names under which tiktoken keeps GPT-2's merges and vocabulary in its cache directory.
+# File names of GPT-2's merges and vocabulary in tiktoken's cache directory.
 CACHED_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
 
 
@@ -18,7 +18,7 @@ def gpt2_tokenizer() -> GPT2Tokenizer:
     """
     try:
         encoding = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # tiktoken lets through whatever its download raised
+    except Exception as error:  # tiktoken passes on whatever its download raised
         raise OSError(
             f"GPT-2's vocabulary is not cached and cannot be fetched ({type(error).__name__}); set TIKTOKEN_CACHE_DIR "
             f"to a directory with tiktoken's files {' and '.join(CACHED_FILES)}, or connect to the network once"
@@ -32,11 +32,12 @@ def gpt2_tokenizer() -> GPT2Tokenizer:
         for token, rank in sorted(ranks.items(), key=lambda item: item[1])
         if len(token) > 1
     ]
-    return GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=1024)
+    # Pairs are accepted; only the annotation omits them.
+    return GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=1024)  # type: ignore[arg-type]
 
 
 def last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The pair that byte-pair encoding joined to make `token`: what the earlier merges make of its bytes."""
+    """The pair that byte-pair encoding merged into `token`, by applying all earlier merges to its bytes."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         joined = [ranks.get(left + right, rank) for left, right in pairwise(parts)]

@@ -1,4 +1,4 @@
-"""The versions of this package and of what it needs; imports nothing that may be missing or broken."""
+"""The versions of this package and its libraries; imports nothing that may be missing or broken."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ LIBRARIES = (
 
 
 def versions(libraries: tuple[str, ...] = LIBRARIES) -> dict[str, str | None]:
-    """What is installed, by the record of its installer; None: it is not."""
+    """The installed versions according to their metadata; None if not installed."""
     found: dict[str, str | None] = {"hf_gpt_scratch": __version__, "python": platform.python_version()}
     for name in libraries:
         try:

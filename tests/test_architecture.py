@@ -120,7 +120,7 @@ def test_models_of_two_kinds_are_refused_by_name(pair, language, command):
 def test_gradients_and_perplexity_are_of_language_models(pair):
     gpt2, ours, kind = pair
     if kind is not GPTScratchForCausalLM:
-        assert "gradients are of a language model" in run("compare", gpt2, ours, "--gradients", status=1)
+        assert "gradients are those of a language model" in run("compare", gpt2, ours, "--gradients", status=1)
 
 
 @pytest.mark.parametrize("command", ["verify", "compare"])

@@ -69,7 +69,7 @@ def test_the_number_of_heads_is_asked_for_by_an_option_that_there_is(tmp_path, c
 @pytest.mark.parametrize("command", ["convert", "export"])
 def test_two_options_that_contradict_one_another_are_a_wrong_command_line(pair, command, tmp_path):
     out = run(command, pair[0], tmp_path / "out", "--weights-only", "--no-verify", status=2)
-    assert "give one of the two" in " ".join(out.output.replace("│", " ").split())
+    assert "give one of them" in " ".join(out.output.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
 
 
@@ -113,7 +113,7 @@ def test_convert_export_and_verify_go_around(pair, tmp_path):
 
 def test_options_reach_the_conversion(pair, tmp_path):
     official, _ = pair
-    assert "Not verified, as asked" in run("convert", official, tmp_path / "ours", "--no-verify").output
+    assert "Not verified, as requested" in run("convert", official, tmp_path / "ours", "--no-verify").output
     run("convert", official, tmp_path / "ours", status=1)
     run("convert", official, tmp_path / "ours", "--overwrite")
     assert "has no meaning" in run("convert", official, tmp_path / "new", "--revision", "main", status=1).output

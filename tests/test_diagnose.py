@@ -15,9 +15,9 @@ from transformers import GPT2LMHeadModel
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM
 from hf_gpt_scratch.lab.compare import compare_models
 from hf_gpt_scratch.lab.diagnose import diagnose
-from hf_gpt_scratch.lab.mistakes import hypotheses
+from hf_gpt_scratch.lab.mistakes import CATALOGUE, mistakes
 from hf_gpt_scratch.lab.search import Experiment
-from hf_gpt_scratch.lab.simulate import Mistakes, everywhere, simulate
+from hf_gpt_scratch.lab.simulate import Switches, everywhere, simulate
 from hf_gpt_scratch.lab.subject import SIZES, book_settings, copy_weights, subject
 from hf_gpt_scratch.lab.trace import stages
 from hf_gpt_scratch.weights.parity import FLOAT64_STAGE, relative_error
@@ -89,6 +89,10 @@ def hiding(diagonal, fill=-math.inf):
         return (scores / module.head_dim**0.5).masked_fill(hidden, fill).softmax(-1)
 
     return weights
+
+
+def seeing(module, scores, visible):
+    return (scores / module.head_dim**0.5).masked_fill(~visible, -math.inf).softmax(-1)
 
 
 def heads_cut_without_transpose(block):
@@ -317,6 +321,7 @@ SABOTAGES = {
     "mask over the diagonal": ("mask-hides-diagonal", attention(hiding(0, -1e30))),
     "mask over the diagonal, NaN": ("mask-hides-diagonal", attention(hiding(0))),
     "mask one off": ("mask-sees-ahead", attention(hiding(2))),
+    "mask upside down": ("mask-upside-down", attention(lambda m, s: seeing(m, s, torch.ones_like(s).triu().bool()))),
     "mask after softmax": (
         "mask-after-softmax",
         attention(lambda m, s: (s / m.head_dim**0.5).softmax(-1).masked_fill(future(s), 0.0)),
@@ -334,6 +339,12 @@ SABOTAGES = {
     "blocks in the wrong order": ("block-order", blocks_in_text_order),
     "norms not loaded": ("not-loaded", norms_not_loaded),
 }  # fmt: skip
+
+
+def test_every_mistake_in_the_forward_pass_has_a_sabotage():
+    elsewhere = {"wrong-n-heads", "wrong-head"}  # in tests of their own
+    known = {mistake.name for mistake in (*CATALOGUE, *mistakes(GPTScratchConfig.preset("124M")))}
+    assert known <= {name for name, _ in SABOTAGES.values()} | elsewhere
 
 
 @pytest.mark.parametrize("sabotage", SABOTAGES)
@@ -772,12 +783,12 @@ def test_the_simulation_without_mistakes_is_the_official_model(changes):
         *_, (stage, logits) = simulate(weights, reference.config, ids, {})
         assert stage == "out_head"
         assert relative_error(gpt2(ids).logits, logits) < 1e-12
-        for hypothesis in hypotheses(reference.config):
-            wrong = dict.fromkeys(everywhere(reference.config.n_layers), Mistakes(**hypothesis.changes))
+        for mistake in mistakes(reference.config):
+            wrong = dict.fromkeys(everywhere(reference.config.n_layers), mistake.switched_on(Switches()))
             *_, (_, wrong) = simulate(weights, reference.config, ids, wrong)
-            harmless = hypothesis.name in ("wrong-head",) and reference.config.tie_word_embeddings
-            harmless |= not reference.config.scale_attn_weights and "scale" in hypothesis.name
-            assert harmless or not relative_error(logits, wrong) < FLOAT64_STAGE, hypothesis
+            harmless = mistake.name in ("wrong-head",) and reference.config.tie_word_embeddings
+            harmless |= not reference.config.scale_attn_weights and "scale" in mistake.name
+            assert harmless or not relative_error(logits, wrong) < FLOAT64_STAGE, mistake
 
 
 def test_two_official_models_are_diagnosed_too(official):

@@ -111,7 +111,7 @@ def convert(monkeypatch, tmp_path):
 def receipt(monkeypatch, tmp_path):
     blind = {"target": {"files": {}}}
     monkeypatch.setattr("hf_gpt_scratch.weights.publish.verify_receipt", lambda directory: blind)
-    return "was not noticed"
+    return "was not detected"
 
 
 def logits(monkeypatch, tmp_path):
@@ -132,17 +132,17 @@ def ids(monkeypatch, wrong_if):
 
 def generate(monkeypatch, tmp_path):
     ids(monkeypatch, lambda mask, options: options.get("use_cache", True))
-    return "with a cache, the ids are not the official model's"
+    return "with a cache, the ids differ from the official model's"
 
 
 def generate_no_cache(monkeypatch, tmp_path):
     ids(monkeypatch, lambda mask, options: not options.get("use_cache", True))
-    return "without a cache, the ids are not the official model's"
+    return "without a cache, the ids differ from the official model's"
 
 
 def generate_padded(monkeypatch, tmp_path):
     ids(monkeypatch, lambda mask, options: not mask.all())
-    return "left-padded, the ids are not the official model's"
+    return "left-padded, the ids differ from the official model's"
 
 
 def generate_batch(monkeypatch, tmp_path):
@@ -155,7 +155,7 @@ def generate_batch(monkeypatch, tmp_path):
         return found
 
     monkeypatch.setattr(GPTScratchForCausalLM, "generate_batch", one_token)
-    return "in continuous batches, the ids are not the official model's: position 1 has|of a tiny model"
+    return "in continuous batches, the ids differ from the official model's: position 1 has|of a tiny model"
 
 
 def train(monkeypatch, tmp_path):
@@ -190,7 +190,7 @@ def saved_code(monkeypatch, tmp_path):
     cached.__set_name__(doctor.Patient, "converted")
     monkeypatch.setattr(doctor.Patient, "converted", cached)
     # What was saved checks itself, too.
-    return "by the code that was saved, the ids are not the official model's|of a tiny model"
+    return "by the code that was saved, the ids differ from the official model's|of a tiny model"
 
 
 TWINS = {

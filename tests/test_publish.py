@@ -156,7 +156,7 @@ def test_command_exits_with_a_status_and_a_reason(copy):
     app.command()(verify_receipt_command)
     done = CliRunner().invoke(app, [str(copy)])
     assert done.exit_code == 0
-    assert "As it was:" in done.output
+    assert "Unchanged:" in done.output
     flip(copy / SHARD)
     done = CliRunner().invoke(app, [str(copy)])
     assert done.exit_code == 1
@@ -164,7 +164,7 @@ def test_command_exits_with_a_status_and_a_reason(copy):
     for path in ("~nosuchuser/x", "x" * 5000, str(copy / SHARD)):
         done = CliRunner().invoke(app, [path])
         assert (done.exit_code, type(done.exception)) == (1, SystemExit)
-        assert "Not as it was:" in done.output
+        assert "Changed:" in done.output
         assert len(done.output) < 1000
 
 

@@ -280,7 +280,7 @@ def test_texts_are_read_by_the_models_tokenizer(tmp_path):
     assert result.exit_code == 0, result.output
     assert "perplexity" in result.output
     text.write_text("")
-    assert "a text has at least 2" in run(TRAINED, TRAINED, "--text", text).output
+    assert "a text needs at least 2" in run(TRAINED, TRAINED, "--text", text).output
 
 
 def test_a_map_and_a_cfg_are_read_from_files(files, tmp_path):
@@ -293,6 +293,10 @@ def test_a_map_and_a_cfg_are_read_from_files(files, tmp_path):
     assert result.exit_code == 0, result.output
     assert "Parameters, as guessed" in result.output
     assert "only place left" in result.output
+    page = tmp_path / "report.html"
+    run(official, raw, "--map", tmp_path / "map.json", "--cfg", tmp_path / "cfg.json", "--html", page)
+    row = "<td><code>stack.0.attention.w_q</code></td><td><code>trf_blocks.0.att.W_query.weight</code></td>"
+    assert row in page.read_text(encoding="utf-8")
     wrong = run(official, raw, "--map", tmp_path / "map.json", "--cfg", json.dumps(sizes | {"n_heads": 6}))
     assert wrong.exit_code == 3
     assert "wrong-n-heads" in wrong.output
@@ -307,10 +311,10 @@ def test_a_map_and_a_cfg_are_read_from_files(files, tmp_path):
         (["official", "ours", "--tokens", "211"], "ids from 0 to 210"),
         (["official", "ours", "--tokens", ""], "ids from 0 to 210"),
         (["official", "ours", "--tokens", "1 " * 65], "only 64 positions"),
-        (["official", "ours", "--text", "model.pth"], "no tokenizer"),
+        (["official", "ours", "--text", "model.pth"], "neither model has a tokenizer"),
         (["official", "ours", "--weights", "model.pth"], "are for a class of your own"),
         (["official", "mine.py:MyGPT", "--map", "mine.py"], "cannot read the map"),
-        (["official", "ours", "--html", "/nowhere/report.html"], "in a directory that exists"),
+        (["official", "ours", "--html", "/nowhere/report.html"], "in an existing directory"),
     ],
 )
 def test_the_command_exits_1_with_a_reason(files, arguments, message):
@@ -327,9 +331,9 @@ def test_the_command_exits_1_with_a_reason(files, arguments, message):
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        (b"\xff\xfe\x00", ["official", "ours", "--text"], "cannot be read as tokens"),
+        (b"\xff\xfe\x00", ["official", "ours", "--text"], "cannot be tokenized"),
         (b"{", ["official", "mine.py:MyGPT", "--cfg"], "neither JSON"),
-        (b"[1]", ["official", "mine.py:MyGPT", "--map"], "is no map"),
+        (b"[1]", ["official", "mine.py:MyGPT", "--map"], "is not a map"),
         (b"", ["official", "mine.py:MyGPT", "--weights"], "cannot read weights"),
         (b"x", ["official"], "got the file"),
     ],
@@ -344,7 +348,7 @@ def test_files_of_the_wrong_kind_are_refused(files, tmp_path, content, arguments
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["official", "ours", "--text", "no.txt"], "there is no text no.txt"),
+        (["official", "ours", "--text", "no.txt"], "there is no text file no.txt"),
         (["official", "mine.py:MyGPT", "--cfg", "no.json"], "there is no file no.json"),
         (["official", "mine.py:MyGPT", "--weights", "no.pth"], "there is no file no.pth"),
         (["official", "mine.py"], "mine.py:Name"),

@@ -1,6 +1,6 @@
 """The command `hf-gpt-scratch`.
 
-Exit status: 0 done, 1 not done, 2 wrong command line, 3 the models differ, 130 interrupted.
+Exit status: 0 success, 1 failure, 2 usage error, 3 the models differ, 130 interrupted.
 """
 
 import io
@@ -26,20 +26,22 @@ from .terminal import convert_and_report, verify_and_report
 from .verify_receipt_command import verify_receipt_command
 
 Source = Annotated[str, typer.Argument(help="Directory or hub id of the checkpoint.")]
-Target = Annotated[str, typer.Argument(help="Directory to write; it appears only when complete and verified.")]
+Target = Annotated[str, typer.Argument(help="Directory to write; it appears only once complete and verified.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Verify = Annotated[bool, typer.Option(help="Compare with the official model before publishing; both are in memory.")]
-WeightsOnly = Annotated[bool, typer.Option(help="Compare the weights bit for bit, and run no model.")]
-ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5GB.")]
+Verify = Annotated[bool, typer.Option(help="Compare with the official model before publishing, with both in memory.")]
+WeightsOnly = Annotated[bool, typer.Option(help="Compare the weights bit for bit without running a model.")]
+ShardSize = Annotated[str, typer.Option(help="Maximum size of a weights file, such as 5GB.")]
 Format = Literal["gpt2", "book", "nanogpt", "gguf"]
-Heads = Annotated[int | None, typer.Option(help="Attention heads, if the file does not tell: the book's.")]
+Heads = Annotated[
+    int | None, typer.Option(help="Attention heads, for files that do not store them, such as the book's.")
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing target.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
-MODEL = "124M, 355M, 774M or 1558M; book, for the book's GPT_CONFIG_124M; a directory or hub id; a config.json."
+MODEL = "124M, 355M, 774M or 1558M; book for the book's GPT_CONFIG_124M; a directory, hub id or config.json."
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Directory or hub id of an official checkpoint, or another program's.")],
+    source: Annotated[str, typer.Argument(help="Directory, hub id, or another program's checkpoint.")],
     target: Target,
     revision: Revision = None,
     verify: Verify = True,
@@ -48,9 +50,9 @@ def convert(
     n_heads: Heads = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Converts a GPT-2 checkpoint into the book's layers, weights unchanged.
+    """Converts a GPT-2 checkpoint into the book's layers; the weights stay the same.
 
-    Reads official ones, and the book's model.pth, nanoGPT's and minGPT's, OpenAI's TensorFlow directories and GGUF.
+    Reads official checkpoints, the book's model.pth, nanoGPT's and minGPT's, OpenAI's TensorFlow directories and GGUF.
     """
     check = _check(verify, weights_only)
     options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
@@ -60,7 +62,7 @@ def convert(
 def export(
     source: Source,
     target: Target,
-    format: Annotated[Format, typer.Option(help="Whose checkpoint to write.")] = "gpt2",
+    format: Annotated[Format, typer.Option(help="Format to write.")] = "gpt2",
     revision: Revision = None,
     verify: Verify = True,
     weights_only: WeightsOnly = False,
@@ -68,7 +70,7 @@ def export(
     n_heads: Heads = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Converts a GPTScratch checkpoint, or another program's, into an official GPT-2 one, or another program's."""
+    """Converts a GPTScratch checkpoint, or another program's, to an official GPT-2 checkpoint or another format."""
     check = _check(verify, weights_only)
     options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
     options |= dict(format=format, max_shard_size=max_shard_size)
@@ -77,19 +79,19 @@ def export(
 
 def verify(
     reference: Annotated[str, typer.Argument(help="Directory or hub id of the official checkpoint.")],
-    candidate: Annotated[str, typer.Argument(help="Directory or hub id of ours.")],
+    candidate: Annotated[str, typer.Argument(help="Directory or hub id of a GPTScratch checkpoint.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compares an official checkpoint with one of ours in float32: weights, logits, greedy ids."""
+    """Compares an official checkpoint with a GPTScratch one in float32: weights, logits, greedily generated ids."""
     verify_and_report(reference, candidate, as_json)
 
 
 def explain(
-    name: Annotated[str, typer.Argument(help="A parameter, GPT-2's name or ours, whole or in part: W_key, c_attn.")],
-    model: Annotated[str, typer.Option(help=f"Whose shapes to show: {MODEL}")] = "124M",
+    name: Annotated[str, typer.Argument(help="A parameter, GPT-2's name or the book's, in full or in part: W_key.")],
+    model: Annotated[str, typer.Option(help=f"The model whose shapes to show: {MODEL}")] = "124M",
     as_json: AsJson = False,
 ) -> None:
-    """Where a parameter comes from and goes to, what it does, and in which equation."""
+    """Shows where a parameter comes from and goes to, its role, and its equation."""
     found = _or_fail(explain_name, name, model)
     if as_json:
         typer.echo(json.dumps([one.to_dict() for one in found], indent=2, ensure_ascii=False))
@@ -98,7 +100,7 @@ def explain(
 
 
 def inspect(model: Annotated[str, typer.Argument(help=MODEL)], as_json: AsJson = False) -> None:
-    """A model's tree with shapes, parameters and memory step by step, and what it does, in words."""
+    """Shows a model's modules, shapes, parameters and memory step by step, and explains its operations."""
     found = _or_fail(inspect_model, model)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
@@ -107,7 +109,7 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL)], as_json: AsJson =
         console.print(report(found, console.width))
 
 
-# The parts of the command; a new one is imported above and named here.
+# The subcommands; a new one is imported above and added here.
 COMMANDS = (convert, export, verify, compare, explain, inspect, doctor)
 
 app = typer.Typer(no_args_is_help=True, help="GPT-2 in the layers of the book: converted, verified, explained.")
@@ -121,9 +123,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show version.")] = False,
 ) -> None:
-    # What the terminal's encoding lacks, as on Windows and in pipes, is shown as a question mark.
+    # Characters that the terminal's encoding lacks, as on Windows and in pipes, become question marks.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -136,7 +138,7 @@ app.command("verify-receipt")(verify_receipt_command)
 
 def _check(verify: bool, weights_only: bool) -> bool | str:
     if weights_only and not verify:
-        raise typer.BadParameter("--weights-only says how to verify and --no-verify not to; give one of the two")
+        raise typer.BadParameter("--weights-only and --no-verify exclude each other; give one of them")
     return "weights" if weights_only else verify
 
 

@@ -1,4 +1,4 @@
-"""Two models compared from the command line: python -m hf_gpt_scratch.cli.compare_command REFERENCE CANDIDATE"""
+"""`compare`, also as python -m hf_gpt_scratch.cli.compare_command REFERENCE CANDIDATE"""
 
 import json
 import os
@@ -18,26 +18,24 @@ from .terminal import DIFFERENT, FAILED
 
 
 def compare(
-    reference: Annotated[
-        str, typer.Argument(help="Directory, hub id, or my_gpt.py:MyGPTModel: the model that is right.")
-    ],
-    candidate: Annotated[str, typer.Argument(help="The same for the model in question. A .py file is run.")],
+    reference: Annotated[str, typer.Argument(help="The correct model: a directory, hub id, or my_gpt.py:MyGPTModel.")],
+    candidate: Annotated[str, typer.Argument(help="The model to check, in the same form. A .py file is executed.")],
     tokens: Annotated[str | None, typer.Option(help="Token ids to compare on, such as 6109,3626,6100,345.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text to compare on; gives perplexities too.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights of the class: model.pth or .safetensors.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to compare on; also gives perplexities.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="The class's weights: model.pth or .safetensors.")] = None,
     cfg: Annotated[
-        str | None, typer.Option(help="Config of the class: JSON, a JSON file, or a dict in its file.")
+        str | None, typer.Option(help="The class's config: JSON, a JSON file, or a dict in its file.")
     ] = None,
     mapping: Annotated[
-        Path | None, typer.Option("--map", help="JSON: parameter names of the class to the book's or GPT-2's.")
+        Path | None, typer.Option("--map", help="JSON file: the class's parameter names to the book's or GPT-2's.")
     ] = None,
-    gradients: Annotated[bool, typer.Option(help="Compare gradients too.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with plots.")] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write all figures; - is the standard output.")] = None,
+    gradients: Annotated[bool, typer.Option(help="Also compare gradients.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page with plots.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write all figures; - is standard output.")] = None,
 ) -> None:
-    """Compares two models layer by layer, and names the mistake if they differ.
+    """Compares two models stage by stage and, if they differ, names the mistake.
 
-    Exit status: 0 the same model, 3 different, 1 not compared, 2 wrong command line.
+    Exit status: 0 the same model, 3 different, 1 not compared, 2 usage error.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -75,19 +73,23 @@ def compare(
 
 
 def check_outputs(html: Path | None, json_: Path | None) -> None:
-    """Looks, before the work, whether the files that are asked for can be written.
+    """Checks, before any work, that the requested files can be written.
 
     Raises:
-        LabError: one of them cannot.
+        LabError: one of them cannot be.
     """
     if html is not None:
         check_drawing()
-    for option, file in (("--html", html), ("--json", json_)):
-        if file is None or (option == "--json" and str(file) == "-"):
-            continue
-        place = file if file.exists() else file.parent
-        if str(file) == "-" or file.is_dir() or not (file.parent.is_dir() and os.access(place, os.W_OK)):
-            raise LabError(f"{option} {file} cannot be written; give a file in a directory that exists and is yours")
+        check_writable("--html", html)
+    if json_ is not None and str(json_) != "-":
+        check_writable("--json", json_)
+
+
+def check_writable(option: str, file: Path) -> None:
+    """Raises LabError unless the file can be written; "-" is not a file."""
+    place = file if file.exists() else file.parent
+    if str(file) == "-" or file.is_dir() or not (file.parent.is_dir() and os.access(place, os.W_OK)):
+        raise LabError(f"{option} {file} cannot be written; give a file in an existing directory that you can write to")
 
 
 def as_json(comparison) -> str:

@@ -1,7 +1,7 @@
-"""`hf-gpt-scratch doctor`: what is installed here, and whether it does what it should, tried on a tiny model.
+"""`hf-gpt-scratch doctor`: shows what is installed and tests it on a tiny model.
 
-The libraries are imported inside the checks, and the checks run in a process of their own, so that one which is
-missing, broken, hangs or kills its process is one line among the others.
+The libraries are imported inside the checks, and the checks run in another process, so that a library that is missing,
+broken, hangs or kills its process costs one check only.
 """
 
 import contextlib
@@ -34,24 +34,24 @@ from rich.markup import escape
 from ..version import __version__ as __version__
 from ..version import versions
 
-# As in compat.py, which cannot be imported where transformers cannot.
+# As in compat.py, which cannot be imported without transformers.
 OLDEST_TESTED, NEWEST_TESTED = "5.4.0", "5.24.0"
-# For one check; the slowest takes some seconds, and a minute on a machine that has more to do than it can.
+# The limit for one check; the slowest takes some seconds, or a minute on an overloaded machine.
 SECONDS = 300
 LONGEST_REASON = 400
 PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
 
-# tiktoken's copy of GPT-2's vocabulary: names in its cache, and sha256.
+# tiktoken's copy of GPT-2's vocabulary: file names in its cache, and their sha256.
 VOCABULARY = {
     "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
-# Without dropout, so that a step of training can be compared.
+# Without dropout, so that training steps can be compared.
 TINY: dict[str, Any] = dict(vocab_size=211, n_positions=64, n_embd=48, n_head=4, n_layer=3, bos_token_id=210)
 TINY |= dict(eos_token_id=210, embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)
 GREEDY = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
 
-# Another process than the one that saved, where this package does not exist.
+# Run in another process, in which this package cannot be imported.
 REMOTE = """
 import json, sys
 sys.modules["hf_gpt_scratch"] = None
@@ -65,11 +65,11 @@ print("ids", json.dumps(model.generate(ids, attention_mask=torch.ones_like(ids),
 
 
 class Wrong(Exception):
-    """What a check has found to be wrong."""
+    """A check failed; the message gives the reason."""
 
 
 class NotRun(Exception):
-    """Why a check says nothing."""
+    """A check could not be run; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Result:
 
 
 class Patient:
-    """A tiny official model with random weights, biases and norms, and ours that is converted from it."""
+    """A tiny official model with random weights, biases and norms, and our model converted from it."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -134,12 +134,12 @@ class Patient:
         """Both models.
 
         Raises:
-            NotRun: they could not be made; the checks before say why.
+            NotRun: they could not be built; the earlier checks show why.
         """
         try:
             return self.official, self.ours
         except Exception as error:
-            raise NotRun("there are no two models to compare; see the failures above") from error
+            raise NotRun("the two models could not be built; see the failures above") from error
 
     def prompts(self, batch: int = 2, length: int = 9):
         import torch
@@ -161,7 +161,7 @@ def same_ids(theirs, ours, how: str) -> str:
     there, here = next((a, b) for a, b in zip([*theirs, []], [*ours, []], strict=False) if a != b)
     first = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here)))
     raise Wrong(
-        f"{how}, the ids are not the official model's: position {first} has {here[first : first + 4]} instead of "
+        f"{how}, the ids differ from the official model's: position {first} has {here[first : first + 4]} instead of "
         f"{there[first : first + 4]}"
     )
 
@@ -171,32 +171,31 @@ def minor(version: str) -> tuple[int, ...]:
 
 
 def check_libraries(patient: Patient) -> str:
-    """Whether what is installed is what this package declares that it needs."""
+    """Whether the installed libraries satisfy this package's requirements."""
     try:
         declared = importlib.metadata.requires("hf-gpt-scratch") or []
     except importlib.metadata.PackageNotFoundError:
         raise NotRun(
-            "this package runs from its folder and is not installed, so nothing declares what it needs"
+            "this package runs from its folder without being installed, so its requirements are not recorded"
         ) from None
     from packaging.requirements import Requirement
 
-    wrong, found = [], 0
+    wrong, needed = [], 0
     for requirement in map(Requirement, declared):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        found += 1
+        needed += 1
         installed = versions((requirement.name,))[requirement.name]
         if installed is None or not requirement.specifier.contains(installed, prereleases=True):
-            wrong.append(f"{requirement.name} {installed or 'missing'}, needed {requirement.specifier}")
+            wrong.append((requirement, installed or "missing"))
     if wrong:
-        raise Wrong(
-            "; ".join(wrong) + '; pip install "' + '" "'.join(w.split()[0] + w.split()[-1] for w in wrong) + '"'
-        )
-    return f"all {found} that are needed are installed, in versions that fit"
+        what = "; ".join(f"{one.name} {installed}, needed {one.specifier}" for one, installed in wrong)
+        raise Wrong(what + "; pip install " + " ".join(f'"{one.name}{one.specifier}"' for one, _ in wrong))
+    return f"all {needed} requirements are installed, in suitable versions"
 
 
 def check_torch(patient: Patient) -> str:
-    """Whether torch imports and multiplies matrices rightly; device and threads."""
+    """Whether torch imports and multiplies matrices correctly; its device and threads."""
     import torch
 
     a, b = (torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
@@ -221,9 +220,9 @@ def check_torch(patient: Patient) -> str:
 
 
 def check_transformers(patient: Patient) -> str:
-    """Whether transformers imports, and is one that this package was tested with."""
+    """Whether transformers imports, in a version that this package was tested with."""
     import transformers
-    from transformers import GPT2LMHeadModel  # transformers imports its models when they are first asked for
+    from transformers import GPT2LMHeadModel  # transformers imports its models on first use
 
     found = transformers.__version__
     patient.facts["transformers"] = {"version": found, "oldest_tested": OLDEST_TESTED, "newest_tested": NEWEST_TESTED}
@@ -231,16 +230,14 @@ def check_transformers(patient: Patient) -> str:
         raise Wrong(f"{found} is older than {OLDEST_TESTED}; pip install --upgrade hf-gpt-scratch transformers")
     recorded = versions(("transformers",))["transformers"]
     if recorded is not None and recorded != found:
-        raise Wrong(
-            f"{found} is imported, but {recorded} is installed: two copies; see which folders are on PYTHONPATH"
-        )
+        raise Wrong(f"{found} is imported, but {recorded} is installed: there are two copies; check PYTHONPATH")
     if minor(found) > minor(NEWEST_TESTED):
-        return f"{found} is newer than {NEWEST_TESTED}, the newest that was tested; the checks below try it"
-    return f"{found}, within the tested {OLDEST_TESTED} to {NEWEST_TESTED} ({GPT2LMHeadModel.__name__} is there)"
+        return f"{found} is newer than {NEWEST_TESTED}, the newest tested version; the checks below test it"
+    return f"{found}, within the tested {OLDEST_TESTED} to {NEWEST_TESTED} ({GPT2LMHeadModel.__name__} imports)"
 
 
 def check_package(patient: Patient) -> str:
-    """Whether the package imports, and which copy of it."""
+    """Whether the package imports, and which copy."""
     package = importlib.import_module("hf_gpt_scratch")
     from transformers import AutoConfig
 
@@ -255,13 +252,13 @@ def check_package(patient: Patient) -> str:
 
 
 def vocabulary_cache() -> Path:
-    """Where tiktoken keeps what it has downloaded."""
+    """Where tiktoken caches its downloads."""
     named = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     return Path(tempfile.gettempdir(), "data-gym-cache") if named is None else Path(named)
 
 
 def check_tokenizer(patient: Patient) -> str:
-    """Whether GPT-2's vocabulary is there, whole, and becomes the tokenizer."""
+    """Whether GPT-2's vocabulary is cached, intact, and makes the tokenizer."""
     directory = vocabulary_cache()
     files = {name: directory / name for name in VOCABULARY}
     there = [name for name, path in files.items() if path.is_file()]
@@ -270,17 +267,17 @@ def check_tokenizer(patient: Patient) -> str:
         raise NotRun(f"GPT-2's vocabulary is not in {directory}; its first use needs the network (TIKTOKEN_CACHE_DIR)")
     for name in there:
         if hashlib.sha256(files[name].read_bytes()).hexdigest() != VOCABULARY[name]:
-            raise Wrong(f"{name} in {directory} is damaged; delete it, and it is fetched again")
+            raise Wrong(f"{name} in {directory} is damaged; delete it, and it will be downloaded again")
     from hf_gpt_scratch.tokenizer import gpt2_tokenizer
 
     text, expected = "Every effort moves you", [6109, 3626, 6100, 345]
     if (ids := gpt2_tokenizer()(text).input_ids) != expected:
         raise Wrong(f"{text!r} became {ids}, not {expected}")
-    return f"GPT-2's vocabulary is in {directory}, whole"
+    return f"GPT-2's vocabulary is in {directory}, intact"
 
 
 def check_build(patient: Patient) -> str:
-    """Whether the official model can be built and gives numbers."""
+    """Whether the official model can be built and returns finite logits."""
     import torch
 
     with torch.no_grad():
@@ -291,16 +288,16 @@ def check_build(patient: Patient) -> str:
 
 
 def check_convert(patient: Patient) -> str:
-    """Whether an official checkpoint becomes one of ours, which loads."""
+    """Whether an official checkpoint converts to one of ours, which loads."""
     from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
 
-    patient.elsewhere  # noqa: B018 takes as long as all the checks before "saved code", so it begins now
+    patient.elsewhere  # noqa: B018 takes as long as all checks before "saved code", so start it now
     receipt = gpt2_to_scratch(patient.directory / "official", patient.directory / "verified")
     return f"{type(patient.ours).__name__}: {receipt['parity']['tensors']} tensors equal bit for bit, logits and ids"
 
 
 def check_receipt(patient: Patient) -> str:
-    """Whether the receipt agrees with the files, and does not agree with others."""
+    """Whether the receipt matches the files, and an extra file is detected."""
     from hf_gpt_scratch.errors import ConversionError
     from hf_gpt_scratch.weights.publish import verify_receipt
 
@@ -310,14 +307,14 @@ def check_receipt(patient: Patient) -> str:
     try:
         verify_receipt(patient.converted)
     except ConversionError:
-        return f"{files} files are as the conversion left them; a file more is noticed"
+        return f"{files} files are as the conversion left them; an extra file is detected"
     finally:
         extra.unlink()
-    raise Wrong("a file that the receipt does not name was not noticed")
+    raise Wrong("an extra file, which the receipt does not name, was not detected")
 
 
 def check_logits(patient: Patient) -> str:
-    """Whether both models compute the same logits, left-padded too."""
+    """Whether both models compute the same logits, also left-padded."""
     from hf_gpt_scratch.weights.parity import FP32_LOGITS, compare_logits
 
     official, ours = patient.pair
@@ -329,7 +326,7 @@ def check_logits(patient: Patient) -> str:
         found[how] = compare_logits(official, ours, ids, **inputs).relative_error
         if not found[how] <= FP32_LOGITS:
             raise Wrong(f"{how}, the logits differ by {found[how]:.1e} of the largest; {FP32_LOGITS:.0e} is allowed")
-    return f"relative error {max(found.values()):.1e}, left-padded too (bound {FP32_LOGITS:.0e})"
+    return f"relative error {max(found.values()):.1e}, also left-padded (bound {FP32_LOGITS:.0e})"
 
 
 def positions(mask):
@@ -344,7 +341,7 @@ def check_generate(patient: Patient) -> str:
 
 
 def check_generate_without_cache(patient: Patient) -> str:
-    """Greedy ids without a cache, which must be those with one."""
+    """Greedy ids without a cache, which must equal those with one."""
     official, ours = patient.pair
     ids = patient.prompts()
     how = "without a cache"
@@ -352,19 +349,19 @@ def check_generate_without_cache(patient: Patient) -> str:
 
 
 def check_generate_padded(patient: Patient) -> str:
-    """Greedy ids of prompts of two lengths in one batch, and of the short one alone."""
+    """Greedy ids of two prompts of different lengths in a batch, and of the shorter one alone."""
     official, ours = patient.pair
     ids = patient.prompts()
     mask = ids.new_ones(ids.shape)
     mask[0, :4] = 0
     batch = patient.generated(ours, ids, mask)
-    told = same_ids(patient.generated(official, ids, mask), batch, "left-padded")
+    result = same_ids(patient.generated(official, ids, mask), batch, "left-padded")
     same_ids(patient.generated(ours, ids[:1, 4:])[:, ids.shape[1] - 4 :], batch[:1, ids.shape[1] :], "padded or alone")
-    return told
+    return result
 
 
 def check_generate_batch(patient: Patient) -> str:
-    """Continuous batching with paged caches: the ids of `generate`."""
+    """Whether continuous batching with paged caches generates the same ids as `generate`."""
     import torch
     import transformers
 
@@ -372,12 +369,12 @@ def check_generate_batch(patient: Patient) -> str:
     if not hasattr(ours, "generate_batch") or not hasattr(transformers, "ContinuousBatchingConfig"):
         raise NotRun(f"transformers {transformers.__version__} has no continuous batching")
     prompts = [patient.prompts(1, length)[0].tolist() for length in (5, 9)]
-    # No id is -1, so that none ends early.
+    # No token has id -1, so no sequence ends early.
     settings = transformers.GenerationConfig(**{**GREEDY, "eos_token_id": -1})
 
     def answers(model):
         small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
-        # A copy: some releases leave the model with the attention that this needs.
+        # A copy: some releases leave the model with another attention function.
         given = copy.deepcopy(model).generate_batch(
             prompts, generation_config=settings, continuous_batching_config=small
         )
@@ -389,14 +386,14 @@ def check_generate_batch(patient: Patient) -> str:
     try:
         there = answers(official)
     except Exception as error:
-        raise NotRun(f"the official model cannot do it here either: {type(error).__name__}: {error}") from error
+        raise NotRun(f"the official model fails here too: {type(error).__name__}: {error}") from error
     if there != expected:
-        raise NotRun("the official model has other ids in continuous batches than alone, here")
+        raise NotRun("here the official model itself generates different ids in continuous batches than alone")
     return same_ids(expected, answers(ours), "in continuous batches")
 
 
 def check_train(patient: Patient) -> str:
-    """Whether a step of training has the official loss, gradients and result."""
+    """Whether a training step has the official loss, gradients and effect."""
     import torch
 
     from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, FP32_LOSS, gradient_errors
@@ -419,12 +416,12 @@ def check_train(patient: Patient) -> str:
         for model in models:
             torch.optim.SGD(model.parameters(), lr=0.05).step()
     if not losses[1][1] < losses[0][1]:
-        raise Wrong(f"the loss went from {losses[0][1]:.4f} to {losses[1][1]:.4f} in a step")
-    return f"the official losses, {losses[0][1]:.4f} and after a step {losses[1][1]:.4f}, and the official gradients"
+        raise Wrong(f"the loss went from {losses[0][1]:.4f} to {losses[1][1]:.4f} in one step")
+    return f"the official losses, {losses[0][1]:.4f} and {losses[1][1]:.4f} after a step, and gradients"
 
 
 def check_save(patient: Patient) -> str:
-    """Whether a saved model loads as it was, ours and as the official one."""
+    """Whether a model saved in our format and in the official one loads unchanged."""
     import torch
     from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -436,23 +433,21 @@ def check_save(patient: Patient) -> str:
     for kind, before, after in (("ours", ours, again), ("official", official, back)):
         weights, loaded = before.state_dict(), after.state_dict()
         if weights.keys() != loaded.keys():
-            raise Wrong(f"saved as {kind}, other tensors come back: {sorted(weights.keys() ^ loaded.keys())[:5]}")
+            raise Wrong(f"saved as {kind}, different tensors were loaded: {sorted(weights.keys() ^ loaded.keys())[:5]}")
         if changed := [name for name in weights if not torch.equal(weights[name], loaded[name])]:
             raise Wrong(f"saved as {kind}, {len(changed)} of {len(weights)} tensors changed: {changed[:5]}")
-    return (
-        f"{len(ours.state_dict())} tensors come back bit for bit, and {len(official.state_dict())} as an official model"
-    )
+    return f"{len(ours.state_dict())} tensors load bit for bit, and {len(official.state_dict())} as an official model"
 
 
 def check_remote(patient: Patient) -> str:
-    """Whether a saved directory generates the official ids where this package is missing."""
+    """Whether a saved directory generates the official ids without this package."""
     official, _ = patient.pair
     ids = patient.prompts()
     out, errors = patient.elsewhere.communicate()
     if patient.elsewhere.returncode:
         raise Wrong(last_line(errors) or f"the process {ending(patient.elsewhere.returncode)}")
     there = next(json.loads(line[4:]) for line in out.splitlines() if line.startswith("ids "))
-    return same_ids(patient.generated(official, ids), there, "in another process, by the code that was saved")
+    return same_ids(patient.generated(official, ids), there, "in another process, with the saved code")
 
 
 Check = Callable[[Patient], str]
@@ -477,7 +472,7 @@ CHECKS: dict[str, Check] = {
 
 
 def tidy(text: str) -> str:
-    """On one line, of bounded length, without the user's name in paths."""
+    """The text on one line, shortened, without the user's home directory."""
     text = " ".join(text.split()).replace(str(Path.home()), "~")
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 1] + "…"
 
@@ -488,7 +483,7 @@ def last_line(text: str) -> str:
 
 
 def examine(directory: Path, names: list[str] | None = None) -> Iterator[Result | str]:
-    """Each check's name when it begins, and its result when it has ended, in this process."""
+    """Runs the checks in this process; yields each one's name when it starts and its result when it ends."""
     patient = Patient(directory)
     for name in CHECKS if names is None else names:
         yield name
@@ -511,23 +506,23 @@ def examine(directory: Path, names: list[str] | None = None) -> Iterator[Result 
 
 
 def work(directory: str, *names: str) -> None:
-    """What the other process does: examine, with a line of JSON for each that `examine` yields."""
+    """Runs `examine` in the other process; writes a line of JSON for each item that it yields."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what the libraries print is not ours
+    os.dup2(2, 1)  # the libraries' own output does not belong in the results
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     for one in examine(Path(directory), list(names)):
         out.write(json.dumps(one if isinstance(one, str) else asdict(one)) + "\n")
         out.flush()
 
 
-# The way in is the one that works where the package does not import.
+# Starts through the module that works even if the package does not import.
 WORK = "import sys; from hf_gpt_scratch_command import doctor_module; doctor_module().work(*sys.argv[1:])"
 
 
 def examine_elsewhere(
     directory: Path, command: tuple[str, ...] = (sys.executable, "-c", WORK)
 ) -> Iterator[Result | str]:
-    """As `examine`, in a process of its own; one that dies or hangs costs the check that it was at, no other."""
+    """Like `examine`, in another process; if that dies or hangs, only the check it was running fails."""
     left = list(CHECKS)
     while left:
         place = directory / str(len(left))
@@ -582,7 +577,7 @@ def ending(status: int) -> str:
 
 
 def system() -> dict[str, Any]:
-    """The machine, as far as it matters here; nothing that names its user."""
+    """The relevant facts about the machine; nothing that identifies its user."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         models = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
@@ -602,40 +597,27 @@ def system() -> dict[str, Any]:
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON, for a bug report.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for a bug report.")] = False,
 ) -> None:
-    """What is installed, and whether it works: a tiny model converted, compared, generated with, trained and saved.
+    """Shows what is installed and tests it: a tiny model is converted, compared, run, trained and saved.
 
-    Offline, in some seconds. Exit status: 0 every check passed, 1 some did not.
+    Works offline, in a few seconds. Exit status: 0 no check failed, 1 some did.
     """
     console = Console(stderr=as_json, highlight=False)
     found, machine = versions(), system()
-    told = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
+    names = ", ".join(f"{name} {version or 'missing'}" for name, version in found.items())
     memory = machine["memory_gib"].get("MemTotal")
-    console.print(f"[bold]Versions[/]  {escape(told)}", soft_wrap=True)
-    console.print(
-        f"[bold]System[/]    {escape(machine['platform'])}, {escape(machine['cpu'])}, {machine['cores']} cores"
-        + (f", {memory} GiB" if memory else ""),
-        soft_wrap=True,
-    )
-    width = max(map(len, CHECKS))
-    styles = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow"}
-    results: list[Result] = []
+    about = [machine["platform"], machine["cpu"], f"{machine['cores']} cores", *([f"{memory} GiB"] if memory else [])]
+    console.print(f"[bold]Versions[/]  {escape(names)}", soft_wrap=True)
+    console.print(f"[bold]System[/]    {escape(', '.join(about))}", soft_wrap=True)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="hf_gpt_scratch.") as place, console.status("Starting") as status:
-        for one in examine_elsewhere(Path(place)):
-            if isinstance(one, str):
-                status.update(f"Checking {one}")
-                continue
-            results.append(one)
-            line = f"[{styles[one.status]}]{one.status:<7}[/]  {one.check:<{width}}  {escape(one.reason)}"
-            console.print(line, soft_wrap=True)
+    results = examine_and_print(console)
     failed = [one.check for one in results if one.status == FAILED]
     seconds = time.perf_counter() - began
     if failed:
         console.print(
             f"[bold red]{len(failed)} of {len(results)} checks failed[/] in {seconds:.1f} s: {'; '.join(failed)}. "
-            "`hf-gpt-scratch doctor --json` is what a bug report should hold.",
+            "Please include the output of `hf-gpt-scratch doctor --json` in a bug report.",
             soft_wrap=True,
         )
     else:
@@ -647,6 +629,22 @@ def doctor(
         report = {"versions": found, "system": machine, **facts, "checks": checks, "passed": not failed}
         print(json.dumps(report, indent=2, ensure_ascii=False))
     sys.exit(1 if failed else 0)
+
+
+def examine_and_print(console: Console) -> list[Result]:
+    """Runs all checks in another process and prints a line for each as it ends."""
+    width = max(map(len, CHECKS))
+    styles = {PASSED: "green", FAILED: "bold red", NOT_RUN: "yellow"}
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="hf_gpt_scratch.") as place, console.status("Starting") as status:
+        for one in examine_elsewhere(Path(place)):
+            if isinstance(one, str):
+                status.update(f"Checking {one}")
+                continue
+            results.append(one)
+            line = f"[{styles[one.status]}]{one.status:<7}[/]  {one.check:<{width}}  {escape(one.reason)}"
+            console.print(line, soft_wrap=True)
+    return results
 
 
 def main() -> None:

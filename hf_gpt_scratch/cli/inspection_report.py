@@ -1,4 +1,4 @@
-"""How explanations and inspections look at a terminal."""
+"""Explanations and inspections on the terminal."""
 
 import re
 
@@ -13,7 +13,7 @@ from ..lab.inspect import BYTES, Inspection, Step
 SYMBOLS = {
     "x": "a token's vector, along the shortcuts",
     "y": "x after the norm",
-    "z": "what the heads found",
+    "z": "the heads' results",
     "h": "the feed-forward network's wide vector",
 }
 
@@ -34,7 +34,7 @@ def explanation(found: Explanation) -> Panel:
     line("ours", *(f"{part.name}  {_shape(part.shape)}" for part in found.parts))
     line("GPT-2's", f"{found.gpt2}  {_shape(found.gpt2_shape)}")
     line("what", found.meaning)
-    line("does", found.does)
+    line("role", found.does)
     line("equation", *found.equation.split("; "))
     line("where", *(f"{name} is {what}" for name, what in SYMBOLS.items() if re.search(rf"\b{name}\b", found.equation)))
     line("parameters", found.arithmetic)
@@ -47,7 +47,7 @@ def explanation(found: Explanation) -> Panel:
 
 
 def report(found: Inspection, width: int) -> Group:
-    """All of an inspection; the column of shapes only from 100 characters on."""
+    """A complete inspection; the column of shapes appears from a width of 100 characters."""
     parts: list[RenderableType] = [
         Text(f"{found.model}: {found.kind}", style="bold"),
         Text(),
@@ -63,7 +63,7 @@ def report(found: Inspection, width: int) -> Group:
 
 
 def _steps(found: Inspection) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), title="What it does, in order", title_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0), title="Operations, in execution order", title_justify="left")
     table.add_column("step", no_wrap=True)
     table.add_column("GPT-2", no_wrap=True, style="dim")
     table.add_column("what", ratio=1)
@@ -80,7 +80,7 @@ def _steps(found: Inspection) -> Table:
 
 
 def _tree(found: Inspection, shown: bool) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), title="What it is made of", title_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0), title="Modules", title_justify="left")
     table.add_column("module", no_wrap=True)
     if shown:
         table.add_column("shapes", style="cyan")

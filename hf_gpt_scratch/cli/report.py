@@ -1,4 +1,4 @@
-"""A comparison for people: tables on a terminal, and one self-contained HTML page.
+"""A comparison as tables on the terminal, and as one self-contained HTML page.
 
 Shapes: B batch, T tokens, H heads.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -19,16 +19,16 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from ..errors import LabError
+from ..errors import LabError, few
 from ..lab.compare import Comparison, StageError
-from ..lab.diagnose import Diagnosis
 from ..lab.pairing import Match
 from ..lab.trace import BLOCK_STAGES
 
-# Stages on the terminal that are told even when all is well.
+# Stages that the terminal shows even when all is well, and the figures of each.
 ALWAYS = (BLOCK_STAGES[""], "logits")
+STAGE_FIGURES = ("max |a−b|", "RMS", "relative", "float32")
 HEADS_SHOWN, TOKENS_SHOWN = 6, 24
-# What an error that is no number counts as on a logarithmic scale, and what is no error at all.
+# The ends of the logarithmic scale: infinite errors and NaN, and zero.
 WORST, LEAST = 10.0, 1e-17
 SAME, DIFFERENT, FAINT = "#2f7d4f", "#c23b22", "#8a8f98"
 
@@ -38,7 +38,7 @@ def number(value: float) -> str:
 
 
 def decoder(tokenizer: Any) -> Callable[[int], str]:
-    """Token id -> what to show for it."""
+    """Token id -> its text, or its number without a tokenizer."""
     return (lambda token: repr(tokenizer.decode([token]))[1:-1]) if tokenizer else str
 
 
@@ -46,46 +46,50 @@ def decoder(tokenizer: Any) -> Callable[[int], str]:
 
 
 def stage_table(comparison: Comparison, width: int = 120) -> Table:
-    """The stages from the first that differs on to the end of its block, and the blocks' ends.
+    """The stages from the first that differs to the end of its block, and all block outputs.
 
-    Names and figures are never cut: in a narrow terminal there are fewer columns.
+    Names and figures are never cut off: a narrow terminal gets fewer columns.
     """
-    columns = ["stage", "what", "max |a−b|", "RMS", "relative", "float32"]
-    shown = [0, 4] if width < 80 else [0, 2, 4, 5] if width < 100 else range(len(columns))
     table = Table(box=box.SIMPLE_HEAD, title="Error by stage, in execution order", title_justify="left")
+    shown = [0, 4] if width < 80 else [0, 2, 4, 5] if width < 100 else [0, 1, 2, 3, 4, 5]
     for index in shown:
-        left = columns[index] in ("stage", "what")
-        table.add_column(
-            columns[index],
-            justify="left" if left else "right",
-            overflow="fold",
-            no_wrap=not left,
-            min_width=32 if index == 0 else None,  # the longest, of a block with two digits
-        )
+        if index == 0:
+            table.add_column("stage", overflow="fold", min_width=32)  # the longest name, of a block with two digits
+        elif index == 1:
+            table.add_column("what", overflow="fold")
+        else:
+            table.add_column(STAGE_FIGURES[index - 2], justify="right", no_wrap=True)
     first = comparison.first_divergence
-    at = comparison.stages.index(first) if first else -1
-    block = ".".join(first.stage.split(".")[:2]) + "." if first else ""
-    for place, stage in enumerate(comparison.stages):
-        near = first is not None and place >= at - 1 and (place <= at or stage.stage.startswith(block))
-        if not near and stage.meaning not in ALWAYS:
-            continue
-        bad = not stage.relative <= comparison.bound
-        style = "bold red" if stage is first else "red" if bad else "green"
+    for stage in stages_shown(comparison):
+        style = "bold red" if stage is first else "green" if stage.relative <= comparison.bound else "red"
         mark = " ← the first that differs" if stage is first else ""
         figures = [number(value) for value in (stage.max_abs, stage.rms, stage.relative, stage.float32)]
-        name, what = stage.stage, stage.meaning + mark + (f" ({stage.note})" if stage.note else "")
-        cells = [name if 1 in shown else name + mark[:2], escape(what), *figures]
+        what = stage.meaning + mark + (f" ({stage.note})" if stage.note else "")
+        cells = [stage.stage if 1 in shown else stage.stage + mark[:2], escape(what), *figures]
         table.add_row(*(cells[index] for index in shown), style=style)
     return table
 
 
+def stages_shown(comparison: Comparison) -> list[StageError]:
+    """The last stage that agrees, the first that differs, the rest of its block; all block outputs, and the logits."""
+    first = comparison.first_divergence
+    at = comparison.stages.index(first) if first else -1
+    block = ".".join(first.stage.split(".")[:2]) + "." if first else ""
+    return [
+        stage
+        for place, stage in enumerate(comparison.stages)
+        if stage.meaning in ALWAYS
+        or (first and (at - 1 <= place <= at or (place > at and stage.stage.startswith(block))))
+    ]
+
+
 def mapping_table(matches: list[Match]) -> RenderableType:
-    """The guessed mapping, the blocks' parameters told once, and those with the book's own names not at all."""
+    """The guessed pairing, as in `once`."""
     guessed = once(matches)
     if not guessed:
         return f"Parameters: all {len(matches)} have the book's names and shapes."
-    table = Table(box=box.SIMPLE_HEAD, title="Parameters, as guessed: check them", title_justify="left")
-    for heading in ("yours", "the book's", "layout", "sure", "because"):
+    table = Table(box=box.SIMPLE_HEAD, title="Parameters, as guessed: please check", title_justify="left")
+    for heading in ("yours", "the book's", "layout", "confidence", "reason"):
         table.add_column(heading, overflow="fold")
     for match in guessed:
         style = "yellow" if match.confidence < 0.9 else ""
@@ -96,41 +100,43 @@ def mapping_table(matches: list[Match]) -> RenderableType:
 
 
 def once(matches: list[Match]) -> list[Match]:
-    """The matches that are a guess, as the book's own names are not; in the blocks those of the first alone."""
+    """The matches under other names than the book's; of the blocks, only the first."""
     guessed = [match for match in matches if match.row.ours != (match.row.theirs,)]
     return [match for match in guessed if not re.match(r"trf_blocks\.[1-9]", match.row.ours[0])]
 
 
 def diagnosis_panel(comparison: Comparison) -> Panel:
-    diagnosis: Diagnosis | None = comparison.diagnosis
+    diagnosis = comparison.diagnosis
     if comparison.same:
         return Panel(escape(comparison.verdict), title="The same model", border_style="green")
-    lines = [escape(comparison.verdict)]
     if diagnosis is None:
-        return Panel("\n".join(lines), title="Different", border_style="red")
+        return Panel(escape(comparison.verdict), title="Different", border_style="red")
+    lines = [escape(comparison.verdict)]
     for i, fault in enumerate(diagnosis.faults, 1):
-        and_above = " with the above" if i > 1 else ""
-        then = f"Repaired{and_above}, the relative logit error is {number(fault.error)}."
-        lines.append(
-            f"\n[bold red]{i}. {fault.name}[/]: [bold]{escape(fault.says)}[/]\n   where: {escape(fault.where)}"
-        )
-        lines.append(f"   do: {escape(fault.remedy)}\n   {then}")
+        repaired = "Repaired, " if i == 1 else "Repaired with the above, "
+        lines += [
+            f"\n[bold red]{i}. {fault.name}[/]: [bold]{escape(fault.says)}[/]",
+            f"   where: {escape(fault.where)}",
+            f"   fix: {escape(fault.remedy)}",
+            f"   {repaired}the relative logit error is {number(fault.error)}.",
+        ]
     if diagnosis.explained and diagnosis.faults:
-        found = "this mistake" if len(diagnosis.faults) == 1 else "these mistakes"
+        these = "this mistake" if len(diagnosis.faults) == 1 else "these mistakes"
         lines.append(
-            f"\nThe reference with {found} reproduces the candidate to {number(diagnosis.unexplained)} "
+            f"\nThe reference with {these} reproduces the candidate to {number(diagnosis.unexplained)} "
             f"({diagnosis.tried} experiments)."
         )
-    lines += [f"As good an explanation: {escape(says)}" for says in diagnosis.alternatives]
-    lines += [f"\n[yellow]{escape(diagnosis.note)}[/]"] if diagnosis.note else []
+    lines += [f"Equally good explanation: {escape(says)}" for says in diagnosis.alternatives]
+    if diagnosis.note:
+        lines.append(f"\n[yellow]{escape(diagnosis.note)}[/]")
     names = ", ".join(fault.title for fault in diagnosis.faults) or "no known mistake"
     return Panel("\n".join(lines), title=f"Different: {names}", border_style="red")
 
 
 def figures(comparison: Comparison) -> list[tuple[str, str]]:
-    """What the logits say, by name."""
+    """The figures of the logits, by name."""
     logits = comparison.logits
-    told = [
+    named = [
         ("max |logit error|", f"{number(logits.max_abs_error)} of {logits.max_abs_logit:.4g}"),
         ("relative", f"{number(logits.relative_error)} in {comparison.dtype}"),
         ("relative, float32", number(comparison.logits_float32.relative_error)),
@@ -139,19 +145,19 @@ def figures(comparison: Comparison) -> list[tuple[str, str]]:
     ]
     if comparison.different_tensors is not None:
         names = comparison.different_tensors
-        listed = ": " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        told.append(("not equal bit for bit", f"{len(names)} of {comparison.tensors} tensors{listed if names else ''}"))
+        listed = f": {few(names, 3)}" if names else ""
+        named.append(("not equal bit for bit", f"{len(names)} of {comparison.tensors} tensors{listed}"))
     if comparison.perplexity:
-        told.append(("perplexity", "{reference:.4f} and {candidate:.4f}".format(**comparison.perplexity)))
+        named.append(("perplexity", "{reference:.4f} and {candidate:.4f}".format(**comparison.perplexity)))
     if comparison.gradients:
         name, worst = max(comparison.gradients.items(), key=lambda item: item[1])
-        told.append(("gradients", f"worst {number(worst)}, of {name} ({len(comparison.gradients)} compared)"))
-    return told
+        named.append(("gradients", f"worst {number(worst)}, of {name} ({len(comparison.gradients)} compared)"))
+    return named
 
 
 def after(comparison: Comparison) -> str:
     row, place = comparison.worst_token
-    return f"token {place} of row {row}, where the models differ most"
+    return f"token {place} of sequence {row}, where the models differ most"
 
 
 def token_table(comparison: Comparison, k: int = 5) -> Table:
@@ -167,7 +173,7 @@ def token_table(comparison: Comparison, k: int = 5) -> Table:
 
 
 def terminal_report(comparison: Comparison, width: int = 120) -> RenderableType:
-    """All that a terminal of so many columns shows."""
+    """The report for a terminal with `width` columns."""
     head = Table(box=None, show_header=False)
     for name, value in (
         ("reference", comparison.reference),
@@ -195,7 +201,7 @@ def print_report(comparison: Comparison, console: Console) -> None:
 
 
 def html_report(comparison: Comparison) -> str:
-    """One page with everything in it: no scripts, no fonts, no images from elsewhere.
+    """One self-contained page: no scripts, and no external fonts or images.
 
     Raises:
         LabError: matplotlib is not installed.
@@ -203,10 +209,11 @@ def html_report(comparison: Comparison) -> str:
     check_drawing()
     from matplotlib import rc_context
 
-    environment = Environment(loader=PackageLoader(__package__, "templates"), autoescape=True, trim_blocks=True)
+    loader = PackageLoader(__package__, "templates")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     environment.globals |= {"number": number, "show": decoder(comparison.tokenizer)}
     environment.filters["shade"] = shade
-    with rc_context(STYLE):  # the caller's own plots stay as they are
+    with rc_context(STYLE):  # leaves the caller's own plots alone
         depth, attention = depth_figure(comparison), attention_figure(comparison)
     return environment.get_template("report.html").render(
         comparison=comparison,
@@ -235,7 +242,7 @@ def check_drawing() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise LabError('the HTML report is drawn by matplotlib; pip install "hf-gpt-scratch[examples]"') from error
+        raise LabError('the HTML report needs matplotlib; pip install "hf-gpt-scratch[examples]"') from error
 
 
 def logarithmic(value: float) -> float:
@@ -248,39 +255,14 @@ def depth_figure(comparison: Comparison) -> str:
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots()
-    for name, colour, values in (
-        ("float32", FAINT, [stage.float32 for stage in comparison.stages]),
-        (comparison.dtype, DIFFERENT if not comparison.same else SAME, [stage.relative for stage in comparison.stages]),
-    ):
-        if name == "float32" and comparison.dtype == "float32":
-            continue
+    lines = [(comparison.dtype, SAME if comparison.same else DIFFERENT, [s.relative for s in comparison.stages])]
+    if comparison.dtype != "float32":
+        lines.insert(0, ("float32", FAINT, [s.float32 for s in comparison.stages]))
+    for name, colour, values in lines:
         axes.plot([logarithmic(value) for value in values], color=colour, label=name, marker=".", markersize=4, lw=1.4)
     axes.axhline(comparison.bound, color="#333", lw=0.8, ls=":", label=f"bound {comparison.bound:.0e}")
-    first = comparison.first_divergence
-    if first:
-        at = comparison.stages.index(first)
-        axes.axvline(at, color=DIFFERENT, lw=0.8, ls="--")
-        right = at > 0.6 * len(comparison.stages)
-        axes.annotate(
-            f"first differs:\n{first.stage}",
-            (at, 0.04),
-            xycoords=("data", "axes fraction"),
-            xytext=(-6 if right else 6, 0),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            color=DIFFERENT,
-        )
-    blocks: dict[str, list[int]] = {}
-    for i, stage in enumerate(comparison.stages):
-        if layer := re.match(r"trf_blocks\.(\d+)", stage.stage):
-            blocks.setdefault(layer[1], []).append(i)
-    for n, places in blocks.items():
-        if int(n) % 2 == 0:
-            axes.axvspan(places[0] - 0.5, places[-1] + 0.5, color="#f0f2f5", lw=0, zorder=0)
-    every = math.ceil(len(blocks) / 24)
-    marked = {n: sum(places) / len(places) for n, places in blocks.items() if int(n) % every == 0}
-    axes.set_xticks(list(marked.values()), [f"block {n}" if len(blocks) < 13 else n for n in marked])
-    axes.tick_params(axis="x", length=0)
+    mark_first_divergence(axes, comparison)
+    mark_blocks(axes, comparison)
     axes.set(yscale="log", ylabel="relative error", xlim=(-1, len(comparison.stages)), ylim=(LEAST / 2, WORST * 2))
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     text = io.StringIO()
@@ -288,8 +270,41 @@ def depth_figure(comparison: Comparison) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
+def mark_first_divergence(axes: Any, comparison: Comparison) -> None:
+    first = comparison.first_divergence
+    if first is None:
+        return
+    at = comparison.stages.index(first)
+    right = at > 0.6 * len(comparison.stages)
+    axes.axvline(at, color=DIFFERENT, lw=0.8, ls="--")
+    axes.annotate(
+        f"first differs:\n{first.stage}",
+        (at, 0.04),
+        xycoords=("data", "axes fraction"),
+        xytext=(-6 if right else 6, 0),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        color=DIFFERENT,
+    )
+
+
+def mark_blocks(axes: Any, comparison: Comparison) -> None:
+    """Every other block shaded, and at most 24 of them named."""
+    blocks: dict[int, list[int]] = {}
+    for i, stage in enumerate(comparison.stages):
+        if layer := re.match(r"trf_blocks\.(\d+)", stage.stage):
+            blocks.setdefault(int(layer[1]), []).append(i)
+    for n, places in blocks.items():
+        if n % 2 == 0:
+            axes.axvspan(places[0] - 0.5, places[-1] + 0.5, color="#f0f2f5", lw=0, zorder=0)
+    every = math.ceil(len(blocks) / 24)
+    middles = {n: sum(places) / len(places) for n, places in blocks.items() if n % every == 0}
+    axes.set_xticks(list(middles.values()), [f"block {n}" if len(blocks) < 13 else str(n) for n in middles])
+    axes.tick_params(axis="x", length=0)
+
+
 def heat_map(comparison: Comparison) -> dict[str, Any]:
-    """Layers × stages: rows of (layer, cells), a cell being a `StageError` or None where nothing was recorded."""
+    """Layers × stages: rows of (layer, cells); a cell is a `StageError`, or None if it was not recorded."""
     found = {stage.stage: stage for stage in comparison.stages}
     layers = sorted({int(m[1]) for name in found if (m := re.match(r"trf_blocks\.(\d+)", name))})
     columns = [(key, what) for key, what in BLOCK_STAGES.items() if key != "input"]
@@ -299,7 +314,7 @@ def heat_map(comparison: Comparison) -> dict[str, Any]:
 
 
 def shade(stage: StageError | None) -> str:
-    """A colour for an error: green below 1e-7, through yellow, to red at 1; empty is grey."""
+    """A colour for an error: from green at 1e-7 and below, through yellow, to red at 1; grey for no value."""
     if stage is None:
         return "background:#eceef1"
     depth = (math.log10(logarithmic(stage.relative)) + 7) / 7
@@ -311,40 +326,19 @@ def shade(stage: StageError | None) -> str:
 def attention_figure(comparison: Comparison) -> dict[str, Any] | None:
     """The attention maps of both models and their difference, in the first layer where they differ, as PNG.
 
-    None where they cannot be recorded, or have other shapes.
+    None where they were not recorded. Maps of different shapes have no difference.
     """
-    pairs: list[tuple[StageError, torch.Tensor, torch.Tensor]] = []
-    for stage in comparison.stages:
-        if stage.stage.endswith("att.weights"):
-            maps = [activations[stage.stage][0, :, :TOKENS_SHOWN, :TOKENS_SHOWN] for activations in comparison.traces]
-            pairs.append((stage, maps[0], maps[1]))  # (H, T, T)
-    if not pairs:
+    stages = [stage for stage in comparison.stages if stage.stage.endswith("att.weights")]
+    if not stages:
         return None
-    differing = [pair for pair in pairs if not pair[0].relative <= comparison.bound]
-    stage, reference, candidate = (differing or pairs)[0]
+    differing = [stage for stage in stages if not stage.relative <= comparison.bound]
+    stage = (differing or stages)[0]
+    reference, candidate = (
+        activations[stage.stage][0, :, :TOKENS_SHOWN, :TOKENS_SHOWN] for activations in comparison.traces
+    )  # (H, T, T)
     heads = min(len(reference), len(candidate), HEADS_SHOWN)
-    comparable = reference.shape == candidate.shape
-    from matplotlib.figure import Figure
-
-    rows: list[tuple[str, torch.Tensor, str, float | None]]
-    rows = [("reference", reference, "Blues", 1.0), ("candidate", candidate, "Blues", 1.0)]
-    if comparable:
-        rows.append(("candidate − reference", candidate - reference, "RdBu_r", None))
-    figure = Figure(figsize=(1.75 * heads + 1, 1.75 * len(rows) + 0.3), layout="constrained")
-    axes = figure.subplots(len(rows), heads, squeeze=False)
-    for line, (name, maps, colours, top) in zip(axes, rows, strict=True):
-        largest = top or max(torch.nan_to_num(maps).abs().max().item(), 1e-12)
-        for head, axis in enumerate(line):
-            low = 0.0 if top else -largest
-            image = axis.imshow(maps[head].numpy(), cmap=colours, vmin=low, vmax=largest, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set(visible=True, color="#c8ccd2", linewidth=0.6)
-            if name == "reference":
-                axis.set_title(f"head {head}", fontsize=9)
-        line[0].set_ylabel(name)
-        figure.colorbar(image, ax=list(line), shrink=0.8, aspect=14)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
+    drawn_maps(reference, candidate, heads).savefig(picture, format="png", dpi=130, metadata={"Software": None})
     return {
         "stage": stage,
         "png": base64.b64encode(picture.getvalue()).decode(),
@@ -352,3 +346,27 @@ def attention_figure(comparison: Comparison) -> dict[str, Any] | None:
         "tokens": reference.shape[-1],
         "differs": bool(differing),
     }
+
+
+def drawn_maps(reference: torch.Tensor, candidate: torch.Tensor, heads: int) -> Any:
+    """A matplotlib figure of attention maps (H, T, T): a row for each model and one for the difference."""
+    from matplotlib.figure import Figure
+
+    rows: list[tuple[str, torch.Tensor, str, float, float]]  # name, maps, colours, least and largest value
+    rows = [("reference", reference, "Blues", 0.0, 1.0), ("candidate", candidate, "Blues", 0.0, 1.0)]
+    if reference.shape == candidate.shape:
+        difference = candidate - reference
+        largest = max(torch.nan_to_num(difference).abs().max().item(), 1e-12)
+        rows.append(("candidate − reference", difference, "RdBu_r", -largest, largest))
+    figure = Figure(figsize=(1.75 * heads + 1, 1.75 * len(rows) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), heads, squeeze=False)
+    for line, (name, maps, colours, least, largest) in zip(axes, rows, strict=True):
+        for head, axis in enumerate(line):
+            image = axis.imshow(maps[head].numpy(), cmap=colours, vmin=least, vmax=largest, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(visible=True, color="#c8ccd2", linewidth=0.6)
+            if name == "reference":
+                axis.set_title(f"head {head}", fontsize=9)
+        line[0].set_ylabel(name)
+        figure.colorbar(image, ax=list(line), shrink=0.8, aspect=14)
+    return figure

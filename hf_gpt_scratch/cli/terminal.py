@@ -1,4 +1,4 @@
-"""Runs a conversion for a person at a terminal: progress, figures, and an exit status that scripts can read."""
+"""Conversion and verification on the terminal: progress, figures, and exit statuses for scripts."""
 
 import json
 import signal
@@ -15,12 +15,12 @@ from ..errors import ConversionError, ParityError
 from ..weights.conversion import Progress
 from ..weights.verify import verify
 
-# Exit statuses; 2 is a wrong command line, as typer has it.
+# Exit statuses; 2 is typer's, for usage errors.
 FAILED, DIFFERENT, INTERRUPTED = 1, 3, 130
 
 
 class TerminalProgress(Progress):
-    """One line a step, with a bar where the bytes are known."""
+    """One line per step, with a bar if the number of bytes is known."""
 
     def __init__(self, bars: Bars):
         self.bars = bars
@@ -43,7 +43,7 @@ class TerminalProgress(Progress):
 def convert_and_report(
     convert: Callable[..., dict[str, Any]], source: Any, target: Any, **options: Any
 ) -> dict[str, Any]:
-    """Converts, says what came of it, and returns the receipt.
+    """Converts, prints the outcome, and returns the receipt.
 
     Raises:
         SystemExit: 1 not converted, 3 the result differs, 130 interrupted.
@@ -64,13 +64,13 @@ def convert_and_report(
         errors.print(f"[bold red]Not published:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(DIFFERENT)
     except KeyboardInterrupt:
-        errors.print(f"[bold red]Interrupted:[/] {escape(str(target))} is complete or as it was before", soft_wrap=True)
+        errors.print(f"[bold red]Interrupted:[/] {escape(str(target))} is either complete or unchanged", soft_wrap=True)
         sys.exit(INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, usual)
     console.print(f"[bold green]Converted:[/] {escape(str(source))} to {escape(str(target))}", soft_wrap=True)
     if (parity := receipt["parity"]) is None:
-        console.print("Not verified, as asked.")
+        console.print("Not verified, as requested.")
     elif "logits" not in parity:
         console.print(f"Verified without running the models: {parity['tensors']} tensors equal bit for bit.")
     else:
@@ -89,10 +89,10 @@ def convert_and_report(
 
 
 def verify_and_report(reference: str, candidate: str, as_json: bool = False) -> None:
-    """Measures how far our checkpoint is from the official one, and prints the figures.
+    """Measures the difference between an official checkpoint and one of ours, and prints the figures.
 
     Raises:
-        SystemExit: 1 one of them cannot be read, or they are models of two kinds; 3 they differ.
+        SystemExit: 1 one of them cannot be read, or they are models of different kinds; 3 they differ.
     """
     try:
         found = verify(reference, candidate)

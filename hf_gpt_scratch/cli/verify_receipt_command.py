@@ -1,4 +1,4 @@
-"""`verify-receipt`: whether a converted directory is still what its conversion left."""
+"""`verify-receipt`: whether a converted directory is unchanged since its conversion."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,17 +13,17 @@ from .terminal import FAILED
 
 
 def verify_receipt_command(
-    directory: Annotated[Path, typer.Argument(help="Directory that a conversion has written.")],
+    directory: Annotated[Path, typer.Argument(help="Directory written by a conversion.")],
 ) -> None:
-    """Compares every file of a converted directory with the sha256 in its receipt."""
+    """Checks every file of a converted directory against the sha256 in its receipt."""
     try:
         receipt = verify_receipt(directory)
     except ConversionError as error:
-        Console(stderr=True).print(f"[bold red]Not as it was:[/] {escape(str(error))}", soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]Changed:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(FAILED) from error
     what = "".join(letter if letter.isprintable() else "?" for letter in shortened(receipt["what"]))
     Console().print(
-        f"[bold green]As it was:[/] {escape(str(directory))}, {len(receipt['target']['files'])} files, "
+        f"[bold green]Unchanged:[/] {escape(str(directory))}, {len(receipt['target']['files'])} files, "
         f"{escape(what)} on {escape(receipt['created'])}",
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""Two models on the same tokens, layer by layer in execution order: where they part, and how far.
+"""Two models on the same tokens, stage by stage in execution order: where they diverge, and by how much.
 
 Shapes: B batch, T tokens, E emb_dim, H heads, V vocabulary.
 """
@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, E emb_dim, H heads, V vocabulary.
 import math
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -31,6 +31,7 @@ from .trace import (
     HEAD_STAGES,
     LOGITS,
     OTHER_STAGES,
+    Activations,
     double_trace,
     first_tensor,
     meaning,
@@ -38,12 +39,17 @@ from .trace import (
     trace,
 )
 
+if TYPE_CHECKING:
+    from .diagnose import Diagnosis
+
+Traces = tuple[Activations, Activations]  # of reference and candidate
+
 
 @dataclass(frozen=True)
 class StageError:
-    """How far the candidate is off after one stage; errors are inf where shapes or NaNs differ.
+    """The candidate's error at one stage; inf where shapes or the positions of NaNs differ.
 
-    `relative` is max|a − b| / max|a|; `float32` is the same of the float32 run.
+    `relative` is max|a − b| / max|a|; `float32` is the same in the float32 run.
     """
 
     stage: str
@@ -57,7 +63,7 @@ class StageError:
 
 @dataclass(frozen=True)
 class Distribution:
-    """The next-token distributions of two models, over all tokens. KL in nats, of the candidate from the reference."""
+    """Two models' next-token distributions over all tokens. The KL divergence is KL(reference ‖ candidate) in nats."""
 
     tokens: int
     max_abs_logit: float
@@ -70,10 +76,10 @@ class Distribution:
 
 @dataclass
 class Comparison:
-    """What `compare_models` measured. `traces` and the like are for the reports and stay out of `to_dict`.
+    """The measurements of `compare_models`. `traces` and `tokenizer` are for the reports, not for `to_dict`.
 
-    `different_tensors` are those of two checkpoints that are not equal bit for bit, of `tensors` in all; None where one
-    model is not a checkpoint.
+    `different_tensors` names those of the `tensors` in two checkpoints that are not equal bit for bit; None if one of
+    the models is not a checkpoint.
     """
 
     reference: str
@@ -89,12 +95,12 @@ class Comparison:
     deterministic: bool = True
     perplexity: dict[str, float] | None = None
     gradients: dict[str, float] | None = None
-    diagnosis: Any = None
+    diagnosis: "Diagnosis | None" = None
     kind: str = GPTScratchForCausalLM.__name__
     tensors: int = 0
     different_tensors: list[str] | None = None
     different_settings: list[str] = field(default_factory=list)
-    traces: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = field(default=({}, {}), repr=False)
+    traces: Traces = field(default=({}, {}), repr=False)
     tokenizer: Any = field(default=None, repr=False)
 
     @property
@@ -107,7 +113,7 @@ class Comparison:
 
     @property
     def equivalent(self) -> bool:
-        """Whether both compute one thing, within rounding; `<=` is False for NaN, as it must be."""
+        """Whether both compute the same function, within rounding; `<=` is False for NaN, as it must be."""
         bound = logit_bound(self.dtype)
         choices = [stage.relative for stage in self.stages if stage.stage == CHOICES]
         finite_logits = math.isfinite(self.logits_float32.relative_error)
@@ -116,7 +122,7 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether the models are one: in what they compute, and two checkpoints in their weights too, bit for bit."""
+        """Whether they are equivalent and, as two checkpoints, have equal weights bit for bit and equal settings."""
         return self.equivalent and not self.different_tensors and not self.different_settings
 
     @property
@@ -128,7 +134,7 @@ class Comparison:
     def verdict(self) -> str:
         bug, rounding = self.logits.relative_error, self.logits_float32.relative_error
         if self.same:
-            more = f" and {bug:.1e} in float64: what float32 shows is rounding" if self.dtype == "float64" else ""
+            more = f" and {bug:.1e} in float64: the float32 error is rounding" if self.dtype == "float64" else ""
             bits = f"; {self.tensors} tensors equal bit for bit" if self.different_tensors is not None else ""
             return f"the same model: relative logit error {rounding:.1e} in float32{more}{bits}"
         if self.equivalent and not self.different_tensors:
@@ -141,23 +147,23 @@ class Comparison:
                 f"{len(self.different_tensors or [])} of {self.tensors} tensors are not equal bit for bit"
             )
         if not self.deterministic:
-            return "different: the candidate gives other logits each time it runs"
+            return "different: the candidate returns different logits on every run"
         if not math.isfinite(rounding):
-            return "different: logits that are NaN or infinite are never the same"
+            return "different: logits that are NaN or infinite equal nothing"
         if bug <= logit_bound(self.dtype):
             return f"different: the {OTHER_STAGES[LOGITS]} agree, but not the {HEAD_STAGES[CHOICES]}"
         if self.dtype == "float64":
-            return f"different: relative logit error {rounding:.1e} in float32 and {bug:.1e} in float64, so no rounding"
-        return f"different: relative logit error {rounding:.1e} in float32; float64 cannot be had of these models"
+            return f"different: relative logit error {rounding:.1e} in float32 and {bug:.1e} in float64: not rounding"
+        return f"different: relative logit error {rounding:.1e} in float32; these models do not run in float64"
 
     @property
     def last_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits of both models, (B, T, V), of the last tokens that both have."""
+        """The logits of both models (B, T, V), of the last tokens for which both have some."""
         return aligned_logits(self.traces[0][LOGITS], self.traces[1][LOGITS])
 
     @property
     def worst_token(self) -> tuple[int, int]:
-        """Row and place of the token after which the two next-token distributions differ most."""
+        """Row and position of the token after which the next-token distributions differ most."""
         kl = kl_divergence(*self.last_logits).nan_to_num(-1.0)  # (B, T)
         row, place = divmod(int(kl.argmax()), kl.shape[1])
         return row, place + len(self.tokens[0]) - kl.shape[1]
@@ -179,7 +185,7 @@ class Comparison:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; what is not finite is a string."""
+        """For JSON; numbers that are not finite are strings."""
         first = self.first_divergence
         return finite(
             {
@@ -222,7 +228,7 @@ def stage_bound(dtype: str) -> float:
 
 
 def aligned(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Both in float64 and one shape, or None. One may lack the batch, or have the last tokens alone."""
+    """Both in float64 and in one shape, or None. One may lack the batch dimension, or have the last tokens only."""
     a, b = reference.double(), candidate.double()
     if a.shape != b.shape and a.numel() == b.numel() and a.shape[-1] == b.shape[-1]:
         b = b.reshape(a.shape)
@@ -237,7 +243,7 @@ def aligned(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[torch.Ten
 
 
 def errors(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[float, float, float, str]:
-    """max|a − b|, √mean(a − b)², max|a − b| / max|a|, and a note; inf where shapes or the places of NaNs differ."""
+    """max|a − b|, √mean(a − b)², max|a − b| / max|a|, and a note; inf if shapes or the positions of NaNs differ."""
     pair = aligned(reference, candidate)
     if pair is None:
         note = f"shape {tuple(candidate.shape)} instead of {tuple(reference.shape)}"
@@ -246,22 +252,22 @@ def errors(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[float, flo
     sound = a.isfinite()
     if not torch.equal(sound, b.isfinite()):
         broken = (~b.isfinite()).double().mean().item()
-        return math.inf, math.inf, math.inf, f"{broken:.0%} of the candidate's numbers are NaN or infinite"
+        return math.inf, math.inf, math.inf, f"{broken:.0%} of the candidate's values are NaN or infinite"
     difference = (a - b)[sound].abs()
     if not difference.numel():
-        return 0.0, 0.0, 0.0, "nothing but NaN in both"
+        return 0.0, 0.0, 0.0, "no finite value in either"
     largest, off = a[sound].abs().max().item(), difference.max().item()
     return off, difference.square().mean().sqrt().item(), off / largest if largest else off, ""
 
 
 def kl_divergence(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """KL(reference ‖ candidate) of two models' logits (B, T, V), in nats (B, T)."""
+    """KL(reference ‖ candidate) per token (B, T) in nats, from logits (B, T, V)."""
     p, q = reference.log_softmax(-1), candidate.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).clamp(min=0)
 
 
 def aligned_logits(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits (B, T, V) of two models in float64, of the last tokens that both have.
+    """Two models' logits (B, T, V) in float64, of the last tokens for which both have some.
 
     Raises:
         LabError: the vocabularies differ.
@@ -276,14 +282,14 @@ def aligned_logits(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[to
 
 
 def distribution(reference: torch.Tensor, candidate: torch.Tensor) -> Distribution:
-    """The figures of two models' logits (B, T, V).
+    """How two models' logits (B, T, V) differ.
 
     Raises:
         LabError: the vocabularies differ.
     """
     a, b = aligned_logits(reference, candidate)
     off, _, relative, _ = errors(a, b)
-    if not (a.isfinite().all() and b.isfinite().all()):  # no model that gives them is the same as any other
+    if not (a.isfinite().all() and b.isfinite().all()):  # such a model equals no other
         relative = math.inf
     kl = kl_divergence(a, b)
     return Distribution(
@@ -310,53 +316,39 @@ def compare_models(
 
     Args:
         text_ids: (1, any length), for the perplexity of both.
-        gradients: compare those of the mean loss on `input_ids` too.
+        gradients: also compare the gradients of the mean loss on `input_ids`.
 
     Raises:
-        LabError: a model does not run on the tokens.
+        LabError: the models are of different kinds, or one does not run on the tokens.
     """
-    if reference.kind is not candidate.kind:
-        kinds = " and ".join(f"{subject.name} as {subject.kind.__name__}" for subject in (reference, candidate))
-        raise LabError(f"the two are models of different kinds, {kinds}; compare two of one kind")
-    if gradients and not reference.is_language_model:
-        raise LabError(
-            f"gradients are of a language model's loss, but these are {reference.kind.__name__}; leave them out"
-        )
+    refuse_kinds(reference, candidate, gradients=gradients)
     torch.manual_seed(0)
-    single = [trace(subject, input_ids) for subject in (reference, candidate)]
+    single = (trace(reference, input_ids), trace(candidate, input_ids))
     again = trace(candidate, input_ids)[LOGITS]
     deterministic = errors(single[1][LOGITS], again)[2] <= FP32_LOGITS
-    double = [double_trace(subject, input_ids, dropout=True) for subject in (reference, candidate)]
-    exact = all(double)
-    used = [activations for activations in double if activations] if exact else single
-    order = [stage for stage in used[0] if stage in used[1]]
-    measured = []
-    for stage in order:
-        off, rms, relative, note = errors(used[0][stage], used[1][stage])
-        float32 = errors(single[0][stage], single[1][stage])[2]
-        measured.append(StageError(stage, meaning(stage), off, rms, relative, float32, note))
-    n_layers = sum(bool(re.fullmatch(r"trf_blocks\.\d+\.input", stage)) for stage in used[0])
-    places = [*stages(n_layers)[:-1], *HEAD_STAGES, LOGITS]
-    measured.sort(key=lambda error: places.index(error.stage))
+    double = (double_trace(reference, input_ids, dropout=True), double_trace(candidate, input_ids, dropout=True))
+    dtype, used = "float32", single
+    if double[0] is not None and double[1] is not None:
+        dtype, used = "float64", (double[0], double[1])
     result = Comparison(
         reference=reference.name,
         candidate=candidate.name,
         tokens=input_ids.tolist(),
-        dtype="float64" if exact else "float32",
-        bound=stage_bound("float64" if exact else "float32"),
-        stages=measured,
+        dtype=dtype,
+        bound=stage_bound(dtype),
+        stages=stage_errors(used, single),
         logits=distribution(used[0][LOGITS], used[1][LOGITS]),
         logits_float32=distribution(single[0][LOGITS], single[1][LOGITS]),
         matches={s: m.matches for s, m in (("reference", reference), ("candidate", candidate)) if m.guessed},
         notes=[*reference.notes, *candidate.notes],
         deterministic=deterministic,
         kind=reference.kind.__name__,
-        traces=(used[0], used[1]),
+        traces=used,
     )
     if reference.tensors is not None and candidate.tensors is not None:
         result.tensors = len(reference.tensors.keys() | candidate.tensors.keys())
         result.different_tensors = differing(reference.tensors, candidate.tensors)
-    if all(isinstance(subject.module, PreTrainedModel) for subject in (reference, candidate)):
+    if isinstance(reference.module, PreTrainedModel) and isinstance(candidate.module, PreTrainedModel):
         result.different_settings = differing_settings(reference.module, candidate.module)
     if text_ids is not None and reference.is_language_model:
         result.perplexity = {
@@ -368,8 +360,32 @@ def compare_models(
     return result
 
 
+def refuse_kinds(reference: Subject, candidate: Subject, *, gradients: bool) -> None:
+    """Raises LabError if the models are of two kinds, or have no loss to differentiate."""
+    if reference.kind is not candidate.kind:
+        kinds = " and ".join(f"{subject.name} as {subject.kind.__name__}" for subject in (reference, candidate))
+        raise LabError(f"the two are models of different kinds, {kinds}; compare two of one kind")
+    if gradients and not reference.is_language_model:
+        raise LabError(
+            f"gradients are those of a language model's loss, but these are {reference.kind.__name__}; drop --gradients"
+        )
+
+
+def stage_errors(traces: Traces, single: Traces) -> list[StageError]:
+    """The errors of all stages that both traces have, in execution order; `single` are the float32 traces."""
+    measured = []
+    for stage in traces[0]:
+        if stage in traces[1]:
+            off, rms, relative, note = errors(traces[0][stage], traces[1][stage])
+            float32 = errors(single[0][stage], single[1][stage])[2]
+            measured.append(StageError(stage, meaning(stage), off, rms, relative, float32, note))
+    n_layers = sum(bool(re.fullmatch(r"trf_blocks\.\d+\.input", stage)) for stage in traces[0])
+    order = [*stages(n_layers)[:-1], *HEAD_STAGES, LOGITS]
+    return sorted(measured, key=lambda error: order.index(error.stage))
+
+
 def perplexity(subject: Subject, text_ids: torch.Tensor, window: int) -> float:
-    """exp of the mean loss of each next token of a text (1, N), in windows of so many tokens one after the other."""
+    """exp of the mean next-token loss on a text (1, N), in consecutive windows of `window` tokens."""
     loss, tokens = 0.0, 0
     for ids in text_ids.split(window, dim=1):
         logits = trace(subject, ids)[LOGITS][:, :-1]
@@ -380,31 +396,39 @@ def perplexity(subject: Subject, text_ids: torch.Tensor, window: int) -> float:
 
 
 def tied(subject: Subject) -> bool:
-    """Whether one matrix is both the token embedding and the head."""
+    """Whether the head is the token embedding's matrix."""
     own = {ours: parameters(subject.module)[m.row.theirs] for m in subject.matches for ours in m.row.ours}
     return own.get(f"{LOGITS}.weight", own.get("tok_emb.weight")) is own.get("tok_emb.weight")
 
 
-@torch.enable_grad()
 def gradient_errors(reference: Subject, candidate: Subject, input_ids: torch.Tensor) -> dict[str, float]:
-    """The relative error of the gradient of each parameter that both have, by the book's names, in float32."""
-    found = []
-    for subject in (reference, candidate):
-        subject.module.zero_grad()
-        output = subject.module(input_ids)
-        logits = first_tensor(output.logits if hasattr(output, "logits") else output)
-        if logits is None or logits.shape[1] != input_ids.shape[1]:
-            raise LabError(f"{subject.name} gives no logits for each token, so there is no loss to take gradients of")
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
-        gradients = {name: p.grad for name, p in parameters(subject.module).items() if p.grad is not None}
-        found.append(subject.in_book_names(gradients))
-        subject.module.zero_grad()
-    if any(tied(subject) for subject in (reference, candidate)):
-        # The one matrix has the sum of both gradients, so the sum is what two matrices are compared by.
-        for subject, ours in zip((reference, candidate), found, strict=True):
-            head = ours.pop(f"{LOGITS}.weight", None)
+    """The relative gradient error of each parameter that both have, in float32, by the book's names."""
+    first, second = (gradients_of(subject, input_ids) for subject in (reference, candidate))
+    if tied(reference) or tied(candidate):
+        # A tied matrix has the sum of both gradients, so two untied ones are compared by their sum.
+        for subject, gradients in ((reference, first), (candidate, second)):
+            head = gradients.pop(f"{LOGITS}.weight", None)
             if head is not None and not tied(subject):
-                ours["tok_emb.weight"] = ours["tok_emb.weight"] + head
-    shared = [name for name in found[0] if name in found[1] and found[0][name].shape == found[1][name].shape]
-    theirs, ours = ({name: tensors[name] for name in shared} for tensors in found)
-    return relative_errors(theirs, ours) if shared else {}
+                gradients["tok_emb.weight"] = gradients["tok_emb.weight"] + head
+    shared = [name for name in first if name in second and first[name].shape == second[name].shape]
+    if not shared:
+        return {}
+    return relative_errors({name: first[name] for name in shared}, {name: second[name] for name in shared})
+
+
+@torch.enable_grad()
+def gradients_of(subject: Subject, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients of the mean loss of each next token, by the book's names. The model's own are cleared.
+
+    Raises:
+        LabError: the model does not return logits for each token.
+    """
+    subject.module.zero_grad()
+    output = subject.module(input_ids)
+    logits = first_tensor(output.logits if hasattr(output, "logits") else output)
+    if logits is None or logits.shape[1] != input_ids.shape[1]:
+        raise LabError(f"{subject.name} does not return logits for each token, so there is no loss to differentiate")
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
+    gradients = {name: p.grad for name, p in parameters(subject.module).items() if p.grad is not None}
+    subject.module.zero_grad()  # which sets them to None, so that these stay as they are
+    return subject.in_book_names(gradients)

@@ -1,4 +1,4 @@
-"""Where a parameter comes from and goes to, what it does, and in which equation.
+"""A parameter's source and target names, its role, and its equation.
 
 Sizes come from the config and the model on the meta device; no weights are read.
 """
@@ -8,20 +8,37 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from transformers.activations import ACT2FN
+
 from ..errors import UnknownName
 from ..model.configuration_gpt_scratch import GPTScratchConfig
-from ..model.modeling_gpt_scratch import MODELS, GPTScratchForCausalLM, GPTScratchPreTrainedModel
+from ..model.modeling_gpt_scratch import (
+    GPTScratchDoubleHeadsModel,
+    GPTScratchForCausalLM,
+    GPTScratchForQuestionAnswering,
+    GPTScratchForSequenceClassification,
+    GPTScratchForTokenClassification,
+    GPTScratchPreTrainedModel,
+)
 from ..model.weight_map import DROPPED, GPT2_PREFIX, HEADS, LM_HEAD, SCRATCH_PREFIX, TABLE, Row
 from .inspect import BLOCK, ROLES, arithmetic, build, facts, resolve
 
-# What the base model's place in a head, PEFT, DistributedDataParallel and torch.compile put before a name.
+# Prefixes of a base model in a head model, and those of PEFT, DistributedDataParallel and torch.compile.
 PREFIXES = (GPT2_PREFIX[:-1], SCRATCH_PREFIX[:-1], "base_model", "module", "_orig_mod")
+
+# Which class has a head of this name; GPTScratchForCausalLM has the rest.
+HEAD_CLASSES: dict[str, type[GPTScratchPreTrainedModel]] = {
+    "score.": GPTScratchForSequenceClassification,
+    "classifier.": GPTScratchForTokenClassification,
+    "qa_outputs.": GPTScratchForQuestionAnswering,
+    "multiple_choice_head.": GPTScratchDoubleHeadsModel,
+}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of ours: `code` is its name in Python over the modules of a block of ours (outside blocks: of the
-    model), `value` what it is over those of GPT-2's."""
+    """One tensor of ours. `code` is its Python expression within our block (outside blocks: within our model), `value`
+    the equal expression within GPT-2's."""
 
     name: str
     stored: str
@@ -32,12 +49,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A parameter, from GPT-2's tensor to ours and back. Without `parts` it is dropped on the way."""
+    """A parameter, from GPT-2's tensor to ours and back. Without `parts`, the conversion drops it."""
 
     gpt2: str
     gpt2_stored: str
     gpt2_shape: list[int]
-    gpt2_code: str  # as in `Part`, the other way round
+    gpt2_code: str  # as in `Part`, in the other direction
     gpt2_value: str
     parts: tuple[Part, ...]
     meaning: str
@@ -51,33 +68,38 @@ class Explanation:
 
 
 def explain(name: str, model="124M") -> list[Explanation]:
-    """Where the parameters called `name` come from and go to, with the shapes that they have in `model`.
+    """The parameters that match `name`: where they come from and go to, with their shapes in `model`.
 
     Args:
-        name: GPT-2's or ours, whole or in part ("W_query"), with or without prefix and layer number.
-        model: what `resolve` understands.
+        name: GPT-2's name or ours, in full or in part ("W_query"), with or without prefix and layer number.
+        model: anything that `resolve` accepts.
 
     Raises:
-        UnknownName: no parameter is called so; the message has the nearest names.
+        UnknownName: no parameter matches; the message suggests the closest names.
         ValueError: see `resolve`.
     """
     config, _ = resolve(model)
     query, layer = _normalized(name)
     if layer is not None and layer >= config.n_layers:
-        raise UnknownName(f"got {name!r}, but the model has the layers 0 to {config.n_layers - 1}; name one of those")
-    # Cross-attention has the names of attention; it is meant only where there is some, or by its own name.
-    cross = config.add_cross_attention or any("cross" in part for part in query)
-    found = [(row, picked) for row in TABLE if cross or "cross" not in row.theirs if (picked := _picked(row, query))]
-    dropped = [other for other in DROPPED if cross or "cross" not in other if _within(query, other)]
-    exact = [(row, picked) for row, picked in found if query in map(_parts, (row.theirs, *row.ours))]
-    if not found and not dropped:
+        raise UnknownName(f"got {name!r}, but the model has layers 0 to {config.n_layers - 1}; name one of those")
+    rows = [(row, picked) for row in TABLE if _meant(row.theirs, query, config) and (picked := _picked(row, query))]
+    exact = [(row, picked) for row, picked in rows if query in map(_parts, (row.theirs, *row.ours))]
+    if exact:
+        return [_explained(row, picked, layer, config) for row, picked in exact]
+    dropped = [other for other in DROPPED if _meant(other, query, config) and _within(query, other)]
+    if not rows and not dropped:
         raise UnknownName(f"got {name!r}, which is no parameter of GPT-2 or ours; {_suggestion(query)}")
-    explanations = [_explained(row, picked, layer, config) for row, picked in exact or found]
-    return explanations + [_dropped(other, layer, config) for other in (() if exact else dropped)]
+    explanations = [_explained(row, picked, layer, config) for row, picked in rows]
+    return explanations + [_dropped(other, layer, config) for other in dropped]
+
+
+def _meant(name: str, query: tuple[str, ...], config: GPTScratchConfig) -> bool:
+    """Cross-attention shares attention's names, so it matches only if the config has it or the query names it."""
+    return "cross" not in name or config.add_cross_attention or any("cross" in part for part in query)
 
 
 def _normalized(name: str) -> tuple[tuple[str, ...], int | None]:
-    """The name's parts without prefixes and layer number, and the number."""
+    """The name's parts without prefixes and layer number, and that number."""
     name = re.sub(r"\[(\d+)\]", r".\1", name.strip())
     numbers = [int(number) for _, number in BLOCK.findall(name) if number.isdigit()]
     parts = list(_parts(name))
@@ -96,7 +118,7 @@ def _within(query: tuple[str, ...], name: str) -> bool:
 
 
 def _picked(row: Row, query: tuple[str, ...]) -> list[int]:
-    """Which of the row's tensors of ours are meant; all if GPT-2's is."""
+    """Which of our tensors in the row match; all of them if GPT-2's name does."""
     if _within(query, row.theirs):
         return list(range(len(row.ours)))
     return [i for i, name in enumerate(row.ours) if _within(query, name)]
@@ -114,36 +136,33 @@ def _suggestion(query: tuple[str, ...]) -> str:
 
 
 def _expression(name: str) -> str:
-    """A name as Python over the modules of its block, or of the model if it is in none."""
+    """A name as a Python expression within its block, or within the model if it is outside the blocks."""
     return re.sub(r"\.(\d+)", r"[\1]", re.sub(r"^(h|trf_blocks)\.\{n\}\.", "", name))
 
 
 def _role(name: str) -> str:
-    """The key in `ROLES` of the module that has this parameter of ours."""
+    """The key in `ROLES` of the module that owns this parameter of ours."""
     return BLOCK.sub("", name).removeprefix(".").rpartition(".")[0]
 
 
 def _explained(row: Row, picked: list[int], layer: int | None, config: GPTScratchConfig) -> Explanation:
-    shapes, gpt2_shape, filled, note = _shapes(row, config)
+    model, note = _model_with(row, config)
+    tensors = model.state_dict()
+    ours = [tensors[_stored(row, name)] for name in row.at(0).ours]
+    shapes, filled = [list(tensor.shape) for tensor in ours], facts(model)
     numbered = row if layer is None else row.at(layer)
-    prefixed = row not in HEADS
     parts = []
     for i in picked:
-        value = _expression(row.theirs)
-        if len(row.ours) > 1:
-            rows = f"{i * shapes[i][0]}:{(i + 1) * shapes[i][0]}"
-            value += f"[:, {rows}]" if row.transposed else f"[{rows}]"
-        value += ".T" if row.transposed else ""
-        name = numbered.ours[i]
-        parts.append(Part(name, SCRATCH_PREFIX * prefixed + name, shapes[i], _expression(row.ours[i]), value))
+        name, code = numbered.ours[i], _expression(row.ours[i])
+        parts.append(Part(name, _stored(row, name), shapes[i], code, _value_of_part(row, i, shapes)))
     back = ", ".join(map(_expression, row.ours))
     back = f"torch.cat([{back}])" if len(row.ours) > 1 else back
     step = 1 if row.theirs in ("wte.weight", "wpe.weight") else -1  # in × out, as in the tree
-    roles = dict.fromkeys(ROLES[_role(row.ours[i])] for i in picked)
+    roles = list(dict.fromkeys(ROLES[_role(row.ours[i])] for i in picked))
     return Explanation(
         gpt2=numbered.theirs,
-        gpt2_stored=GPT2_PREFIX * prefixed + numbered.theirs,
-        gpt2_shape=gpt2_shape,
+        gpt2_stored=numbered.theirs if row in HEADS else GPT2_PREFIX + numbered.theirs,
+        gpt2_shape=list(row.to_theirs(ours).shape),
         gpt2_code=_expression(row.theirs),
         gpt2_value=back + (".T" if row.transposed else ""),
         parts=tuple(parts),
@@ -155,29 +174,47 @@ def _explained(row: Row, picked: list[int], layer: int | None, config: GPTScratc
     )
 
 
-def _shapes(row: Row, config: GPTScratchConfig) -> tuple[list[list[int]], list[int], dict[str, Any], str]:
-    """Shapes of a row's tensors of ours and of GPT-2's, the model's facts, and what must change for it to have them."""
-    values: dict[str, Any] = {**config.to_dict(), "n_layers": 1, "tie_word_embeddings": False}
-    causal = GPTScratchForCausalLM
-    others: list[tuple[type[GPTScratchPreTrainedModel], dict]] = [(model_class, {}) for model_class in MODELS[1:]]
-    changes: tuple[dict[str, Any], ...] = (
-        {"qkv_bias": True},
-        {"activation_function": "prelu"},
-        {"activation_function": "xielu"},
-        {"qkv_bias": True, "add_cross_attention": True},
-    )
-    for model_class, change in [(causal, {}), *others, *((causal, change) for change in changes)]:
-        model = build(GPTScratchConfig.from_dict({**values, **change}), model_class)
-        tensors = {name.removeprefix(SCRATCH_PREFIX): tensor for name, tensor in model.state_dict().items()}
-        found = [tensors[name] for name in row.at(0).ours if name in tensors]
-        if found:
-            break
-    note = f"only {model_class.__name__} has it" if model_class is not GPTScratchForCausalLM else ""
-    for key, value in change.items():
-        note = f"this model has none: only one with {key}={value!r} does"
-    if row is LM_HEAD and config.tie_word_embeddings:
-        note = "tied: the same matrix as tok_emb.weight, stored once"
-    return [list(t.shape) for t in found], list(row.to_theirs(found).shape), facts(model), note
+def _stored(row: Row, name: str) -> str:
+    """The name of a row's tensor in our files; heads are outside the base model."""
+    return name if row in HEADS else SCRATCH_PREFIX + name
+
+
+def _value_of_part(row: Row, i: int, shapes: list[list[int]]) -> str:
+    """The i-th of our tensors as a Python expression within GPT-2's block."""
+    value = _expression(row.theirs)
+    if len(row.ours) > 1:
+        rows = f"{i * shapes[i][0]}:{(i + 1) * shapes[i][0]}"
+        value += f"[:, {rows}]" if row.transposed else f"[{rows}]"
+    return value + (".T" if row.transposed else "")
+
+
+def _model_with(row: Row, config: GPTScratchConfig) -> tuple[GPTScratchPreTrainedModel, str]:
+    """A one-block model that has the row's tensors, and a note if this config's language model does not."""
+    model_class = next((c for name, c in HEAD_CLASSES.items() if row.ours[0].startswith(name)), GPTScratchForCausalLM)
+    changes = _changes_for(row.ours[0], config)
+    values = {**config.to_dict(), "n_layers": 1, "tie_word_embeddings": False, **changes}
+    model = build(GPTScratchConfig.from_dict(values), model_class)
+    if changes:
+        needed = " and ".join(f"{key}={value!r}" for key, value in changes.items())
+        return model, f"this model does not have it: that takes {needed}"
+    if model_class is not GPTScratchForCausalLM:
+        return model, f"only {model_class.__name__} has it"
+    tied = row is LM_HEAD and config.tie_word_embeddings
+    return model, "tied: the same matrix as tok_emb.weight, stored once" if tied else ""
+
+
+def _changes_for(name: str, config: GPTScratchConfig) -> dict[str, Any]:
+    """The settings that this parameter of ours requires and the config lacks."""
+    changes: dict[str, Any] = {}
+    if "att.W_" in name and name.endswith(".bias") and not config.qkv_bias:
+        changes["qkv_bias"] = True
+    if "cross" in name and not config.add_cross_attention:
+        changes["add_cross_attention"] = True
+    if ".ff.layers.1." in name:
+        own = name.rpartition(".")[2]
+        if own not in ACT2FN[config.activation_function].state_dict():
+            changes["activation_function"] = "prelu" if own == "weight" else "xielu"
+    return changes
 
 
 def _dropped(name: str, layer: int | None, config: GPTScratchConfig) -> Explanation:
@@ -190,9 +227,9 @@ def _dropped(name: str, layer: int | None, config: GPTScratchConfig) -> Explanat
         gpt2_code=_expression(name),
         gpt2_value="",
         parts=(),
-        meaning="the causal mask" if mask else "the number that the causal mask once filled in",
-        does="no weight: it is dropped, since it is computed when it is needed",
-        equation="position t sees the positions 0 to t",
+        meaning="the causal mask" if mask else "the value that the causal mask once filled in",
+        does="not a weight: dropped, because it is computed when needed",
+        equation="position t sees positions 0 to t",
         arithmetic="",
         note="",
     )

@@ -1,7 +1,7 @@
-"""What a model is made of, and where each of its parameters comes from: figures with their arithmetic, and words.
+"""What a model consists of: its modules, parameters with their arithmetic, and operations in order, explained in words.
 
-Sizes come from the config and the model on the meta device; the order of operations from running it there. No weights
-are read. Shapes: B batch, T tokens, and the numbers themselves.
+Sizes come from the config and from the model on the meta device, the order of operations from running it there. No
+weights are read. Shapes: B batch, T tokens; other dimensions are numbers.
 """
 
 import difflib
@@ -28,49 +28,55 @@ from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchPreTra
 from ..model.weight_map import SCRATCH_PREFIX, TABLE
 from ..weights.architecture import architecture, kind_of
 
-BOOK = "book"  # a name for the book's GPT_CONFIG_124M beside the official sizes
+BOOK = "book"  # names the book's GPT_CONFIG_124M, like the official sizes' names
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 BLOCK = re.compile(r"(?<!\w)(h|trf_blocks)\.(\d+|\{n\})(?=\.|$)")
 
 
 NORM = (
-    "gives each token's {E} numbers mean 0 and variance 1, then scales and shifts each number",
+    "normalizes each token's {E} numbers to mean 0 and variance 1, then scales and shifts each",
     "y = scale · (x − mean(x)) / √(var(x) + {eps}) + shift",
 )
-# What each module does and its equation, by our name without the block's. Braces are filled from the model by `facts`.
+# Each module's role and equation, by our name without the block's. `facts` fills in the braces.
 ROLES: dict[str, tuple[str, str]] = {
     "tok_emb": (
-        "row i is the vector of {E} numbers that stands for token id i, one of {V}",
+        "row i is the vector of {E} numbers that represents token id i, one of {V}",
         "x = tok_emb[ids] + pos_emb[positions]",
     ),
     "pos_emb": (
-        "row t is the vector that says 'I stand at position t', one of {C}",
+        "row t is the vector that encodes position t, one of {C}",
         "x = tok_emb[ids] + pos_emb[positions]",
     ),
     "drop_emb": ("{drop_rate_emb}", "x = dropout(x)"),
     "norm1": NORM,
-    "att.W_query": ("what each token looks for, in {H} heads of {D} numbers", "Q = y · W_queryᵀ{qkv_bias}"),
-    "att.W_key": ("what each token offers to be found by, in {H} heads of {D}", "K = y · W_keyᵀ{qkv_bias}"),
-    "att.W_value": ("what each token hands on when it is found, in {H} heads of {D}", "V = y · W_valueᵀ{qkv_bias}"),
+    "att.W_query": ("the query: what each token looks for, in {H} heads of {D} numbers", "Q = y · W_queryᵀ{qkv_bias}"),
+    "att.W_key": ("the key: what each token is matched by, in {H} heads of {D}", "K = y · W_keyᵀ{qkv_bias}"),
+    "att.W_value": (
+        "the value: what each token passes on when it is attended to, in {H} heads of {D}",
+        "V = y · W_valueᵀ{qkv_bias}",
+    ),
     "att.softmax": (
-        "each token weighs itself and the tokens before it, in each head by itself: scores Q · Kᵀ {scaling}, later "
+        "each token weights itself and the tokens before it, separately in each head: scores Q · Kᵀ {scaling}, later "
         "tokens masked out, softmax; the weights mix the values ({drop_rate_attn})",
         "z = softmax(Q · Kᵀ {scaling} + mask) · V",
     ),
-    "att.out_proj": ("mixes what the {H} heads found", "x = x + dropout(z · W_outᵀ + b)"),
+    "att.out_proj": ("mixes the results of the {H} heads", "x = x + dropout(z · W_outᵀ + b)"),
     "drop_shortcut": ("{drop_rate_shortcut}", "dropout(…)"),
     "norm_cross": NORM,
-    "cross_att.W_query": ("what each token looks for in the encoder's states", "Q = y · W_queryᵀ{qkv_bias}"),
-    "cross_att.W_key": ("what each state of the encoder offers to be found by", "K = states · W_keyᵀ{qkv_bias}"),
-    "cross_att.W_value": ("what each state hands on when it is found", "V = states · W_valueᵀ{qkv_bias}"),
-    "cross_att.out_proj": ("mixes what the {H} heads found", "x = x + dropout(z · W_outᵀ + b)"),
+    "cross_att.W_query": ("the query: what each token looks for in the encoder's states", "Q = y · W_queryᵀ{qkv_bias}"),
+    "cross_att.W_key": ("the key: what each state of the encoder is matched by", "K = states · W_keyᵀ{qkv_bias}"),
+    "cross_att.W_value": (
+        "the value: what attention takes from each state",
+        "V = states · W_valueᵀ{qkv_bias}",
+    ),
+    "cross_att.out_proj": ("mixes the results of the {H} heads", "x = x + dropout(z · W_outᵀ + b)"),
     "norm2": NORM,
-    "ff.layers.0": ("widens each token by itself from {E} to {F} numbers", "h = {activation}(y · W₁ᵀ + b₁)"),
-    "ff.layers.1": ("the activation: {activation}, number by number", "h = {activation}(y · W₁ᵀ + b₁)"),
-    "ff.layers.2": ("narrows each token from {F} back to {E} numbers", "x = x + dropout(h · W₂ᵀ + b₂)"),
+    "ff.layers.0": ("expands each token separately from {E} to {F} numbers", "h = {activation}(y · W₁ᵀ + b₁)"),
+    "ff.layers.1": ("the activation: {activation}, elementwise", "h = {activation}(y · W₁ᵀ + b₁)"),
+    "ff.layers.2": ("projects each token from {F} back to {E} numbers", "x = x + dropout(h · W₂ᵀ + b₂)"),
     "final_norm": NORM,
     "out_head": ("scores each of the {V} token ids as the next token", "logits = y · W_headᵀ"),
-    "score": ("scores each of {labels} labels; the last token counts for its sequence", "logits = y · Wᵀ"),
+    "score": ("scores each of {labels} labels; the last token represents its sequence", "logits = y · Wᵀ"),
     "dropout": ("in training, sets some numbers to zero", "y = dropout(y)"),
     "classifier": ("scores each of {labels} labels for every token", "logits = y · Wᵀ + b"),
     "qa_outputs": ("scores every token as the answer's start and as its end", "(start, end) = y · Wᵀ + b"),
@@ -86,14 +92,14 @@ MAX_LAYERS = 1000
 def resolve(
     model: str | os.PathLike | Mapping[str, Any] | PreTrainedConfig | PreTrainedModel,
 ) -> tuple[GPTScratchConfig, type[GPTScratchPreTrainedModel]]:
-    """The config and the class that are meant.
+    """The config and the model class that an argument stands for.
 
     Args:
         model: "124M" to "1558M"; "book", the book's `GPT_CONFIG_124M`; a directory or hub id, official or ours; a
             config.json; the book's dict; a config; a model.
 
     Raises:
-        ValueError: nothing of the kind, or a model that is neither GPT-2 nor ours.
+        ValueError: none of these, or a model that is neither GPT-2 nor ours.
         StrictDataclassError: a config with a wrong value.
     """
     if isinstance(model, GPTScratchPreTrainedModel):
@@ -103,53 +109,64 @@ def resolve(
         if kind is None or type(model) is not kind.gpt2_class:
             raise ValueError(
                 f"got a {type(model).__name__}, but only models of transformers' own GPT-2 classes and of ours are "
-                "known; give the config instead"
+                "supported; give the config instead"
             )
         return GPTScratchConfig.from_gpt2(model.config), kind
+    if isinstance(model, nn.Module):
+        raise ValueError(f"got a {type(model).__name__}, which has no config; give the config instead")
     if isinstance(model, GPTScratchConfig):
         return model, GPTScratchForCausalLM
     if isinstance(model, PreTrainedConfig):
-        return GPTScratchConfig.from_gpt2(model), GPTScratchForCausalLM
+        other: Any = model  # of any type; from_gpt2 refuses all but GPT-2's
+        return GPTScratchConfig.from_gpt2(other), GPTScratchForCausalLM
     if isinstance(model, Mapping):
         return GPTScratchConfig(**model), GPTScratchForCausalLM
-    if isinstance(model, nn.Module):
-        raise ValueError(f"got a {type(model).__name__}, which does not keep its config; give the config instead")
-    name = str(model)
+    return _named(str(model))
+
+
+def _named(name: str) -> tuple[GPTScratchConfig, type[GPTScratchPreTrainedModel]]:
+    """The config and the class of a preset, the book's configuration, a directory, a config.json or a hub id."""
     if name in PRESETS:
         return GPTScratchConfig.preset(name), GPTScratchForCausalLM
     if name == BOOK:
-        return GPTScratchConfig(**GPT_CONFIG_124M), GPTScratchForCausalLM
+        book: dict[str, Any] = {**GPT_CONFIG_124M}
+        return GPTScratchConfig(**book), GPTScratchForCausalLM
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
         if not values:
             raise OSError("no config.json")
         config = GPTScratchConfig.from_pretrained(name)
-    except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:  # a config.json can hold anything
-        if Path(name).is_file() and not name.endswith(".json"):
-            raise ValueError(
-                f"{name} is a file, but sizes are read from a directory with a config.json; give that, or, if it "
-                f"is the book's or another program's checkpoint, convert it: hf-gpt-scratch convert {name} DIRECTORY"
-            ) from error
-        meant = difflib.get_close_matches(name, (*PRESETS, BOOK), n=1, cutoff=0.7)
-        hint = f"; did you mean {meant[0]!r}?" if meant else "."
-        raise ValueError(
-            f"got {name!r}{hint} A model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
-            f"hub id ({str(error).splitlines()[0]})"
-        ) from error
+    except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:  # a config.json can contain anything
+        raise ValueError(_unknown(name, str(error).splitlines()[0])) from error
     except (ValueError, StrictDataclassError):
         raise
-    except Exception as error:  # transformers takes a config in many ways, and fails in as many
-        raise ValueError(f"{name!r} has a config.json that is not usable ({error!r}); correct it") from error
+    except Exception as error:  # transformers can fail on a bad config in many ways
+        raise ValueError(f"{name!r} has an unusable config.json ({error!r}); correct it") from error
     return config, architecture(values, name)
 
 
+def _unknown(name: str, reason: str) -> str:
+    """The message for a name that leads to no config."""
+    if Path(name).is_file() and not name.endswith(".json"):
+        return (
+            f"{name} is a file, but sizes are read from a directory with a config.json; give that, or, if it "
+            f"is the book's or another program's checkpoint, convert it: hf-gpt-scratch convert {name} DIRECTORY"
+        )
+    close = difflib.get_close_matches(name, (*PRESETS, BOOK), n=1, cutoff=0.7)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return (
+        f"got {name!r}{hint} A model is one of {', '.join(PRESETS)}, {BOOK!r}, a directory with a config.json or a "
+        f"hub id ({reason})"
+    )
+
+
 def build(config: GPTScratchConfig, model_class: type[GPTScratchPreTrainedModel]) -> GPTScratchPreTrainedModel:
-    """The model without memory for its weights, in evaluation mode."""
+    """The model on the meta device, without memory for its weights, in evaluation mode."""
     if config.n_layers > MAX_LAYERS:
         raise ValueError(
-            f"got a config of {config.n_layers} layers, but at most {MAX_LAYERS} are looked at; is it a typing mistake?"
+            f"got a config of {config.n_layers} layers, but at most {MAX_LAYERS} are supported; is it a typo?"
         )
-    config = GPTScratchConfig.from_dict(config.to_dict())  # building writes into it
+    config = GPTScratchConfig.from_dict(config.to_dict())  # building modifies it
     config.return_dict = True
     with torch.device("meta"):
         model = model_class._from_config(config, attn_implementation="eager")
@@ -158,8 +175,8 @@ def build(config: GPTScratchConfig, model_class: type[GPTScratchPreTrainedModel]
 
 
 def facts(model: GPTScratchPreTrainedModel) -> dict[str, Any]:
-    """The numbers that `ROLES` speaks of, read off the model's modules."""
-    base = model.base_model
+    """The values for the braces in `ROLES`, read from the model's modules."""
+    base: Any = model.base_model  # a subclass may have modules of other classes
     block = base.trf_blocks[0]
     wide, act, _ = block.ff.layers
     scalings = [block.att.scaling for block in base.trf_blocks]
@@ -189,7 +206,7 @@ def facts(model: GPTScratchPreTrainedModel) -> dict[str, Any]:
 
 
 def _dropout(rate: float) -> str:
-    return f"in training, sets {rate:.0%} to zero" if rate else "sets nothing to zero: the rate is 0"
+    return f"in training, sets {rate:.0%} to zero" if rate else "no dropout: the rate is 0"
 
 
 def arithmetic(terms: Sequence[tuple[int, ...]]) -> str:
@@ -203,7 +220,7 @@ def arithmetic(terms: Sequence[tuple[int, ...]]) -> str:
 
 @dataclass(frozen=True)
 class Node:
-    """A module: what it is, its own tensors and what is below it. `name` is "0-11" for twelve equal ones."""
+    """A module: its class, its own tensors, and its children. `name` is "0-11" for twelve equal modules."""
 
     name: str
     kind: str
@@ -221,7 +238,7 @@ class Node:
             yield from child.walk(depth + 1)
 
     def __getitem__(self, name: str) -> "Node":
-        """The child of that name, or below one: `tree["model.trf_blocks"]`."""
+        """The descendant of that name: `tree["model.trf_blocks"]`."""
         head, _, rest = name.partition(".")
         child = next((child for child in self.children if child.name == head), None)
         if child is None:
@@ -231,13 +248,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's tree, its totals, the memory of its weights, and it in words."""
+    """A model's module tree, its totals, the memory of its weights, and a summary in words."""
 
     model: str
     kind: str
     dtype: str | None
     tree: Node
-    parameters: dict[str, int]  # with one matrix for embedding and head ("tied"), with two ("untied"), or "all"
+    parameters: dict[str, int]  # "tied": one matrix for embedding and head; "untied": two; "all": no such head
     tied: bool
     arithmetic: dict[str, str]
     memory: dict[str, dict[str, int]]  # bytes, by dtype, then as `parameters`
@@ -262,7 +279,7 @@ class Step:
 
 
 def inspect(model) -> Inspection:
-    """All that `Inspection` holds, of anything that `resolve` understands.
+    """Inspects anything that `resolve` accepts.
 
     Raises:
         ValueError: see `resolve`.
@@ -271,7 +288,7 @@ def inspect(model) -> Inspection:
     try:
         built = build(config, model_class)
         events = trace(built)
-    except Exception as error:  # settings of the heads that do not exist, dtypes that are none, and what else there is
+    except Exception as error:  # invalid settings of heads, invalid dtypes, and so on
         raise ValueError(f"no {model_class.__name__} can be built from its config ({error}); correct it") from error
     steps = _steps(built, events)
     tree = _node(built, "", "", [name for name, _, _ in events], {})
@@ -314,7 +331,7 @@ def _node(module: nn.Module, name: str, path: str, order: list[str], seen: dict[
             tied_to = seen[id(parameter)]
             continue
         seen[id(parameter)] = path + key
-        # in × out, as one says it; nn.Linear stores [out, in].
+        # in × out, as usually written; nn.Linear stores [out, in].
         terms.append(tuple(parameter.shape[::-1] if isinstance(module, nn.Linear) else parameter.shape))
     names = sorted((child for child, _ in module.named_children()), key=first_use)
     children = _grouped([_node(module.get_submodule(n), n, f"{path}{n}.", order, seen) for n in names])
@@ -332,7 +349,7 @@ def _node(module: nn.Module, name: str, path: str, order: list[str], seen: dict[
 
 
 def _grouped(children: list[Node]) -> tuple[Node, ...]:
-    """The same nodes, with neighbours that differ in nothing but their number as one."""
+    """The same nodes, with neighbours that differ only in their number merged."""
     groups: list[list[Node]] = []
     for child in children:
         if groups and child.name.isdigit() and groups[-1][0].name.isdigit() and _alike(groups[-1][0], child):
@@ -354,7 +371,7 @@ def _alike(a: Node, b: Node) -> bool:
 
 @cache
 def _module_names() -> dict[str, str]:
-    """Our modules and GPT-2's, as far as the weight map pairs them; of containers those at the same place."""
+    """Our modules' names and GPT-2's, as the weight map pairs them; containers are paired by depth."""
     names = {}
     for row in TABLE:
         theirs = row.theirs.split(".")[:-1]
@@ -367,7 +384,7 @@ def _module_names() -> dict[str, str]:
 
 
 def gpt2_module(path: str) -> str | None:
-    """The last part of GPT-2's name of our module at `path`, if the weight map has one."""
+    """The last part of GPT-2's name for our module at `path`, if the weight map has one."""
     ours = BLOCK.sub(r"\1.{n}", path.removeprefix(SCRATCH_PREFIX))
     theirs = _module_names().get(ours)
     return theirs.rpartition(".")[2] if theirs and not theirs.endswith("}") else None
@@ -377,14 +394,14 @@ Event = tuple[str, tuple[int, ...], str]
 
 
 def trace(model: GPTScratchPreTrainedModel) -> list[Event]:
-    """The operations of one pass, in order: name, shape of the result, and of a sum what is added.
+    """The operations of one forward pass in order: name, shape of the result, and for a sum the terms.
 
-    An operation is a module without parts, named by its path; a sum of hidden states, `….+`; or `….softmax`. One
-    sequence of up to 7 tokens runs through the model on the meta device.
+    An operation is a module without children, named by its path; a sum of hidden states, `….+`; or `….softmax`. One
+    sequence of at most 7 tokens runs through the model on the meta device.
     """
     events: list[Event] = []
     running: list[str] = []
-    known: dict[int, tuple[torch.Tensor, str]] = {}  # the tensors are kept, or an id might come back
+    known: dict[int, tuple[torch.Tensor, str]] = {}  # keeps the tensors, so that no id is reused
 
     class Sums(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -397,14 +414,14 @@ def trace(model: GPTScratchPreTrainedModel) -> list[Event]:
             if function is torch.ops.aten.add.Tensor and hidden and any(module.children()):
                 added = [known[id(arg)][1] for arg in args if id(arg) in known]
                 events.append((f"{name}.+", tuple(result.shape), " and ".join(added)))
-                known[id(result)] = (result, "the sum before")
+                known[id(result)] = (result, "the previous sum")
             return result
 
     def enter(name):
         def hook(module, args):
             running.append(name)
             if name.rpartition(".")[2].isdigit() and "." not in name.partition("trf_blocks.")[2]:
-                known[id(args[0])] = (args[0], "what came into the block")
+                known[id(args[0])] = (args[0], "the block's input")
 
         return hook
 
@@ -419,7 +436,7 @@ def trace(model: GPTScratchPreTrainedModel) -> list[Event]:
     hooks = [m.register_forward_pre_hook(enter(name)) for name, m in model.named_modules()]
     hooks += [m.register_forward_hook(leave(name)) for name, m in model.named_modules()]
     ids = torch.zeros(1, min(7, model.config.context_length), dtype=torch.long, device="meta")
-    # A ready mask: transformers would look at the positions to make one, and on the meta device there are none.
+    # A ready-made mask: transformers would derive one from the positions, which have no values on the meta device.
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device="meta")
     with torch.no_grad(), Sums():
         model(ids, attention_mask=mask, use_cache=False)
@@ -429,34 +446,35 @@ def trace(model: GPTScratchPreTrainedModel) -> list[Event]:
 
 
 def _steps(model: GPTScratchPreTrainedModel, events: list[Event]) -> list[Step]:
-    """The trace in words; blocks that do the same are one step."""
+    """The trace in words; equal blocks are merged into one step."""
     filled = facts(model)
     steps: list[Step] = []
-    for full, shape, added in events:
-        path = full.removeprefix(SCRATCH_PREFIX).removeprefix(".")
+    for event in events:
+        path = event[0].removeprefix(SCRATCH_PREFIX).removeprefix(".")
         block = BLOCK.match(path)
-        name = path[block.end() + 1 :] if block else path
-        if name != "+":
-            does, equation = ROLES.get(name) or (f"a {type(model.get_submodule(full)).__name__}", "")
-        else:
-            # In a block one of the two is the shortcut; outside, they are the two embeddings.
-            does = f"adds {added}: the shortcut" if added else "adds the two: what the token is, and where it stands"
-            equation = "x = x + …"
-        tensor: tuple[str | int, ...] = ("B", "T", *shape[2:]) if len(shape) > 2 else ("B", *shape[1:])
-        if name == "att.softmax":
-            tensor = ("B", shape[1], "T", "T")
-        gpt2 = gpt2_module(path) if name != "+" else None
-        step = Step(name, gpt2, does.format(**filled), equation.format(**filled), tensor)
+        step = _step(model, event, path[block.end() + 1 :] if block else path, filled)
         if not block:
             steps.append(step)
-            continue
-        number = block[2]
-        if steps and steps[-1].name == f"trf_blocks.{number}":
-            steps[-1] = replace(steps[-1], steps=(*steps[-1].steps, step), shape=tensor)
+        elif steps and steps[-1].name == f"trf_blocks.{block[2]}":
+            steps[-1] = replace(steps[-1], steps=(*steps[-1].steps, step), shape=step.shape)
         else:
-            gpt2 = gpt2_module("trf_blocks")
-            steps.append(Step(f"trf_blocks.{number}", f"{gpt2}.{number}", "", "", tensor, steps=(step,)))
+            gpt2 = f"{gpt2_module('trf_blocks')}.{block[2]}"
+            steps.append(Step(f"trf_blocks.{block[2]}", gpt2, "", "", step.shape, steps=(step,)))
     return _merged(steps)
+
+
+def _step(model: GPTScratchPreTrainedModel, event: Event, name: str, filled: dict[str, Any]) -> Step:
+    """One operation in words; `name` is its module's, without the block's."""
+    full, sizes, added = event
+    shape: tuple[str | int, ...] = ("B", "T", *sizes[2:]) if len(sizes) > 2 else ("B", *sizes[1:])
+    if name == "att.softmax":
+        shape = ("B", sizes[1], "T", "T")
+    if name == "+":
+        # In a block, one of the two is the shortcut; outside, they are the two embeddings.
+        does = f"adds {added}: the shortcut" if added else "adds the two: what the token is, and its position"
+        return Step(name, None, does, "x = x + …", shape)
+    does, equation = ROLES.get(name) or (f"a {type(model.get_submodule(full)).__name__}", "")
+    return Step(name, gpt2_module(full), does.format(**filled), equation.format(**filled), shape)
 
 
 def _merged(steps: list[Step]) -> list[Step]:
@@ -474,24 +492,28 @@ def _merged(steps: list[Step]) -> list[Step]:
 
 def _summary(model: GPTScratchPreTrainedModel, steps: list[Step], total: int) -> str:
     n = facts(model)
-    base = model.base_model
-    inner = [step.name.partition(".")[0] for step in next(step.steps for step in steps if step.steps)]
-    norms = "before" if inner.index("norm1") < inner.index("att") else "after"
-    shortcuts = ("no shortcut leads", "a shortcut leads", "shortcuts lead")[min(inner.count("+"), 2)]
+    base: Any = model.base_model
     wide, width = base.trf_blocks[0].ff.layers[0].out_features, base.tok_emb.embedding_dim
     times = f"{wide // width} × {width:,}" if wide % width == 0 else f"{wide / width:.2f} × {width:,}"
     inside = sum(p.numel() for p in base.trf_blocks.parameters())
     embedded = base.tok_emb.weight.numel() + base.pos_emb.weight.numel()
     shape = ", ".join(f"{size:,}" for size in steps[-1].shape[2:])
-    tied = model.get_output_embeddings() is not None and model.config.tie_word_embeddings
-    head = " The output head is the token embedding's matrix once more." if tied else ""
     gives = f"and gives {shape} numbers for each of them" if shape else "and gives one number for all of them"
-    around = "one" if inner.count("+") == 1 else "both"
+    tied = model.get_output_embeddings() is not None and model.config.tie_word_embeddings
+    head = " The output head reuses the token embedding's matrix." if tied else ""
     return (
         f"{type(model).__name__} reads up to {n['C']} tokens, each one of {n['V']}, {gives}. Every token is a vector "
-        f"of {n['E']} numbers, which {n['L']} transformer blocks rewrite one after the other: {n['H']} attention heads "
-        f"of {n['D']} numbers let it look at the tokens before it, and a feed-forward network {n['F']} wide ({times}, "
-        f"{n['activation']}) works on it alone. Norms come {norms} attention and feed-forward, and {shortcuts} around "
-        f"{around}. Of {total:,} parameters {inside / total:.1%} are in the blocks and {embedded / total:.1%} in the "
-        f"embeddings.{head}"
+        f"of {n['E']} numbers, which {n['L']} transformer blocks rewrite in turn: {n['H']} attention heads "
+        f"of {n['D']} numbers let it attend to the tokens before it, and a feed-forward network {n['F']} wide "
+        f"({times}, {n['activation']}) processes it alone. {_order_in_block(steps)} Of {total:,} parameters "
+        f"{inside / total:.1%} are in the blocks and {embedded / total:.1%} in the embeddings.{head}"
     )
+
+
+def _order_in_block(steps: list[Step]) -> str:
+    """Where the first block has its norms and shortcuts."""
+    inner = [step.name.partition(".")[0] for step in next(step.steps for step in steps if step.steps)]
+    norms = "before" if inner.index("norm1") < inner.index("att") else "after"
+    shortcuts = {0: "no shortcut leads around either", 1: "a shortcut leads around one"}
+    around = shortcuts.get(inner.count("+"), "shortcuts lead around both")
+    return f"Norms come {norms} attention and feed-forward, and {around}."

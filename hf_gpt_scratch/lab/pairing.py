@@ -1,20 +1,19 @@
-"""Whose parameters are whose: those of a class of one's own paired with the book's, by name, shape and place."""
+"""Pairs the parameters of a class of your own with the book's, by name, shape and order."""
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import LabError
+from ..errors import LabError, few
 from ..model.configuration_gpt_scratch import GPTScratchConfig
 from ..model.weight_map import TABLE, Row
 
-# What a layer of one's own may be called; the whole path inside the block has to fit.
+# What others call the book's layers; the whole path inside the block has to match.
 ATTENTION = r"(?:self_?)?(?:att|attn|attention|mha|sa|multi_?head)[^.]*\."
 FEED_FORWARD = r"(?:ff|ffn|mlp|feed_?forward)[^.]*\."
 ALIASES = {
@@ -34,15 +33,20 @@ ALIASES = {
 }
 FUSED = tuple(f"att.{name}" for name in ("W_query", "W_key", "W_value"))
 SHIFT_NAMES = ("shift", "bias", "beta", "b", "offset")
-# difflib's ratio above which a name that is no alias still counts as alike, and its lead over the next best slot.
+# The least difflib ratio of a similar name that is not an alias, and its least lead over the next best slot.
 ALIKE, LEAD = 0.6, 0.15
-# What a model may lack and still be looked at; the lab then finds out what that does.
+# What a model may lack and still be compared; the diagnosis then shows the effect.
 OPTIONAL = ("pos_emb", "final_norm", "out_head")
+
+Shape = tuple[int, ...]
+Parameters = Mapping[str, nn.Parameter]
+Pending = dict[str, list[str]]  # a unit's module -> the slots that it fits
+Claim = tuple[str, float, str]  # slot, confidence, reason
 
 
 @dataclass(frozen=True)
 class Match:
-    """One parameter of a model and its names here. In `row`, `theirs` is the model's own name."""
+    """One parameter of a model, paired. In `row`, `theirs` is the model's name and `ours` the book's."""
 
     row: Row
     confidence: float
@@ -62,11 +66,11 @@ def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(remove_duplicate=False))
 
 
-# Pairing the parameters of a class of one's own
+# Pairing the parameters of a class of your own
 
 
-def shapes(config: GPTScratchConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """The shapes of weights outside and inside the blocks by module, `[out, in]` as `nn.Linear` has them."""
+def shapes(config: GPTScratchConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """The weights' shapes outside and inside the blocks by module, `[out, in]` as in `nn.Linear`."""
     width, inner = config.emb_dim, config.n_inner or 4 * config.emb_dim
     outside = {
         "tok_emb": (config.vocab_size, width),
@@ -86,106 +90,166 @@ def shapes(config: GPTScratchConfig) -> tuple[dict[str, tuple[int, ...]], dict[s
     return outside, inside
 
 
+@dataclass(frozen=True)
+class Place:
+    """One of the blocks, or everything outside them.
+
+    `own` are the model's unpaired parameters there, by name without `prefix`; `slots` are the book's modules with the
+    shapes of their weights, by name without `book_prefix`.
+    """
+
+    prefix: str
+    book_prefix: str
+    own: dict[str, nn.Parameter]
+    slots: dict[str, Shape]
+
+    def has(self, slot: str, name: str) -> bool:
+        """Whether the book's parameter of this name belongs to a slot here."""
+        return name.startswith(f"{self.book_prefix}{slot}.")
+
+
 def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mapping[str, str | None]) -> list[Match]:
-    """Pairs each parameter of a model of one's own with the book's, by `mapping`, name, shape and order.
+    """Pairs each parameter of a model of your own with the book's: by `mapping`, then by name, shape and order.
 
     Raises:
-        LabError: the pairing is not certain; the message has what is left over on either side.
+        LabError: the pairing is ambiguous; the message lists what is left over on either side.
     """
     own = parameters(module)
-    told = mapped(own, config, mapping)
-    told |= beside(told, own)
-    for match in filter(None, told.values()):
+    given = mapped(own, config, mapping)
+    given |= beside(given, own)
+    matches = [match for match in given.values() if match]
+    for match in matches:
         check_shape(match.row, own, config)
-    rest = {name: p for name, p in own.items() if name not in told}
-    taken = {ours for match in told.values() if match for ours in match.row.ours}
-    unnamed = [n for n in range(config.n_layers) if not any(name.startswith(f"trf_blocks.{n}.") for name in taken)]
-    container = ""
-    if unnamed or any(re.search(r"\.\d+\.", name) for name in rest):
-        container = block_container(rest, config.n_layers)
-    outside, inside = shapes(config)
-    matches = [match for match in told.values() if match]
-    places: list[tuple[str, str, dict[str, tuple[int, ...]]]] = [("", "", outside)]
-    places += [(f"{container}{n}.", f"trf_blocks.{n}.", inside) for n in range(config.n_layers)]
+    taken = [name for match in matches for name in match.row.ours]
+    places = places_of({name: p for name, p in own.items() if name not in given}, taken, config)
     problems = []
-    for prefix, ours, slots in places:
-        here = {
-            name.removeprefix(prefix): p
-            for name, p in rest.items()
-            if (name.startswith(prefix) if prefix else not (container and name.startswith(container)))
-        }
-        free = {slot: shape for slot, shape in slots.items() if not any(t.startswith(f"{ours}{slot}.") for t in taken)}
-        found, unknown = match_units(here, free, {name: layout_of(module, prefix + name) for name in here})
-        for unit, (slot, confidence, reason) in found.items():
-            names = FUSED if slot == "att.c_attn" else (slot,)
-            for kind, local in units(here)[unit].items():
-                which = {"weight": "scale", "bias": "shift"}[kind] if "norm" in slot else kind
-                row = Row(prefix + local, tuple(f"{ours}{name}.{which}" for name in names), False, "")
-                matches.append(Match(row, confidence, reason))
-        problems += [prefix + local for unit in unknown for local in units(here)[unit].values()]
-    have = {name for match in matches for name in match.row.ours}
-    for _, ours, slots in places:
-        for slot in (slot for slot in slots if slot not in (*OPTIONAL, "att.c_attn")):
-            if f"{ours}{slot}.{'scale' if 'norm' in slot else 'weight'}" not in have:
-                problems.append(f"nothing for {ours}{slot}")
+    for place in places:
+        found, unmatched = match_place(place, module, taken)
+        matches += found
+        problems += unmatched
+    problems += [f"nothing for {name}" for name in lacking(places, matches)]
+    refuse_doubt(type(module).__name__, problems, matches)
+    return [with_layout(match, module, own, config, matches) for match in matches]
+
+
+def refuse_doubt(name: str, problems: list[str], matches: list[Match]) -> None:
+    """Raises LabError if something is left over, or two parameters match one of the book's."""
     if problems:
-        listed = ", ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise LabError(
-            f"the parameters of {type(module).__name__} cannot be paired with GPT-2's without doubt: {listed}; say "
-            'what they are by --map FILE, JSON such as {"blocks.{n}.proj.weight": '
+            f"the parameters of {name} cannot be paired with GPT-2's unambiguously: {few(problems, 8)}; say "
+            'what they are with --map FILE, JSON such as {"blocks.{n}.proj.weight": '
             '"trf_blocks.{n}.att.out_proj.weight", "unused.weight": null}'
         )
     targets = [name for match in matches for name in match.row.ours]
     if twice := {name for name in targets if targets.count(name) > 1}:
         raise LabError(f"several parameters are mapped to {', '.join(sorted(twice))}; map each to one name")
-    return [with_layout(match, module, own, config, matches) for match in matches]
 
 
-def mapped(own, config, mapping) -> dict[str, Match | None]:
-    """The matches that a map gives, `{n}` being every layer; None for what it says is no parameter of GPT-2's.
+def places_of(rest: Parameters, taken: list[str], config: GPTScratchConfig) -> list[Place]:
+    """The places of the unpaired parameters; `taken` are the book's names that have a match."""
+    begun = {int(number[1]) for name in taken if (number := re.match(r"trf_blocks\.(\d+)\.", name))}
+    numbered = any(re.search(r"\.\d+\.", name) for name in rest)
+    # A map may name everything in the blocks; then no list of blocks is needed.
+    complete = begun.issuperset(range(config.n_layers)) and not numbered
+    container = "" if complete else block_container(rest, config.n_layers)
+    in_blocks = [name for name in rest if container and name.startswith(container)]
+    outside, inside = shapes(config)
+    places = [Place("", "", {name: p for name, p in rest.items() if name not in in_blocks}, outside)]
+    for n in range(config.n_layers):
+        prefix = f"{container}{n}."
+        own = {name.removeprefix(prefix): rest[name] for name in in_blocks if name.startswith(prefix)}
+        places.append(Place(prefix, f"trf_blocks.{n}.", own, inside))
+    return places
+
+
+def match_place(place: Place, module: nn.Module, taken: list[str]) -> tuple[list[Match], list[str]]:
+    """The matches of a place, and the names of the parameters that match nothing."""
+    free = {slot: shape for slot, shape in place.slots.items() if not any(place.has(slot, name) for name in taken)}
+    layouts = {name: layout_of(module, place.prefix + name) for name in place.own}
+    found, unmatched = match_units(place.own, free, layouts)
+    together = units(place.own)
+    matches = []
+    for unit, (slot, confidence, reason) in found.items():
+        for kind, name in together[unit].items():
+            layers = FUSED if slot == "att.c_attn" else (slot,)
+            ours = tuple(f"{place.book_prefix}{layer}.{kind_of_tensor(slot, kind)}" for layer in layers)
+            matches.append(Match(Row(place.prefix + name, ours, False, ""), confidence, reason))
+    return matches, [place.prefix + name for unit in unmatched for name in together[unit].values()]
+
+
+def kind_of_tensor(slot: str, kind: str) -> str:
+    """What the book calls a module's "weight" or "bias"."""
+    return {"weight": "scale", "bias": "shift"}[kind] if "norm" in slot else kind
+
+
+def lacking(places: list[Place], matches: list[Match]) -> list[str]:
+    """The book's modules whose weight is unmatched, except those that a model may lack."""
+    matched = {name for match in matches for name in match.row.ours}
+    return [
+        place.book_prefix + slot
+        for place in places
+        for slot in place.slots
+        if slot not in (*OPTIONAL, "att.c_attn")
+        and f"{place.book_prefix}{slot}.{kind_of_tensor(slot, 'weight')}" not in matched
+    ]
+
+
+def mapped(own: Parameters, config: GPTScratchConfig, mapping: Mapping[str, str | None]) -> dict[str, Match | None]:
+    """The matches in a map, `{n}` being every layer; None for a parameter that GPT-2 does not have.
 
     Raises:
-        LabError: a name that the model, or the table, does not have.
+        LabError: a name is not in the model, or not in the weight map.
     """
-    known = {name: row for row in TABLE for name in (row.theirs, *row.ours)}
-    told: dict[str, Match | None] = {}
+    given: dict[str, Match | None] = {}
     for theirs, target in mapping.items():
-        name = (target or "").removesuffix(".T")
-        layer = re.search(r"(?<=\bh\.)\d+|(?<=\btrf_blocks\.)\d+", name)
-        general = re.sub(r"(?<=\bh\.)\d+|(?<=\btrf_blocks\.)\d+", "{n}", name)
-        if target is not None and general not in known:
-            raise LabError(f"the map sends {theirs!r} to {target!r}, which is no name of the book's or GPT-2's")
+        row, layer = (None, None) if target is None else target_row(theirs, target)
         for n in range(config.n_layers if "{n}" in theirs else 1):
-            numbered = theirs.replace("{n}", str(n))
-            if numbered not in own:
-                raise LabError(f"the map names {numbered!r}, which the model does not have; it has {', '.join(own)}")
-            if target is None:
-                told[numbered] = None
-                continue
-            row = known[general]
-            turned = target.endswith(".T") or (general == row.theirs and row.transposed)
-            ours = row.ours if general == row.theirs else (general,)
-            row = Row(numbered, ours, turned and own[numbered].ndim > 1, "").at(int(layer[0]) if layer else n)
-            told[numbered] = Match(row, 1.0, "your map")
-    return told
+            name = theirs.replace("{n}", str(n))
+            if name not in own:
+                raise LabError(f"the map names {name!r}, which the model does not have; it has {', '.join(own)}")
+            given[name] = None
+            if row is not None:
+                row_here = replace(row, theirs=name, transposed=row.transposed and own[name].ndim > 1)
+                given[name] = Match(row_here.at(n if layer is None else layer), 1.0, "your map")
+    return given
 
 
-def beside(told: Mapping[str, Match | None], own) -> dict[str, Match | None]:
-    """The other parameter of each module of which the map tells one: a weight's bias, or a bias's weight."""
+def target_row(theirs: str, target: str) -> tuple[Row, int | None]:
+    """The row of a map's entry, and the layer number in its target, if any.
+
+    Raises:
+        LabError: the target is not in the weight map.
+    """
+    rows = {name: row for row in TABLE for name in (row.theirs, *row.ours)}
+    number = r"(?<=\bh\.)\d+|(?<=\btrf_blocks\.)\d+"
+    name = target.removesuffix(".T")
+    general, layer = re.sub(number, "{n}", name), re.search(number, name)
+    if general not in rows:
+        raise LabError(f"the map sends {theirs!r} to {target!r}, which is not a name of the book's or GPT-2's")
+    row, turned = rows[general], target.endswith(".T")
+    if general == row.theirs:
+        row = Row(theirs, row.ours, turned or row.transposed, "")
+    else:
+        row = Row(theirs, (general,), turned, "")
+    return row, int(layer[0]) if layer else None
+
+
+def beside(given: Mapping[str, Match | None], own: Parameters) -> dict[str, Match | None]:
+    """The other parameter of each module of which the map names one: a weight's bias, or a bias's weight."""
+    other_kind = {"weight": "bias", "bias": "weight", "scale": "shift", "shift": "scale"}
     found: dict[str, Match | None] = {}
-    for name, match in told.items():
+    for name, match in given.items():
         owner = name.rpartition(".")[0]
         others = [other for other in own if other.rpartition(".")[0] == owner and other != name]
-        if match and len(others) == 1 and others[0] not in told:
-            kinds = {"weight": "bias", "bias": "weight", "scale": "shift", "shift": "scale"}
+        if match and len(others) == 1 and others[0] not in given:
             names = [ours.rpartition(".") for ours in match.row.ours]
-            scratch = tuple(f"{module}.{kinds[kind]}" for module, _, kind in names)
-            found[others[0]] = Match(Row(others[0], scratch, False, ""), 1.0, f"beside {name}")
+            ours = tuple(f"{module}.{other_kind[kind]}" for module, _, kind in names)
+            found[others[0]] = Match(Row(others[0], ours, False, ""), 1.0, f"beside {name}")
     return found
 
 
-def block_container(names, n_layers: int) -> str:
-    """The path, dot and all, of the list of blocks: `n_layers` parts numbered from 0 with the same names in each."""
+def block_container(names: Collection[str], n_layers: int) -> str:
+    """The path of the list of blocks with its dot: `n_layers` children numbered from 0, with the same names in each."""
     counts: dict[str, int] = {}
     for name in names:
         for number in re.finditer(r"(?<=\.)\d+(?=\.)", name):
@@ -194,20 +258,20 @@ def block_container(names, n_layers: int) -> str:
         insides: dict[str, set[str]] = {}
         for name in names:
             if name.startswith(path):
-                number, _, inside = name.removeprefix(path).partition(".")
-                insides.setdefault(number, set()).add(inside)
+                layer, _, inside = name.removeprefix(path).partition(".")
+                insides.setdefault(layer, set()).add(inside)
         if insides.keys() == {str(n) for n in range(n_layers)} and len(set(map(frozenset, insides.values()))) == 1:
             return path
     raise LabError(
-        f"found no list of {n_layers} equal blocks among the parameters ({', '.join(list(names)[:4])}, …); check "
-        "n_layers in the cfg, keep the blocks in an nn.ModuleList or nn.Sequential, or name all parameters by --map"
+        f"there is no list of {n_layers} equal blocks among the parameters ({', '.join(list(names)[:4])}, …); check "
+        "n_layers in the cfg, keep the blocks in an nn.ModuleList or nn.Sequential, or name all parameters in --map"
     )
 
 
-def units(own: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
+def units(own: Parameters) -> dict[str, dict[str, str]]:
     """Parameters that belong together, by the path of their module: {path: {"weight": name, "bias": name}}.
 
-    A module with several matrices of its own gives one unit for each.
+    A module with several matrices of its own makes one unit for each.
     """
     together: dict[str, list[str]] = {}
     for name in own:
@@ -225,66 +289,91 @@ def units(own: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
 
 
 def layout_of(module: nn.Module, name: str) -> str | None:
-    """How the module that owns a parameter stores its matrix; None if it does not say."""
+    """How the module that owns a parameter stores its matrix; None if its class does not determine it."""
     owner = module.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, Conv1D):
         return "[in, out]"
     return "[out, in]" if isinstance(owner, nn.Linear | nn.Embedding) else None
 
 
-def match_units(own, slots, layouts) -> tuple[dict[str, tuple[str, float, str]], list[str]]:
-    """Each unit's slot, confidence and reason; and the units without one."""
-    pending = {}
-    for unit, kinds in units(own).items():
-        name = kinds.get("weight", next(iter(kinds.values())))
-        shape, straight, turned = tuple(own[name].shape), layouts[name] != "[in, out]", layouts[name] != "[out, in]"
-        pending[unit] = [
-            slot for slot in slots if (straight and shape == slots[slot]) or (turned and shape == slots[slot][::-1])
-        ]
-    found: dict[str, tuple[str, float, str]] = {}
+def match_units(
+    own: Parameters, slots: Mapping[str, Shape], layouts: Mapping[str, str | None]
+) -> tuple[dict[str, Claim], list[str]]:
+    """The slot of each unit, with confidence and reason; and the units without one.
 
-    def take(claims: dict[str, tuple[str, float, str]]) -> None:
-        slots_claimed = [slot for slot, _, _ in claims.values()]
-        for unit, claim in claims.items():
-            if slots_claimed.count(claim[0]) == 1:  # two that claim one slot both stay without
-                found[unit] = claim
-                del pending[unit]
-        gone = {slot for slot, _, _ in found.values()}
-        gone |= set(FUSED) if "att.c_attn" in gone else {"att.c_attn"} if gone & set(FUSED) else set()
-        for unit in pending:
-            pending[unit] = [slot for slot in pending[unit] if slot not in gone]
-
-    def only(unit: str, fits: list[str], confidence: float, reason: str) -> dict[str, tuple[str, float, str]]:
-        return {unit: (fits[0], confidence, reason)} if len(fits) == 1 else {}
-
-    claims: dict[str, tuple[str, float, str]] = {}
-    for unit, fitting in pending.items():
-        named = [slot for slot in fitting if re.fullmatch(ALIASES[slot], unit, re.IGNORECASE)]
-        claims |= only(unit, named, 1.0, "name and shape")
-    take(claims)
-    claims = {}
-    for unit, fitting in pending.items():
-        ratios = sorted(((alikeness(unit, slot), slot) for slot in fitting), reverse=True)
-        if ratios and ratios[0][0] >= ALIKE and ratios[0][0] - (ratios[1][0] if ratios[1:] else 0) >= LEAD:
-            claims[unit] = (ratios[0][1], ratios[0][0], "similar name, and shape")
-    take(claims)
-    claims = {}
-    for unit, fitting in pending.items():
-        claims |= only(unit, fitting, 0.6, "the only place left for its shape")
-    take(claims)
-    norms = [unit for unit in pending if pending[unit] and all("norm" in slot for slot in pending[unit])]
-    if norms and all(pending[unit] == pending[norms[0]] for unit in norms) and len(norms) == len(pending[norms[0]]):
-        take(
-            {
-                unit: (slot, 0.4, "shape, and order of the norms")
-                for unit, slot in zip(norms, pending[norms[0]], strict=True)
-            }
-        )
+    Each pass claims slots for what the last one left: by name, similar name, elimination, order of the norms.
+    """
+    pending = {unit: fitting(own, kinds, slots, layouts) for unit, kinds in units(own).items()}
+    found: dict[str, Claim] = {}
+    for claims in (by_name, by_similar_name, by_elimination, by_order_of_norms):
+        settle(claims(pending), pending, found)
     return found, list(pending)
 
 
+def fitting(
+    own: Parameters, kinds: dict[str, str], slots: Mapping[str, Shape], layouts: Mapping[str, str | None]
+) -> list[str]:
+    """The slots that a unit fits by shape, as it is or transposed, as far as its module allows."""
+    name = kinds.get("weight", next(iter(kinds.values())))
+    shape, layout = tuple(own[name].shape), layouts[name]
+    return [
+        slot
+        for slot, straight in slots.items()
+        if (layout != "[in, out]" and shape == straight) or (layout != "[out, in]" and shape == straight[::-1])
+    ]
+
+
+def settle(claims: dict[str, Claim], pending: Pending, found: dict[str, Claim]) -> None:
+    """Accepts each claim to a slot that no other unit claims, and closes these slots to the pending units."""
+    claimed = [slot for slot, _, _ in claims.values()]
+    for unit, claim in claims.items():
+        if claimed.count(claim[0]) == 1:
+            found[unit] = claim
+            del pending[unit]
+    closed = {slot for slot, _, _ in found.values()}
+    if "att.c_attn" in closed:
+        closed |= set(FUSED)
+    elif closed & set(FUSED):
+        closed.add("att.c_attn")
+    for unit, slots in pending.items():
+        pending[unit] = [slot for slot in slots if slot not in closed]
+
+
+def by_name(pending: Pending) -> dict[str, Claim]:
+    claims: dict[str, Claim] = {}
+    for unit, slots in pending.items():
+        named = [slot for slot in slots if re.fullmatch(ALIASES[slot], unit, re.IGNORECASE)]
+        if len(named) == 1:
+            claims[unit] = (named[0], 1.0, "name and shape")
+    return claims
+
+
+def by_similar_name(pending: Pending) -> dict[str, Claim]:
+    claims: dict[str, Claim] = {}
+    for unit, slots in pending.items():
+        ratios = sorted(((alikeness(unit, slot), slot) for slot in slots), reverse=True)
+        if ratios and ratios[0][0] >= ALIKE and ratios[0][0] - (ratios[1][0] if ratios[1:] else 0) >= LEAD:
+            claims[unit] = (ratios[0][1], ratios[0][0], "similar name, and shape")
+    return claims
+
+
+def by_elimination(pending: Pending) -> dict[str, Claim]:
+    return {
+        unit: (slots[0], 0.6, "the only place left for its shape") for unit, slots in pending.items() if len(slots) == 1
+    }
+
+
+def by_order_of_norms(pending: Pending) -> dict[str, Claim]:
+    """Pairs norms with slots in the model's order, if all fit the same slots and there are as many of both."""
+    norms = {unit: slots for unit, slots in pending.items() if slots and all("norm" in slot for slot in slots)}
+    open_slots = next(iter(norms.values()), [])
+    if len(norms) != len(open_slots) or any(slots != open_slots for slots in norms.values()):
+        return {}
+    return {unit: (slot, 0.4, "shape, and order of the norms") for unit, slot in zip(norms, open_slots, strict=True)}
+
+
 def alikeness(unit: str, slot: str) -> float:
-    """difflib's ratio of a path and the nearest of the slot's two names in the table."""
+    """difflib's ratio of a path and the closest of the slot's names in the weight map."""
     names = {slot.rpartition(".")[2], slot}
     for row in TABLE:
         if any(f"{slot}." in f"{name}." for name in row.ours):
@@ -292,37 +381,50 @@ def alikeness(unit: str, slot: str) -> float:
     return max(difflib.SequenceMatcher(None, unit.lower(), name.lower()).ratio() for name in names)
 
 
-def with_layout(match: Match, module: nn.Module, own, config, matches: list[Match]) -> Match:
-    """The match with its matrix's layout: by shape; a square one by its module or the other matrices."""
-    shape, straight = tuple(own[match.row.theirs].shape), shape_of(match.row, config)
+def with_layout(
+    match: Match, module: nn.Module, own: Parameters, config: GPTScratchConfig, matches: list[Match]
+) -> Match:
+    """The match with its matrix's layout: by its shape or, if square, by its module or the other matrices."""
+    shape, straight = own[match.row.theirs].shape, shape_of(match.row, config)
     if len(shape) < 2:
         return match
     if straight[0] != straight[1]:
         return replace(match, row=replace(match.row, transposed=shape != straight))
     if known := layout_of(module, match.row.theirs):
-        transposed, reason = known == "[in, out]", f"{known} as its module has it"
-        return replace(match, row=replace(match.row, transposed=transposed), reason=f"{match.reason}; {reason}")
-    if match.reason == "your map":
+        layout, reason = known, f"{known} as its module has it"
+    elif match.reason == "your map":
         return match
-    inside = [other.row for other in matches if other.row.ours[0].startswith("trf_blocks")]
-    bare = [row for row in inside if not layout_of(module, row.theirs)]
-    straights = {
-        tuple(own[row.theirs].shape) == shape_of(row, config)
-        for row in bare
-        if own[row.theirs].ndim > 1 and own[row.theirs].shape[0] != own[row.theirs].shape[1]
-    }
-    if len(straights) != 1:
-        name = match.row.ours[0]
+    else:
+        layout = layout_of_others(match, module, own, config, matches)
+        reason = f"square: {layout} as the other bare matrices"
+    row = replace(match.row, transposed=layout == "[in, out]")
+    return replace(match, row=row, reason=f"{match.reason}; {reason}")
+
+
+def layout_of_others(
+    match: Match, module: nn.Module, own: Parameters, config: GPTScratchConfig, matches: list[Match]
+) -> str:
+    """The layout of the blocks' rectangular bare matrices, which must have one in common.
+
+    Raises:
+        LabError: there are none, or both layouts occur.
+    """
+    layouts = set()
+    for row in (other.row for other in matches):
+        shape = own[row.theirs].shape
+        bare = row.ours[0].startswith("trf_blocks") and not layout_of(module, row.theirs)
+        if bare and len(shape) > 1 and shape[0] != shape[1]:
+            layouts.add("[out, in]" if shape == shape_of(row, config) else "[in, out]")
+    if len(layouts) != 1:
+        theirs, name = match.row.theirs, match.row.ours[0]
         raise LabError(
-            f"{match.row.theirs} is square, and nothing tells whether it is stored [out, in], as in nn.Linear, or "
-            f'[in, out]; say so by --map FILE: {{"{match.row.theirs}": "{name}"}} or "{name}.T"'
+            f"{theirs} is square, and nothing shows whether it is stored [out, in], as in nn.Linear, or "
+            f'[in, out]; say so with --map FILE: {{"{theirs}": "{name}"}} or "{name}.T"'
         )
-    transposed = not straights.pop()
-    reason = f"square: {'[in, out]' if transposed else '[out, in]'} as the other bare matrices"
-    return replace(match, row=replace(match.row, transposed=transposed), reason=f"{match.reason}; {reason}")
+    return layouts.pop()
 
 
-def check_shape(row: Row, own, config: GPTScratchConfig) -> None:
+def check_shape(row: Row, own: Parameters, config: GPTScratchConfig) -> None:
     shape, straight = tuple(own[row.theirs].shape), shape_of(row, config)
     if shape not in ((straight, straight[::-1]) if len(shape) > 1 else (straight[:1],)):
         raise LabError(
@@ -331,7 +433,7 @@ def check_shape(row: Row, own, config: GPTScratchConfig) -> None:
         )
 
 
-def shape_of(row: Row, config: GPTScratchConfig) -> tuple[int, ...]:
+def shape_of(row: Row, config: GPTScratchConfig) -> Shape:
     outside, inside = shapes(config)
     path = re.sub(r"^trf_blocks\.\d+\.", "", row.ours[0]).rpartition(".")[0]
     return {**outside, **inside}["att.c_attn" if len(row.ours) == 3 else path]

@@ -1,4 +1,4 @@
-"""Which known mistakes in the forward pass reproduce what the candidate computes: found by experiment.
+"""The search for mistakes in the forward pass: which of them reproduce the candidate, by experiment.
 
 Shapes: B batch, T tokens, E emb_dim.
 """
@@ -13,28 +13,30 @@ import torch
 
 from ..model.configuration_gpt_scratch import GPTScratchConfig
 from .compare import errors
-from .mistakes import Hypothesis
-from .simulate import Mistakes, simulate
+from .mistakes import Mistake
+from .simulate import Switches, simulate
 from .trace import meaning, stages
 
-# Forward mistakes that are looked for at once, and the tokens on which: enough for any mask, and quick.
+# The most mistakes that a search combines, and how many tokens it runs on: enough for any mask, and quick.
 MOST, SHORT = 4, 12
 
 # Mistakes, each with the places that have it.
-Findings = list[tuple[Hypothesis, frozenset[int]]]
+Findings = list[tuple[Mistake, frozenset[int]]]
+# How many recorded stages agree before the first that does not, and the last one's error (inf until all agree).
+Agreement = tuple[int, float]
 
 
-def placed(findings: Findings) -> dict[int, Mistakes]:
-    """All mistakes of each place."""
-    wrong: dict[int, Mistakes] = {}
-    for hypothesis, places in findings:
+def placed(findings: Findings) -> dict[int, Switches]:
+    """The switches of each place."""
+    wrong: dict[int, Switches] = {}
+    for mistake, places in findings:
         for place in places:
-            wrong[place] = replace(wrong.get(place, Mistakes()), **hypothesis.changes)
+            wrong[place] = mistake.switched_on(wrong.get(place, Switches()))
     return wrong
 
 
 def place_of(stage: str, n_layers: int) -> int:
-    """The place that a stage shows; the input of block n is what the place before it gives."""
+    """The place whose computation a stage shows; the input of block n is the result of the place before."""
     if number := re.match(r"trf_blocks\.(\d+)(\.input$)?", stage):
         return int(number[1]) - bool(number[2])
     return -1 if stage in ("tok_emb", "pos_emb") else n_layers
@@ -42,9 +44,9 @@ def place_of(stage: str, n_layers: int) -> int:
 
 @dataclass
 class Experiment:
-    """The candidate's trace and everything to reproduce it with, in some places in a row.
+    """The candidate's trace, and everything needed to reproduce it in some consecutive places.
 
-    `start` is what goes into the first of them (B, T, E), `tried` all experiments so far.
+    `start` is the input of the first place (B, T, E), `tried` all experiments so far.
     """
 
     config: GPTScratchConfig
@@ -62,8 +64,8 @@ class Experiment:
         n_layers = self.config.n_layers
         return [s for s in stages(n_layers) if s in self.activations and place_of(s, n_layers) in self.places]
 
-    def agreement(self, findings: Findings) -> tuple[int, float]:
-        """How many recorded stages agree before the first that does not, and the last one's error (inf until then)."""
+    def agreement(self, findings: Findings) -> Agreement:
+        """How far the simulation with these mistakes agrees with the candidate."""
         self.tried.append(findings)
         agreed, error = 0, math.inf
         for stage, tensor in self.simulated(findings):
@@ -81,88 +83,95 @@ class Experiment:
         return simulate(self.weights, self.config, self.input_ids, placed(findings), self.places, self.start)
 
     def outcome(self, findings: Findings) -> torch.Tensor:
-        """What the last place gives: the logits, or what goes into the next block (B, T, E)."""
+        """The result of the last place: the logits, or the next block's input (B, T, E)."""
         *_, (_, x) = self.simulated(findings)
         return x
 
-    def throughout(self, *hypotheses: Hypothesis) -> Findings:
-        return [(hypothesis, frozenset(self.places)) for hypothesis in hypotheses]
+    def throughout(self, *mistakes: Mistake) -> Findings:
+        """The mistakes, each in all places."""
+        return [(mistake, frozenset(self.places)) for mistake in mistakes]
+
+    def suspects(self, agreed: int) -> range:
+        """The places that may be the only wrong one: from the last stage that agrees to the first that does not."""
+        if len(self.places) == 1:
+            return range(0)  # then it is all places
+        shared, n_layers = self.shared, self.config.n_layers
+        first = place_of(shared[agreed - 1], n_layers) if agreed else self.places.start
+        return range(first, place_of(shared[agreed], n_layers) + 1)
 
     def without(self, doubted: frozenset[str]) -> "Experiment":
-        """The same without the stages of these meanings, but for the last."""
+        """The same experiment without the stages of these meanings, except the last stage."""
         kept = [stage for stage in self.shared if meaning(stage) not in doubted or stage == self.shared[-1]]
         return replace(self, activations={stage: self.activations[stage] for stage in kept})
 
     def parts(self) -> list[range]:
-        """The places, cut wherever what one gives to the next is recorded: each block by itself if all is."""
+        """The places, split wherever the activation between two was recorded: into single blocks if all were."""
         between = [stage for stage in self.activations if re.fullmatch(r"trf_blocks\.\d+(\.input)?", stage)]
         cuts = {self.places.start, self.places.stop, *(place_of(s, self.config.n_layers) + 1 for s in between)}
         return [range(*pair) for pair in pairwise(sorted(cuts))]
 
     def activation_before(self, place: int) -> torch.Tensor | None:
-        """What the candidate itself gave to a place (B, T, E); None where that was not recorded."""
-        names = (f"trf_blocks.{place}.input", f"trf_blocks.{place - 1}")
-        shape = (*self.input_ids.shape, self.config.emb_dim)
-        return next(
-            (
-                self.activations[name]
-                for name in names
-                if name in self.activations and self.activations[name].shape == shape
-            ),
-            None,
-        )
+        """The candidate's own input to a place (B, T, E); None if it was not recorded."""
+        for name in (f"trf_blocks.{place}.input", f"trf_blocks.{place - 1}"):
+            x = self.activations.get(name)
+            if x is not None and x.shape == (*self.input_ids.shape, self.config.emb_dim):
+                return x
+        return None
 
     def differing_blocks(self, findings: Findings) -> list[int]:
-        """The blocks that do not give what the mistakes let them give, each fed with what the candidate gave it."""
+        """The blocks that these mistakes do not explain, each run on the candidate's own input to it."""
         parts = [replace(self, places=places, start=self.activation_before(places.start)) for places in self.parts()]
         differ = [part for part in parts if part.start is not None and not part.explained_by(findings)]
         return [n for part in differ for n in part.places if n < self.config.n_layers]
 
 
-def search(experiment: Experiment, known: list[Hypothesis], *, thorough: bool = True) -> Findings:
-    """The forward mistakes that reproduce the candidate with its own weights, found greedily.
+def search(experiment: Experiment, known: list[Mistake], *, thorough: bool = True) -> Findings:
+    """The mistakes that reproduce the candidate with its own weights, found greedily, at most `MOST`.
 
-    At each step the mistake wins that makes the run agree with the candidate furthest down the graph, be it in all
-    places of the experiment or, if `thorough`, in one; where no single one gets further, pairs are tried if `thorough`.
+    Each step adds what makes the simulation agree with the candidate furthest down the graph. If `thorough`, a mistake
+    may sit in one place alone, and where no single one gets further, pairs are tried.
     """
-    found: Findings = []
-    reached, shared = experiment.agreement([]), experiment.shared
-    while not reached[1] <= experiment.bound and len(found) < MOST:
-        taken = {name for hypothesis, _ in found for name in hypothesis.changes}
-        free = [hypothesis for hypothesis in known if not taken & hypothesis.changes.keys()]
-        # It lies behind the last stage that agrees, and not behind the first that does not.
-        agreed, differs = (
-            place_of(shared[i], experiment.config.n_layers) for i in (max(reached[0] - 1, 0), reached[0])
-        )
-        alone = (
-            range(agreed if reached[0] else experiment.places.start, differs + 1) if len(experiment.places) > 1 else ()
-        )
-        two = (pair for pair in combinations(free, 2) if not pair[0].changes.keys() & pair[1].changes.keys())
-        singles = [experiment.throughout(hypothesis) for hypothesis in free]
-        if thorough:
-            singles += [[(hypothesis, frozenset({n}))] for n in alone for hypothesis in known]
-        groups: list[Iterable[Findings]] = [singles]
-        if thorough:
-            groups.append(experiment.throughout(*pair) for pair in two)
-        for group in groups:
-            best: tuple[tuple[int, float], Findings] | None = None
-            for supposed in group:
-                result = experiment.agreement([*found, *supposed])
-                if best is None or (result[0], -result[1]) > (best[0][0], -best[0][1]):
-                    best = result, supposed
-            if best and (best[0][0] > reached[0] or best[0][1] <= experiment.bound):
-                reached, found = best[0], [*found, *best[1]]
+    findings: Findings = []
+    reached = experiment.agreement(findings)
+    while reached[1] > experiment.bound and len(findings) < MOST:
+        for group in additions(experiment, known, findings, reached[0], thorough=thorough):
+            best, added = furthest(experiment, findings, group)
+            if best[0] > reached[0] or best[1] <= experiment.bound:
+                reached, findings = best, [*findings, *added]
                 break
         else:
             break
-    return found
+    return findings
+
+
+def additions(
+    experiment: Experiment, known: list[Mistake], findings: Findings, agreed: int, *, thorough: bool
+) -> list[Iterable[Findings]]:
+    """What a step of the search may add: single mistakes, then pairs. No switch is set twice."""
+    used = {mistake.switch for mistake, _ in findings}
+    free = [mistake for mistake in known if mistake.switch not in used]
+    singles = [experiment.throughout(mistake) for mistake in free]
+    if not thorough:
+        return [singles]
+    singles += [[(mistake, frozenset({n}))] for n in experiment.suspects(agreed) for mistake in known]
+    return [singles, (experiment.throughout(a, b) for a, b in combinations(free, 2) if a.switch != b.switch)]
+
+
+def furthest(experiment: Experiment, findings: Findings, group: Iterable[Findings]) -> tuple[Agreement, Findings]:
+    """The member of a group that agrees furthest, then with the least error, and how far; the first of equals."""
+    best: tuple[Agreement, Findings] = ((-1, math.inf), [])
+    for added in group:
+        agreed, error = experiment.agreement([*findings, *added])
+        if (agreed, -error) > (best[0][0], -best[0][1]):
+            best = (agreed, error), added
+    return best
 
 
 @dataclass
 class Part:
-    """Places looked at by themselves: what was found in them, and whether that explains them.
+    """Consecutive places examined by themselves: their mistakes, and whether these explain them.
 
-    `experiment` has no stages of the meanings in `doubted`.
+    `doubted` are the meanings of the stages that the comparison ignored; `experiment` is without them.
     """
 
     experiment: Experiment
@@ -170,54 +179,85 @@ class Part:
     doubted: frozenset[str]
     explained: bool
 
+    @property
+    def mistakes(self) -> list[Mistake]:
+        return [mistake for mistake, _ in self.findings]
 
-def explain_part(experiment: Experiment, known: list[Hypothesis], earlier: list[Part], *, thorough: bool) -> Part:
-    """The forward mistakes of some places: those of an earlier part, or what the search finds.
 
-    A mistake may sit inside a module, so that the module's own output shows it, or behind it. So the first stage that
-    differs is believed at first, then not; at last no stage is, but the last.
-    """
-    ways: dict[tuple[tuple[Hypothesis, ...], frozenset[str]], None] = {((), frozenset()): None}  # a set in order
-    for part in earlier:
-        ways |= {(told, part.doubted): None for told in (tuple(h for h, _ in part.findings), ()) if part.explained}
-    for told, doubted in ways:
-        judge, findings = experiment.without(doubted), experiment.throughout(*told)
+def explain_part(experiment: Experiment, known: list[Mistake], earlier: list[Part], *, thorough: bool) -> Part:
+    """The mistakes of some places: those of an earlier part if they explain this one too, else by search."""
+    for mistakes, doubted in precedents(earlier):
+        judge, findings = experiment.without(doubted), experiment.throughout(*mistakes)
         if judge.explained_by(findings):
             return Part(judge, findings, doubted, True)
     shared, (agreed, _) = experiment.shared, experiment.agreement([])
-    first: Findings = []
-    trials = [frozenset[str](), frozenset({meaning(shared[agreed])}), frozenset(map(meaning, shared))]
-    for trial, doubted in enumerate(trials):
+    nothing: frozenset[str] = frozenset()
+    partial: Findings = []
+    # A mistake may be inside a module, so that the module's own output shows it, or after it. So all stages are
+    # trusted first, then all but those like the first that differs, finally only the last. Then every experiment
+    # runs to the end, so in several places only single mistakes are tried.
+    for doubted, exhaustive in (
+        (nothing, thorough),
+        (frozenset({meaning(shared[agreed])}), thorough),
+        (frozenset(map(meaning, shared)), thorough and len(experiment.places) == 1),
+    ):
         judge = experiment.without(doubted)
-        if trial and judge.shared == shared:
+        if doubted and judge.shared == shared:
             continue
-        # With one stage left, each experiment runs to the end: singles only, where there were more.
-        findings = search(judge, known, thorough=thorough and (trial < 2 or len(experiment.places) == 1))
+        findings = search(judge, known, thorough=exhaustive)
         if judge.explained_by(findings):
             return Part(judge, findings, doubted, True)
-        first = first or findings
-    return Part(experiment, first, trials[0], False)
+        partial = partial or findings
+    return Part(experiment, partial, nothing, False)
+
+
+def precedents(earlier: list[Part]) -> list[tuple[list[Mistake], frozenset[str]]]:
+    """Mistakes and doubted stages to try first: none at all, then what explained the earlier parts."""
+    ways: list[tuple[list[Mistake], frozenset[str]]] = [([], frozenset())]
+    for part in earlier:
+        for way in ((part.mistakes, part.doubted), ([], part.doubted)):
+            if part.explained and way not in ways:
+                ways.append(way)
+    return ways
 
 
 @dataclass
 class Forward:
-    """The forward mistakes.
+    """The mistakes in the forward pass.
 
-    `undetectable` are the other blocks that could have a mistake without making a difference, `unexplained` the places
-    that no mistake explains, `alternatives` what else would explain a single one.
+    `undetectable` are the other blocks in which a mistake would make no difference, `unexplained` the places that no
+    mistake explains, `alternatives` what other mistakes would explain a single one's effects.
     """
 
     findings: Findings
-    undetectable: dict[Hypothesis, list[int]]
+    undetectable: dict[Mistake, list[int]]
     unexplained: list[range]
     alternatives: list[str]
 
 
-def forward_mistakes(experiment: Experiment, known: list[Hypothesis]) -> Forward:
-    """The forward mistakes that explain the candidate, or as many of them as could be found.
+def forward_mistakes(experiment: Experiment, known: list[Mistake]) -> Forward:
+    """The mistakes in the forward pass that explain the candidate, or as many of them as the search finds."""
+    parts = explain_parts(experiment, known)
+    unexplained = [part.experiment.places for part in parts if not part.explained]
+    if unexplained and len(experiment.parts()) > 1:
+        blind = experiment.without(frozenset(map(meaning, experiment.shared)))
+        together = search(blind, known, thorough=False)
+        if blind.explained_by(together):
+            parts, unexplained = [Part(blind, together, frozenset(), True)], []
+    findings: Findings = []
+    undetectable: dict[Mistake, list[int]] = {}
+    for mistake in (mistake for part in parts for mistake in part.mistakes):
+        if mistake not in undetectable:
+            places, undetectable[mistake] = extent(experiment, parts, mistake)
+            findings.append((mistake, places))
+    alternatives = other_explanations(parts, known, *findings[0]) if len(findings) == 1 and not unexplained else []
+    return Forward(findings, undetectable, unexplained, alternatives)
 
-    Each block is looked at by itself, fed with what the candidate gave it, so that no mistake hides another's place.
-    A mistake that all parts could have is one of the whole model.
+
+def explain_parts(experiment: Experiment, known: list[Mistake]) -> list[Part]:
+    """Each part by itself, run on the candidate's own input to it, so that no mistake hides another.
+
+    Stops after an unexplained part if the input of the next was not recorded.
     """
     parts: list[Part] = []
     start: torch.Tensor | None = None
@@ -228,31 +268,32 @@ def forward_mistakes(experiment: Experiment, known: list[Hypothesis]) -> Forward
         start = part.experiment.outcome(part.findings) if part.explained else experiment.activation_before(places.stop)
         if start is None:
             break
-    unexplained = [part.experiment.places for part in parts if not part.explained]
-    if unexplained and len(experiment.parts()) > 1:
-        blind = experiment.without(frozenset(map(meaning, experiment.shared)))
-        findings = search(blind, known, thorough=False)
-        if blind.explained_by(findings):
-            parts, unexplained = [Part(blind, findings, frozenset(), True)], []
-    sure = [part for part in parts if part.explained]
-    found: Findings = []
-    undetectable: dict[Hypothesis, list[int]] = {}
-    for hypothesis in dict.fromkeys(hypothesis for part in parts for hypothesis, _ in part.findings):
-        having = frozenset[int]().union(*(p for part in parts for other, p in part.findings if other is hypothesis))
-        fits = [p for p in sure if p.experiment.explained_by([*p.findings, *p.experiment.throughout(hypothesis)])]
-        having = frozenset(experiment.places) if len(fits) == len(sure) else having
-        found.append((hypothesis, having))
-        possible = {n for part in fits for n in part.experiment.places if 0 <= n < experiment.config.n_layers}
-        undetectable[hypothesis] = sorted(possible - having)
-    alternatives = []
-    if not unexplained and len(found) == 1:
-        ((named, having),) = found
-        others = [hypothesis for hypothesis in known if hypothesis.name != named.name]
-        alternatives = [
-            other.says
-            for other in others
-            if all(
-                part.experiment.explained_by([(other, having & frozenset(part.experiment.places))]) for part in parts
-            )
-        ]
-    return Forward(found, undetectable, unexplained, alternatives)
+    return parts
+
+
+def extent(experiment: Experiment, parts: list[Part], mistake: Mistake) -> tuple[frozenset[int], list[int]]:
+    """The places that have a mistake, and the other blocks where it would make no difference.
+
+    A mistake that all explained parts could have is one of the whole model.
+    """
+    explained = [part for part in parts if part.explained]
+    possible = [
+        part
+        for part in explained
+        if part.experiment.explained_by([*part.findings, *part.experiment.throughout(mistake)])
+    ]
+    places = frozenset(n for part in parts for other, where in part.findings if other == mistake for n in where)
+    if len(possible) == len(explained):
+        places = frozenset(experiment.places)
+    blocks = {n for part in possible for n in part.experiment.places if 0 <= n < experiment.config.n_layers}
+    return places, sorted(blocks - places)
+
+
+def other_explanations(parts: list[Part], known: list[Mistake], named: Mistake, places: frozenset[int]) -> list[str]:
+    """The descriptions of other mistakes that, in the same places, would explain all parts as well."""
+    return [
+        other.says
+        for other in known
+        if other.name != named.name
+        and all(part.experiment.explained_by([(other, places & frozenset(part.experiment.places))]) for part in parts)
+    ]

@@ -1,4 +1,4 @@
-"""Two models by their names, the tokens that both read, and what becomes of them: a whole comparison."""
+"""A complete comparison: two models by name, the tokens they run on, the measurements and the diagnosis."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from .compare import Comparison, compare_models
 from .diagnose import diagnose
 from .subject import Subject, load, names_a_class
 
-# Enough to show any mistake in the mask or the positions, and quick.
+# Tokens: enough to show any mistake in the mask or the positions, and quick.
 PROBE = 32
 
 
 def tokenizer_of(sources: tuple[str, ...], vocab_size: int) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the first model that has one; GPT-2's own for its vocabulary; else none."""
+    """The tokenizer of the first model that has one, or GPT-2's for a vocabulary of its size, or none."""
     for source in sources:
         if not names_a_class(source) and (tokenizer := tokenizer_beside(find_source(source))) is not None:
             return tokenizer
@@ -32,13 +32,13 @@ def tokenizer_of(sources: tuple[str, ...], vocab_size: int) -> PreTrainedTokeniz
 
 
 def input_tokens(tokens: str | None, text_ids: torch.Tensor | None, vocab_size: int, context: int) -> torch.Tensor:
-    """What both models read (B, T): the tokens given, the text's beginning, or random ones.
+    """The token ids that both models run on (B, T): those given, the text's first ones, or random ones.
 
     Raises:
-        LabError: no token ids, or some that the models do not have.
+        LabError: these are no token ids, too many, or outside the vocabulary.
     """
     if tokens is None:
-        # Half of the context at most, so that positions that start late still exist.
+        # At most half of the context, so that positions with an offset still exist.
         length = min(PROBE, max(context // 2, 1))
         return probe_ids(vocab_size, length, length=length) if text_ids is None else text_ids[:, : min(256, context)]
     try:
@@ -56,20 +56,20 @@ def text_tokens(file: Path | None, tokenizer: PreTrainedTokenizerBase | None) ->
     if file is None:
         return None
     if not file.exists():
-        raise LabError(f"there is no text {file}; check the path")
+        raise LabError(f"there is no text file {file}; check the path")
     if tokenizer is None:
-        raise LabError(f"{file} cannot be read as tokens: no tokenizer lies beside the models; give --tokens")
+        raise LabError(f"{file} cannot be tokenized: neither model has a tokenizer; give --tokens")
     try:
         ids = tokenizer(file.read_text(encoding="utf-8"), verbose=False).input_ids
     except (OSError, UnicodeDecodeError) as error:
         raise LabError(f"cannot read {file}: {error}") from error
     if len(ids) < 2:
-        raise LabError(f"{file} has {len(ids)} tokens; a text has at least 2")
+        raise LabError(f"{file} has {len(ids)} tokens, but a text needs at least 2; give a longer one")
     return torch.tensor([ids])
 
 
 def load_both(reference, candidate, weights, cfg, mapping) -> tuple[Subject, Subject]:
-    """Both models; the options are the candidate's if it is a class, else the reference's."""
+    """Both models; the options apply to the candidate if it is a class, else to the reference."""
     given = dict(weights=weights, cfg=cfg, mapping=read_map(mapping))
     if names_a_class(reference) and not names_a_class(candidate):
         second = load(candidate)
@@ -86,7 +86,7 @@ def read_map(file: Path | None) -> dict[str, str | None]:
     except (OSError, ValueError) as error:
         raise LabError(f"cannot read the map {file}: {error}") from error
     if not isinstance(mapping, dict) or not all(v is None or isinstance(v, str) for v in mapping.values()):
-        raise LabError(f'{file} is no map; write JSON such as {{"my.wq.weight": "trf_blocks.0.att.W_query.weight"}}')
+        raise LabError(f'{file} is not a map; write JSON such as {{"my.wq.weight": "trf_blocks.0.att.W_query.weight"}}')
     return mapping
 
 
@@ -106,18 +106,18 @@ def compare(
     gradients: bool = False,
     step: Callable[[str], None] = lambda step: None,
 ) -> Comparison:
-    """Compares two models layer by layer, and looks for the mistake if they differ.
+    """Compares two models stage by stage and, if they differ, looks for the mistake.
 
     Args:
-        reference: directory, hub id or `my_gpt.py:MyGPTModel`: the model that is right. A .py file is run.
-        candidate: the same for the model in question.
+        reference: the correct model: a directory, hub id or `my_gpt.py:MyGPTModel`. A .py file is executed.
+        candidate: the model to check, in the same form.
         tokens: ids to compare on, such as "6109,3626,6100,345"; default: random ones.
-        text: a file to compare on; gives perplexities too.
-        weights: of the class: model.pth, .safetensors or a directory.
-        cfg: of the class: JSON, a JSON file, or the name of a dict in its file.
-        mapping: a JSON file, parameter names of the class to the book's or GPT-2's.
-        gradients: compare gradients too.
-        step: is called with the name of each step.
+        text: a text file to compare on; also gives perplexities.
+        weights: for a class: model.pth, .safetensors or a directory.
+        cfg: for a class: JSON, a JSON file, or the name of a dict in its file.
+        mapping: a JSON file from the class's parameter names to the book's or GPT-2's.
+        gradients: also compare gradients.
+        step: called with the name of each step.
 
     Raises:
         LabError, ConversionError: a model cannot be loaded, or the two cannot be compared.
@@ -127,12 +127,12 @@ def compare(
     right, other = load_both(*sources, _path(weights), cfg, _path(mapping))
     config = right.config or other.config
     if config is None:
-        raise LabError("the sizes of the models are not known; give --cfg")
+        raise LabError("the models' sizes are unknown; give --cfg")
     tokenizer = tokenizer_of(sources, config.vocab_size)
     text_ids = text_tokens(_path(text), tokenizer)
     input_ids = input_tokens(tokens, text_ids, config.vocab_size, config.context_length)
     if not right.is_language_model:
-        input_ids = input_ids[:1]  # a classifier takes several sequences only if its config names a padding token
+        input_ids = input_ids[:1]  # a classifier accepts several sequences only if its config names a padding token
     step("Comparing")
     comparison = compare_models(right, other, input_ids, text_ids=text_ids, gradients=gradients)
     comparison.tokenizer = tokenizer

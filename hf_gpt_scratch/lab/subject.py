@@ -1,4 +1,4 @@
-"""Models for the parity lab: official, ours or a class of your own, each with its parameters in the book's names.
+"""Models to compare: official, ours or a class of your own, each with its parameters in the book's names.
 
 Shapes: E emb_dim, I n_inner, V vocabulary, C context_length.
 """
@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ConversionError, LabError
+from ..errors import ConversionError, LabError, few
 from ..model.configuration_gpt_scratch import SIZES, TO_GPT2, GPTScratchConfig
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
 from ..model.weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, Row, rows
@@ -37,10 +37,10 @@ from .pairing import Match, match_parameters, parameters
 
 @dataclass
 class Subject:
-    """A model and what is known of it.
+    """A model and what is known about it.
 
-    `config` is None where only the model's own code knows it; `guessed` says whether `matches` were guessed. `kind` is
-    our class of such a model: a class of one's own is a language model. `tensors` are those in a checkpoint's files, by
+    `config` is None if only the model's own code knows it; `guessed` is whether `matches` were guessed. `kind` is our
+    corresponding class; a class of your own counts as a language model. `tensors` are those in a checkpoint's files, by
     the book's names, in the files' dtype.
     """
 
@@ -58,7 +58,7 @@ class Subject:
         return self.kind is GPTScratchForCausalLM
 
     def in_book_names(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors under this model's names, parameters or their gradients, as the book has them; views."""
+        """Parameters or gradients by this model's names, as views by the book's names and in its layout."""
         ours: dict[str, torch.Tensor] = {}
         for match in self.matches:
             if match.row.theirs in tensors:
@@ -66,19 +66,19 @@ class Subject:
         return ours
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """All parameters in the book's names and layout; a tied head is there under both names."""
+        """All parameters in the book's names and layout; a tied head appears under both names."""
         return self.in_book_names({name: p.detach() for name, p in parameters(self.module).items()})
 
 
 def subject(module: nn.Module, config: GPTScratchConfig | None = None, name: str = "", mapping=None) -> Subject:
-    """A model in memory, as it is: mode and weights stay as they are.
+    """A model in memory; its mode and weights are not changed.
 
     Args:
-        config: sizes of the model, for a class of your own; official ones and ours know theirs.
+        config: the sizes of a class of your own; official models and ours have a config.
         mapping: your names -> the book's or GPT-2's, where the guess is wrong.
 
     Raises:
-        LabError: the parameters cannot be paired with certainty; the message names them.
+        LabError: the parameters cannot be paired unambiguously; the message names them.
     """
     name = name or type(module).__name__
     kind = kind_of(module)
@@ -87,13 +87,13 @@ def subject(module: nn.Module, config: GPTScratchConfig | None = None, name: str
         if not mapping and {match.row.theirs for match in matches} == parameters(module).keys():
             return Subject(name, module, matches, config, kind=kind)
     if config is None:
-        raise LabError(f"the sizes of {name} are not known; give its cfg")
+        raise LabError(f"the sizes of {name} are unknown; give its cfg")
     matches = match_parameters(module, config, mapping or {})
     return Subject(name, module, matches, config, guessed=True, kind=kind or GPTScratchForCausalLM)
 
 
 def known_matches(module: Any, kind: type[GPTScratchPreTrainedModel]) -> tuple[list[Match], GPTScratchConfig]:
-    """The parameters with the names that an official model, or one of ours, of this kind has; and the config."""
+    """The matches of an official model or one of ours, by the weight map, and its config."""
     official = isinstance(module, kind.gpt2_class)
     config = GPTScratchConfig.from_gpt2(module.config) if official else module.config
     prefix = "" if kind is GPTScratchModel else GPT2_PREFIX if official else SCRATCH_PREFIX
@@ -110,13 +110,13 @@ def known_matches(module: Any, kind: type[GPTScratchPreTrainedModel]) -> tuple[l
 
 
 class Settings(dict):
-    """A config that is read as the book reads it, `cfg["emb_dim"]`, or as nanoGPT does, `config.n_embd`."""
+    """A config with the book's access, `cfg["emb_dim"]`, and nanoGPT's, `config.n_embd`."""
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"the cfg has no {name!r}; give it by --cfg") from None
+            raise AttributeError(f"the cfg has no {name!r}; add it with --cfg") from None
 
 
 def book_settings(config: GPTScratchConfig) -> Settings:
@@ -128,7 +128,7 @@ def book_settings(config: GPTScratchConfig) -> Settings:
 
 
 def names_a_class(source: str) -> bool:
-    """Whether a source is `file.py:Name` or `package.module:Name`, which no hub id can be."""
+    """Whether a source is `file.py:Name` or `package.module:Name`; no hub id has a colon."""
     return bool(re.fullmatch(r".+:\w+", source))
 
 
@@ -143,15 +143,15 @@ def load(
     """A model to compare, in float32 and evaluation mode.
 
     Args:
-        source: directory or hub id of an official checkpoint or ours, or `file.py:Name` of a class, a function that
-            makes a model, or a model. That file is run.
-        weights: state dict for a class, `.pth` or `.safetensors`.
-        cfg: for a class: JSON, a JSON file, or the name of a dict in its file. Default: the sizes of `like`.
+        source: directory or hub id of an official checkpoint or one of ours, or `file.py:Name` of a class, a function
+            that makes a model, or a model. That file is executed.
+        weights: a class's state dict, `.pth` or `.safetensors`.
+        cfg: a class's config: JSON, a JSON file, or the name of a dict in its file. Default: the sizes of `like`.
         mapping: your parameter names -> the book's or GPT-2's, where the guess is wrong.
-        like: the other model; a class without `weights` gets its weights.
+        like: the other model, whose weights a class without `weights` gets.
 
     Raises:
-        LabError: it cannot be had, or its parameters cannot be paired.
+        LabError: it cannot be loaded, or its parameters cannot be paired.
     """
     if names_a_class(source):
         file, _, attribute = source.rpartition(":")
@@ -159,30 +159,30 @@ def load(
     if weights or cfg or mapping:
         raise LabError(f"weights, cfg and map are for a class of your own, file.py:Name, but this is {source!r}")
     if source.endswith(".py"):
-        raise LabError(f"got {source}, but a file can hold many models; name the one that is meant, {source}:Name")
+        raise LabError(f"got {source}, but a file can contain several models; name one of them, {source}:Name")
     if Path(source).is_file():
         raise LabError(
-            f"got the file {source}, but a model is a directory or a class; give the directory it lies in, or the "
+            f"got the file {source}, but a model is a directory or a class; give the directory that it is in, or the "
             f"class with these weights, file.py:Name and --weights {source}"
         )
     try:
         return load_checkpoint(find_source(source), source)
     except (ConversionError, OSError, SafetensorError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        # A config.json can hold anything, and transformers fails of it in as many ways.
+        # A config.json can contain anything, and transformers can fail on it in as many ways.
         raise LabError(f"cannot load {source}: {error}") from error
     except StrictDataclassError as error:
-        raise LabError(f"the config of {source} is not usable: {error}") from error
+        raise LabError(f"the config of {source} is unusable: {error}") from error
 
 
 def load_checkpoint(directory: Path, name: str) -> Subject:
-    """A directory's model, of the class that its config names."""
+    """The model in a directory, of the class that its config names."""
     path = directory / "config.json"
     found = read_json(path) if path.is_file() else None
     values = found if isinstance(found, dict) else {}
     model_type = values.get("model_type")
     if model_type not in ("gpt2", "gpt_scratch"):
-        what = f"holds a model of type {model_type!r}" if path.is_file() else "has no config.json"
-        raise LabError(f"{name} {what}; the lab compares checkpoints of gpt2 and gpt_scratch, and my.py:MyModel")
+        what = f"contains a model of type {model_type!r}" if path.is_file() else "has no config.json"
+        raise LabError(f"{name} {what}; the lab compares gpt2 and gpt_scratch checkpoints, and classes, my.py:MyModel")
     quantized = "quantization_config" in values
     weights = None if quantized else Weights(directory, model_type)
     if quantized:
@@ -201,10 +201,10 @@ def load_checkpoint(directory: Path, name: str) -> Subject:
 
 
 def check_pickles(directory: Path) -> None:
-    """Looks through pickles of weights that are not read here, before transformers does.
+    """Checks pickled weights before transformers loads them.
 
     Raises:
-        ConversionError: one is damaged, or is a pickle of more than weights.
+        ConversionError: one is damaged, or contains more than weights.
     """
     check_files(directory)
     for path in sorted(directory.glob("*.bin")):
@@ -212,7 +212,7 @@ def check_pickles(directory: Path) -> None:
 
 
 def raw_tensors(weights: Weights) -> dict[str, Lazy]:
-    """A checkpoint's tensors by the book's names; NaN is not refused here, but looked for."""
+    """A checkpoint's tensors by the book's names; NaN is allowed here, because the lab looks for it."""
     specs = {name: (there, weights.checkpoint.specs[there]) for name, there in weights.names.items()}
     tensors = {
         name: Lazy(spec.shape, spec.dtype, functools.partial(spec.file.read, there))
@@ -222,41 +222,42 @@ def raw_tensors(weights: Weights) -> dict[str, Lazy]:
 
 
 def check_loaded(info: Mapping[str, Any], source: str) -> None:
-    """Raises LabError unless a model got all its weights from a checkpoint, and left none behind."""
+    """Raises LabError unless a model uses all weights of its checkpoint and lacks none."""
     for what in ("missing", "unexpected", "mismatched"):
         if names := sorted(map(str, info[f"{what}_keys"])):
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise LabError(
-                f"{source} does not fit its class: {what} {', '.join(names[:5])}{more}; download or save it again"
-            )
+            raise LabError(f"{source} does not fit its class: {what} {few(names, 5)}; download or save it again")
 
 
-def load_class(source, file, attribute, weights, cfg, mapping, like) -> Subject:
+def load_class(
+    source: str,
+    file: str,
+    attribute: str,
+    weights: Path | None,
+    cfg: str | None,
+    mapping: Mapping[str, str | None],
+    like: Subject | None,
+) -> Subject:
+    """A model from a Python file. An instance keeps its mode, and its weights unless `weights` are given."""
     module = import_file(file)
-    made = getattr(module, attribute, None)
-    if made is None:
-        public = [
-            name for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)
-        ]
-        raise LabError(f"{file} has no {attribute!r}; its models are {', '.join(public) or 'none'}")
+    made = public_model(module, attribute, file)
     if isinstance(made, type) and issubclass(made, PreTrainedModel):
         return load_own_checkpoint(source, made, weights, cfg, mapping)
     if weights is not None and weights.is_dir():
         raise LabError(
-            f"weights {weights} is a directory, which only Transformers classes have; give {source}'s model.pth or "
+            f"--weights {weights} is a directory, which only Transformers classes load; give {source}'s model.pth or "
             ".safetensors"
         )
-    notes = []
+    ready, notes = isinstance(made, nn.Module), []
     settings = read_cfg(cfg, module)
-    if settings is None and like is not None and like.config is not None:
-        settings = book_settings(like.config)
-        if not isinstance(made, nn.Module):
-            shown = {name: settings[name] for name in SIZES}
-            notes.append(f"cfg: none given, so the other model's: {json.dumps(shown)}, qkv_bias {settings.qkv_bias}")
     if settings is None:
-        raise LabError(f"{source} needs a cfg: JSON, a JSON file, or the name of a dict in {file}")
+        if like is None or like.config is None:
+            raise LabError(f"{source} needs a cfg: JSON, a JSON file, or the name of a dict in {file}")
+        settings = book_settings(like.config)
+        if not ready:
+            values = {name: settings[name] for name in SIZES}
+            notes.append(f"no cfg given; using the other model's: {json.dumps(values)}, qkv_bias {settings.qkv_bias}")
     config = sizes(settings, source)
-    model = made if isinstance(made, nn.Module) else build(made, settings, source)
+    model = made if ready else build(made, settings, source)
     result = subject(model, config, source, mapping)
     if result.guessed:
         result.config = config if cfg is not None else None
@@ -264,22 +265,35 @@ def load_class(source, file, attribute, weights, cfg, mapping, like) -> Subject:
     if weights is not None:
         model.load_state_dict(read_weights(weights, model))
         notes.append(f"weights: {weights}")
-    elif not isinstance(made, nn.Module):
+    elif not ready:
         if like is None:
-            raise LabError(f"{source} is a class; give its --weights")
+            raise LabError(f"{source} is a class, so it needs weights; give its --weights")
         copy_weights(like, result)
-        notes.append("weights: none given, so the other model's, through the mapping")
-    if not isinstance(made, nn.Module):
+        notes.append("no weights given; using the other model's, through the mapping")
+    if not ready:
         model.float().eval()
     return result
 
 
+def public_model(module: ModuleType, attribute: str, file: str) -> Any:
+    """The class, function or model of this name.
+
+    Raises:
+        LabError: there is none; the message names the file's classes.
+    """
+    made = getattr(module, attribute, None)
+    if made is None:
+        models = [n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)]
+        raise LabError(f"{file} has no {attribute!r}; its models are {', '.join(models) or 'none'}")
+    return made
+
+
 def load_own_checkpoint(source, made: Any, weights: Path | None, cfg, mapping) -> Subject:
-    """A Transformers class of one's own, from the directory that its `save_pretrained` wrote."""
+    """A Transformers class of your own, loaded from the directory that its `save_pretrained` wrote."""
     if weights is None or not weights.is_dir() or cfg is not None:
         raise LabError(
             f"{source} is a Transformers class: it is loaded by its from_pretrained; give the directory that its "
-            "save_pretrained wrote by --weights, and no --cfg"
+            "save_pretrained wrote with --weights, and no --cfg"
         )
     try:
         model, info = made.from_pretrained(weights, dtype=torch.float32, output_loading_info=True)
@@ -292,7 +306,7 @@ def load_own_checkpoint(source, made: Any, weights: Path | None, cfg, mapping) -
 
 
 def import_file(file: str) -> ModuleType:
-    """Runs a Python file, or imports a module by its dotted name."""
+    """Executes a Python file, or imports a module by its dotted name."""
     path = Path(file).expanduser()
     try:
         if path.suffix != ".py":
@@ -326,14 +340,14 @@ def read_cfg(cfg: str | None, module: ModuleType) -> Settings | None:
         return Settings(**values)
     except (OSError, ValueError, TypeError) as error:
         raise LabError(
-            f"got cfg {cfg!r}, which is neither JSON, nor a JSON file, nor a dict of yours ({error})"
+            f"got cfg {cfg!r}, which is neither JSON, nor a JSON file, nor a dict in your file ({error})"
         ) from error
 
 
 def build(make: Callable[..., nn.Module], settings: Settings, source: str) -> nn.Module:
-    """The model: `make(cfg)` if it takes one thing that is no setting, else by the settings that it names."""
+    """The model: `make(cfg)` if its one required argument is not a setting, else with the settings it names."""
     if not callable(make):
-        raise LabError(f"{source} is a {type(make).__name__}; name a model, a class or a function that makes one")
+        raise LabError(f"{source} is a {type(make).__name__}; name a model, a class or a function that returns one")
     accepted = inspect.signature(make).parameters
     required = [p.name for p in accepted.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     try:
@@ -344,12 +358,12 @@ def build(make: Callable[..., nn.Module], settings: Settings, source: str) -> nn
     except Exception as error:  # whatever the class raises
         raise LabError(f"{source} cannot be built: {type(error).__name__}: {error}; see --cfg") from error
     if not isinstance(model, nn.Module):
-        raise LabError(f"{source} gives a {type(model).__name__}, but a torch.nn.Module is wanted")
+        raise LabError(f"{source} returns a {type(model).__name__}, not a torch.nn.Module; name one that does")
     return model
 
 
 def sizes(settings: Settings, source: str) -> GPTScratchConfig:
-    """The sizes in a cfg, in the book's names or GPT-2's."""
+    """The sizes in a cfg, under the book's names, GPT-2's or nanoGPT's."""
     aliases = {"context_length": "block_size", "drop_rate": "dropout"}
     values: dict[str, Any] = {}
     for name in (*SIZES, "drop_rate", "n_inner", "qkv_bias"):
@@ -362,11 +376,11 @@ def sizes(settings: Settings, source: str) -> GPTScratchConfig:
     try:
         return GPTScratchConfig(bos_token_id=None, eos_token_id=None, **values)
     except StrictDataclassError as error:
-        raise LabError(f"the cfg of {source} is not usable: {error}") from error
+        raise LabError(f"the cfg of {source} is unusable: {error}") from error
 
 
 def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict that fits the model; one inside a training checkpoint is found there.
+    """A state dict that fits the model.
 
     Raises:
         LabError: it cannot be read, or does not fit; the message names the tensors.
@@ -374,39 +388,56 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     if not file.exists():
         raise LabError(f"there is no file {file} to read weights from; check the path")
     try:
-        refuse_no_file(file)
-        values: Any = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
-        if not isinstance(values, Mapping):
-            raise TypeError(f"it holds a {type(values).__name__}, and no state dict; save model.state_dict()")
-        for key in ("model_state_dict", "state_dict", "model"):
-            if isinstance(values.get(key), Mapping):
-                values = values[key]
-        values = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in values.items()}  # of torch.compile
-        others = [name for name, tensor in values.items() if not isinstance(tensor, torch.Tensor | Stored)]
-        if others:
-            raise TypeError(f"{others[0]!r} is no tensor, but a state dict has nothing else; save model.state_dict()")
-        values = {name: tensor.read() if isinstance(tensor, Stored) else tensor for name, tensor in values.items()}
+        values = read_state_dict(file)
     except ConversionError as error:
         raise LabError(f"cannot read weights: {error}") from error
-    except Exception as error:  # OSError, SafetensorError, …: whatever a broken file leads to
+    except Exception as error:  # OSError, SafetensorError, …: whatever a damaged file causes
         raise LabError(f"cannot read weights from {file}: {type(error).__name__}: {error}") from error
     own = model.state_dict()
-    persistent = {name for name in own if name in parameters(model)}
-    wrong = [f"missing {name}" for name in persistent - values.keys()]
+    wrong = misfits(values, own, parameters(model))
+    if wrong:
+        raise LabError(f"{file} does not fit the model: {'; '.join(wrong[:6])}; check --cfg and --weights")
+    return {name: values.get(name, tensor) for name, tensor in own.items()}
+
+
+def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
+    """A file's state dict, alone or in a training checkpoint, without torch.compile's prefix.
+
+    Raises:
+        TypeError: it contains something else.
+        Exception: whatever a damaged file causes.
+    """
+    refuse_no_file(file)
+    values: Any = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
+    if not isinstance(values, Mapping):
+        raise TypeError(f"it contains a {type(values).__name__}, not a state dict; save model.state_dict()")
+    for key in ("model_state_dict", "state_dict", "model"):
+        if isinstance(values.get(key), Mapping):
+            values = values[key]
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor | Stored):
+            raise TypeError(f"{name!r} is not a tensor, but a state dict has only tensors; save model.state_dict()")
+    return {
+        str(name).removeprefix("_orig_mod."): value.read() if isinstance(value, Stored) else value
+        for name, value in values.items()
+    }
+
+
+def misfits(values: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], needed: Collection[str]) -> list[str]:
+    """Why a state dict does not fit a model with the state dict `own`; extra masks and missing buffers are fine."""
+    wrong = [f"missing {name}" for name in own if name in needed and name not in values]
     wrong += [f"unexpected {name}" for name in values.keys() - own.keys() if not name.endswith(("mask", "attn.bias"))]
     wrong += [
         f"{name}: {tuple(values[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own.keys() & values.keys()
         if values[name].shape != own[name].shape
     ]
-    if wrong:
-        raise LabError(f"{file} does not fit the model: {'; '.join(sorted(wrong)[:6])}; check --cfg and --weights")
-    return {name: values.get(name, tensor) for name, tensor in own.items()}
+    return sorted(wrong)
 
 
 @torch.no_grad()
 def copy_weights(source: Subject, target: Subject) -> None:
-    """The source's weights into the target, by both mappings; biases that the source lacks are zeros there."""
+    """Copies the source's weights into the target, by both pairings; biases that the source lacks become zeros."""
     ours, own = source.weights(), parameters(target.module)
     for match in target.matches:
         tensors = [ours.get(name) for name in match.row.ours]

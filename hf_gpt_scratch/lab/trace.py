@@ -1,4 +1,4 @@
-"""What a model computes, stage by stage in execution order, recorded by hooks.
+"""A model's activations, stage by stage in execution order, recorded by hooks.
 
 Shapes: B batch, T tokens, E emb_dim, H heads, V vocabulary.
 """
@@ -13,18 +13,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import LabError
-from ..weights.parity import (
-    warm_up,
-)
+from ..weights.parity import warm_up
 from .subject import Subject
 
 LOGITS, CHOICES = "out_head", "mc_logits"
-# What is recorded inside a block, in the order of execution. `x.input` is what goes into x.
+# The stages inside a block, in execution order. `x.input` is the input of x.
 BLOCK_STAGES = {
-    "input": "into the block",
+    "input": "block input",
     "norm1": "norm before attention",
     "att.W_query": "queries",
     "att.W_key": "keys",
@@ -37,7 +36,7 @@ BLOCK_STAGES = {
     "ff.layers.0": "feed-forward, to n_inner",
     "ff.layers.2.input": "after the activation",
     "ff.layers.2": "feed-forward output",
-    "": "out of the block",
+    "": "block output",
 }
 OTHER_STAGES = {
     "tok_emb": "token embedding",
@@ -45,20 +44,23 @@ OTHER_STAGES = {
     "final_norm": "norm after the last block",
     LOGITS: "logits",
 }
-# What models with other heads have between the last norm and the outputs.
+# The stages of other heads, after the last norm.
 HEAD_STAGES = {
-    "score": "label scores of each token",
-    "classifier": "label scores of each token",
-    "qa_outputs": "scores as start and end",
-    "multiple_choice_head.summary": "score of each choice",
+    "score": "label scores per token",
+    "classifier": "label scores per token",
+    "qa_outputs": "start and end scores",
+    "multiple_choice_head.summary": "score per choice",
     CHOICES: "choices' scores",
 }
 SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 DROPOUT, KERNEL = (F.dropout, torch.dropout), F.scaled_dot_product_attention
 
 
+Activations = dict[str, torch.Tensor]  # by stage
+
+
 def meaning(stage: str) -> str:
-    """What a stage is, in words."""
+    """A stage in words."""
     return OTHER_STAGES.get(stage) or HEAD_STAGES.get(stage) or BLOCK_STAGES[re.sub(r"^trf_blocks\.\d+\.?", "", stage)]
 
 
@@ -68,31 +70,35 @@ def stages(n_layers: int) -> list[str]:
     return ["tok_emb", "pos_emb", *blocks, "final_norm", LOGITS]
 
 
-# Listening
+# Recording
 
 
-class Listener(TorchFunctionMode):
-    """Hears each attention softmax of a forward pass, and switches dropout off if asked to."""
+class AttentionRecorder(TorchFunctionMode):
+    """Records the result of each attention softmax (B, H, T, T); switches dropout off if `dropout` is False."""
 
     def __init__(self, dropout: bool):
         super().__init__()
         self.dropout = dropout
-        self.attention: list[torch.Tensor] = []
+        self.weights: list[torch.Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if not self.dropout and func in DROPOUT:
             return args[0] if args else kwargs["input"]
         if not self.dropout and func is KERNEL:
-            args, kwargs = (
-                args[:4],
-                {name: value for name, value in kwargs.items() if name != "dropout_p"}
-                | ({"is_causal": args[5]} if len(args) > 5 else {}),
-            )
+            args, kwargs = without_dropout(args, kwargs)
         result = func(*args, **kwargs)
         if func in SOFTMAX and result.ndim == 4 and result.shape[-1] == result.shape[-2]:
-            self.attention.append(result.detach())
+            self.weights.append(result.detach())
         return result
+
+
+def without_dropout(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of `scaled_dot_product_attention`, of which dropout_p is the fifth and is_causal the sixth."""
+    kept = {name: value for name, value in kwargs.items() if name != "dropout_p"}
+    if len(args) > 5:
+        kept["is_causal"] = args[5]
+    return args[:4], kept
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:
@@ -102,7 +108,7 @@ def first_tensor(output: Any) -> torch.Tensor | None:
 
 
 def hook_points(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, ...], bool]]:
-    """Where to listen: path and module, the stages that it gives (side by side in its last dimension), input or not."""
+    """Where to hook: path and module, the stages side by side in its tensor's last dimension, and whether its input."""
     owners: dict[str, set[tuple[str, ...]]] = {}
     blocks: dict[str, list[str]] = {}
     for match in subject.matches:
@@ -111,7 +117,7 @@ def hook_points(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, .
         if layer := re.match(r"trf_blocks\.\d+", match.row.ours[0]):
             blocks.setdefault(layer[0], []).append(owner.replace(".", "/"))
     for owner, named in owners.items():
-        if len(named) > 1 or not owner:  # several matrices of one module cannot be told apart by its output
+        if len(named) > 1 or not owner:  # one output cannot be attributed to several matrices
             continue
         module, names = subject.module.get_submodule(owner), next(iter(named))
         if names[0] != LOGITS:
@@ -126,30 +132,30 @@ def hook_points(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, .
             yield path, module, (stage,), False
 
 
-def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) -> dict[str, torch.Tensor]:
+def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) -> Activations:
     """The outputs of all stages that can be recorded, in the order in which they ran, and the logits.
 
     Args:
-        dropout: False switches it off wherever it is, even where the model applies it in evaluation mode.
+        dropout: False switches it off everywhere, even where the model applies it in evaluation mode.
 
     Raises:
         LabError: the model does not run on these tokens.
     """
     warm_up()
-    activations: dict[str, torch.Tensor] = {}
+    activations: Activations = {}
 
-    def hear(names: tuple[str, ...], value: Any) -> None:
+    def record(names: tuple[str, ...], value: Any) -> None:
         tensor = first_tensor(value)
         if tensor is not None and tensor.ndim and tensor.shape[-1] % len(names) == 0:
             for name, part in zip(names, tensor.detach().chunk(len(names), dim=-1), strict=True):
-                # A copy: what comes after may work in place. The first call counts, should there be several.
+                # A copy: later operations may be in place. Of several calls the first counts.
                 activations.setdefault(name, part.clone())
 
     def before(names):
-        return lambda module, args, kwargs: hear(names, args or tuple(kwargs.values()))
+        return lambda module, args, kwargs: record(names, args or tuple(kwargs.values()))
 
     def after(names):
-        return lambda module, args, output: hear(names, output)
+        return lambda module, args, output: record(names, output)
 
     with ExitStack() as stack:
         for _, module, names, is_input in hook_points(subject):
@@ -159,7 +165,7 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
                 handle = module.register_forward_hook(after(names))
             stack.callback(handle.remove)
         stack.enter_context(written_out_attention(subject.module))
-        listener = stack.enter_context(Listener(dropout))
+        attention = stack.enter_context(AttentionRecorder(dropout))
         try:
             output = subject.module(input_ids)
         except Exception as error:  # whatever the user's class raises
@@ -169,10 +175,12 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
             ) from error
     logits = outputs_of(output)
     if logits is None or logits.ndim != 3:
-        raise LabError(f"{subject.name} returns no logits (B, T, V) but {type(output).__name__}; return them first")
+        raise LabError(
+            f"{subject.name} returns {type(output).__name__} instead of logits (B, T, V); return them, alone or first"
+        )
     layers = {match.row.ours[0].split(".")[1] for match in subject.matches if match.row.ours[0].startswith("trf")}
-    if len(listener.attention) == len(layers):
-        activations |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(listener.attention)}
+    if len(attention.weights) == len(layers):
+        activations |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(attention.weights)}
     if isinstance(getattr(output, CHOICES, None), torch.Tensor):
         activations[CHOICES] = output.mc_logits
     activations[LOGITS] = logits
@@ -180,23 +188,23 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
 
 
 def outputs_of(output: Any) -> torch.Tensor | None:
-    """The logits (B, T, V) of a model's output; of other heads what they compute, with as many dimensions."""
+    """The logits (B, T, V) in a model's output; for other heads, their result in three dimensions."""
     if isinstance(output, ModelOutput):
         if "start_logits" in output:
-            return torch.stack([output.start_logits, output.end_logits], dim=1)  # (B, 2, T)
+            return torch.stack([output["start_logits"], output["end_logits"]], dim=1)  # (B, 2, T)
         if "logits" not in output:
             return output.get("last_hidden_state")  # (B, T, E)
-        if output.logits.ndim == 2:
-            return output.logits.unsqueeze(1)  # (B, 1, labels)
+        if output["logits"].ndim == 2:
+            return output["logits"].unsqueeze(1)  # (B, 1, labels)
     return first_tensor(output.logits if hasattr(output, "logits") else output)
 
 
 @contextmanager
 def written_out_attention(module: nn.Module) -> Iterator[None]:
-    """Transformers' models compute attention in one kernel, which hooks do not see into; here it is written out."""
+    """Transformers' models with eager attention: hooks cannot see inside a fused kernel."""
     config = getattr(module, "config", None)
     used = getattr(config, "_attn_implementation", None)
-    if used is None or not hasattr(module, "set_attn_implementation"):
+    if used is None or not isinstance(module, PreTrainedModel):
         yield
         return
     module.set_attn_implementation("eager")
@@ -208,7 +216,7 @@ def written_out_attention(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The module in another floating dtype; float32 comes back from float64 bit for bit."""
+    """The module in another floating dtype; a float32 model returns from float64 bit for bit."""
     kept = {p.dtype for p in module.parameters()}
     module.to(dtype)
     try:
@@ -217,8 +225,8 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         module.to(kept.pop() if len(kept) == 1 else torch.float32)
 
 
-def double_trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool) -> dict[str, torch.Tensor] | None:
-    """The trace in float64; None if the model cannot, or computes in float32 on the way."""
+def double_trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool) -> Activations | None:
+    """The trace in float64; None if the model fails in it, or computes in float32 anywhere."""
     try:
         with in_dtype(subject.module, torch.float64):
             activations = trace(subject, input_ids, dropout=dropout)

@@ -1,20 +1,24 @@
-"""Which tensors hold other numbers than the reference's, and what was done to each."""
+"""Which tensors differ from the reference's, and what was done to each."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ..errors import few
+from .simulate import Weights
 from .trace import LOGITS
 
-# Mistakes in the weights that are one mistake in however many tensors.
+# Mistakes that count once, however many tensors have them.
 COLLECTIVE = ("qkv-order", "block-order", "wrong-tensor", "not-loaded", "rounded-weights", "other-weights")
+
+# A mistake's name, its description of the tensor, and the remedy.
+What = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Change:
-    """What was done to one tensor of the reference."""
+    """What was done to one of the reference's tensors."""
 
     tensor: str
     name: str
@@ -23,89 +27,142 @@ class Change:
 
     @property
     def owner(self) -> str:
-        """What holds something else: the block if it is all of it, else the module in any block."""
+        """The whole block for block-order, else the module without its block."""
         owner = self.tensor.rpartition(".")[0]
         return ".".join(owner.split(".")[:2]) if self.name == "block-order" else in_any_block(owner)
 
 
-def weight_changes(reference: Mapping[str, torch.Tensor], candidate: Mapping[str, torch.Tensor]) -> list[Change]:
-    """The tensors of the candidate that hold other numbers, in execution order, each with what was done to it."""
-    tied = torch.equal(reference[f"{LOGITS}.weight"], reference["tok_emb.weight"])
+def weight_changes(reference: Weights, candidate: Weights) -> list[Change]:
+    """What was done to each of the candidate's tensors that differs from the reference's, in execution order.
+
+    A module that the candidate lacks entirely is left to the diagnosis of the forward pass.
+    """
     changes = []
     for name, right in reference.items():
-        whole = {f"{name.rpartition('.')[0]}.{kind}" for kind in ("weight", "scale")} & candidate.keys()
-        if not whole or (name in candidate and torch.equal(candidate[name], right)):
-            continue  # what a module does that is not there is for the forward pass to tell
-        told = what_happened(name, right, candidate.get(name), reference)
-        if name == f"{LOGITS}.weight" and tied and not torch.equal(candidate[name], candidate["tok_emb.weight"]):
-            told = (
+        module, got = name.rpartition(".")[0], candidate.get(name)
+        if f"{module}.weight" not in candidate and f"{module}.scale" not in candidate:
+            continue
+        if got is not None and torch.equal(got, right):
+            continue
+        if name == f"{LOGITS}.weight" and untied(reference, candidate):
+            what: What | None = (
                 "untied-head",
                 "is not tok_emb.weight, to which the reference ties it",
                 "out_head.weight = tok_emb.weight",
             )
-        if told:
-            changes.append(Change(name, *told))
+        else:
+            what = what_happened(name, right, got, reference)
+        if what:
+            changes.append(Change(name, *what))
     return changes
 
 
-def what_happened(name, right, got, reference) -> tuple[str, str, str] | None:
-    """The name of the mistake, what it says and the remedy; None if nothing is wrong with this tensor."""
-    is_bias = name.endswith((".bias", ".shift"))
+def untied(reference: Weights, candidate: Weights) -> bool:
+    """Whether the reference's head is its token embedding, and the candidate's is not."""
+    head, embedding = f"{LOGITS}.weight", "tok_emb.weight"
+    tied = torch.equal(reference[head], reference[embedding])
+    return tied and not torch.equal(candidate[head], candidate[embedding])
+
+
+def what_happened(name: str, right: torch.Tensor, got: torch.Tensor | None, reference: Weights) -> What | None:
+    """What turned the reference's tensor `right` into `got`; None if it is a missing bias that is zero anyway."""
     if got is None:
-        return (
-            ("missing-bias", "is missing", "build the layers with bias=True and load it")
-            if is_bias and right.any()
-            else None
-        )
+        missing = "missing-bias", "is missing", "build the layers with bias=True and load it"
+        return missing if is_bias(name) and right.any() else None
     if got.shape != right.shape:
-        return "other-weights", f"has shape {tuple(got.shape)} instead of {tuple(right.shape)}", "build it alike"
-    if right.ndim == 2 and right.shape[0] == right.shape[1] and torch.equal(got, right.T):
+        return (
+            "other-weights",
+            f"has shape {tuple(got.shape)} instead of {tuple(right.shape)}",
+            "build both with the same sizes",
+        )
+    return (
+        other_way_round(right, got)
+        or another_tensor(name, got, reference)
+        or never_loaded(name, got)
+        or shifted(name, right, got)
+        or rounded(right, got)
+        or scaled(right, got)
+        or ("other-weights", "holds other values", "load the reference's checkpoint, without further training")
+    )
+
+
+def is_bias(name: str) -> bool:
+    return name.endswith((".bias", ".shift"))
+
+
+def is_transpose(matrix: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a square matrix is the other one transposed."""
+    return matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, other.T)
+
+
+def other_way_round(right: torch.Tensor, got: torch.Tensor) -> What | None:
+    if is_transpose(got, right):
         return "not-transposed", "is not transposed", "GPT-2 stores its matrices [in, out], nn.Linear [out, in]: use .T"
     if right.ndim == 2 and torch.equal(got, right.T.reshape(right.shape)):
-        return "not-transposed", "is reshaped, not transposed", ".T, never .reshape or .view: the shape alone is right"
+        return (
+            "not-transposed",
+            "is reshaped, not transposed",
+            "use .T, never .reshape or .view",
+        )
+    return None
+
+
+def another_tensor(name: str, got: torch.Tensor, reference: Weights) -> What | None:
+    """Whether it is another tensor of the reference: another of query, key and value, another block's, or any."""
     for other, tensor in reference.items():
         if other == name or tensor.shape != got.shape:
             continue
-        equal = torch.equal(got, tensor)
-        if not equal and not (tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1] and torch.equal(got, tensor.T)):
+        if torch.equal(got, tensor):
+            turned = ""
+        elif is_transpose(got, tensor):
+            turned = ", not transposed"
+        else:
             continue
-        more = "" if equal else ", not transposed"
         block, _, rest = name.partition(".att.W_")
         if rest and other.startswith(f"{block}.att.W_"):
-            return (
-                "qkv-order",
-                f"holds {in_any_block(other).rpartition('.')[0]}{more}",
-                "c_attn holds query, key, value in this order",
-            )
-        if re.sub(r"trf_blocks\.\d+", "", name) == re.sub(r"trf_blocks\.\d+", "", other):
-            return (
-                "block-order",
-                f"holds {'.'.join(other.split('.')[:2])}",
-                "sort the blocks by number: as text, 10 comes before 2",
-            )
+            says = f"holds {in_any_block(other).rpartition('.')[0]}{turned}"
+            return "qkv-order", says, "c_attn holds query, key, value in this order"
+        if in_any_block(name) == in_any_block(other):
+            says = f"holds {'.'.join(other.split('.')[:2])}"
+            return "block-order", says, "sort the blocks by number: as text, 10 comes before 2"
         if tensor.any():
-            return "wrong-tensor", f"holds {other}{more}", f"load {name}"
-    if is_bias and not got.any():
-        return "missing-bias", "is zero: never loaded", "load it"
+            return "wrong-tensor", f"holds {other}{turned}", f"load {name}"
+    return None
+
+
+def never_loaded(name: str, got: torch.Tensor) -> What | None:
+    if is_bias(name) and not got.any():
+        return "missing-bias", "is all zeros: never loaded", "load it"
     if name.endswith(".scale") and bool((got == 1).all()):
-        return "not-loaded", "is one everywhere: never loaded", "load it"
-    if name == "pos_emb.weight":
-        for by in (1, -1, 2):
-            shifted = got.roll(-by, 0)
-            kept = slice(max(-by, 0), len(got) - max(by, 0))
-            if torch.equal(shifted[kept], right[kept]):
-                return "off-by-one-positions", f"is shifted by {by} rows", "row i belongs to position i, from 0"
+        return "not-loaded", "is all ones: never loaded", "load it"
+    return None
+
+
+def shifted(name: str, right: torch.Tensor, got: torch.Tensor) -> What | None:
+    for by in (1, -1, 2) if name == "pos_emb.weight" else ():
+        kept = slice(max(-by, 0), len(got) - max(by, 0))
+        if torch.equal(got.roll(-by, 0)[kept], right[kept]):
+            return "off-by-one-positions", f"is shifted by {by} rows", "row i belongs to position i, from 0"
+    return None
+
+
+def rounded(right: torch.Tensor, got: torch.Tensor) -> What | None:
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(got, right.to(dtype).to(got.dtype)):
             return "rounded-weights", f"is rounded to {str(dtype).removeprefix('torch.')}", "load the float32 weights"
+    return None
+
+
+def scaled(right: torch.Tensor, got: torch.Tensor) -> What | None:
+    """Whether it is a multiple of the reference's, by least squares."""
     factor = (got.flatten() @ right.flatten() / right.square().sum().clamp(min=1e-30)).item()
-    if torch.allclose(got, factor * right, rtol=1e-5, atol=0) and factor:
-        return "scaled-weights", f"is {factor:.6g} times the reference's", "load it as it is"
-    return "other-weights", "holds other numbers", "load the reference's checkpoint, or train no further"
+    if factor and torch.allclose(got, factor * right, rtol=1e-5, atol=0):
+        return "scaled-weights", f"is {factor:.6g} times the reference's", "load it without rescaling"
+    return None
 
 
 def grouped(changes: list[Change]) -> list[list[Change]]:
-    """The changes of one kind to one tensor in all blocks, together."""
+    """Groups changes of one kind to the same tensor of several blocks."""
     groups: dict[tuple[str, str], list[Change]] = {}
     for change in changes:
         role = in_any_block(change.tensor)
@@ -122,14 +179,18 @@ def in_any_block(tensor: str) -> str:
 
 
 def listed(tensors: list[str]) -> str:
-    """The tensors' names, with equal ones of several blocks told once: `trf_blocks.{0…2}.att.out_proj.weight`."""
-    blocks: dict[str, list[int]] = {}
+    """The tensors' names, those of several blocks as one: `trf_blocks.{0…2}.att.out_proj.weight`."""
+    blocks: dict[str, list[str]] = {}
     for tensor in tensors:
-        number = re.search(r"(?<=trf_blocks\.)\d+", tensor)
-        blocks.setdefault(re.sub(r"(?<=trf_blocks\.)\d+", "{n}", tensor), []).extend([int(number[0])] if number else [])
-    told = []
-    for name, numbers in blocks.items():
-        run = len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1))
-        shown = f"{{{numbers[0]}…{numbers[-1]}}}" if run else f"{{{','.join(map(str, numbers))}}}"
-        told.append(name.replace("{n}", shown if len(numbers) > 1 else "".join(map(str, numbers))))
-    return ", ".join(told[:6]) + (f" and {len(told) - 6} more" if len(told) > 6 else "")
+        numbers = blocks.setdefault(re.sub(r"(?<=trf_blocks\.)\d+", "{n}", tensor), [])
+        numbers += re.findall(r"(?<=trf_blocks\.)\d+", tensor)
+    return few([name.replace("{n}", numbered(numbers)) for name, numbers in blocks.items()], 6)
+
+
+def numbered(numbers: list[str]) -> str:
+    """3; {3,7}; {0…2}."""
+    if len(numbers) < 2:
+        return "".join(numbers)
+    first, last = int(numbers[0]), int(numbers[-1])
+    run = numbers == [str(n) for n in range(first, last + 1)]
+    return f"{{{first}…{last}}}" if run else f"{{{','.join(numbers)}}}"
