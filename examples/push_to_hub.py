@@ -25,7 +25,8 @@ from hf_gpt_scratch import (
 )
 from hf_gpt_scratch.weights.architecture import architecture
 from hf_gpt_scratch.weights.checkpoint import read_json
-from hf_gpt_scratch.weights.conversion import CARD, RECEIPT, find_source, tokenizer_beside
+from hf_gpt_scratch.weights.convert import RECEIPT, find_source, tokenizer_beside
+from hf_gpt_scratch.weights.formats.directory import CARD
 
 
 def load(directory: Path) -> GPTScratchPreTrainedModel:

@@ -1,5 +1,7 @@
 """The errors of this package: each message names the value, the rule and what helps."""
 
+from collections.abc import Sequence
+
 # What lies in a damaged file can be as long as the file.
 LONGEST_MESSAGE = 1500
 
@@ -8,6 +10,12 @@ def shortened(text: str, length: int = 200) -> str:
     """The text, or its beginning and its end."""
     half = length // 2 - 2
     return text if len(text) <= length else f"{text[:half]} … {text[-half:]}"
+
+
+def some(names: Sequence[object], most: int = 5) -> str:
+    """The first of several names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shortened(repr(name)) for name in names[:most]) + more
 
 
 class GPTScratchError(Exception):

@@ -6,7 +6,7 @@ Exit status: 0 done, 1 not done, 2 wrong command line, 3 the models differ, 130 
 import io
 import json
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
@@ -17,13 +17,27 @@ from ..errors import LONGEST_MESSAGE, ConversionError, shortened
 from ..lab.explain import explain as explain_name
 from ..lab.inspect import inspect as inspect_model
 from ..version import __version__
-from ..weights import formats
-from ..weights.conversion import MAX_SHARD_SIZE
+from ..weights import convert as conversion
+from ..weights.formats import FORMATS
+from ..weights.formats.directory import NATIVE
+from ..weights.formats.format import MAX_SHARD_SIZE
 from .compare_command import compare
 from .doctor import doctor
 from .inspection_report import explanation, report
 from .terminal import convert_and_report, verify_and_report
 from .verify_receipt_command import verify_receipt_command
+
+
+def written() -> list[str]:
+    """The formats of `export`; `convert` writes the native one."""
+    return [format.name for format in FORMATS.values() if format.file is not None and format is not NATIVE]
+
+
+def _written(name: str) -> str:
+    if name not in written():
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(written())}")
+    return name
+
 
 Source = Annotated[str, typer.Argument(help="Directory or hub id of the checkpoint.")]
 Target = Annotated[str, typer.Argument(help="Directory to write; it appears only when complete and verified.")]
@@ -31,7 +45,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Verify = Annotated[bool, typer.Option(help="Compare with the official model before publishing; both are in memory.")]
 WeightsOnly = Annotated[bool, typer.Option(help="Compare the weights bit for bit, and run no model.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5GB.")]
-Format = Literal["gpt2", "book", "nanogpt", "gguf"]
+Format = Annotated[str, typer.Option(callback=_written, help=f"Whose checkpoint to write: {', '.join(written())}.")]
 Heads = Annotated[int | None, typer.Option(help="Attention heads, if the file does not tell: the book's.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing target.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
@@ -54,13 +68,13 @@ def convert(
     """
     check = _check(verify, weights_only)
     options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
-    convert_and_report(formats.import_checkpoint, source, target, max_shard_size=max_shard_size, **options)
+    convert_and_report(conversion.convert, source, target, max_shard_size=max_shard_size, **options)
 
 
 def export(
     source: Source,
     target: Target,
-    format: Annotated[Format, typer.Option(help="Whose checkpoint to write.")] = "gpt2",
+    format: Format = "gpt2",
     revision: Revision = None,
     verify: Verify = True,
     weights_only: WeightsOnly = False,
@@ -72,7 +86,7 @@ def export(
     check = _check(verify, weights_only)
     options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
     options |= dict(format=format, max_shard_size=max_shard_size)
-    convert_and_report(formats.export_checkpoint, source, target, **options)
+    convert_and_report(conversion.export, source, target, **options)
 
 
 def verify(

@@ -105,7 +105,7 @@ class Patient:
 
     @functools.cached_property
     def converted(self) -> Path:
-        from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
+        from hf_gpt_scratch.weights.convert import gpt2_to_scratch
 
         self.official.save_pretrained(self.directory / "official")
         gpt2_to_scratch(self.directory / "official", self.directory / "converted", check=False)
@@ -292,7 +292,7 @@ def check_build(patient: Patient) -> str:
 
 def check_convert(patient: Patient) -> str:
     """Whether an official checkpoint becomes one of ours, which loads."""
-    from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
+    from hf_gpt_scratch.weights.convert import gpt2_to_scratch
 
     patient.elsewhere  # noqa: B018 takes as long as all the checks before "saved code", so it begins now
     receipt = gpt2_to_scratch(patient.directory / "official", patient.directory / "verified")
