@@ -1,4 +1,5 @@
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub import errors
 from pairs import LAYERS, gpt2_config, random_gpt2, random_ids, random_pair
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,7 +33,14 @@ from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.errors import ConversionError, ParityError
 from hf_gpt_scratch.weights import formats
 from hf_gpt_scratch.weights.checkpoint import write_safetensors
-from hf_gpt_scratch.weights.convert import RECEIPT, export, find_source, gpt2_to_scratch, scratch_to_gpt2
+from hf_gpt_scratch.weights.convert import (
+    RECEIPT,
+    export,
+    find_source,
+    gpt2_to_scratch,
+    scratch_to_gpt2,
+    verify_receipt,
+)
 from hf_gpt_scratch.weights.formats.directory import check_checkpoint
 from hf_gpt_scratch.weights.parity import same_bits
 from hf_gpt_scratch.weights.tensors import held
@@ -138,6 +147,24 @@ def test_tokenizer_travels_along(target):
     converted = AutoTokenizer.from_pretrained(target)
     assert type(converted) is GPT2Tokenizer
     assert converted(text).input_ids == AutoTokenizer.from_pretrained(trained)(text).input_ids
+
+
+def test_a_bar_of_tqdm_shows_every_step_to_its_end(source, target):
+    class Bar(tqdm):
+        def set_description(self, desc=None, refresh=True):
+            steps.append([desc, self.total, 0])
+
+        def update(self, n=1):
+            steps[-1][2] += n
+            super().update(n)
+
+    steps: list = []
+    with Bar(file=io.StringIO()) as bar:
+        gpt2_to_scratch(source, target, check="weights", progress=bar)
+        verify_receipt(target, progress=bar)
+    assert [what for what, _, _ in steps[1:3]] == ["Converting", "Verifying the weights"]
+    assert len(steps) == 4
+    assert all(done == (total or 0) for _, total, done in steps)
 
 
 def test_verification_can_be_left_out(source, target):

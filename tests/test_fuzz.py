@@ -117,7 +117,7 @@ def test_fuzz_notices_what_is_left_behind(sources, tmp_path, monkeypatch):
         (args[1] if len(args) > 1 else options["target"]).mkdir()
         raise errors.ConversionError("a message that is long enough")
 
-    monkeypatch.setattr(convert, "_convert", lambda source, target, *args: leave(source, Path(target)))
+    monkeypatch.setattr(convert, "_convert", lambda source, target, *args, **options: leave(source, Path(target)))
     with pytest.raises(Broken, match="exit status 1, but left"):
         first_broken(sources, tmp_path, "odd_gguf")
 

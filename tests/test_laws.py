@@ -81,6 +81,9 @@ def test_the_receipt_has_the_hashes_of_what_was_read_and_of_what_was_written(way
     place = source if source.is_dir() else source.parent
     assert all(found == figures(place / name) for name, found in there.items())
     assert receipt["source"]["name"] == str(source) and receipt["source"]["format"] == detect(source)
+    if (card := tmp_path / "target/README.md").exists():
+        format = receipt["source"]["format"]
+        assert ("an official checkpoint" if format == "gpt2" else f"a `{format}` checkpoint") in card.read_text()
     assert receipt["parity"]["passed"] and receipt["parity"]["weights_equal"]
 
 

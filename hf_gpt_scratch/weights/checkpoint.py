@@ -65,6 +65,28 @@ class Progress:
         """So many bytes more are done."""
 
 
+class Bar(Progress):
+    """A tqdm bar, or another with its methods, that shows one step after the other."""
+
+    def __init__(self, bar: Any):
+        self.bar = bar
+
+    def step(self, what: str, total: int | None = None) -> None:
+        self.bar.total = total
+        self.bar.reset()
+        self.bar.set_description(what)
+
+    def advance(self, done: int) -> None:
+        self.bar.update(done)
+
+
+def heard_by(progress: Any) -> Progress:
+    """What the caller gave to hear how far it is: nothing, a `Progress`, or a bar as tqdm's."""
+    if progress is None:
+        return Progress()
+    return progress if hasattr(progress, "step") else Bar(progress)
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file, which is UTF-8 without a byte-order mark, as transformers wants it.
 

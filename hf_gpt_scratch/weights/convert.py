@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..errors import ConversionError, ParityError
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM
-from .checkpoint import Progress
+from .checkpoint import Progress, heard_by
 from .formats import FORMATS, Format, Found, Source, detect, open_source, read, writable, write
 from .formats.directory import GPT2, NATIVE
 from .formats.format import MAX_SHARD_SIZE, Contents, Options
@@ -81,7 +81,7 @@ def convert(
             are in memory; "weights": compare only the weights, bit for bit, streaming; False: compare nothing.
         overwrite: replace a target that a conversion has written.
         max_shard_size: as in `save_pretrained`: bytes, or a string such as "5GB".
-        progress: its `step` and `advance` are called as the conversion proceeds.
+        progress: a tqdm bar, or an object whose `step` and `advance` are called as the conversion proceeds.
 
     Returns:
         the receipt, which also lies in the target: files with their sha256, parity figures, versions.
@@ -90,8 +90,8 @@ def convert(
         ConversionError: source or target is not as it must be, or `n_heads` is missing where no file says it.
         ParityError: what was written is not what was read.
     """
-    options = Options(progress or Progress(), max_shard_size)
-    return _convert(source, target, NATIVE, None, n_heads, revision, check, overwrite, options)
+    options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
+    return _convert(source, target, NATIVE, n_heads=n_heads, revision=revision, **options)
 
 
 def export(
@@ -122,7 +122,7 @@ def export(
         check: as in `convert`.
         overwrite: replace a target that a conversion has written.
         max_shard_size: as in `save_pretrained`: bytes, or a string such as "5GB".
-        progress: its `step` and `advance` are called as the conversion proceeds.
+        progress: a tqdm bar, or an object whose `step` and `advance` are called as the conversion proceeds.
 
     Returns:
         the receipt, which also lies in the target.
@@ -131,38 +131,18 @@ def export(
         ConversionError: source or target is not as it must be, or the format cannot express what the model does.
         ParityError: what was written is not what was read.
     """
-    options = Options(progress or Progress(), max_shard_size, bias)
-    return _convert(source, target, writable(format), None, n_heads, revision, check, overwrite, options)
+    options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
+    return _convert(source, target, writable(format), n_heads=n_heads, revision=revision, bias=bias, **options)
 
 
-def gpt2_to_scratch(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    check: Check = True,
-    overwrite: bool = False,
-    max_shard_size: int | str = MAX_SHARD_SIZE,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """`convert` of an official GPT-2 checkpoint, with whatever head, and of nothing else: directory or hub id."""
-    options = Options(progress or Progress(), max_shard_size)
-    return _convert(source, target, NATIVE, GPT2, None, revision, check, overwrite, options)
+def gpt2_to_scratch(source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> dict[str, Any]:
+    """`convert`, with its options, of an official checkpoint and nothing else: a directory or hub id."""
+    return _convert(source, target, NATIVE, only=GPT2, **options)
 
 
-def scratch_to_gpt2(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    check: Check = True,
-    overwrite: bool = False,
-    max_shard_size: int | str = MAX_SHARD_SIZE,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """`export` of a native checkpoint, and of nothing else, into an official one: directory or hub id."""
-    options = Options(progress or Progress(), max_shard_size)
-    return _convert(source, target, GPT2, NATIVE, None, revision, check, overwrite, options)
+def scratch_to_gpt2(source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> dict[str, Any]:
+    """`export` to "gpt2", with its options, of a native checkpoint and nothing else: a directory or hub id."""
+    return _convert(source, target, GPT2, only=NATIVE, **options)
 
 
 # The names of 0.1.0.
@@ -173,20 +153,23 @@ def _convert(
     name: str | os.PathLike,
     target: str | os.PathLike,
     wanted: Format,
-    only: Format | None,
-    n_heads: int | None,
-    revision: str | None,
-    check: Check,
-    overwrite: bool,
-    options: Options,
+    *,
+    only: Format | None = None,
+    n_heads: int | None = None,
+    revision: str | None = None,
+    bias: bool | None = None,
+    check: Check = True,
+    overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The one way from any format to any other.
 
     Args:
         only: the one format that is read; None: whichever lies there.
     """
-    place, progress = target_path(target), options.progress
-    progress.step(f"Finding {name}")
+    place, options = target_path(target), Options(heard_by(progress), max_shard_size, bias)
+    options.progress.step(f"Finding {name}")
     with told_while("reading the source", place):
         path = find_source(name, revision) if only else _find(name, revision)
         refuse_overlap(place, path, overwrite)
@@ -213,7 +196,7 @@ def _convert(
         if not path.is_dir():
             left += left_behind(path.parent, f"nothing says that they belong to {path.name}")
         notes = [*source.notes, *written.notes, *left, *strip_code(staging)]
-        parity = _verify(source, contents, file, wanted, check, progress) if check else None
+        parity = _verify(source, contents, file, wanted, check, options.progress) if check else None
         receipt = new_receipt(
             f"{source.format.name} converted to {wanted.name}",
             source={"name": str(name), "format": source.format.name, "revision": revision, "files": source_files()},

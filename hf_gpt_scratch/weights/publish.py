@@ -30,7 +30,7 @@ from rich.filesize import decimal
 from safetensors import SafetensorError
 
 from ..errors import ConversionError, shortened, some
-from .checkpoint import Progress, read_json
+from .checkpoint import Progress, heard_by, read_json
 
 RECEIPT = "conversion_receipt.json"
 _CHUNK = 1 << 20
@@ -601,7 +601,7 @@ def verify_receipt(directory: str | os.PathLike, progress: Progress | None = Non
     directory = local_path(directory)
     try:
         receipt = read_receipt(directory)
-        told = _differences(directory, receipt, _entries(directory), progress or Progress())
+        told = _differences(directory, receipt, _entries(directory), heard_by(progress))
     except OSError as error:
         raise ConversionError(f"{directory} cannot be read ({error}); check its permissions") from error
     if told:

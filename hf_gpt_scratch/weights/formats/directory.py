@@ -18,7 +18,7 @@ from ...model.configuration_gpt_scratch import OF_ANOTHER_TYPE, GPTScratchConfig
 from ...model.modeling_gpt_scratch import GPTScratchPreTrainedModel
 from ...model.weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, TABLE, Row
 from ..architecture import architecture
-from ..checkpoint import Checkpoint, Progress, check_files, check_settings, read_json, write_safetensors
+from ..checkpoint import Checkpoint, Progress, check_files, check_settings, heard_by, read_json, write_safetensors
 from ..model_card import model_card
 from ..parity import same_bits
 from ..publish import by_name, digests
@@ -55,6 +55,7 @@ class Directory(Format):
     mark = "config.json"
     suffixes = (".safetensors",)
     tokenizer = "beside"
+    plain = False
     loads = True
 
     def __init__(self, name: str, model_type: str, what: str, layout: Layout):
@@ -103,9 +104,6 @@ class Directory(Format):
 
     def limits(self, config: GPTScratchConfig) -> dict[str, tuple]:
         return {}
-
-    def check_tensors(self, contents: Contents) -> None:
-        """Any head, and any dtypes."""
 
     def model(self, contents: Contents) -> PreTrainedModel:
         """The model without its weights."""
@@ -175,7 +173,7 @@ def check_checkpoint(directory: Path, model_type: str, progress: Progress | None
         ConversionError: another kind of model; a file that is missing, truncated or corrupt; a tensor that is missing,
             unexpected, of the wrong shape or dtype, or not finite.
     """
-    progress = progress or Progress()
+    progress = heard_by(progress)
     weights = Weights(directory, model_type)
     progress.step("Checking the tensors", sum(tensor.nbytes for tensor in weights.checkpoint.tensors.values()))
     for name in weights.names:

@@ -217,6 +217,7 @@ class Format:
         suffixes: of files of this format, for advice; what is told by its content is not told by its name.
         copies: how often the disk must have room for the weights while they are written.
         tokenizer: "beside" the weights, "inside" the file, or nowhere.
+        plain: it holds language models alone, all of whose tensors have one dtype.
         loads: `load` gives a model to run.
         has_bias_choice: `Options.bias` is heeded.
     """
@@ -229,6 +230,7 @@ class Format:
     suffixes: tuple[str, ...] = ()
     copies = 1
     tokenizer: str | None = None
+    plain = True
     loads = False
     has_bias_choice = False
 
@@ -340,17 +342,14 @@ class Format:
             raise ConversionError(
                 f"got bias={options.bias} for {self.name!r}, but only {having} has the choice; leave bias out"
             )
-        self.check_tensors(contents)
+        if self.plain:
+            contents.check_plain()
         for name, allowed in self.limits(contents.config).items():
             if getattr(contents.config, name) not in allowed:
                 raise ConversionError(
                     f"the model has {name}={getattr(contents.config, name)!r}, but {self.name} knows only "
                     f"{' or '.join(map(repr, allowed))} and cannot say otherwise; export to 'gpt2' instead"
                 )
-
-    def check_tensors(self, contents: Contents) -> None:
-        """Raises ConversionError for a model with another head, or of several dtypes."""
-        contents.check_plain()
 
     def write(self, contents: Contents, path: Path, options: Options) -> Written:
         """Writes what `check` has let through, one tensor at a time.
