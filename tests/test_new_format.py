@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zipfile
 from functools import partial
 
 import pytest
@@ -167,6 +168,25 @@ def test_what_it_writes_wrong_is_not_published(toy, native, tmp_path, monkeypatc
     with pytest.raises((ParityError, ConversionError)):
         export(native, tmp_path / "out", "toy")
     assert not (tmp_path / "out").exists()
+
+
+def test_it_is_asked_before_those_that_would_refuse_its_files(toy, tmp_path):
+    class Zipped(Toy):
+        name = "zipped"
+
+        def matches(self, found):
+            return found.path.suffix == ".zipped"
+
+        def open(self, found):
+            return Source(self, found.path)
+
+    register(Zipped())
+    with zipfile.ZipFile(tmp_path / "a.zipped", "w") as archive:
+        archive.writestr("a", "b")
+    assert detect(tmp_path / "a.zipped") == "zipped"
+    shutil.copyfile(tmp_path / "a.zipped", tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match=r"0 records data\.pkl instead of one"):
+        detect(tmp_path / "a.pth")
 
 
 def test_a_name_that_is_taken_is_refused(toy):

@@ -47,7 +47,7 @@ def open_source(path: str | os.PathLike) -> Source:
         ConversionError: nothing there is of a known format, or it is damaged.
     """
     found = Found(Path(path).expanduser())
-    for format in FORMATS.values():
+    for format in reversed(FORMATS.values()):  # what was added last may be a special case of another
         if format.matches(found):
             return format.open(found)
     raise ConversionError(_unknown(found))
