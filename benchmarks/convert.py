@@ -2,8 +2,9 @@
 
 Time is against copying the same bytes on the same disk, both until fsync. The two take turns, each in a process that
 has imported the same before the clock starts: a virtual machine may give memory that was freed some seconds ago back to
-its host, and then the first files to be written afterwards take longer. Memory is the peak of a process that converts,
-less that of one that only imports.
+its host, and then the first files to be written afterwards take longer. Memory is what the process that converts has at
+most of its own, beside the pages of files that are mapped, which the system takes back when it needs them; less that of
+one that only imports.
 """
 
 import json
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,18 +29,18 @@ from rich.console import Console
 from transformers import GPT2LMHeadModel
 
 from hf_gpt_scratch import GPTScratchConfig
-from hf_gpt_scratch.weights import formats
 from hf_gpt_scratch.weights.checkpoint import Checkpoint, Progress, write_safetensors
-from hf_gpt_scratch.weights.conversion import Weights, gpt2_to_scratch
-from hf_gpt_scratch.weights.layouts import TENSORFLOW
-from hf_gpt_scratch.weights.lazy import Lazy, with_qkv_biases
-from hf_gpt_scratch.weights.tf_checkpoint import MAGIC, masked_crc32c
+from hf_gpt_scratch.weights.convert import gpt2_to_scratch
+from hf_gpt_scratch.weights.formats import FORMATS
+from hf_gpt_scratch.weights.formats.directory import Weights
+from hf_gpt_scratch.weights.formats.tensorflow import HPARAMS, MAGIC, TENSORFLOW, masked_crc32c
+from hf_gpt_scratch.weights.tensors import LazyTensor, with_qkv_biases
 
-# The peak is read from /proc: `ru_maxrss` of a child begins with that of its parent.
+# The kernel keeps no peak of RssAnon, so it is looked at every 2 ms.
 CHILD = """
-import json, os, re, shutil, sys, time, warnings
+import json, os, re, shutil, sys, threading, time, warnings
 warnings.simplefilter("ignore")
-from hf_gpt_scratch.weights import conversion, formats
+from hf_gpt_scratch.weights import convert
 
 def copy(source, target):
     with open(source, "rb") as reader, open(target, "wb") as writer:
@@ -46,13 +48,24 @@ def copy(source, target):
         writer.flush()
         os.fsync(writer.fileno())
 
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+def watch():
+    while not stop.wait(0.002):
+        found.append(anonymous())
+
+found, stop = [anonymous()], threading.Event()
+watcher = threading.Thread(target=watch, daemon=True)
+watcher.start()
 begin, cpu = time.perf_counter(), time.process_time()
 if sys.argv[1:]:
-    function = {**vars(formats), **vars(conversion), "copy": copy}[sys.argv[1]]
+    function = {**vars(convert), "copy": copy}[sys.argv[1]]
     function(*sys.argv[2:4], **json.loads(sys.argv[4]))
 figures = {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
-[peak] = re.findall(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
-print(json.dumps({**figures, "peak": int(peak) * 1024}))
+stop.set()
+watcher.join()
+print(json.dumps({**figures, "peak": max(found)}))
 """
 
 
@@ -62,11 +75,11 @@ def write_source(directory: Path, preset: str) -> None:
         model = GPT2LMHeadModel(GPTScratchConfig.preset(preset).to_gpt2())
     model.save_pretrained(directory, state_dict={})
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    specs = {name: (shape, torch.float32) for name, shape in shapes.items()}
-    write_safetensors(directory / "model.safetensors", specs, lambda name: torch.randn(shapes[name]), Progress())
+    tensors = {name: LazyTensor(shape, torch.float32, partial(torch.randn, shape)) for name, shape in shapes.items()}
+    write_safetensors(directory / "model.safetensors", tensors, Progress())
 
 
-def write_tensorflow(directory: Path, tensors: Mapping[str, Lazy]) -> None:
+def write_tensorflow(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """A TensorFlow checkpoint, by its names; OpenAI's `hparams.json` is not written."""
 
     def varint(number: int) -> bytes:
@@ -106,8 +119,8 @@ def write_openai(source: Path, directory: Path) -> None:
     """OpenAI's directory with the weights of a native one."""
     native = Weights(source, "gpt_scratch")
     tensors = with_qkv_biases(native.tensors(), native.config.n_layers)
-    write_tensorflow(directory, TENSORFLOW.from_scratch(tensors, native.config.n_layers))
-    hparams = {name: getattr(native.config, ours) for name, ours in formats.HPARAMS.items()}
+    write_tensorflow(directory, TENSORFLOW.layout.from_scratch(tensors, native.config.n_layers))
+    hparams = {name: getattr(native.config, ours) for name, ours in HPARAMS.items()}
     (directory / "hparams.json").write_text(json.dumps(hparams))
 
 
@@ -125,7 +138,7 @@ def measure_formats(place: Path, preset: str, only: str) -> None:
     write_source(place / "source", preset)
     gpt2_to_scratch(place / "source", native, check=False)
     shutil.rmtree(place / "source")
-    largest = max(spec.nbytes for spec in Checkpoint(native).specs.values())
+    largest = max(spec.nbytes for spec in Checkpoint(native).tensors.values())
     print("| preset | conversion | peak memory | ÷ largest | time |\n| --- | --- | --- | --- | --- |", flush=True)
 
     def measure(what: str, name: str, source: Path, target: Path, **options: object) -> None:
@@ -142,7 +155,7 @@ def measure_formats(place: Path, preset: str, only: str) -> None:
             source = place / format
         else:
             measure(f"native to {format}", "export_checkpoint", native, place / format, format=format)
-            source = place / format / formats.FILES[format]
+            source = place / format / (FORMATS[format].file or "")
         given = {"n_heads": n_heads} if format == "book" else {}
         measure(f"{format} to native", "import_checkpoint", source, place / "back", **given)
         shutil.rmtree(place / format)
@@ -169,7 +182,7 @@ def main(
         source, target, copied = (Path(place) / name for name in ("source", "target", "copied"))
         errors.print(f"Writing {preset}")
         write_source(source, preset)
-        sizes = [spec.nbytes for spec in Checkpoint(source).specs.values()]
+        sizes = [spec.nbytes for spec in Checkpoint(source).tensors.values()]
         bare = run_child()["peak"]
         converted, copies = [], []
         for run in range(runs):

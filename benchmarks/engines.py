@@ -34,9 +34,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, Int8Config
 from hf_gpt_scratch.weights.checkpoint import Progress
-from hf_gpt_scratch.weights.conversion import Weights
-from hf_gpt_scratch.weights.gguf_file import write_gguf
-from hf_gpt_scratch.weights.layouts import GGUF
+from hf_gpt_scratch.weights.formats.directory import Weights
+from hf_gpt_scratch.weights.formats.gguf import GGUF, write_gguf
 
 torch._dynamo.config.recompile_limit = 64  # the compiled rows have models of their own, whose code is the same
 
@@ -236,7 +235,7 @@ def to_gguf(checkpoint: Path, directory: Path) -> None:
     backend = Tokenizer(BPE(vocabulary, [("<", ">")]))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)  # as GPT-2's, or it is not written
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tensors = GGUF.from_scratch(weights.translated(), config.n_layers)
+    tensors = GGUF.layout.from_scratch(weights.in_our_names(), config.n_layers)
     if notes := write_gguf(tensors, config, directory / "model.gguf", tokenizer, Progress()):
         raise RuntimeError(f"llama.cpp cannot be measured: {'; '.join(notes)}")
 

@@ -14,7 +14,7 @@ from harness import Checkpoint, Only, Output, Quick, Report, Rounds, Size, Threa
 from transformers import GPT2LMHeadModel
 
 from hf_gpt_scratch import GPTScratchForCausalLM
-from hf_gpt_scratch.weights.conversion import gpt2_to_scratch, scratch_to_gpt2
+from hf_gpt_scratch.weights.convert import gpt2_to_scratch, scratch_to_gpt2
 
 SAVE = {
     "transformers GPT-2": (GPT2LMHeadModel, "save_pretrained"),

@@ -25,7 +25,10 @@ from hf_gpt_scratch import (
 )
 from hf_gpt_scratch.weights.architecture import architecture
 from hf_gpt_scratch.weights.checkpoint import read_json
-from hf_gpt_scratch.weights.conversion import CARD, RECEIPT, find_source, tokenizer_beside
+from hf_gpt_scratch.weights.formats.directory import CARD
+from hf_gpt_scratch.weights.hub import find_source
+from hf_gpt_scratch.weights.publish import RECEIPT
+from hf_gpt_scratch.weights.tokenizer_files import tokenizer_beside
 
 
 def load(directory: Path) -> GPTScratchPreTrainedModel:

@@ -18,7 +18,7 @@ from transformers import logging as transformers_logging
 
 from hf_gpt_scratch import ConversionError, GPTScratchConfig, GPTScratchForCausalLM, convert, gpt2_tokenizer
 from hf_gpt_scratch.cli.terminal import convert_and_report
-from hf_gpt_scratch.weights.conversion import find_source
+from hf_gpt_scratch.weights.hub import find_source
 
 HUB_ID = "openai-community/gpt2"
 

@@ -51,8 +51,7 @@ if TYPE_CHECKING:
     from .lab.inspect import inspect
     from .lab.session import compare
     from .tokenizer import gpt2_tokenizer
-    from .weights.formats import export_checkpoint as export
-    from .weights.formats import import_checkpoint as convert
+    from .weights.convert import convert, export
     from .weights.model_card import model_card
     from .weights.verify import verify
 
@@ -96,9 +95,9 @@ __all__ = [
 # Their modules import more than a model needs.
 _ON_DEMAND = {
     "compare": (".lab.session", "compare"),
-    "convert": (".weights.formats", "import_checkpoint"),
+    "convert": (".weights.convert", "convert"),
     "explain": (".lab.explain", "explain"),
-    "export": (".weights.formats", "export_checkpoint"),
+    "export": (".weights.convert", "export"),
     "gpt2_tokenizer": (".tokenizer", "gpt2_tokenizer"),
     "inspect": (".lab.inspect", "inspect"),
     "model_card": (".weights.model_card", "model_card"),

@@ -18,6 +18,11 @@ def few(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + more
 
 
+def some(names: Sequence[object], most: int = 5) -> str:
+    """The same for names from files, which are quoted and shortened."""
+    return few([shortened(repr(name)) for name in names], most)
+
+
 class GPTScratchError(Exception):
     """The base class of this package's errors."""
 

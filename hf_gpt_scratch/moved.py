@@ -9,12 +9,23 @@ from types import ModuleType
 
 ROOMS = {
     "model": "configuration_gpt_scratch decoding int8 layers loss modeling_gpt_scratch parallel weight_map",
-    "weights": "checkpoint conversion formats gguf_file layouts lazy parity publish tf_checkpoint torch_files",
+    "weights": "checkpoint parity publish",
     "lab": "diagnose",
     "cli": "report terminal",
 }
+# What has another name there.
+RENAMED = {
+    "conversion": "weights.convert",
+    "formats": "weights.convert",
+    "gguf_file": "weights.formats.gguf",
+    "layouts": "weights.formats.format",
+    "lazy": "weights.tensors",
+    "tf_checkpoint": "weights.formats.tensorflow",
+    "torch_files": "weights.formats.torch_file",
+}
 PACKAGE = __name__.rpartition(".")[0]
 MOVED = {f"{PACKAGE}.{name}": f"{PACKAGE}.{room}.{name}" for room, names in ROOMS.items() for name in names.split()}
+MOVED |= {f"{PACKAGE}.{name}": f"{PACKAGE}.{new}" for name, new in RENAMED.items()}
 
 
 class Moved(MetaPathFinder, Loader):

@@ -43,11 +43,13 @@ from typer.testing import CliRunner
 
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.model.weight_map import to_gpt2_state_dict, to_scratch_state_dict
-from hf_gpt_scratch.weights.conversion import RECEIPT, gpt2_to_scratch
-from hf_gpt_scratch.weights.formats import FILES, export_checkpoint
-from hf_gpt_scratch.weights.layouts import BOOK, GGUF, NANOGPT
-from hf_gpt_scratch.weights.lazy import held
-from hf_gpt_scratch.weights.tf_checkpoint import masked_crc32c, read_tensorflow
+from hf_gpt_scratch.weights.convert import RECEIPT, export_checkpoint, gpt2_to_scratch
+from hf_gpt_scratch.weights.formats import FORMATS
+from hf_gpt_scratch.weights.formats.book import BOOK
+from hf_gpt_scratch.weights.formats.gguf import GGUF
+from hf_gpt_scratch.weights.formats.nanogpt import NANOGPT
+from hf_gpt_scratch.weights.formats.tensorflow import masked_crc32c, read_tensorflow
+from hf_gpt_scratch.weights.tensors import held
 
 Random = random.Random
 TOKENIZER = Path(__file__).parent / "fixtures" / "tiny-gpt2"
@@ -91,7 +93,7 @@ def make_sources(directory: Path) -> None:
         (directory / format / RECEIPT).unlink()
     for name, format in (("book with optimizer", "book"), ("bare", "nanogpt"), ("mingpt", "nanogpt")):
         (directory / name).mkdir()
-        content = torch.load(directory / format / FILES[format], weights_only=True)
+        content = torch.load(directory / format / FORMATS[format].file, weights_only=True)
         content = content.get("model", content)
         masks = {f"transformer.h.{n}.attn.bias": torch.ones(8, 8).tril()[None, None] for n in range(2)}
         content |= {"mingpt": masks, "bare": {}}.get(name, {})
@@ -762,7 +764,7 @@ LONGEST_S, START_S = 60, 600  # of a case, and of a worker process until its fir
 LONGEST_MESSAGE = 2000
 # Beside what the process held before: a floor for what the libraries keep, and times the size of the source.
 MEMORY_FLOOR, MEMORY_TIMES = 100 << 20, 20
-FILE_FORMATS = ((BOOK, "trf_blocks.0.norm1.scale"), (NANOGPT, "transformer.wte.weight"))
+FILE_FORMATS = ((BOOK.layout, "trf_blocks.0.norm1.scale"), (NANOGPT.layout, "transformer.wte.weight"))
 
 
 def read_by_libraries(directory: Path) -> dict[str, torch.Tensor]:
@@ -784,7 +786,7 @@ def read_by_libraries(directory: Path) -> dict[str, torch.Tensor]:
         raise Broken(f"there is no library to compare {len(read)} tensors with")
     file = next(path for path in directory.iterdir() if path.suffix in (".pth", ".pt", ".gguf"))
     if file.suffix == ".gguf":
-        layout, found = GGUF, {t.name: torch.from_numpy(np.array(t.data)) for t in gguf.GGUFReader(file).tensors}
+        layout, found = GGUF.layout, {t.name: torch.from_numpy(np.array(t.data)) for t in gguf.GGUFReader(file).tensors}
     else:
         _, found = load_content(file)
         layout = next(layout for layout, name in FILE_FORMATS if name in found)

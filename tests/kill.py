@@ -27,13 +27,15 @@ from rich.console import Console
 from rich.progress import track
 
 from hf_gpt_scratch.cli import terminal
-from hf_gpt_scratch.weights import checkpoint, conversion, formats, publish
+from hf_gpt_scratch.weights import checkpoint, publish
+from hf_gpt_scratch.weights import convert as conversion
+from hf_gpt_scratch.weights.formats import format as one_format
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["hf_gpt_scratch.cli.terminal", "hf_gpt_scratch.weights.formats"])
+PROCESSES.set_forkserver_preload(["hf_gpt_scratch.cli.terminal", "hf_gpt_scratch.weights.convert"])
 
 TO_OURS, TO_GPT2 = conversion.gpt2_to_scratch, conversion.scratch_to_gpt2
-IMPORT, EXPORT = formats.import_checkpoint, formats.export_checkpoint
+IMPORT, EXPORT = conversion.convert, conversion.export
 # What is run, on which of the sources, with which options.
 KINDS = {
     "official to ours": (TO_OURS, "official", {}),
@@ -79,7 +81,7 @@ def slow_down(pause: float) -> None:
 
     for owner, names in {
         checkpoint: ["checked_finite"],
-        formats: ["checked_finite"],
+        one_format: ["checked_finite"],
         publish: ["_fsync", "_clear", "_rename2"],
         Path: ["mkdir", "rename", "replace", "unlink", "rmdir"],
     }.items():

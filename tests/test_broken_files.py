@@ -23,8 +23,7 @@ from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.errors import ConversionError, LabError
 from hf_gpt_scratch.lab.subject import load
-from hf_gpt_scratch.weights.conversion import verify_receipt
-from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint
+from hf_gpt_scratch.weights.convert import export_checkpoint, import_checkpoint, verify_receipt
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,7 @@ from transformers import (
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
 from hf_gpt_scratch.errors import ConversionError
 from hf_gpt_scratch.model.compat import CACHE
-from hf_gpt_scratch.weights.conversion import scratch_to_gpt2
-from hf_gpt_scratch.weights.formats import export_checkpoint
+from hf_gpt_scratch.weights.convert import export_checkpoint, scratch_to_gpt2
 from hf_gpt_scratch.weights.parity import (
     FP32_GRADIENTS,
     FP32_LOGITS,

@@ -8,8 +8,9 @@ import torch
 from fuzz import DAMAGE, Broken, Worker, make_sources, memory, run_case, run_cases
 
 from hf_gpt_scratch import errors
-from hf_gpt_scratch.weights import checkpoint, conversion, formats, torch_archive
+from hf_gpt_scratch.weights import checkpoint, convert, torch_archive
 from hf_gpt_scratch.weights.checkpoint import Checkpoint
+from hf_gpt_scratch.weights.formats import directory
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +52,7 @@ def first_broken(sources, place, name):
 
 
 def test_fuzz_notices_a_converter_that_overlooks_damage(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "read", lambda self, name: self.specs[name].file.read(name))
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: self.tensors[name].read())
     with pytest.raises(Broken, match=r"not_finite was overlooked|is not finite"):
         first_broken(sources, tmp_path, "not_finite")
 
@@ -89,17 +90,17 @@ def test_fuzz_notices_errors_of_another_kind(sources, tmp_path, monkeypatch):
     def crash(*args):
         raise KeyError("x")
 
-    monkeypatch.setattr(conversion, "check_files", crash)
+    monkeypatch.setattr(directory, "check_files", crash)
     with pytest.raises(Broken, match="KeyError instead of a message"):
         first_broken(sources, tmp_path, "not_finite")
 
 
 def test_fuzz_notices_long_messages(sources, tmp_path, monkeypatch):
     def refuse(*args):
-        raise conversion.ConversionError("x")
+        raise errors.ConversionError("x")
 
     monkeypatch.setattr(errors, "shortened", lambda message, length: 3000 * message)
-    monkeypatch.setattr(conversion, "check_files", refuse)
+    monkeypatch.setattr(directory, "check_files", refuse)
     with pytest.raises(Broken, match="a message of 30"):
         first_broken(sources, tmp_path, "not_finite")
 
@@ -114,9 +115,9 @@ def test_fuzz_notices_memory():
 def test_fuzz_notices_what_is_left_behind(sources, tmp_path, monkeypatch):
     def leave(*args, **options):
         (args[1] if len(args) > 1 else options["target"]).mkdir()
-        raise conversion.ConversionError("a message that is long enough")
+        raise errors.ConversionError("a message that is long enough")
 
-    monkeypatch.setattr(formats, "_convert", lambda opened, stamps, target, *args: leave(opened, Path(target)))
+    monkeypatch.setattr(convert, "_convert", lambda source, target, *args, **options: leave(source, Path(target)))
     with pytest.raises(Broken, match="exit status 1, but left"):
         first_broken(sources, tmp_path, "odd_gguf")
 

@@ -24,9 +24,9 @@ from torch import nn
 from hf_gpt_scratch import GPTScratchForCausalLM
 from hf_gpt_scratch.errors import LONGEST_MESSAGE, ConversionError
 from hf_gpt_scratch.weights import torch_archive
-from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
-from hf_gpt_scratch.weights.formats import detect, import_checkpoint, read, write
-from hf_gpt_scratch.weights.tf_checkpoint import read_tensorflow
+from hf_gpt_scratch.weights.convert import gpt2_to_scratch, import_checkpoint
+from hf_gpt_scratch.weights.formats import detect, read, write
+from hf_gpt_scratch.weights.formats.tensorflow import read_tensorflow
 
 pytestmark = pytest.mark.slow
 

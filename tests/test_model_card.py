@@ -10,7 +10,8 @@ from remote import run_without_the_package
 
 import hf_gpt_scratch
 from hf_gpt_scratch import GPTScratchForCausalLM, GPTScratchForSequenceClassification, GPTScratchModel
-from hf_gpt_scratch.weights.conversion import CARD, RECEIPT, gpt2_to_scratch, scratch_to_gpt2
+from hf_gpt_scratch.weights.convert import RECEIPT, gpt2_to_scratch, scratch_to_gpt2
+from hf_gpt_scratch.weights.formats.directory import CARD
 from hf_gpt_scratch.weights.model_card import PIPELINES, model_card
 
 pytestmark = pytest.mark.slow
@@ -57,7 +58,7 @@ def test_official_checkpoints_get_no_card_of_ours(converted, tmp_path):
 
 def test_a_hub_id_becomes_the_base_model(tmp_path, monkeypatch):
     random_gpt2().bfloat16().save_pretrained(tmp_path / "source")
-    monkeypatch.setattr("hf_gpt_scratch.weights.conversion.find_source", lambda name, revision: tmp_path / "source")
+    monkeypatch.setattr("hf_gpt_scratch.weights.convert.find_source", lambda name, revision: tmp_path / "source")
     gpt2_to_scratch("openai-community/gpt2-medium", tmp_path / "converted")
     card = ModelCard.load(tmp_path / "converted" / CARD)
     assert card.data.base_model == "openai-community/gpt2-medium"

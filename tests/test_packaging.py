@@ -23,7 +23,7 @@ MAIN_JOB = """
 import sys
 from pathlib import Path
 import hf_gpt_scratch
-from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
+from hf_gpt_scratch.weights.convert import gpt2_to_scratch
 
 package = Path(hf_gpt_scratch.__file__).parent
 assert package.is_relative_to(sys.prefix), package

@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel, set_seed
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from hf_gpt_scratch.model.configuration_gpt_scratch import PRESETS
-from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
+from hf_gpt_scratch.weights.convert import gpt2_to_scratch
 from hf_gpt_scratch.weights.parity import (
     FLOAT64_RATIO,
     FP32_GRADIENTS,

@@ -46,15 +46,16 @@ def test_imports_go_one_way():
     rooms = {"errors": 0, "version": 0, "model": 0, "tokenizer": 1, "weights": 1, "lab": 2, "cli": 3}
     arrows = {}
     for file in PACKAGE.rglob("*.py"):
-        room = "" if file.parent == PACKAGE else file.parent.name
+        *place, stem = file.relative_to(PACKAGE).with_suffix("").parts  # formats/ is a package in a room
         nodes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ImportFrom) and node.level]
-        if file.name == "__init__.py" or not room:
+        if not place or (stem == "__init__" and len(place) == 1):
             continue
-        arrows[f"{room}.{file.stem}"] = targets = []
+        room = place[0]
+        arrows[".".join(place if stem == "__init__" else [*place, stem])] = targets = []
         for node in nodes:
-            path = (node.module or "").split(".") if node.level == 2 else [room, *filter(None, [node.module])]
+            path = [*place[: len(place) + 1 - node.level], *filter(None, (node.module or "").split("."))]
             targets += [".".join(path)] if len(path) > 1 else [f"{path[0]}.{alias.name}" for alias in node.names]
-            assert rooms[path[0]] <= rooms[room], f"{room}/{file.name} imports {'.'.join(path)}"
+            assert rooms[path[0]] <= rooms[room], f"{'/'.join(place)}/{file.name} imports {'.'.join(path)}"
             assert room != "model" or path[0] == "model", f"{file.name} could not travel with a saved model"
     assert len(arrows) > 35
     graphlib.TopologicalSorter(arrows).prepare()  # or CycleError

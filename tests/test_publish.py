@@ -21,11 +21,17 @@ from hf_gpt_scratch import GPTScratchForCausalLM
 from hf_gpt_scratch.cli.app import app as cli
 from hf_gpt_scratch.cli.verify_receipt_command import verify_receipt_command
 from hf_gpt_scratch.errors import ConversionError
-from hf_gpt_scratch.weights import conversion, formats
+from hf_gpt_scratch.weights import convert as conversion
 from hf_gpt_scratch.weights import publish as publish_module
-from hf_gpt_scratch.weights.conversion import RECEIPT, atomic_directory, gpt2_to_scratch, verify_receipt
-from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint, write
-from hf_gpt_scratch.weights.publish import new_receipt, seal
+from hf_gpt_scratch.weights.convert import (
+    RECEIPT,
+    export_checkpoint,
+    gpt2_to_scratch,
+    import_checkpoint,
+    verify_receipt,
+)
+from hf_gpt_scratch.weights.formats import write
+from hf_gpt_scratch.weights.publish import atomic_directory, new_receipt, seal
 
 pytestmark = pytest.mark.slow
 
@@ -482,7 +488,7 @@ def test_source_that_changes_while_it_is_read_is_not_published(tmp_path, monkeyp
 def test_file_that_changes_while_it_is_read_is_not_published(tmp_path, monkeypatch):
     model = random_pair()[1]
     write(model, model.config, tmp_path / "model.pth", "book")
-    monkeypatch.setattr(formats, "_verify", lambda *arguments: os.utime(tmp_path / "model.pth"))
+    monkeypatch.setattr(conversion, "_verify", lambda *arguments: os.utime(tmp_path / "model.pth"))
     with pytest.raises(ConversionError, match=r"model\.pth has changed while it was read"):
         import_checkpoint(tmp_path / "model.pth", tmp_path / "target", n_heads=4)
     assert names(tmp_path) == ["model.pth"]

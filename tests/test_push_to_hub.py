@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from hf_gpt_scratch import GPTScratchForCausalLM
 from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS
-from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
+from hf_gpt_scratch.weights.convert import gpt2_to_scratch
 from hf_gpt_scratch.weights.model_card import PIPELINES, model_card
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, compare_outputs, relative_error
 

@@ -18,7 +18,7 @@ import transformers
 from pairs import random_ids, random_pair
 from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 
-from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
+from hf_gpt_scratch.weights.convert import gpt2_to_scratch
 from hf_gpt_scratch.weights.parity import greedy_ids
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_gpt_scratch import GPTScratchConfig
 from hf_gpt_scratch.errors import ConversionError
-from hf_gpt_scratch.weights.conversion import gpt2_to_scratch, scratch_to_gpt2, tokenizer_beside
-from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint
+from hf_gpt_scratch.weights.convert import (
+    export_checkpoint,
+    gpt2_to_scratch,
+    import_checkpoint,
+    scratch_to_gpt2,
+    tokenizer_beside,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,8 @@ from transformers import GPT2LMHeadModel
 
 from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM, GPTScratchModel
 from hf_gpt_scratch.errors import ConversionError
-from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
-from hf_gpt_scratch.weights.formats import export_checkpoint, import_checkpoint, read, write
+from hf_gpt_scratch.weights.convert import export_checkpoint, gpt2_to_scratch, import_checkpoint
+from hf_gpt_scratch.weights.formats import read, write
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ Exit status: 0 success, 1 failure, 2 usage error, 3 the models differ, 130 inter
 import io
 import json
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
@@ -17,13 +17,27 @@ from ..errors import LONGEST_MESSAGE, ConversionError, shortened
 from ..lab.explain import explain as explain_name
 from ..lab.inspect import inspect as inspect_model
 from ..version import __version__
-from ..weights import formats
-from ..weights.conversion import MAX_SHARD_SIZE
+from ..weights import convert as conversion
+from ..weights.formats import FORMATS
+from ..weights.formats.directory import NATIVE
+from ..weights.formats.format import MAX_SHARD_SIZE
 from .compare_command import compare
 from .doctor import doctor
 from .inspection_report import explanation, report
 from .terminal import convert_and_report, verify_and_report
 from .verify_receipt_command import verify_receipt_command
+
+
+def written() -> list[str]:
+    """The formats of `export`; `convert` writes the native one."""
+    return [format.name for format in FORMATS.values() if format.file is not None and format is not NATIVE]
+
+
+def _written(name: str) -> str:
+    if name not in written():
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(written())}")
+    return name
+
 
 Source = Annotated[str, typer.Argument(help="Directory or hub id of the checkpoint.")]
 Target = Annotated[str, typer.Argument(help="Directory to write; it appears only once complete and verified.")]
@@ -31,7 +45,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Verify = Annotated[bool, typer.Option(help="Compare with the official model before publishing, with both in memory.")]
 WeightsOnly = Annotated[bool, typer.Option(help="Compare the weights bit for bit without running a model.")]
 ShardSize = Annotated[str, typer.Option(help="Maximum size of a weights file, such as 5GB.")]
-Format = Literal["gpt2", "book", "nanogpt", "gguf"]
+Format = Annotated[str, typer.Option(callback=_written, help=f"Whose checkpoint to write: {', '.join(written())}.")]
 Heads = Annotated[
     int | None, typer.Option(help="Attention heads, for files that do not store them, such as the book's.")
 ]
@@ -56,13 +70,13 @@ def convert(
     """
     check = _check(verify, weights_only)
     options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
-    convert_and_report(formats.import_checkpoint, source, target, max_shard_size=max_shard_size, **options)
+    convert_and_report(conversion.convert, source, target, max_shard_size=max_shard_size, **options)
 
 
 def export(
     source: Source,
     target: Target,
-    format: Annotated[Format, typer.Option(help="Format to write.")] = "gpt2",
+    format: Format = "gpt2",
     revision: Revision = None,
     verify: Verify = True,
     weights_only: WeightsOnly = False,
@@ -74,7 +88,7 @@ def export(
     check = _check(verify, weights_only)
     options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
     options |= dict(format=format, max_shard_size=max_shard_size)
-    convert_and_report(formats.export_checkpoint, source, target, **options)
+    convert_and_report(conversion.export, source, target, **options)
 
 
 def verify(

@@ -105,7 +105,7 @@ class Patient:
 
     @functools.cached_property
     def converted(self) -> Path:
-        from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
+        from hf_gpt_scratch.weights.convert import gpt2_to_scratch
 
         self.official.save_pretrained(self.directory / "official")
         gpt2_to_scratch(self.directory / "official", self.directory / "converted", check=False)
@@ -289,7 +289,7 @@ def check_build(patient: Patient) -> str:
 
 def check_convert(patient: Patient) -> str:
     """Whether an official checkpoint converts to one of ours, which loads."""
-    from hf_gpt_scratch.weights.conversion import gpt2_to_scratch
+    from hf_gpt_scratch.weights.convert import gpt2_to_scratch
 
     patient.elsewhere  # noqa: B018 takes as long as all checks before "saved code", so start it now
     receipt = gpt2_to_scratch(patient.directory / "official", patient.directory / "verified")

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElap
 from rich.progress import Progress as Bars
 
 from ..errors import ConversionError, ParityError
-from ..weights.conversion import Progress
+from ..weights.checkpoint import Progress
 from ..weights.verify import verify
 
 # Exit statuses; 2 is typer's, for usage errors.

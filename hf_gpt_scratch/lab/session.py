@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import LabError
 from ..tokenizer import gpt2_tokenizer
-from ..weights.conversion import find_source, tokenizer_beside
+from ..weights.hub import find_source
 from ..weights.parity import probe_ids
+from ..weights.tokenizer_files import tokenizer_beside
 from .compare import Comparison, compare_models
 from .diagnose import diagnose
 from .subject import Subject, load, names_a_class

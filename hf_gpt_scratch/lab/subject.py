@@ -3,7 +3,6 @@
 Shapes: E emb_dim, I n_inner, V vocabulary, C context_length.
 """
 
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -29,8 +28,9 @@ from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel,
 from ..model.weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, Row, rows
 from ..weights.architecture import architecture, kind_of
 from ..weights.checkpoint import check_files, read_json, read_pickle, refuse_no_file
-from ..weights.conversion import Weights, find_source
-from ..weights.lazy import Lazy, to_scratch
+from ..weights.formats.directory import Weights
+from ..weights.hub import find_source
+from ..weights.tensors import LazyTensor, to_scratch
 from ..weights.torch_archive import Stored
 from .pairing import Match, match_parameters, parameters
 
@@ -51,7 +51,7 @@ class Subject:
     guessed: bool = False
     notes: list[str] = field(default_factory=list)
     kind: type[GPTScratchPreTrainedModel] = GPTScratchForCausalLM
-    tensors: Mapping[str, Lazy] | None = None
+    tensors: Mapping[str, LazyTensor] | None = None
 
     @property
     def is_language_model(self) -> bool:
@@ -211,13 +211,9 @@ def check_pickles(directory: Path) -> None:
         read_pickle(path)
 
 
-def raw_tensors(weights: Weights) -> dict[str, Lazy]:
+def raw_tensors(weights: Weights) -> dict[str, LazyTensor]:
     """A checkpoint's tensors by the book's names; NaN is allowed here, because the lab looks for it."""
-    specs = {name: (there, weights.checkpoint.specs[there]) for name, there in weights.names.items()}
-    tensors = {
-        name: Lazy(spec.shape, spec.dtype, functools.partial(spec.file.read, there))
-        for name, (there, spec) in specs.items()
-    }
+    tensors = {name: weights.checkpoint.tensors[there] for name, there in weights.names.items()}
     return to_scratch(tensors, rows(weights.config.num_hidden_layers)) if weights.model_type == "gpt2" else tensors
 
 

@@ -10,10 +10,9 @@ import math
 import os
 import re
 import reprlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from ..errors import ConversionError
 from ..model.weight_map import DROPPED_PATTERNS
 from . import torch_archive
+from .tensors import LazyTensor
 from .torch_archive import Stored, Unbuilt
 
 # By safetensors' names, in the order in which a file has them: widest first.
@@ -46,7 +46,6 @@ ADAPTER = "adapter_config.json"  # PEFT's
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".ckpt", ".incomplete", ".part")
 # Bytes; a shard index of 1558M has 50 kB, a header too.
 LARGEST_JSON = LARGEST_HEADER = 1 << 24
-_SYNCED_AT_ONCE = 1 << 28  # bytes
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MASK = re.compile("|".join(DROPPED_PATTERNS))
 
@@ -64,6 +63,28 @@ class Progress:
 
     def advance(self, done: int) -> None:
         """So many bytes more are done."""
+
+
+class Bar(Progress):
+    """A tqdm bar, or another with its methods, that shows one step after the other."""
+
+    def __init__(self, bar: Any):
+        self.bar = bar
+
+    def step(self, what: str, total: int | None = None) -> None:
+        self.bar.total = total
+        self.bar.reset()
+        self.bar.set_description(what)
+
+    def advance(self, done: int) -> None:
+        self.bar.update(done)
+
+
+def heard_by(progress: Any) -> Progress:
+    """What the caller gave to hear how far it is: nothing, a `Progress`, or a bar as tqdm's."""
+    if progress is None:
+        return Progress()
+    return progress if hasattr(progress, "step") else Bar(progress)
 
 
 def read_json(path: Path) -> Any:
@@ -178,21 +199,8 @@ def refuse_adapter(directory: Path) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a tensor is, before it is read."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    file: "_SafetensorsFile | _PickleFile"
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-
 class Checkpoint:
-    """The weights in a directory: `specs` tells what there is, `read` gets one tensor.
+    """The weights in a directory: `tensors` by their names there, of which `read` gets one that is finite.
 
     Raises:
         ConversionError: a file is missing, truncated or corrupt, holds anything but floating-point tensors, or has a
@@ -202,26 +210,27 @@ class Checkpoint:
     def __init__(self, directory: Path):
         self.directory = directory
         self.paths, promised = _weight_files(directory)
-        self.specs: dict[str, Spec] = {}
+        self.tensors: dict[str, LazyTensor] = {}
+        places: dict[str, Path] = {}
         for path in self.paths:
-            file = _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
-            for name, spec in file.specs().items():
-                if spec.dtype not in DTYPE_NAMES and not MASK.search(name):
-                    raise _wrong_dtype(name, path, str(spec.dtype))
-                if name in self.specs:
-                    other = self.specs[name].file.path.name
-                    raise ConversionError(f"{path.name} and {other} both hold {name!r}; keep one")
-                self.specs[name] = spec
+            found = safetensors(path) if path.suffix == ".safetensors" else pickled(path)
+            for name, tensor in found.items():
+                if tensor.dtype not in DTYPE_NAMES and not MASK.search(name):
+                    raise _wrong_dtype(name, path, str(tensor.dtype))
+                if name in places:
+                    raise ConversionError(f"{path.name} and {places[name].name} both hold {name!r}; keep one")
+                self.tensors[name], places[name] = tensor, path
+        self.places = places
         for name, path in promised.items():
-            if name not in self.specs or self.specs[name].file.path != path:
+            if places.get(name) != path:
                 raise ConversionError(
                     f"the shard index of {directory} names {name!r} in {path.name!r}, but it is not there; download "
                     "index and shards again"
                 )
-        for name in sorted(self.specs.keys() - promised.keys()) if promised else ():
+        for name in sorted(places.keys() - promised.keys()) if promised else ():
             if not MASK.search(name):
                 raise ConversionError(
-                    f"{self.specs[name].file.path} holds {name!r}, which the shard index does not name; download index "
+                    f"{places[name]} holds {name!r}, which the shard index does not name; download index "
                     "and shards again"
                 )
 
@@ -231,8 +240,7 @@ class Checkpoint:
         Raises:
             ConversionError: it cannot be read, or a value is NaN or infinite.
         """
-        file = self.specs[name].file
-        return checked_finite(file.read(name), name, file.path.name)
+        return checked_finite(self.tensors[name].read(), name, self.places[name].name)
 
 
 def checked_finite(tensor: torch.Tensor, name: str, place: str) -> torch.Tensor:
@@ -314,61 +322,62 @@ def _shards(index: Path, suffix: str) -> tuple[list[Path], dict[str, Path]]:
     return sorted(set(places.values())), places
 
 
-class _SafetensorsFile:
-    def __init__(self, path: Path):
-        self.path = path
+def safetensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ConversionError: it is truncated or corrupt, or has a tensor of a dtype that weights do not have.
+    """
+    try:
+        refuse_pointer(path)
+        with path.open("rb") as file:  # safetensors itself takes the last of equal names
+            length = int.from_bytes(file.read(8), "little")
+            if length > LARGEST_HEADER:
+                raise ValueError(f"a header of {length:,} bytes, but none needs more than {LARGEST_HEADER:,}")
+            parse_json(file.read(length))
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise _corrupt(path, error) from error
+
+    def read(name: str) -> torch.Tensor:
         try:
-            refuse_pointer(path)
-            with path.open("rb") as file:  # safetensors itself takes the last of equal names
-                length = int.from_bytes(file.read(8), "little")
-                if length > LARGEST_HEADER:
-                    raise ValueError(f"a header of {length:,} bytes, but none needs more than {LARGEST_HEADER:,}")
-                parse_json(file.read(length))
-            # Memory that is mapped would count as ours; what is read into a tensor is given back with it.
-            self.file = safe_open(path, framework="pt", backend="pread")
-        except (SafetensorError, ValueError, RecursionError, OSError) as error:
+            return opened.get_tensor(name)
+        except (SafetensorError, RuntimeError, OSError) as error:
             raise _corrupt(path, error) from error
 
-    def specs(self) -> dict[str, Spec]:
-        specs = {}
-        for name in self.file.keys():  # noqa: SIM118 -- not a dict
-            found = self.file.get_slice(name)
-            dtype = (DTYPES | MASK_DTYPES).get(found.get_dtype())
-            if dtype is None:
-                raise _wrong_dtype(name, self.path, found.get_dtype())
-            specs[name] = Spec(torch.Size(found.get_shape()), dtype, self)
-        return specs
-
-    def read(self, name: str) -> torch.Tensor:
-        try:
-            return self.file.get_tensor(name)
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise _corrupt(self.path, error) from error
+    tensors = {}
+    for name in opened.keys():  # noqa: SIM118 -- not a dict
+        found = opened.get_slice(name)
+        dtype = (DTYPES | MASK_DTYPES).get(found.get_dtype())
+        if dtype is None:
+            raise _wrong_dtype(name, path, found.get_dtype())
+        tensors[name] = LazyTensor(torch.Size(found.get_shape()), dtype, partial(read, name))
+    return tensors
 
 
-class _PickleFile:
-    """A file of `torch.save`."""
+def pickled(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a state dict that `torch.save` wrote.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.tensors = read_pickle(path)
-        if not isinstance(self.tensors, dict):
+    Raises:
+        ConversionError: it is damaged, or holds anything else.
+    """
+    content = read_pickle(path)
+    if not isinstance(content, dict):
+        raise ConversionError(
+            f"{path} holds a {type(content).__name__}, but weights are a dict of tensors; save model.state_dict()"
+        )
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Stored):
             raise ConversionError(
-                f"{path} holds a {type(self.tensors).__name__}, but weights are a dict of tensors; save "
+                f"{path.name} holds {name!r}: {kind_of(tensor)}, but weights are dense tensors by name; save "
                 "model.state_dict()"
             )
-        for name, tensor in self.tensors.items():
-            if not isinstance(name, str) or not isinstance(tensor, Stored):
-                raise ConversionError(
-                    f"{path.name} holds {name!r}: {kind_of(tensor)}, but weights are dense tensors by name; save "
-                    "model.state_dict()"
-                )
+    return {name: lazy(tensor) for name, tensor in content.items()}
 
-    def specs(self) -> dict[str, Spec]:
-        return {name: Spec(tensor.shape, tensor.dtype, self) for name, tensor in self.tensors.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        return read_stored(self.tensors[name])
+def lazy(stored: Stored) -> LazyTensor:
+    """A tensor in a file of `torch.save`."""
+    return LazyTensor(stored.shape, stored.dtype, partial(read_stored, stored))
 
 
 def read_pickle(path: Path) -> Any:
@@ -442,67 +451,38 @@ def _wrong_dtype(name: str, path: Path, found: str) -> ConversionError:
     )
 
 
-def write_safetensors(
-    path: Path,
-    specs: Mapping[str, tuple[torch.Size, torch.dtype]],
-    read: Callable[[str], torch.Tensor],
-    progress: Progress,
-) -> str:
-    """Writes the file that `safetensors.torch.save_file` would, and makes tensors while those before are written.
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], progress: Progress) -> str:
+    """Writes the file that `safetensors.torch.save_file` would, with one tensor in memory at a time; nothing is synced.
 
-    Memory holds what is being made, and of what is being written one tensor, or several of half the largest's size.
     That function takes the data of all tensors at once, so the header is made here, before any of them is there.
-
-    Args:
-        specs: shape and dtype of each tensor.
-        read: gives a tensor by its name.
 
     Returns:
         the file's sha256.
     """
-    names = sorted(specs, key=lambda name: (list(DTYPES.values()).index(specs[name][1]), name))
+    widest = list(DTYPES.values()).index
+    names = sorted(tensors, key=lambda name: (widest(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        shape, dtype = specs[name]
-        begin, end = end, end + shape.numel() * dtype.itemsize
+        shape, dtype = tensors[name].shape, tensors[name].dtype
+        begin, end = end, end + tensors[name].nbytes
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     start = len(encoded).to_bytes(8, "little") + encoded
 
     digest = hashlib.sha256(start)
-    largest = max((shape.numel() * dtype.itemsize for shape, dtype in specs.values()), default=0)
-    under_way: deque[tuple[int, list[Future]]] = deque()
-    synced: list[Future[None]] = []
-    unsynced = 0
-    with (
-        path.open("wb") as file,
-        ThreadPoolExecutor(1) as hashing,
-        ThreadPoolExecutor(1) as writing,
-        ThreadPoolExecutor(1) as syncing,
-    ):
+    with path.open("wb") as file:
         file.write(start)
         for name in names:
-            tensor = read(name)
-            if (tensor.shape, tensor.dtype) != specs[name]:
-                raise AssertionError(f"{name} is {tensor.dtype} {list(tensor.shape)}, the header says {specs[name]}")
+            tensor, promised = tensors[name].read(), tensors[name]
+            if (tensor.shape, tensor.dtype) != (promised.shape, promised.dtype):
+                raise AssertionError(
+                    f"{name} is {tensor.dtype} {list(tensor.shape)}, the header says {promised.dtype} "
+                    f"{list(promised.shape)}"
+                )
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-            del tensor
-            while under_way and sum(size for size, _ in under_way) + data.nbytes > largest // 2:
-                size, futures = under_way.popleft()
-                for future in futures:
-                    future.result()
-                progress.advance(size)
-            under_way.append((data.nbytes, [hashing.submit(digest.update, data), writing.submit(file.write, data)]))
-            unsynced += data.nbytes
-            if unsynced > _SYNCED_AT_ONCE:  # the disk works while the next tensors are made
-                synced.append(syncing.submit(os.fdatasync, file.fileno()))
-                unsynced = 0
-        for size, futures in under_way:
-            for future in futures:
-                future.result()
-            progress.advance(size)
-        for future in synced:
-            future.result()
+            digest.update(data)
+            file.write(data)
+            progress.advance(data.nbytes)
     return digest.hexdigest()

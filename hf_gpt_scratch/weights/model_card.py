@@ -127,7 +127,7 @@ def model_card(
 
 def _origin(receipt: Mapping[str, Any]) -> str:
     format = receipt.get("source", {}).get("format")
-    return f"a `{format}` checkpoint" if format else "an official checkpoint"
+    return f"a `{format}` checkpoint" if format not in (None, "gpt2") else "an official checkpoint"
 
 
 def _parity(receipt: Mapping[str, Any] | None, official: str) -> str:

@@ -29,12 +29,11 @@ import transformers
 from rich.filesize import decimal
 from safetensors import SafetensorError
 
-from ..errors import ConversionError, shortened
-from .checkpoint import Progress, read_json
+from ..errors import ConversionError, shortened, some
+from .checkpoint import Progress, heard_by, read_json
 
 RECEIPT = "conversion_receipt.json"
 _CHUNK = 1 << 20
-_NAMED = 5  # so many names and no more in a message
 # What renameat2 answers where the kernel or the file system does not have it.
 _NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100  # linux/fs.h, fcntl.h
@@ -388,7 +387,7 @@ def _remove_what_was_received(directory: Path) -> None:
             (directory / name).rmdir()
     if rest := sorted(_entries(directory).keys() - {RECEIPT}):
         raise ConversionError(
-            f"{directory} holds {_some(rest)}, which no conversion has written; move that away, then run again"
+            f"{directory} holds {some(rest)}, which no conversion has written; move that away, then run again"
         )
     (directory / RECEIPT).unlink()
     directory.rmdir()
@@ -602,7 +601,7 @@ def verify_receipt(directory: str | os.PathLike, progress: Progress | None = Non
     directory = local_path(directory)
     try:
         receipt = read_receipt(directory)
-        told = _differences(directory, receipt, _entries(directory), progress or Progress())
+        told = _differences(directory, receipt, _entries(directory), heard_by(progress))
     except OSError as error:
         raise ConversionError(f"{directory} cannot be read ({error}); check its permissions") from error
     if told:
@@ -626,7 +625,7 @@ def _differences(directory: Path, receipt: Mapping[str, Any], entries: Mapping[s
         "extra": entries.keys() - named.keys() - folders - {RECEIPT},
         "changed": (named.keys() & entries.keys()) - same,
     }
-    return "; ".join(f"{kind}: {_some(sorted(names))}" for kind, names in wrong.items() if names)
+    return "; ".join(f"{kind}: {some(sorted(names))}" for kind, names in wrong.items() if names)
 
 
 def _entries(directory: Path) -> dict[str, tuple]:
@@ -645,8 +644,3 @@ def _entries(directory: Path) -> dict[str, tuple]:
                     folders.append(name)
                 found[name] = (about.st_mode, about.st_ino, about.st_size, about.st_mtime_ns)
     return found
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(shortened(repr(name)) for name in names[:_NAMED]) + more

@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import ConversionError
-from .conversion import Weights, find_source, quiet_transformers
+from .formats.directory import Weights
+from .hub import find_source, quiet_transformers
 from .parity import Verification, differing, differing_settings, measure
 
 
@@ -58,7 +59,7 @@ def verify(reference: str | os.PathLike, candidate: str | os.PathLike) -> Verdic
         if official.ours is not ours.ours:
             kinds = f"{reference} is a {official.ours.gpt2_class.__name__}, but {candidate} is a {ours.ours.__name__}"
             raise ConversionError(f"{kinds}; give two checkpoints of one kind")
-        theirs, own = official.translated(), ours.tensors()
+        theirs, own = official.in_our_names(), ours.tensors()
         different = differing(theirs, own)
         if any(theirs[name].shape != own[name].shape for name in theirs.keys() & own.keys()):
             return Verdict(None, different)

@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,32 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConversionError
-from ..model.configuration_gpt_scratch import GPTScratchConfig
-from .checkpoint import Progress, read_part, shown
-from .lazy import Lazy
+from ...errors import ConversionError
+from ...model.configuration_gpt_scratch import GPTScratchConfig
+from ...model.weight_map import LM_HEAD
+from ..checkpoint import Progress, read_part, shown
+from ..tensors import LazyTensor
+from .format import Contents, Format, Found, Layout, Options, Source, Written, renamed
 
+# GGUF's names of GPT-2's tensors.
+NAMES = {
+    "wte.weight": "token_embd.weight",
+    "wpe.weight": "position_embd.weight",
+    "h.{n}.ln_1.weight": "blk.{n}.attn_norm.weight",
+    "h.{n}.ln_1.bias": "blk.{n}.attn_norm.bias",
+    "h.{n}.attn.c_attn.weight": "blk.{n}.attn_qkv.weight",
+    "h.{n}.attn.c_attn.bias": "blk.{n}.attn_qkv.bias",
+    "h.{n}.attn.c_proj.weight": "blk.{n}.attn_output.weight",
+    "h.{n}.attn.c_proj.bias": "blk.{n}.attn_output.bias",
+    "h.{n}.ln_2.weight": "blk.{n}.ffn_norm.weight",
+    "h.{n}.ln_2.bias": "blk.{n}.ffn_norm.bias",
+    "h.{n}.mlp.c_fc.weight": "blk.{n}.ffn_up.weight",
+    "h.{n}.mlp.c_fc.bias": "blk.{n}.ffn_up.bias",
+    "h.{n}.mlp.c_proj.weight": "blk.{n}.ffn_down.weight",
+    "h.{n}.mlp.c_proj.bias": "blk.{n}.ffn_down.bias",
+    "ln_f.weight": "output_norm.weight",
+    "ln_f.bias": "output_norm.bias",
+}
 # Our name of what the metadata say under `gpt2.…`.
 METADATA = {
     "context_length": "context_length",
@@ -38,6 +60,34 @@ LARGEST_HEADER = 1 << 24  # bytes; GPT-2's has 2 MB, most of it its tokens
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 
 
+class Gguf(Format):
+    name = "gguf"
+    what = "GGUF"
+    layout = Layout(
+        renamed(lambda row: NAMES[row.theirs], transposed=False, head=replace(LM_HEAD, theirs="output.weight"))
+    )
+    file = "model.gguf"
+    suffixes = (".gguf",)
+    tokenizer = "inside"
+
+    def matches(self, found: Found) -> bool:
+        return found.start == b"GGUF"
+
+    def open(self, found: Found) -> Source:
+        tensors, told = read_gguf(found.path)
+        notes = ["left behind: the tokenizer inside the file"] if told.pop("tokenizer") else []
+        return Source(self, found.path, tensors, told, notes)
+
+    def limits(self, config: GPTScratchConfig) -> dict[str, tuple]:
+        limits = super().limits(config)
+        return {name: limits[name] for name in limits if name not in METADATA.values()}
+
+    def save(self, tensors: dict[str, LazyTensor], contents: Contents, path: Path, options: Options) -> Written:
+        notes = write_gguf(tensors, contents.config, path, options.tokenizer, options.progress)
+        carried = type(options.tokenizer).__name__ if options.tokenizer is not None and not notes else None
+        return Written(notes, tokenizer=carried)
+
+
 def _gguf():
     try:
         import gguf
@@ -47,7 +97,7 @@ def _gguf():
 
 
 def write_gguf(
-    tensors: Mapping[str, Lazy],
+    tensors: Mapping[str, LazyTensor],
     config: GPTScratchConfig,
     path: Path,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -123,7 +173,7 @@ def _add_tokenizer(writer, config: GPTScratchConfig, tokenizer: PreTrainedTokeni
     return []
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Lazy], dict[str, Any]]:
+def read_gguf(path: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     """A GGUF file's tensors in its own names, and what its metadata say, in our names.
 
     All tensors have the dtype of the token embedding, or float32 if some would lose by it. The package's own reader
@@ -197,7 +247,7 @@ class _Header:
             raise ValueError(f"an array of {count} values of kind {kind} at {self.at}")
         return [self.string() for _ in range(count)]
 
-    def read(self) -> tuple[dict[str, Any], dict[str, Lazy]]:
+    def read(self) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
         """The metadata, and the tensors."""
         self.take(4)
         version, count, pairs = self.number("I"), self.number("Q"), self.number("Q")
@@ -242,9 +292,11 @@ class _Header:
             raise ValueError(f"{name!r} has the sizes {sizes}")
         return name, torch.Size(sizes[::-1]), self.number("I"), self.number("Q")
 
-    def tensors(self, infos: list[tuple[str, torch.Size, int, int]], begin: int, alignment: int) -> dict[str, Lazy]:
+    def tensors(
+        self, infos: list[tuple[str, torch.Size, int, int]], begin: int, alignment: int
+    ) -> dict[str, LazyTensor]:
         """They must fill the file, one behind the other, as llama.cpp demands."""
-        tensors: dict[str, Lazy] = {}
+        tensors: dict[str, LazyTensor] = {}
         end = 0
         for name, shape, kind, offset in infos:
             if name in tensors:
@@ -258,25 +310,28 @@ class _Header:
                 raise ValueError(f"{name!r} begins at {offset}, but the one before it ends at {end}")
             end = offset + math.prod(shape) * TYPES[kind].itemsize
             read = partial(read_part, self.path, begin + offset, shape, TYPES[kind])
-            tensors[name] = Lazy(shape, TYPES[kind], read)
+            tensors[name] = LazyTensor(shape, TYPES[kind], read)
         size = self.path.stat().st_size
         if not begin + end <= size <= begin + end + -end % alignment:
             raise ValueError(f"it has {size} bytes, but by its header {begin + end}")
         return tensors
 
 
-def _one_dtype(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+def _one_dtype(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         return tensors
 
-    def loses(tensor: Lazy) -> bool:
+    def loses(tensor: LazyTensor) -> bool:
         values = tensor.read()
         return not torch.equal(values.to(embedding.dtype).to(values.dtype), values)
 
-    def cast(tensor: Lazy) -> torch.Tensor:
+    def cast(tensor: LazyTensor) -> torch.Tensor:
         return tensor.read().to(dtype)
 
     wide = any(tensor.dtype != embedding.dtype and loses(tensor) for tensor in tensors.values())
     dtype = torch.float32 if wide else embedding.dtype
-    return {name: Lazy(tensor.shape, dtype, partial(cast, tensor)) for name, tensor in tensors.items()}
+    return {name: LazyTensor(tensor.shape, dtype, partial(cast, tensor)) for name, tensor in tensors.items()}
+
+
+GGUF = Gguf()

@@ -15,8 +15,12 @@ from .parity import same_bits
 
 
 @dataclass(frozen=True, eq=False)
-class Lazy:
-    """What a tensor is, and how to get it."""
+class LazyTensor:
+    """What a tensor is, and how to get it.
+
+    Args:
+        read: gives its values, which are not to be written to.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
@@ -27,12 +31,12 @@ class Lazy:
         return self.shape.numel() * self.dtype.itemsize
 
 
-def held(tensors: Mapping[str, torch.Tensor]) -> dict[str, Lazy]:
+def held(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
     """Tensors that are in memory already."""
-    return {name: Lazy(t.shape, t.dtype, functools.partial(_itself, t)) for name, t in tensors.items()}
+    return {name: LazyTensor(t.shape, t.dtype, functools.partial(_itself, t)) for name, t in tensors.items()}
 
 
-def to_scratch(tensors: Mapping[str, Lazy], table: Iterable[Row]) -> dict[str, Lazy]:
+def to_scratch(tensors: Mapping[str, LazyTensor], table: Iterable[Row]) -> dict[str, LazyTensor]:
     """GPT-2's tensors as ours, made one at a time; those that no row knows are left out."""
 
     @functools.lru_cache(maxsize=2)  # weight and bias of one layer, of which three tensors in a row are made
@@ -47,11 +51,11 @@ def to_scratch(tensors: Mapping[str, Lazy], table: Iterable[Row]) -> dict[str, L
         if row.theirs in tensors:
             dtype = tensors[row.theirs].dtype
             for i, (name, meta) in enumerate(zip(row.ours, row.to_ours(_meta(tensors[row.theirs])), strict=True)):
-                ours[name] = Lazy(meta.shape, dtype, functools.partial(part, row, i))
+                ours[name] = LazyTensor(meta.shape, dtype, functools.partial(part, row, i))
     return ours
 
 
-def from_scratch(tensors: Mapping[str, Lazy], table: Iterable[Row]) -> dict[str, Lazy]:
+def from_scratch(tensors: Mapping[str, LazyTensor], table: Iterable[Row]) -> dict[str, LazyTensor]:
     """Our tensors as GPT-2's, made one at a time; the inverse of `to_scratch`.
 
     Raises:
@@ -75,11 +79,11 @@ def from_scratch(tensors: Mapping[str, Lazy], table: Iterable[Row]) -> dict[str,
                 "convert them to one dtype first"
             )
         meta = row.to_theirs(_meta(tensors[name]) for name in row.ours)
-        theirs[row.theirs] = Lazy(meta.shape, meta.dtype, functools.partial(whole, row))
+        theirs[row.theirs] = LazyTensor(meta.shape, meta.dtype, functools.partial(whole, row))
     return theirs
 
 
-def with_qkv_biases(tensors: Mapping[str, Lazy], n_layers: int) -> dict[str, Lazy]:
+def with_qkv_biases(tensors: Mapping[str, LazyTensor], n_layers: int) -> dict[str, LazyTensor]:
     """With zeros for the biases that a model without `qkv_bias` does not have, and GPT-2 does."""
     zeros = {}
     for name in (name for row in rows(n_layers) if row.zeros_for for name in row.ours):
@@ -89,8 +93,8 @@ def with_qkv_biases(tensors: Mapping[str, Lazy], n_layers: int) -> dict[str, Laz
     return {**zeros, **tensors}
 
 
-def zero(shape: torch.Size, dtype: torch.dtype) -> Lazy:
-    return Lazy(shape, dtype, functools.partial(torch.zeros, shape, dtype=dtype))
+def zero(shape: torch.Size, dtype: torch.dtype) -> LazyTensor:
+    return LazyTensor(shape, dtype, functools.partial(torch.zeros, shape, dtype=dtype))
 
 
 def all_zero(tensor: torch.Tensor) -> bool:
@@ -102,5 +106,5 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _meta(tensor: Lazy) -> torch.Tensor:
+def _meta(tensor: LazyTensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

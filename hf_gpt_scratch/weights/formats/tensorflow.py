@@ -1,4 +1,4 @@
-"""TensorFlow checkpoints, read without TensorFlow.
+"""OpenAI's TensorFlow checkpoints, read without TensorFlow.
 
 `NAME.index` is a LevelDB table: blocks of sorted key-value entries, then a block that lists the blocks, then a footer.
 Key "" holds a BundleHeaderProto; every other key is a tensor's name and holds a BundleEntryProto: dtype, shape, and
@@ -17,9 +17,11 @@ import google_crc32c
 import numpy as np
 import torch
 
-from ..errors import ConversionError
-from .checkpoint import read_part
-from .lazy import Lazy
+from ...errors import ConversionError
+from ...model.configuration_gpt_scratch import told as shown
+from ..checkpoint import read_json, read_part
+from ..tensors import LazyTensor
+from .format import Format, Found, Layout, Source, renamed
 
 FOOTER_BYTES, MAGIC = 48, 0xDB4775248B80FB57
 # Bytes; the index of 1558M has 54 kB, and its names at most 30.
@@ -27,9 +29,76 @@ LARGEST_INDEX, LONGEST_NAME = 1 << 22, 1000
 MOST_DIMENSIONS = 8
 DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}  # tensorflow.DataType
 CRC_PIECE = 1 << 20  # bytes
+# OpenAI's names of GPT-2's tensors.
+NAMES = {
+    "wte.weight": "model/wte",
+    "wpe.weight": "model/wpe",
+    "h.{n}.ln_1.weight": "model/h{n}/ln_1/g",
+    "h.{n}.ln_1.bias": "model/h{n}/ln_1/b",
+    "h.{n}.attn.c_attn.weight": "model/h{n}/attn/c_attn/w",
+    "h.{n}.attn.c_attn.bias": "model/h{n}/attn/c_attn/b",
+    "h.{n}.attn.c_proj.weight": "model/h{n}/attn/c_proj/w",
+    "h.{n}.attn.c_proj.bias": "model/h{n}/attn/c_proj/b",
+    "h.{n}.ln_2.weight": "model/h{n}/ln_2/g",
+    "h.{n}.ln_2.bias": "model/h{n}/ln_2/b",
+    "h.{n}.mlp.c_fc.weight": "model/h{n}/mlp/c_fc/w",
+    "h.{n}.mlp.c_fc.bias": "model/h{n}/mlp/c_fc/b",
+    "h.{n}.mlp.c_proj.weight": "model/h{n}/mlp/c_proj/w",
+    "h.{n}.mlp.c_proj.bias": "model/h{n}/mlp/c_proj/b",
+    "ln_f.weight": "model/ln_f/g",
+    "ln_f.bias": "model/ln_f/b",
+}
+# OpenAI's hparams.json, in our names.
+HPARAMS = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "context_length",
+    "n_embd": "emb_dim",
+    "n_head": "n_heads",
+    "n_layer": "n_layers",
+}
 
 
-def read_tensorflow(directory: Path) -> dict[str, Lazy]:
+class TensorFlow(Format):
+    """It is only read."""
+
+    name = "tensorflow"
+    what = "OpenAI's TensorFlow directory with hparams.json"
+    # The optimizer's moments lie beside the weights; the output head is always the token embedding.
+    layout = Layout(
+        renamed(lambda row: NAMES[row.theirs], transposed=True, head=None), dropped=r"(?!model/).*|.*/Adam(_1)?"
+    )
+    mark = "hparams.json"
+
+    def matches(self, found: Found) -> bool:
+        return found.is_directory and (found.path / self.mark).is_file() and not (found.path / "config.json").is_file()
+
+    def near(self, found: Found) -> str | None:
+        if found.path.suffix != ".index":
+            return None
+        return f"{found.begins}; give the directory it lies in, {found.path.parent}"
+
+    def open(self, found: Found) -> Source:
+        path = found.path
+        hparams = read_json(path / self.mark)
+        try:
+            told = {ours: hparams[name] for name, ours in HPARAMS.items()}
+        except (LookupError, TypeError) as error:
+            raise ConversionError(
+                f"{path / self.mark} must have {', '.join(HPARAMS)} ({error!r}); download it again"
+            ) from error
+        tensors = read_tensorflow(path)
+        # OpenAI's matrices are those of a convolution of width 1, [1, in, out].
+        tensors = {name: _first(tensor) if tensor.shape[:-2] == (1,) else tensor for name, tensor in tensors.items()}
+        more = {name: value for name, value in hparams.items() if name not in HPARAMS}
+        notes = [f"left out, since OpenAI's hparams.json has no such keys: {shown(more)}"] if more else []
+        return Source(self, path, tensors, told, notes)
+
+
+def _first(tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor(tensor.shape[1:], tensor.dtype, lambda: tensor.read()[0])
+
+
+def read_tensorflow(directory: Path) -> dict[str, LazyTensor]:
     """The floating-point tensors of the directory's checkpoint by name; reading one checks its checksum.
 
     Raises:
@@ -70,7 +139,7 @@ def _checkpoint_name(directory: Path) -> str:
     )
 
 
-def _tensors(prefix: Path, entries: dict[bytes, bytes], num_shards: int) -> dict[str, Lazy]:
+def _tensors(prefix: Path, entries: dict[bytes, bytes], num_shards: int) -> dict[str, LazyTensor]:
     tensors, extents = {}, []
     for key, value in entries.items():
         name, entry = key.decode(), _message(value)
@@ -92,7 +161,7 @@ def _tensors(prefix: Path, entries: dict[bytes, bytes], num_shards: int) -> dict
         if math.prod(shape) * dtype.itemsize != size:
             raise ValueError(f"{name!r} of shape {shape} has {size} bytes")
         read = partial(_read, name, path, offset, torch.Size(shape), dtype, entry[6][0])
-        tensors[name] = Lazy(torch.Size(shape), dtype, read)
+        tensors[name] = LazyTensor(torch.Size(shape), dtype, read)
     extents.sort()
     for (path, _, end, name), (next_path, begin, _, next_name) in pairwise(extents):
         if path == next_path and end > begin:
@@ -193,3 +262,6 @@ def masked_crc32c(data: np.ndarray) -> int:
     for start in range(0, len(data), CRC_PIECE):  # the library takes nothing that could be written to meanwhile
         crc = google_crc32c.extend(crc, data[start : start + CRC_PIECE].tobytes())
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+TENSORFLOW = TensorFlow()

@@ -1,0 +1,268 @@
+"""`convert` and `export`: checked, streamed through the weight map, verified, published.
+
+A conversion either ends with the complete, verified target under its final name or leaves things as they were.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ConversionError, ParityError
+from ..model.modeling_gpt_scratch import GPTScratchForCausalLM
+from .checkpoint import Progress, heard_by
+from .formats import FORMATS, Format, Found, Source, detect, open_source, read, writable, write
+from .formats.directory import GPT2, NATIVE
+from .formats.format import MAX_SHARD_SIZE, Contents, Options
+from .hub import find_source, quiet_transformers
+from .parity import same_bits, verify_models
+from .publish import (
+    RECEIPT,
+    Stamps,
+    local_path,
+    new_receipt,
+    publishing,
+    refuse_overlap,
+    seal,
+    target_path,
+    told_while,
+    verify_receipt,
+)
+from .tensors import LazyTensor, all_zero, with_qkv_biases
+from .tokenizer_files import carry_tokenizer, left_behind, tokenizer_beside
+from .trust import strip_code
+
+__all__ = [  # with what 0.1.0 had in `conversion` and `formats`
+    "RECEIPT",
+    "ConversionError",
+    "Progress",
+    "convert",
+    "detect",
+    "export",
+    "export_checkpoint",
+    "find_source",
+    "gpt2_to_scratch",
+    "import_checkpoint",
+    "read",
+    "scratch_to_gpt2",
+    "tokenizer_beside",
+    "verify_receipt",
+    "write",
+]
+
+# Whether the result is compared with the source: as models in float32, or the weights alone, or not.
+Check = bool | Literal["weights"]
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    n_heads: int | None = None,
+    revision: str | None = None,
+    check: Check = True,
+    overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Converts a checkpoint of any format, or of the hub, into a native directory, weights unchanged.
+
+    Memory holds about two of the largest tensors, unless `check` is True. Other programs' models are compared by their
+    weights alone, unless `check` is False.
+
+    Args:
+        source: file, directory or hub id.
+        target: directory to be; must not exist unless `overwrite`.
+        n_heads: for "book" and "mingpt", whose files do not say it. A wrong number that divides emb_dim cannot be
+            noticed: the model loads and computes something else.
+        revision: branch, tag or commit of a hub id.
+        check: before the result is published, compare it with the official model in float32, for which both models
+            are in memory; "weights": compare only the weights, bit for bit, streaming; False: compare nothing.
+        overwrite: replace a target that a conversion has written.
+        max_shard_size: as in `save_pretrained`: bytes, or a string such as "5GB".
+        progress: a tqdm bar, or an object whose `step` and `advance` are called as the conversion proceeds.
+
+    Returns:
+        the receipt, which also lies in the target: files with their sha256, parity figures, versions.
+
+    Raises:
+        ConversionError: source or target is not as it must be, or `n_heads` is missing where no file says it.
+        ParityError: what was written is not what was read.
+    """
+    options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
+    return _convert(source, target, NATIVE, n_heads=n_heads, revision=revision, **options)
+
+
+def export(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    format: str,
+    *,
+    n_heads: int | None = None,
+    revision: str | None = None,
+    bias: bool | None = None,
+    check: Check = True,
+    overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Converts a native checkpoint, or one of any other format, into `format`, weights unchanged.
+
+    The target is a directory: it holds `model.pth`, `ckpt.pt` or `model.gguf`, or is the checkpoint, and the receipt.
+    For the first two the disk must have room for the weights twice.
+
+    Args:
+        source: file, directory or hub id.
+        target: directory to be; must not exist unless `overwrite`.
+        format: "gpt2", "book", "nanogpt", "gguf" or "native".
+        n_heads: as in `convert`.
+        revision: branch, tag or commit of a hub id.
+        bias: for "nanogpt", its `bias`; None: unless all biases are zero and `qkv_bias` is off.
+        check: as in `convert`.
+        overwrite: replace a target that a conversion has written.
+        max_shard_size: as in `save_pretrained`: bytes, or a string such as "5GB".
+        progress: a tqdm bar, or an object whose `step` and `advance` are called as the conversion proceeds.
+
+    Returns:
+        the receipt, which also lies in the target.
+
+    Raises:
+        ConversionError: source or target is not as it must be, or the format cannot express what the model does.
+        ParityError: what was written is not what was read.
+    """
+    options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
+    return _convert(source, target, writable(format), n_heads=n_heads, revision=revision, bias=bias, **options)
+
+
+def gpt2_to_scratch(source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> dict[str, Any]:
+    """`convert`, with its options, of an official checkpoint and nothing else: a directory or hub id."""
+    return _convert(source, target, NATIVE, only=GPT2, **options)
+
+
+def scratch_to_gpt2(source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> dict[str, Any]:
+    """`export` to "gpt2", with its options, of a native checkpoint and nothing else: a directory or hub id."""
+    return _convert(source, target, GPT2, only=NATIVE, **options)
+
+
+# The names of 0.1.0.
+import_checkpoint, export_checkpoint = convert, export
+
+
+def _convert(
+    name: str | os.PathLike,
+    target: str | os.PathLike,
+    wanted: Format,
+    *,
+    only: Format | None = None,
+    n_heads: int | None = None,
+    revision: str | None = None,
+    bias: bool | None = None,
+    check: Check = True,
+    overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The one way from any format to any other.
+
+    Args:
+        only: the one format that is read; None: whichever lies there.
+    """
+    place, options = target_path(target), Options(heard_by(progress), max_shard_size, bias)
+    options.progress.step(f"Finding {name}")
+    with told_while("reading the source", place):
+        path = find_source(name, revision) if only else _find(name, revision)
+        refuse_overlap(place, path, overwrite)
+        stamps = Stamps(path)
+        source = only.open(Found(path)) if only else open_source(path)
+        if source.format is wanted:
+            raise ConversionError(f"{path} has the format {wanted.name!r} already; export takes another --format")
+        contents = source.format.read(source, n_heads)
+        wanted.check(contents, options)
+    needed = wanted.copies * sum(tensor.nbytes for tensor in contents.tensors.values())
+    with (
+        publishing(place, overwrite, needed) as staging,
+        stamps.hashed_meanwhile(source.files) as source_files,
+        quiet_transformers(),
+    ):
+        tokenizer = tokenizer_beside(path) if wanted.tokenizer == "inside" else None
+        file = staging / (wanted.file or "")
+        written = wanted.write(contents, file, replace(options, tokenizer=tokenizer))
+        carried, left = written.tokenizer, list[str]()
+        if wanted.tokenizer == "beside":
+            carried, left = carry_tokenizer(path, staging)
+        elif tokenizer is None:
+            left = left_behind(path, f"{wanted.file} has no place for a tokenizer")
+        if not path.is_dir():
+            left += left_behind(path.parent, f"nothing says that they belong to {path.name}")
+        notes = [*source.notes, *written.notes, *left, *strip_code(staging)]
+        parity = _verify(source, contents, file, wanted, check, options.progress) if check else None
+        receipt = new_receipt(
+            f"{source.format.name} converted to {wanted.name}",
+            source={"name": str(name), "format": source.format.name, "revision": revision, "files": source_files()},
+            tokenizer=carried,
+            parity=parity,
+            notes=notes,
+        )
+        wanted.finish(staging, contents, receipt, None if path == local_path(name) else str(name))
+        seal(staging, receipt, written.hashes)
+    return receipt
+
+
+def _find(name: str | os.PathLike, revision: str | None) -> Path:
+    """A file or directory that is here, or a hub id's; a name that ends as a file's does is no hub id."""
+    path = local_path(name)
+    files = {suffix for format in FORMATS.values() if format.mark is None for suffix in format.suffixes}
+    is_here = os.path.exists(path) or path.suffix in files
+    return path if is_here and revision is None else find_source(name, revision)
+
+
+def _verify(
+    source: Source, contents: Contents, written: Path, wanted: Format, check: Check, progress: Progress
+) -> dict[str, Any]:
+    """The figures of a comparison of what was written, read again, with what was read.
+
+    Raises:
+        ParityError: it is not the same.
+    """
+    result = open_source(written)
+    if result.format is not wanted:
+        raise ParityError(
+            f"what was written as {wanted.name!r} is taken for {result.format.name!r}; please report this"
+        )
+    config, layout = contents.config, source.format.layout
+    back = wanted.read(result, config.n_heads).tensors
+    there = source.tensors
+    head = layout.head if contents.kind is GPTScratchForCausalLM else None
+    if head and (head in there) != ("out_head.weight" in back):  # a tied one, which one of them has twice
+        back.setdefault("out_head.weight", back["tok_emb.weight"])
+        there = {head: there[layout.named("tok_emb.weight")], **there}
+    back = layout.from_scratch(with_qkv_biases(back, config.n_layers), config.n_layers)
+    verify_weights(there, back, progress)  # in their own dtype, as below they are not
+    if check == "weights" or not (source.format.loads and wanted.loads):
+        return {"passed": True, "tensors": len(source.tensors), "weights_equal": True}
+    official = contents.kind.gpt2_class
+    progress.step(f"Verifying against {official.__name__}")
+    models = [format.load(path, contents.kind) for format, path in ((source.format, source.path), (wanted, written))]
+    models.sort(key=lambda model: not isinstance(model, official))
+    return verify_models(*models).to_dict()
+
+
+def verify_weights(source: Mapping[str, LazyTensor], back: Mapping[str, LazyTensor], progress: Progress) -> None:
+    """Compares the source's tensors with the result's that were mapped back to their names.
+
+    Raises:
+        ParityError: one is different; the message names it.
+    """
+
+    def equal(name: str) -> bool:
+        both = [tensors[name].read() for tensors in (source, back) if name in tensors]
+        # A bias that only one of them has.
+        return same_bits(*both) if len(both) == 2 else all_zero(both[0])
+
+    progress.step("Verifying the weights", sum(lazy.nbytes for lazy in source.values()))
+    for name in sorted(source.keys() | back.keys()):
+        if not equal(name):
+            raise ParityError(f"{name!r} is not the source's, bit for bit; please report this")
+        if name in source:
+            progress.advance(source[name].nbytes)

@@ -1,0 +1,137 @@
+"""GPT-2 checkpoints of all programs, read and written bit for bit through the weight map.
+
+| format | what it is | read | written as |
+| --- | --- | --- | --- |
+| `native` | a directory that `save_pretrained` of this package wrote | yes | a directory |
+| `gpt2` | a directory of the official `GPT2LMHeadModel` | yes | a directory |
+| `book` | the book's `model.pth` or `model_and_optimizer.pth` | yes | `model.pth` |
+| `nanogpt` | nanoGPT's `ckpt.pt`, or its state dict alone | yes | `ckpt.pt` |
+| `mingpt` | minGPT's state dict | yes | no |
+| `tensorflow` | OpenAI's directory: `hparams.json`, `model.ckpt.*` | yes | no |
+| `gguf` | GGUF of architecture gpt2, not quantised | yes | `model.gguf` |
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ...errors import ConversionError
+from ...model.configuration_gpt_scratch import GPTScratchConfig
+from ...model.weight_map import SCRATCH_PREFIX, without_prefix
+from ..checkpoint import checked_finite, refuse_pointer
+from ..tensors import held
+from .book import BOOK
+from .directory import GPT2, NATIVE
+from .format import FORMATS, Contents, Format, Found, Options, Source, readable, register, writable
+from .gguf import GGUF
+from .nanogpt import MINGPT, NANOGPT
+from .tensorflow import TENSORFLOW
+
+__all__ = ["FORMATS", "Format", "Found", "Source", "detect", "open_source", "read", "readable", "register", "writable"]
+
+logger = logging.get_logger(__name__)
+
+for _known in (NATIVE, GPT2, BOOK, NANOGPT, MINGPT, TENSORFLOW, GGUF):
+    register(_known)
+
+
+def open_source(path: str | os.PathLike) -> Source:
+    """A checkpoint of whatever format; no tensor is read yet.
+
+    Raises:
+        ConversionError: nothing there is of a known format, or it is damaged.
+    """
+    found = Found(Path(path).expanduser())
+    for format in reversed(FORMATS.values()):  # what was added last may be a special case of another
+        if format.matches(found):
+            return format.open(found)
+    raise ConversionError(_unknown(found))
+
+
+def _unknown(found: Found) -> str:
+    """Why nobody takes it, in words."""
+    if not found.is_directory:
+        refuse_pointer(found.path)
+    told = next(filter(None, (format.near(found) for format in FORMATS.values())), None)
+    if told is not None:
+        return told
+    remedy = f"what can be read is {readable()}"
+    if not found.is_directory:
+        return f"{found.begins}; {remedy}"
+    suffixes = {suffix for format in FORMATS.values() for suffix in format.suffixes}
+    files = sorted(file.name for file in found.path.iterdir() if file.suffix in suffixes)
+    if files:
+        remedy = f"give the file, {found.path / files[0]}"
+    marks = dict.fromkeys(format.mark for format in FORMATS.values() if format.mark)
+    return f"{found.path} has neither {' nor '.join(marks)}; {remedy}"
+
+
+def detect(path: str | os.PathLike) -> str:
+    """The format of a checkpoint, by its content: "native", "gpt2", "book", "nanogpt", "mingpt", "tensorflow", "gguf".
+
+    Raises:
+        ConversionError: none of them.
+    """
+    return open_source(path).format.name
+
+
+def read(path: str | os.PathLike, n_heads: int | None = None) -> tuple[GPTScratchConfig, dict[str, torch.Tensor]]:
+    """The config and the state dict of a checkpoint in any format, in the book's names; a tied head is left out.
+
+    Args:
+        n_heads: for "book" and "mingpt", whose files do not say it. A wrong number that divides emb_dim cannot be
+            noticed: the model loads and computes something else.
+
+    Raises:
+        ConversionError: not a whole, finite GPT-2 of a known format.
+    """
+    source = open_source(path)
+    contents = source.format.read(source, n_heads)
+    contents.check_plain()
+    for note in source.notes:
+        logger.warning(f"{path}: {note}")
+    # In memory of their own, whatever becomes of the file.
+    return contents.config, {name: tensor.read().clone() for name, tensor in contents.tensors.items()}
+
+
+def write(
+    model_or_state_dict: nn.Module | Mapping[str, torch.Tensor],
+    config: GPTScratchConfig,
+    target: str | os.PathLike,
+    format: str,
+    *,
+    bias: bool | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[str]:
+    """Writes a model; `export` also verifies and publishes it.
+
+    Args:
+        target: a directory for "native" and "gpt2", else a file.
+        bias: for "nanogpt", its `bias`; None: unless all biases are zero and `qkv_bias` is off.
+        tokenizer: goes along in "native", "gpt2" and "gguf".
+
+    Returns:
+        what the reader of the file should know, in sentences.
+
+    Raises:
+        ConversionError: the weights are not those of `config`, or the format has no place for what the model does.
+    """
+    wanted, options = writable(format), Options(bias=bias, tokenizer=tokenizer)
+    if isinstance(model_or_state_dict, nn.Module):
+        model_or_state_dict = model_or_state_dict.state_dict()
+    state_dict = without_prefix(model_or_state_dict, SCRATCH_PREFIX)
+    state_dict = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
+    if config.tie_word_embeddings:
+        state_dict.pop("out_head.weight", None)
+    dtype = next((tensor.dtype for tensor in state_dict.values()), torch.float32)
+    contents = Contents("the state dict", config, held(state_dict), dtype)
+    contents.check_plain("its config")
+    for name, tensor in state_dict.items():
+        checked_finite(tensor, name, "the state dict")
+    wanted.check(contents, options)
+    return wanted.write(contents, Path(target), options).notes

@@ -1,0 +1,73 @@
+"""Where a checkpoint lies: a directory here, or a repository of the hub, which is downloaded."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub
+import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import ConversionError, shortened
+from .publish import local_path
+
+# What is downloaded with the weights: configs and the files of every kind of tokenizer.
+BESIDE = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes", "*.jinja")
+
+
+def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
+    """The directory of a checkpoint; a hub id is downloaded into the hub's cache.
+
+    Raises:
+        ConversionError: it does not exist, or cannot be had.
+    """
+    path = local_path(source)
+    if path.is_dir():
+        if revision is not None:
+            raise ConversionError(f"{source} is a directory, so --revision {revision} has no meaning; leave it out")
+        return path
+    if path.exists():
+        if revision is not None:
+            raise ConversionError(f"{source} is a file, so --revision {revision} has no meaning; leave it out")
+        raise ConversionError(f"{source} is a file, but a checkpoint is a directory; give the directory it lies in")
+    name = str(source)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise ConversionError(f"there is no directory {shortened(name)}; check the path")
+    wanted = [*BESIDE, "*.safetensors"]
+    try:
+        directory = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
+        if not any(directory.glob("*.safetensors")):
+            wanted = [*BESIDE, "pytorch_model*.bin"]
+            directory = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return directory
+    except GatedRepoError as error:
+        raise ConversionError(
+            f"{name} asks for access that you do not have; request it, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConversionError(f"{name} has no revision {revision!r}; check its branches and tags") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ConversionError(f"there is neither a directory nor a hub repository {name!r}; check the name") from error
+    except (OSError, ConnectionError) as error:
+        raise ConversionError(
+            f"{name!r} is no directory here, and the hub cannot be reached ({error.__cause__ or error}); connect to "
+            "the network, or give the directory of a downloaded checkpoint"
+        ) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Our own progress is shown instead of transformers' bars."""
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
