@@ -7,6 +7,8 @@ Names of classes and parameters are the book's. `cfg` is the book's dict or a `G
 Shapes: B batch, T tokens, E emb_dim, H heads, D = E / H, V vocabulary.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -46,7 +48,7 @@ class GELU(nn.Module):
     """GPT-2's approximation of x · Φ(x), with Φ the distribution function of the normal distribution (section 4.3)."""
 
     def forward(self, x):
-        inner = torch.sqrt(torch.tensor(2.0 / torch.pi)) * (x + 0.044715 * torch.pow(x, 3))
+        inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3))
         return 0.5 * x * (1 + torch.tanh(inner))
 
 
@@ -86,15 +88,13 @@ class MultiHeadAttention(nn.Module):
         self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.out_proj = nn.Linear(d_out, d_out)
         self.dropout = nn.Dropout(dropout)
-        # 1 where a token (row) must not see another (column): a later one. Computed, so not saved.
-        mask = torch.triu(torch.ones(context_length, context_length), diagonal=1)
-        self.register_buffer("mask", mask, persistent=False)
-        self.register_load_state_dict_pre_hook(renew_mask)
+        self.context_length = context_length
+        self.register_load_state_dict_pre_hook(drop_mask)
 
     def forward(self, x):  # (B, T, d_in)
         """Context vectors (B, T, d_out): for each token, the values of the tokens it may see, weighted."""
         b, num_tokens, _ = x.shape
-        check_length(num_tokens, len(self.mask))
+        check_length(num_tokens, self.context_length)
         queries = self.W_query(x)  # (B, T, d_out)
         keys = self.W_key(x)
         values = self.W_value(x)
@@ -105,7 +105,10 @@ class MultiHeadAttention(nn.Module):
         values = values.view(heads).transpose(1, 2)
 
         attn_scores = queries @ keys.transpose(2, 3)  # (B, H, T, T)
-        attn_scores = attn_scores.masked_fill(self.mask.bool()[:num_tokens, :num_tokens], -torch.inf)
+        # True where a token (row) must not see another (column): a later one. In the book a buffer, which would be
+        # unset in a model that is built without memory and filled later.
+        mask = torch.triu(torch.ones(num_tokens, num_tokens, device=x.device), diagonal=1).bool()
+        attn_scores = attn_scores.masked_fill(mask, -torch.inf)
         attn_weights = torch.softmax(attn_scores / self.head_dim**0.5, dim=-1)
         attn_weights = self.dropout(attn_weights)
 
@@ -114,17 +117,9 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(context_vec)  # (B, T, d_out)
 
 
-def renew_mask(attention, state_dict, prefix, *_):
-    """The book's code saves the mask too, 4 MiB a layer at 1024 tokens; here it is computed anew.
-
-    So it is right also in a model that was built without memory, on the meta device or by `to_empty`.
-    """
+def drop_mask(module, state_dict, prefix, *_):
+    """The book's code saves its masks: 4 MiB a layer at 1024 tokens."""
     state_dict.pop(prefix + "mask", None)
-    weight = state_dict.get(prefix + "W_query.weight", attention.W_query.weight)
-    mask = getattr(attention, "mask", None)
-    if mask is not None:
-        ones = torch.ones(mask.shape, device=weight.device if mask.is_meta else mask.device)
-        attention.mask = torch.triu(ones, diagonal=1)
 
 
 class TransformerBlock(nn.Module):

@@ -133,8 +133,7 @@ class CachedAttention(MultiHeadAttention):
     def __init__(self, config: GPTScratchConfig, layer_idx: int):
         rate = config.drop_rate if config.drop_rate_attn is None else config.drop_rate_attn
         width = config.emb_dim
-        super().__init__(width, width, 0, rate, config.n_heads, config.qkv_bias)
-        del self.mask
+        super().__init__(width, width, config.context_length, rate, config.n_heads, config.qkv_bias)
         self.config = config  # attention functions may look into it
         self.layer_idx = layer_idx
         # CODEPATH: official checkpoints scale by 1/√D alone; Stanford's Mistral models have the other options
