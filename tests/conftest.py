@@ -15,11 +15,15 @@ from hf_gpt_scratch.weights.parity import warm_up
 warm_up()
 OUTCOMES = {}
 # They need limits, signals and figures of processes that only POSIX has.
-collect_ignore = ["test_benchmarks.py", "test_fuzz.py", "test_publish.py"] if sys.platform == "win32" else []
+collect_ignore = (
+    ["test_benchmarks.py", "weights/test_fuzz.py", "weights/test_publish.py"] if sys.platform == "win32" else []
+)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--support-table", metavar="FILE", help="write each test's outcome here, for tests/support.py")
+    parser.addoption(
+        "--support-table", metavar="FILE", help="write each test's outcome here, for tests/helpers/support.py"
+    )
 
 
 def pytest_runtest_logreport(report):

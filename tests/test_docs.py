@@ -116,7 +116,7 @@ def test_the_code_on_a_page_runs(page, directory):
         ("```bash\n.venv/bin/python examples/quickstarts.py\n```", "there is no examples/quickstarts.py"),
         ("```bash\npython examples/quickstart.py --pre 124M\n```", "has no option --pre"),
         ("```bash\npython -m pytest -m real\n```", "no marker real"),
-        ("```bash\npython -m pytest tests/test_modeling.py -k saved_cod3\n```", "has saved_cod3 in its name"),
+        ("```bash\npython -m pytest tests/model/test_modeling.py -k saved_cod3\n```", "has saved_cod3 in its name"),
         ("```bash\ntrue && pip install -c requirements.lock '.[tests]'\n```", "no test knows the command 'true'"),
         ("```bash\npip install -c requirements.lock '.[tests]'\n```", "no extra tests"),
         ("```bash\npip install onxruntime\n```", "does not have onxruntime"),

@@ -60,7 +60,7 @@ def test_wheel_holds_the_package_and_its_licence_only(built):
 def test_sdist_holds_tests_scripts_and_examples(built):
     with tarfile.open(built[".gz"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"README.md", "CHANGELOG.md", "LICENSE", "tests/test_parity.py", "convert/gpt2_to_scratch.py"} <= names
+    assert {"README.md", "CHANGELOG.md", "LICENSE", "tests/model/test_parity.py", "convert/gpt2_to_scratch.py"} <= names
     assert {"requirements.lock", "examples/quickstart.py", "tests/fixtures/tiny-gpt2/model.safetensors"} <= names
     assert {
         "Makefile",

@@ -18,7 +18,8 @@ from ..model.modeling_gpt_scratch import GPTScratchPreTrainedModel
 from ..model.weight_map import SCRATCH_PREFIX, TABLE, to_gpt2_state_dict, to_scratch_state_dict, without_prefix
 
 # Both models in float32. Measured: at most 4e-7 on tiny random pairs and the trained one, 9.2e-7 at the official sizes
-# (tests/test_parity_real_size.py, examples/quickstart.py); a wrong transpose, activation or mask makes 1e-3 and more.
+# (tests/model/test_parity_real_size.py, examples/quickstart.py); a wrong transpose, activation or mask makes 1e-3 and
+# more.
 FP32_LOGITS = 1e-5
 # The mean loss averages the errors of the logits; measured at most 1.5e-7 on the same pairs.
 FP32_LOSS = 2e-6

@@ -1,10 +1,10 @@
-"""Spoils what can be read, in every way there is a name for: python tests/fuzz.py --cases 20000
+"""Spoils what can be read, in every way there is a name for: python tests/helpers/fuzz.py --cases 20000
 
 Each case is a small checkpoint of some format with one thing wrong, made from the seed and the case's number, and given
 to one command. The command must refuse it with a short message that leaves nothing behind. Some damage cannot be seen,
 such as another finite number in place of a weight: then the result must hold exactly the numbers of the damaged source,
 as the libraries read it. Worker processes run the cases, each with a limit of time and memory. One case again, with all
-that it said: python tests/fuzz.py --seed SEED --first NUMBER --cases 1
+that it said: python tests/helpers/fuzz.py --seed SEED --first NUMBER --cases 1
 """
 
 import json
@@ -52,8 +52,8 @@ from hf_gpt_scratch.weights.formats.tensorflow import masked_crc32c, read_tensor
 from hf_gpt_scratch.weights.tensors import held
 
 Random = random.Random
-TOKENIZER = Path(__file__).parent / "fixtures" / "tiny-gpt2"
-TF = Path(__file__).parent / "fixtures" / "tiny-tensorflow"
+TOKENIZER = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
+TF = Path(__file__).parents[1] / "fixtures" / "tiny-tensorflow"
 SIZES = dict(vocab_size=11, n_positions=8, n_embd=8, n_head=2, n_layer=2, bos_token_id=10, eos_token_id=10)
 ODD = [None, True, False, -1, 0, 3.5, 10**9, 10**30, math.nan, math.inf, -math.inf, -1e30, "", "x", "2", "a\nb", "\0"]
 ODD += [[], [1], {}, [[[]]], {"a": 1}, "x" * 5000, ["x"] * 3000]

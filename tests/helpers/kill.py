@@ -1,4 +1,4 @@
-"""Ends conversions of every kind at random moments and on full disks: python tests/kill.py --times 12
+"""Ends conversions of every kind at random moments and on full disks: python tests/helpers/kill.py --times 12
 
 After each, the target is absent, the old one or the new one, complete, and what the run left does not stand in the next
 one's way. Who is asked to end (SIGTERM, Ctrl-C) or told of a full disk leaves nothing at all.
@@ -62,7 +62,7 @@ def write_sources(directory: Path) -> Path:
     state_dict = torch.load(directory / "nanogpt/ckpt.pt")["model"]
     (directory / "mingpt").mkdir()
     torch.save({**state_dict, "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)}, directory / "mingpt/model.pt")
-    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
     importlib.import_module("convert").write_openai(native, directory / "tensorflow")
     return directory
 

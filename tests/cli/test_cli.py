@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM, __version__
 from hf_gpt_scratch.cli.app import COMMANDS, app
 
-TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
+TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 STARTED = "from hf_gpt_scratch.cli.app import app; app()"
 
 

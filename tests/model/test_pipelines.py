@@ -13,7 +13,7 @@ from hf_gpt_scratch import (
     GPTScratchModel,
 )
 
-TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
+TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 TEXT = "I had always thought Jack Gisburn rather a cheap genius"
 TASKS = {
     "text-generation": (GPTScratchForCausalLM, {"max_new_tokens": 12, "do_sample": False}),

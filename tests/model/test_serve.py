@@ -23,8 +23,8 @@ from hf_gpt_scratch.weights.parity import greedy_ids
 
 pytestmark = pytest.mark.slow
 
-TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
-EXAMPLE = Path(__file__).parents[1] / "examples" / "serve.py"
+TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "serve.py"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PROMPT = "I had always thought"
 NEW_TOKENS = 12

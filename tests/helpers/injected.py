@@ -1,11 +1,11 @@
-"""Changes of transformers that nobody has made yet: python tests/injected.py
+"""Changes of transformers that nobody has made yet: python tests/helpers/injected.py
 
 Each is made to the library in a process of its own, before the package, or the code of a directory that it saved, is
 imported. Then text is generated in every mode. Whatever the change, each mode gives the official ids, or an error that
 names the version and the remedy; other ids in silence are the one thing that must not be.
 
-    python tests/injected.py                   all of them, under the number of a version to come
-    python tests/injected.py --only swallowed  those whose name has it
+    python tests/helpers/injected.py                   all of them, under the number of a version to come
+    python tests/helpers/injected.py --only swallowed  those whose name has it
 """
 
 # ruff: noqa: E402  # the environment is set before torch and transformers look at it
@@ -51,7 +51,7 @@ CACHE = (
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     else "past_key_values"
 )
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHANGES = {}
 
 

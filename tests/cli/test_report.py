@@ -28,8 +28,8 @@ from hf_gpt_scratch.lab.subject import copy_weights, subject
 
 pytestmark = pytest.mark.slow
 
-TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
-READERS = Path(__file__).parent / "readers.py"
+TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
+READERS = Path(__file__).parents[1] / "helpers" / "readers.py"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 # A reader's file: the book's model, with one mistake.

@@ -17,8 +17,8 @@ import torch
 from gguf.scripts import gguf_convert_endian
 from pairs import random_gpt2, random_pair
 from peft import LoraConfig, get_peft_model
+from programs import TF, Fused, book_model, nanogpt_file
 from safetensors.torch import load_file, save_file
-from test_formats import TF, Fused, book_model, nanogpt_file
 from torch import nn
 
 from hf_gpt_scratch import GPTScratchForCausalLM

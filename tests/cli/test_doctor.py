@@ -25,7 +25,7 @@ from hf_gpt_scratch.tokenizer import CACHED_FILES
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def examined(directory, *names):

@@ -150,5 +150,5 @@ def test_layouts_in_words():
 
 
 def test_the_documentation_shows_this_table():
-    page = Path(__file__).parents[1] / "docs" / "weights.md"
+    page = Path(__file__).parents[2] / "docs" / "weights.md"
     assert markdown() in page.read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ from hf_gpt_scratch.weights.parity import (
     weights_equal,
 )
 
-TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
+TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 

@@ -1,4 +1,4 @@
-"""What needs a GPU: python -m pytest tests/test_gpu.py"""
+"""What needs a GPU: python -m pytest tests/model/test_gpu.py"""
 
 import pytest
 import torch

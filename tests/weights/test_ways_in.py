@@ -21,7 +21,7 @@ from hf_gpt_scratch.weights.formats import read, write
 
 pytestmark = pytest.mark.slow
 
-TF = Path(__file__).parent / "fixtures" / "tiny-tensorflow"
+TF = Path(__file__).parents[1] / "fixtures" / "tiny-tensorflow"
 CFG = dict(vocab_size=97, context_length=32, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=True)
 IDS = random_ids(2, 20, vocab_size=97)
 

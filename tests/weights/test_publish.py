@@ -12,9 +12,9 @@ from contextlib import suppress
 
 import pytest
 import typer
+from files import leftovers
 from kill import ENDINGS, KINDS, PROCESSES, convert_slowly, end_at_random, write_sources
 from pairs import random_gpt2, random_pair
-from test_conversion import leftovers
 from typer.testing import CliRunner
 
 from hf_gpt_scratch import GPTScratchForCausalLM

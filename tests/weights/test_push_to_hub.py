@@ -26,8 +26,8 @@ from hf_gpt_scratch.weights.parity import FP32_LOGITS, compare_outputs, relative
 
 pytestmark = pytest.mark.slow
 
-TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
-EXAMPLE = Path(__file__).parents[1] / "examples" / "push_to_hub.py"
+TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "push_to_hub.py"
 MODULES = """
 compat configuration_gpt_scratch decoding int8 interop layers library_check loss modeling_gpt_scratch parallel
 weight_map

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from hf_gpt_scratch.cli.app import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -39,7 +39,7 @@ FOLDERS = ("hf_gpt_scratch", "tests", "examples", "benchmarks", "convert", "docs
 ROOMS = ("model", "weights", "lab", "cli")  # folders of the package, which pages name without it
 
 # Commands of ours that are only checked, as those of other programs are, and why.
-RUN_ELSEWHERE = {"doctor": "takes ten seconds; tests/test_doctor.py runs it"}
+RUN_ELSEWHERE = {"doctor": "takes ten seconds; tests/cli/test_doctor.py runs it"}
 # Scripts that hand their options on to another program.
 OTHERS_OPTIONS = {"examples/serve.py": "transformers serve"}
 

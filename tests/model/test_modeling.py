@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import CONTEXT, LAYERS, VOCAB, random_gpt2, random_ids, random_pair, randomize
+from pairs import CONTEXT, LAYERS, VOCAB, random_gpt2, random_ids, random_pair, randomize, tiny_config, tiny_model
 from remote import run_without_the_package
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -29,17 +29,8 @@ from hf_gpt_scratch.model.modeling_gpt_scratch import eager_attention
 from hf_gpt_scratch.model.weight_map import SCRATCH_PREFIX
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
-TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
+TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
-
-
-def tiny_config(**changes):
-    sizes = dict(vocab_size=VOCAB, context_length=CONTEXT, emb_dim=48, n_heads=4, n_layers=LAYERS)
-    return GPTScratchConfig(**{**sizes, "bos_token_id": VOCAB - 1, "eos_token_id": VOCAB - 1, **changes})
-
-
-def tiny_model(**changes):
-    return randomize(GPTScratchForCausalLM(tiny_config(**changes))).eval()
 
 
 def load(directory, model_class=GPTScratchForCausalLM, **kwargs):
@@ -327,7 +318,7 @@ def test_remote_copy_and_package_live_in_one_process(tmp_path, monkeypatch):
 
 
 def test_models_saved_by_older_versions_keep_loading():
-    directory = Path(__file__).parent / "fixtures" / "saved-by-0.1.0"
+    directory = Path(__file__).parents[1] / "fixtures" / "saved-by-0.1.0"
     expected = load_file(directory / "expected.safetensors")
     for model_class in (GPTScratchForCausalLM, AutoModelForCausalLM):
         model = load(directory, model_class)

@@ -26,7 +26,7 @@ pytestmark = [
     # bitsandbytes computes 8-bit products in half precision, and says so of float32 inputs.
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
 ]
-TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
+TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 PROJECTIONS = ("W_query", "W_key", "W_value", "out_proj")
 WIDTH = 128  # bitsandbytes' 4-bit products on a CPU want multiples of 64
 # How, and the largest relative error of the logits on random pairs; measured at most 0.033, 0.055, 0.052 and 0.35 over

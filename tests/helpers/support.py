@@ -1,8 +1,8 @@
 """What is supported: each row of the table in docs/support.md, and the tests that show it.
 
     RECORDS=outputs/support .ci/run                          # on each version: pytest --support-table FILE
-    python tests/support.py outputs/support/*.json           # writes the table
-    python tests/support.py --check outputs/support/*.json   # or compares it
+    python tests/helpers/support.py outputs/support/*.json           # writes the table
+    python tests/helpers/support.py --check outputs/support/*.json   # or compares it
 
 A row is supported by a version if all its tests passed there. On the oldest, .ci/run leaves out tests of no row.
 """
@@ -13,10 +13,10 @@ import re
 import sys
 from pathlib import Path
 
-from test_generation import ROWS
+from modes import ROWS
 
-PAGE = Path(__file__).parents[1] / "docs" / "support.md"
-BEGIN, END = "<!-- support table: python tests/support.py -->\n", "<!-- end of support table -->"
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+BEGIN, END = "<!-- support table: python tests/helpers/support.py -->\n", "<!-- end of support table -->"
 
 # Section, row: patterns of test names, as `*` and `?` of the shell.
 TABLE = {
@@ -106,7 +106,7 @@ def collected(patterns, names):
     for pattern in patterns:
         matched = fnmatch.filter(names, pattern)
         if not matched:
-            raise ValueError(f"no test is called {pattern}; correct tests/support.py")
+            raise ValueError(f"no test is called {pattern}; correct tests/helpers/support.py")
         found.update(matched)
     return found
 

@@ -3,7 +3,7 @@
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_gpt_scratch import GPTScratchForCausalLM
+from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 
 VOCAB, CONTEXT, LAYERS = 211, 64, 3
 
@@ -36,3 +36,12 @@ def random_pair(seed: int = 0, **changes) -> tuple[GPT2LMHeadModel, GPTScratchFo
 
 def random_ids(batch: int = 2, length: int = 20, seed: int = 0, vocab_size: int = VOCAB) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_config(**changes):
+    sizes = dict(vocab_size=VOCAB, context_length=CONTEXT, emb_dim=48, n_heads=4, n_layers=LAYERS)
+    return GPTScratchConfig(**{**sizes, "bos_token_id": VOCAB - 1, "eos_token_id": VOCAB - 1, **changes})
+
+
+def tiny_model(**changes):
+    return randomize(GPTScratchForCausalLM(tiny_config(**changes))).eval()

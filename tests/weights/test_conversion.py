@@ -1,4 +1,3 @@
-import hashlib
 import io
 import json
 import os
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from files import leftovers, rewrite, sha256
 from huggingface_hub import errors
 from pairs import LAYERS, gpt2_config, random_gpt2, random_ids, random_pair
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -46,7 +46,7 @@ from hf_gpt_scratch.weights.parity import same_bits
 from hf_gpt_scratch.weights.tensors import held
 from hf_gpt_scratch.weights.trust import CODE_KEYS
 
-CONVERT = Path(__file__).parents[1] / "convert"
+CONVERT = Path(__file__).parents[2] / "convert"
 
 
 @pytest.fixture
@@ -67,19 +67,6 @@ def script(name, *arguments, **options):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **options.pop("env", {})}
     command = [sys.executable, CONVERT / f"{name}.py", *arguments]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, **options)
-
-
-def rewrite(directory, change, name="model.safetensors"):
-    tensors = change(load_file(directory / name))
-    save_file({k: v.contiguous() for k, v in tensors.items()}, directory / name, metadata={"format": "pt"})
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def leftovers(directory):
-    return sorted(path.name for path in directory.parent.iterdir() if path.name.startswith("."))
 
 
 # What a conversion gives
@@ -134,14 +121,14 @@ def test_pickled_weights_convert(source, target):
 
 
 def test_model_without_qkv_bias_exports_with_zeros(tmp_path):
-    from test_modeling import tiny_model
+    from pairs import tiny_model
 
     tiny_model().save_pretrained(tmp_path / "ours")
     assert scratch_to_gpt2(tmp_path / "ours", tmp_path / "gpt2")["parity"]["passed"]
 
 
 def test_tokenizer_travels_along(target):
-    trained = Path(__file__).parent / "fixtures" / "tiny-gpt2"
+    trained = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
     assert gpt2_to_scratch(trained, target)["tokenizer"] == "GPT2Tokenizer"
     text = "I HAD always thought Jack Gisburn rather a cheap genius\n  -- 日本 🤗<|endoftext|>"
     converted = AutoTokenizer.from_pretrained(target)
@@ -396,7 +383,7 @@ def forged(source):
     return source
 
 
-TRAINED = Path(__file__).parent / "fixtures" / "tiny-gpt2"
+TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 
 
 def named_code(directory):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from files import rewrite, sha256
 from pairs import gpt2_config, random_gpt2, random_pair, randomize
 from safetensors.torch import load_file, save_file
-from test_conversion import rewrite, sha256
 from torch import nn
 from typer.testing import CliRunner
 
@@ -175,7 +175,7 @@ def test_comparison_of_the_weights_finds_one_wrong_bit(tmp_path, monkeypatch):
 
 
 def test_biases_that_only_gpt2_has_are_zeros(tmp_path):
-    from test_modeling import tiny_model
+    from pairs import tiny_model
 
     tiny_model().save_pretrained(tmp_path / "ours")
     assert scratch_to_gpt2(tmp_path / "ours", tmp_path / "gpt2", check="weights")["parity"]["passed"]
@@ -298,7 +298,7 @@ for out, into, twin in json.loads(sys.argv[2]):
 
 def test_memory_of_other_programs_formats_is_bounded_by_two_of_the_largest_tensors(tmp_path, monkeypatch):
     """There and back; the mutation twin reads all tensors before it writes the first."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     write_openai = importlib.import_module("convert").write_openai
     big = random_gpt2(n_embd=256, n_layer=30, vocab_size=24_000)
     for name, gpt2 in (("small", random_gpt2()), ("big", big)):
