@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairs import random_ids, randomize
 from transformers import AutoTokenizer
 
 from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM, GPTScratchForSequenceClassification
@@ -119,3 +121,42 @@ def test_parallel(tmp_path, how):
     assert "equal: True" in out
     share = "437,856" if how == "data" else r"2\d\d,\d{3}"
     assert len(re.findall(rf"process [01] holds {share} of 437,856 parameters", out)) == 2
+
+
+@pytest.fixture
+def model():
+    """A tiny model of examples/minimal_model.py with random weights."""
+    module = runpy.run_path(str(EXAMPLES / "minimal_model.py"))
+    config = module["MinimalConfig"](
+        vocab_size=97, context_length=32, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, use_cache=True
+    )
+    return randomize(module["MinimalGPT"](config)).eval()
+
+
+def test_minimal_model(tmp_path):
+    assert "the book's: True" in run("minimal_model.py", cwd=tmp_path)
+
+
+def test_the_minimal_model_does_what_transformers_asks(model):
+    code = (EXAMPLES / "minimal_model.py").read_text()
+    assert len(code[code.index("class MinimalConfig") : code.index("def main")].splitlines()) <= 110  # as docs say
+
+    ids = random_ids(1, 8, vocab_size=97)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * 8])
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    alone = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[:, 11:], alone[:, 8:])
+    assert torch.equal(model.generate(ids, use_cache=False, **settings), alone)
+    beams = [model.generate(ids, num_beams=3, use_cache=cached, **settings) for cached in (True, False)]
+    assert torch.equal(*beams)
+    logits = model(ids).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=1e-5)
+    plain = torch.autograd.grad(model.train()(ids, labels=ids).loss, model.gpt.tok_emb.weight)[0]
+    model.gradient_checkpointing_enable()
+    again = torch.autograd.grad(model(ids, labels=ids).loss, model.gpt.tok_emb.weight)[0]
+    torch.testing.assert_close(again, plain)
+    with torch.no_grad():
+        model.eval().gpt.trf_blocks[0].att.out_proj.weight *= 1.1
+    assert (model(ids).logits - logits).abs().max() > 1e-3
