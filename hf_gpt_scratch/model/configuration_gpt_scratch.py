@@ -321,7 +321,7 @@ class GPTScratchConfig(PreTrainedConfig):
     }
     base_model_tp_plan = TP_PLAN
     base_model_fsdp_plan = FSDP_PLAN
-    base_model_pp_plan = PP_PLAN
+    base_model_pp_plan = PP_PLAN  # type: ignore[assignment]  # lists, as in transformers' own
 
     vocab_size: int = validated_field(size, default=50257)
     context_length: int = validated_field(size, default=1024)

@@ -90,13 +90,14 @@ class Int8Config(QuantizationConfigMixin):
     """
 
     def __init__(self, modules_to_not_convert: list[str] | None = None, **_):
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # one that transformers does not list
         self.modules_to_not_convert = modules_to_not_convert
 
 
 class Int8Quantizer(HfQuantizer):
     """What transformers' loader does with an `Int8Config`: float weights are quantized after they are loaded."""
 
+    quantization_config: Int8Config
     requires_calibration = False
     is_trainable = False
     is_compileable = True

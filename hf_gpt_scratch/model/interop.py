@@ -32,7 +32,9 @@ class Interop(PreTrainedModel):
         """The classes that compute what their official ones do, and nothing of their own."""
         raise NotImplementedError
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
+    def save_pretrained(  # type: ignore[override]  # by keyword, and another default
+        self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs
+    ):
         """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
         _refuse_file(save_directory)
         if save_original_format:

@@ -6,6 +6,8 @@ them lives only until its part of the loss and of the gradients is known, so not
 Shapes: N tokens of all sequences together, E emb_dim, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -105,7 +107,7 @@ LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 def can_skip_logits(model: nn.Module) -> bool:
     """Whether `head_loss` computes what the model's own head and loss function would, hooks and wrappers and all."""
-    head = model.out_head
+    head: Any = model.out_head
     weight = head.weight
     return (
         type(head) is nn.Linear

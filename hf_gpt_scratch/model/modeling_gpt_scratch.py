@@ -5,7 +5,7 @@ Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V 
 """
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -222,7 +222,7 @@ class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
             self.norm_cross = FusedLayerNorm(config.emb_dim, config.layer_norm_epsilon)
             adding.append(self.cross_att.out_proj)
         for projection in adding:
-            projection.adds_to_shortcut = True
+            projection.adds_to_shortcut = True  # type: ignore[assignment]  # a mark, no module
 
     def forward(
         self,
@@ -307,7 +307,8 @@ class GPTScratchPreTrainedModel(Interop):
             check_library()
         # Under the name of a subclass's config too; and again, since a second copy of this module may have come since.
         register_conversions(cls.config_class.model_type)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         missing = sorted(name for name in info["missing_keys"] if is_base_weight(name))
         if missing and not output_loading_info:
             raise ValueError(
@@ -416,7 +417,8 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         num_new = inputs_embeds.shape[1]
         num_past = cache.get_seq_length() if isinstance(cache, Cache) else 0
         if position_ids is None:
-            position_ids = torch.arange(num_new, device=inputs_embeds.device).unsqueeze(0) + num_past
+            past = torch.arange(num_new, device=inputs_embeds.device).unsqueeze(0) + num_past
+            position_ids = cast(torch.LongTensor, past)
         self._check_positions(position_ids, num_past + num_new)
         looks = isinstance(num_past, int) and not torch.compiler.is_compiling()
         if looks and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
@@ -463,7 +465,8 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         x = self.final_norm(x)
         if looks and isinstance(cache, Cache) and not checkpointing and self._has_first_block():
             check_growth(cache, num_past + num_new)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, **{CACHE: cache if use_cache else None})
+        output: dict[str, Any] = {CACHE: cache if use_cache else None}
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, **output)
 
     def _has_first_block(self):
         """Whether this is no later stage of a pipeline: a cache counts the tokens of its first layer."""
@@ -494,12 +497,13 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
     gpt2_class = GPT2LMHeadModel
     _tied_weights_keys = {"out_head.weight": "model.tok_emb.weight"}
     chunked_loss = True  # set it to False on a model whose loss is to be differentiated twice
-    _tp_plan, _pp_plan = HEAD_TP_PLAN, HEAD_PP_PLAN
+    _tp_plan: Any = HEAD_TP_PLAN
+    _pp_plan: Any = HEAD_PP_PLAN
 
     def __init__(self, config: GPTScratchConfig):
         super().__init__(config)
         self.model = GPTScratchModel(config)
-        self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        self.out_head: nn.Module = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         self.post_init()
 
     @classmethod
@@ -525,7 +529,9 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get(CACHE)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(  # type: ignore[misc]  # declared for a protocol
+            generation_config, model_kwargs, *args, **kwargs
+        )
         made = model_kwargs.get(CACHE)
         if made is not given and type(made) is DynamicCache and not getattr(made, "offloading", False):
             model_kwargs[CACHE] = growing_cache(self.config)
@@ -600,12 +606,12 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
     """`GPTScratchForCausalLM` with a second head that scores each of several continuations; one of them is right."""
 
-    gpt2_class = GPT2DoubleHeadsModel
+    gpt2_class = GPT2DoubleHeadsModel  # type: ignore[assignment]  # as its parent's is
 
     def __init__(self, config: GPTScratchConfig):
         config.num_labels = 1
         super().__init__(config)
-        self.multiple_choice_head = GPT2SequenceSummary(config)
+        self.multiple_choice_head = GPT2SequenceSummary(cast(Any, config))  # which has the options that it reads
         self.loss_type = "ForCausalLM"
         self.post_init()
 
@@ -685,7 +691,7 @@ class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTS
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = GPTScratchModel(config)
-        self.score = nn.Linear(config.emb_dim, config.num_labels, bias=False)
+        self.score = nn.Linear(config.emb_dim, self.num_labels, bias=False)
         self.post_init()
 
 
@@ -700,11 +706,11 @@ class GPTScratchForTokenClassification(GenericForTokenClassification, GPTScratch
         self.model = GPTScratchModel(config)
         rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
         self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
-        self.classifier = nn.Linear(config.emb_dim, config.num_labels)
+        self.classifier = nn.Linear(config.emb_dim, self.num_labels)
         self.post_init()
 
     @property
-    def score(self) -> nn.Module:
+    def score(self) -> nn.Module:  # type: ignore[override]  # an attribute there
         """What the generic forward pass calls the head; in files `score` heads a sequence classifier."""
         return self.classifier
 

@@ -56,7 +56,7 @@ if SHARDED_LOADING:
         def install_forward(self, module, mesh):
             return self.style(module).install_forward(module, mesh)
 
-    ALL_PARALLEL_STYLES.register("gpt_scratch_feed_forward", FeedForwardParallel())
+    ALL_PARALLEL_STYLES.register("gpt_scratch_feed_forward", FeedForwardParallel())  # type: ignore[arg-type]  # as all styles
 else:
     TP_PLAN = HEAD_TP_PLAN = None  # type: ignore[assignment]  # 5.4 would follow it to wrong logits
 

@@ -276,16 +276,16 @@ def conversions() -> list[WeightRenaming | WeightConverter]:
     The loader searches each pattern in a name, renames by every renaming that fits, then converts by at most one
     converter; to save, it swaps the patterns. So they are escaped on both sides and match whole dotted parts only.
     """
-    renamings = [
+    renamings: list[WeightRenaming | WeightConverter] = [
         WeightRenaming(rf"^{re.escape(GPT2_PREFIX)}", rf"^{re.escape(SCRATCH_PREFIX)}"),
         WeightRenaming(r"(?<!\w)h\.", r"trf_blocks\."),
     ]
-    converters = []
+    converters: list[WeightRenaming | WeightConverter] = []
     for row in TABLE:
         # Behind the layer's number; a name without one stands alone or behind the prefix.
         source = re.escape(row.theirs.removeprefix("h.{n}"))
         targets = [re.escape(name.removeprefix("trf_blocks.{n}")) for name in row.ours]
-        operations = [ToScratch(row)] if row.transposed or len(targets) > 1 else []
+        operations: list[ConversionOps] = [ToScratch(row)] if row.transposed or len(targets) > 1 else []
         if operations and SHARDED_LOADING:
             operations = [Gather(row.transposed, len(targets)), *operations, Scatter()]
         if "{n}" not in row.theirs:

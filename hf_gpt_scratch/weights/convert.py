@@ -243,7 +243,9 @@ def _verify(
         return {"passed": True, "tensors": len(source.tensors), "weights_equal": True}
     official = contents.kind.gpt2_class
     progress.step(f"Verifying against {official.__name__}")
-    models = [format.load(path, contents.kind) for format, path in ((source.format, source.path), (wanted, written))]
+    models: list[Any] = [
+        format.load(path, contents.kind) for format, path in ((source.format, source.path), (wanted, written))
+    ]
     models.sort(key=lambda model: not isinstance(model, official))
     return verify_models(*models).to_dict()
 

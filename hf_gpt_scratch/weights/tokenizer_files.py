@@ -107,7 +107,7 @@ def _below(directory: Path) -> list[str]:
 
 def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What shows whether another tokenizer is the same: a sample, some of its words, its special tokens."""
-    tokens = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), 300)))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), 300))))
     words = [token.replace("Ġ", " ").replace("▁", " ") for token in tokens if isinstance(token, str)]
     special = [str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())]
     return [SAMPLE, " ".join(words), "".join(special), "a".join(special)]
@@ -123,7 +123,7 @@ def _config(directory: Path) -> GPT2Config | None:
     """For AutoTokenizer, where no config.json says what the model is: all that we read are GPT-2's."""
     path = directory / "config.json"
     values = read_json(path) if path.is_file() else {}
-    return None if values.get("model_type") else GPT2Config(tokenizer_class=values.get("tokenizer_class"))
+    return None if values.get("model_type") else GPT2Config(tokenizer_class=values.get("tokenizer_class"))  # type: ignore[call-arg]  # by **kwargs
 
 
 def _files(directory: Path, patterns: tuple[str, ...]) -> list[str]:

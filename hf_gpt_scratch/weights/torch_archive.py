@@ -388,7 +388,7 @@ class _Steps:
                 raise ValueError(f"its pickle has a tensor of {len(shape)} dimensions and {len(stride)} strides")
             if math.prod(shape) > storage.numel:
                 return Unbuilt(f"tensor that repeats {storage.numel} values, of shape {list(shape)}")
-            if start + _span(shape, stride) > storage.numel:
+            if start + _span(torch.Size(shape), stride) > storage.numel:
                 raise ValueError(f"its pickle has a tensor of shape {list(shape)} that ends behind its storage")
             return Stored(self.path, storage, start, torch.Size(shape), stride)
         return Unbuilt(UNBUILT.get(name, name))

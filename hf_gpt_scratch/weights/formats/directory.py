@@ -111,7 +111,7 @@ class Directory(Format):
 
     def save(self, tensors: dict[str, LazyTensor], contents: Contents, path: Path, options: Options) -> Written:
         model = self.model(contents)
-        model.to(contents.dtype)
+        model.to(dtype=contents.dtype)  # type: ignore[call-arg]  # hidden by a decorator
         settings = contents.directory / GENERATION_CONFIG_NAME if contents.directory else None
         try:
             if settings and model.can_generate() and settings.exists():
@@ -133,7 +133,7 @@ class Native(Directory):
     """What `save_pretrained` of this package writes; a converted one has a card."""
 
     def finish(self, directory: Path, contents: Contents, receipt: Mapping[str, Any], hub_id: str | None) -> None:
-        model = meta_model(contents.kind, GPTScratchConfig.from_pretrained(directory))
+        model: Any = meta_model(contents.kind, GPTScratchConfig.from_pretrained(directory))
         model_card(model, receipt, hub_id).save(directory / CARD)
 
 
@@ -203,9 +203,10 @@ class Weights:
         self.model = meta_model(self.ours.gpt2_class if model_type == "gpt2" else self.ours, self.config)
         self.names = self._match()
         dtypes = [self.checkpoint.tensors[name].dtype for name in self.names.values()]
-        self.dtype = self.config.dtype or dtypes[0]
-        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise ConversionError(f"{directory} has dtype {self.dtype} in its config.json, but weights are floats")
+        dtype = self.config.dtype or dtypes[0]
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConversionError(f"{directory} has dtype {dtype} in its config.json, but weights are floats")
+        self.dtype = dtype
 
     def files(self) -> list[Path]:
         return [self.directory / "config.json", *self.checkpoint.paths]
@@ -317,8 +318,9 @@ def _config(directory: Path, model_type: str, values: dict[str, Any], tensors: i
     path = directory / "config.json"
     try:
         if model_type == "gpt2":
-            config = GPT2Config.from_dict(values)
-            GPTScratchConfig.from_gpt2(config)  # refuses what our model does not do
+            official = GPT2Config.from_dict(values)
+            GPTScratchConfig.from_gpt2(official)  # refuses what our model does not do
+            config: GPT2Config | GPTScratchConfig = official
         else:
             config = GPTScratchConfig.from_dict(values)
     except Exception as error:  # transformers takes what it finds there in many ways, and fails in as many
