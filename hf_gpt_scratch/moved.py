@@ -1,4 +1,4 @@
-"""The new places of 0.1.0's modules: old imports and pickled models still work, with a warning."""
+"""The new places of 0.1.0's modules: old imports, and classes that a pickle names, are found, with a warning."""
 
 import sys
 import warnings

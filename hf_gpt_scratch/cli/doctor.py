@@ -216,7 +216,7 @@ def check_torch(patient: Patient) -> str:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
     }
-    return f"{torch.__version__}, device {device}, {threads} threads, {capability}"
+    return f"{torch.__version__}, device {device}, threads {threads}, {capability}"
 
 
 def check_transformers(patient: Patient) -> str:
@@ -601,7 +601,7 @@ def doctor(
 ) -> None:
     """Shows what is installed and tests it: a tiny model is converted, compared, run, trained and saved.
 
-    Works offline, in a few seconds. Exit status: 0 no check failed, 1 some did.
+    Works offline, in half a minute at most. Exit status: 0 no check failed, 1 some did.
     """
     console = Console(stderr=as_json, highlight=False)
     found, machine = versions(), system()

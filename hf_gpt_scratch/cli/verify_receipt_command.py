@@ -23,7 +23,7 @@ def verify_receipt_command(
         raise typer.Exit(FAILED) from error
     what = "".join(letter if letter.isprintable() else "?" for letter in shortened(receipt["what"]))
     Console().print(
-        f"[bold green]Unchanged:[/] {escape(str(directory))}, {len(receipt['target']['files'])} files, "
+        f"[bold green]Unchanged:[/] {escape(str(directory))}, files: {len(receipt['target']['files'])}, "
         f"{escape(what)} on {escape(receipt['created'])}",
         soft_wrap=True,
     )

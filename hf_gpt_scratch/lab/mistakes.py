@@ -56,6 +56,8 @@ CATALOGUE = (
             "(x - mean) / torch.sqrt(var + eps)", "eps_on_std"),
     Mistake("post-norm", "norm1", "the norms come after the shortcuts are added (post-norm)",
             BOTH_NORMS, "norm_order", "post"),
+    Mistake("norm-on-output", "norm1", "the norms are applied to the outputs of attention and feed-forward",
+            BOTH_NORMS, "norm_order", "on output"),
     Mistake("missing-bias", "norm1", "the norms add no bias (shift)", BIAS, "no_bias", ("norm",)),
     Mistake("not-transposed", "att.W_query", "W_query, W_key, W_value are applied transposed",
             TRANSPOSE, "transposed", QKV),

@@ -132,7 +132,7 @@ def embedded(weights: Weights, input_ids: torch.Tensor, wrong: Switches) -> Stag
 
 
 def through_block(weights: Weights, config: GPTScratchConfig, n: int, x: torch.Tensor, wrong: Switches) -> Stages:
-    order = post_norm if wrong.norm_order == "post" else pre_norm
+    order = {"post": post_norm, "on output": output_norm}.get(wrong.norm_order, pre_norm)
     x = yield from order(weights, config, n, x, wrong)
     yield f"trf_blocks.{n}", x
     return x
@@ -168,6 +168,20 @@ def post_norm(weights: Weights, config: GPTScratchConfig, n: int, x: torch.Tenso
     x = norm(x, weights, f"{block}.norm2", eps, wrong)
     yield f"{block}.norm2", x
     return x
+
+
+def output_norm(weights: Weights, config: GPTScratchConfig, n: int, x: torch.Tensor, wrong: Switches) -> Stages:
+    """x = x + norm1(att(x)); x = x + norm2(ff(x))."""
+    block, eps = f"trf_blocks.{n}", config.layer_norm_epsilon
+    result = yield from attention(weights, config, n, x, wrong)
+    result = norm(result, weights, f"{block}.norm1", eps, wrong)
+    yield f"{block}.norm1", result
+    x = with_shortcut(result, x, "attention", wrong)
+    result = yield from feed_forward(weights, config, n, x, wrong)
+    yield f"{block}.norm2.input", result
+    result = norm(result, weights, f"{block}.norm2", eps, wrong)
+    yield f"{block}.norm2", result
+    return with_shortcut(result, x, "feed-forward", wrong)
 
 
 def with_shortcut(result: torch.Tensor, shortcut: torch.Tensor, around: str, wrong: Switches) -> torch.Tensor:

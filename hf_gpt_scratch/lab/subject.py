@@ -263,7 +263,10 @@ def load_class(
         notes.append(f"weights: {weights}")
     elif not ready:
         if like is None:
-            raise LabError(f"{source} is a class, so it needs weights; give its --weights")
+            raise LabError(
+                f"{source} is a class, and has no weights of its own, so the first model must be a checkpoint: "
+                "convert a model.pth, or give the checkpoint first"
+            )
         copy_weights(like, result)
         notes.append("no weights given; using the other model's, through the mapping")
     if not ready:

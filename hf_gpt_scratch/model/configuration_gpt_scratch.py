@@ -91,8 +91,10 @@ def settings(cfg):
 
     Raises:
         KeyError: a size is missing.
-        ValueError: a key of a dict means nothing here.
+        ValueError: a key of a dict means nothing here, or a value is none that it can have.
     """
+    if not hasattr(cfg, "__dict__") and not isinstance(cfg, dict):
+        raise ValueError(f"got {type(cfg).__name__} as the cfg; give the book's dict, such as GPT_CONFIG_124M")
     if isinstance(cfg, dict) and "model_type" not in cfg:
         check_keys(cfg)
     else:  # a config, or its `to_dict`: it has checked its keys, and has many of transformers
@@ -105,9 +107,27 @@ def settings(cfg):
     for place in ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut"):
         if cfg[place] is None:
             cfg[place] = cfg["drop_rate"]
+    check_values(cfg)
     if cfg["n_inner"] is None:
         cfg["n_inner"] = 4 * cfg["emb_dim"]
     return cfg
+
+
+def check_values(cfg):
+    """Raises ValueError for a value that a size, a switch or a dropout rate cannot have."""
+    switches = ("qkv_bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
+    for names, fits, rule in (
+        (SIZES, lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
+        (switches, lambda value: type(value) is bool, "True or False"),
+        (
+            [name for name in cfg if name.startswith("drop_rate")],
+            lambda value: type(value) in (int, float) and 0 <= value <= 1,
+            "a number from 0 to 1",
+        ),
+    ):
+        for name in names:
+            if not fits(cfg[name]):
+                raise ValueError(f"the model config has {name}={str(cfg[name])[:80]!r}, but it must be {rule}")
 
 
 def book_cfg(cfg):

@@ -5,6 +5,7 @@ config describes, and what was translated is run beside it.
 """
 
 import copy
+import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -71,10 +72,11 @@ class Interop(PreTrainedModel):
         for name, tensor in state_dict.items():
             if not isinstance(tensor, torch.Tensor):
                 raise ValueError(
-                    f"got a {type(tensor).__name__} under {str(name)[:80]!r}, but a state dict has tensors only; if it "
+                    f"got {type(tensor).__name__} under {str(name)[:80]!r}, but a state dict has tensors only; if it "
                     f"is the state dict, pass state_dict[{str(name)[:80]!r}]"
                 )
         weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in state_dict.items()}
+        _refuse_weights(weights, state_dict)
         pair = [weights[name] for name in ("tok_emb.weight", "out_head.weight") if name in weights]
         if isinstance(cfg, GPTScratchConfig):
             config = cfg
@@ -178,6 +180,22 @@ def _build(model_class, config, state_dict, like):
     return model.to(like.device)
 
 
+def _refuse_weights(weights, state_dict):
+    """Raises ValueError for tensors of a state dict that no model can be made of."""
+    if len(weights) < len(state_dict):
+        raise ValueError(
+            "the state dict has a tensor twice, with and without a prefix such as 'module.'; keep one of them"
+        )
+    for name, tensor in weights.items():
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name} is on the meta device, so it has no values; load them first")
+        if tensor.is_floating_point() and not name.endswith("mask") and not tensor.isfinite().all():
+            raise ValueError(f"{name} has NaN or infinite values; take a checkpoint of before the training diverged")
+    dtypes = sorted({str(tensor.dtype) for name, tensor in weights.items() if not name.endswith("mask")})
+    if len(dtypes) > 1:
+        raise ValueError(f"the weights are of {', '.join(dtypes)}, but a model has one dtype; cast them first")
+
+
 # Two models with the same weights and modules, in float32: 4e-7 on a CPU; a GPU may compute float32 in TF32.
 SAME_OUTPUTS, SAME_OUTPUTS_ELSEWHERE = 1e-4, 1e-2
 
@@ -246,23 +264,40 @@ def _differences(model, kind):
     told += [f"{name} is an unknown {_class_name(found[name])}" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
         ours, theirs = expected[name], found[name]
-        if type(theirs).forward is not type(ours).forward:
+        if _computes_otherwise(theirs, ours):
             told.append(f"{name or 'the model'} is a {_class_name(theirs)} instead of a {_class_name(ours)}")
+        elif "forward" in vars(theirs) and not hasattr(theirs, "_hf_hook"):  # accelerate's hooks move tensors only
+            told.append(f"{name or 'the model'} has a forward pass of its own")
         elif not isinstance(ours, PreTrainedModel | nn.Dropout):
             told += [
                 f"{name}.{key} is {getattr(theirs, key, None)!r} instead of {value!r}"
-                for key, value in vars(ours).items()
-                if isinstance(value, bool | int | float | str)
-                and not key.startswith("_")
-                and key not in NO_DIFFERENCE
-                and getattr(theirs, key, None) != value
+                for key, value in _settings(ours).items()
+                if getattr(theirs, key, None) != value
             ]
     shapes = ({name: tuple(p.shape) for name, p in m.named_parameters(remove_duplicate=False)} for m in (built, model))
     expected_shapes, found_shapes = shapes
+    told += [f"{name} is an unknown parameter" for name in found_shapes.keys() - expected_shapes.keys()]
     for name in expected_shapes.keys() & found_shapes.keys():
         if found_shapes[name] != expected_shapes[name]:
             told.append(f"{name} has shape {found_shapes[name]} instead of {expected_shapes[name]}")
     return sorted(told, key=lambda text: (not text.startswith("the model is"), text.count("."), text))
+
+
+def _computes_otherwise(theirs, ours):
+    """Whether a module's class has other methods than ours; of a whole model only the forward pass counts."""
+    if type(theirs) is type(ours):
+        return False
+    if isinstance(ours, PreTrainedModel):
+        return type(theirs).forward is not type(ours).forward
+    methods = (name for name, value in inspect.getmembers(type(ours), callable) if not name.startswith("__"))
+    return any(getattr(type(theirs), name, None) is not getattr(type(ours), name) for name in methods)
+
+
+def _settings(module):
+    """What a module and its class say of how it computes: numbers, switches, names."""
+    names = {*vars(module), *dir(type(module))}
+    values = {name: getattr(module, name) for name in names if not name.startswith("_") and name not in NO_DIFFERENCE}
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
 
 
 def _class_name(module):

@@ -1,7 +1,10 @@
 """The GPT of *Build a Large Language Model (From Scratch)*, chapters 3 to 5, in plain PyTorch.
 
 Read it from top to bottom: normalisation, activation, feed-forward network, attention, block, model, text.
-Names of classes and parameters are the book's. `cfg` is the book's dict or a `GPTScratchConfig` that says no more.
+Names of classes and parameters are the book's. `cfg` is the book's dict or a `GPTScratchConfig` that says no more;
+beside the book's keys it may set the dropout rates one by one (exercise 4.3) and tie the head, as GPT-2 does.
+Otherwise the text differs from the book's in its checks, in GELU's constant, which is exact in float64 too, and in the
+mask, which is made in the forward pass, so that a model whose memory is filled later has it right.
 `modeling_gpt_scratch.py` has siblings of these classes that are faster, have caches and know padding.
 
 Shapes: B batch, T tokens, E emb_dim, H heads, D = E / H, V vocabulary.
@@ -105,8 +108,7 @@ class MultiHeadAttention(nn.Module):
         values = values.view(heads).transpose(1, 2)
 
         attn_scores = queries @ keys.transpose(2, 3)  # (B, H, T, T)
-        # True where a token (row) must not see another (column): a later one. In the book a buffer, which would be
-        # unset in a model that is built without memory and filled later.
+        # True where a token (row) must not see another (column): a later one.
         mask = torch.triu(torch.ones(num_tokens, num_tokens, device=x.device), diagonal=1).bool()
         attn_scores = attn_scores.masked_fill(mask, -torch.inf)
         attn_weights = torch.softmax(attn_scores / self.head_dim**0.5, dim=-1)
@@ -118,7 +120,7 @@ class MultiHeadAttention(nn.Module):
 
 
 def drop_mask(module, state_dict, prefix, *_):
-    """The book's code saves its masks: 4 MiB a layer at 1024 tokens."""
+    """Leaves out the mask, which the book's code saves: 4 MiB a layer at 1024 tokens."""
     state_dict.pop(prefix + "mask", None)
 
 
@@ -197,9 +199,12 @@ class GPTModel(nn.Module):
 
 
 def tie_head(module, state_dict, prefix, *_):
-    """A tied checkpoint stores the shared matrix once."""
+    """A tied checkpoint stores the shared matrix once; raises ValueError if there are two that differ."""
     if prefix + "tok_emb.weight" in state_dict:
-        state_dict.setdefault(prefix + "out_head.weight", state_dict[prefix + "tok_emb.weight"])
+        shared = state_dict[prefix + "tok_emb.weight"]
+        head = state_dict.setdefault(prefix + "out_head.weight", shared)
+        if not torch.equal(head, shared):
+            raise ValueError("out_head.weight differs from tok_emb.weight; build the model without tie_word_embeddings")
 
 
 @torch.no_grad()

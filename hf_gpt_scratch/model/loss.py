@@ -124,7 +124,11 @@ def can_skip_logits(model: nn.Module) -> bool:
 
 
 class LazyLogitsOutput(CausalLMOutputWithCrossAttentions):
-    """An output whose `logits` are a function until they are asked for, by whatever route; gradients flow."""
+    """An output whose `logits` are a function until they are asked for, by whatever route; gradients flow.
+
+    Raises:
+        RuntimeError: the head's weights have changed since the forward pass, so those logits cannot be had any more.
+    """
 
     @property
     def logits(self):

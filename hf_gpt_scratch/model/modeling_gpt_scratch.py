@@ -591,7 +591,17 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             options = {name: kwargs[name] for name in LOSS_OPTIONS if name in kwargs}
             loss = head_loss(x, self.out_head.weight, labels, **options)
             output = LazyLogitsOutput(loss=loss, logits=x, **further)
-            output["logits"] = lambda: self.out_head(x)
+            head, version = self.out_head, self.out_head.weight._version
+
+            def lazy_logits():
+                if head.weight._version != version:
+                    raise RuntimeError(
+                        "the weights have changed since the forward pass, so its logits cannot be computed any more; "
+                        "read outputs.logits before optimizer.step(), or set model.chunked_loss = False"
+                    )
+                return head(x)
+
+            output["logits"] = lazy_logits
             return output
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -265,7 +265,10 @@ def read_part(path: Path, offset: int, shape: torch.Size, dtype: torch.dtype) ->
         ConversionError: the file ends before them.
     """
     size = shape.numel() * dtype.itemsize
-    data = np.fromfile(path, dtype=np.uint8, count=size, offset=offset)
+    try:
+        data = np.fromfile(path, dtype=np.uint8, count=size, offset=offset)
+    except OSError as error:
+        raise _corrupt(path, error) from error
     if len(data) != size:
         raise _corrupt(path, EOFError(f"{len(data)} of {size} bytes from {offset} on"))
     return torch.from_numpy(data).view(dtype).reshape(shape)
@@ -334,16 +337,10 @@ def safetensors(path: Path) -> dict[str, LazyTensor]:
             length = int.from_bytes(file.read(8), "little")
             if length > LARGEST_HEADER:
                 raise ValueError(f"a header of {length:,} bytes, but none needs more than {LARGEST_HEADER:,}")
-            parse_json(file.read(length))
-        opened = safe_open(path, framework="pt")
+            header = parse_json(file.read(length))
+        opened = safe_open(path, framework="pt")  # which checks the header
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise _corrupt(path, error) from error
-
-    def read(name: str) -> torch.Tensor:
-        try:
-            return opened.get_tensor(name)
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise _corrupt(path, error) from error
 
     tensors = {}
     for name in opened.keys():  # noqa: SIM118 -- not a dict
@@ -351,7 +348,9 @@ def safetensors(path: Path) -> dict[str, LazyTensor]:
         dtype = (DTYPES | MASK_DTYPES).get(found.get_dtype())
         if dtype is None:
             raise _wrong_dtype(name, path, found.get_dtype())
-        tensors[name] = LazyTensor(torch.Size(found.get_shape()), dtype, partial(read, name))
+        shape, start = torch.Size(found.get_shape()), 8 + length + header[name]["data_offsets"][0]
+        # Not `opened.get_tensor`, which maps the file: one that is cut short meanwhile would end the process.
+        tensors[name] = LazyTensor(shape, dtype, partial(read_part, path, start, shape, dtype))
     return tensors
 
 

@@ -195,7 +195,7 @@ def _convert(
             left = left_behind(path, f"{wanted.file} has no place for a tokenizer")
         if not path.is_dir():
             left += left_behind(path.parent, f"nothing says that they belong to {path.name}")
-        notes = [*source.notes, *written.notes, *left, *strip_code(staging)]
+        notes = [*source.notes, *_zero_biases(contents), *written.notes, *left, *strip_code(staging)]
         parity = _verify(source, contents, file, wanted, check, options.progress) if check else None
         receipt = new_receipt(
             f"{source.format.name} converted to {wanted.name}",
@@ -207,6 +207,18 @@ def _convert(
         wanted.finish(staging, contents, receipt, None if path == local_path(name) else str(name))
         seal(staging, receipt, written.hashes)
     return receipt
+
+
+def _zero_biases(contents: Contents) -> list[str]:
+    """What who expects the book's model back should know: other formats have biases where it has none."""
+    kinds = (".W_query.bias", ".W_key.bias", ".W_value.bias")
+    biases = [tensor for name, tensor in contents.tensors.items() if name.endswith(kinds)]
+    if not biases or not all(all_zero(bias.read()) for bias in biases):
+        return []
+    return [
+        "the biases of W_query, W_key and W_value are all zero, and are kept: a cfg for these weights has "
+        "'qkv_bias': True, also if the model was trained without them"
+    ]
 
 
 def _find(name: str | os.PathLike, revision: str | None) -> Path:

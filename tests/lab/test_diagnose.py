@@ -204,6 +204,11 @@ def post_norm(self, x):
     return self.norm2(x + self.ff(x))
 
 
+def output_norm(self, x):
+    x = x + self.norm1(self.att(x))
+    return x + self.norm2(self.ff(x))
+
+
 def shortcut_after_norm(self, x):
     x = self.norm1(x)
     x = x + self.att(x)
@@ -308,6 +313,7 @@ SABOTAGES = {
     "scores multiplied": ("inverted-scale", scaled_by(lambda att: att.head_dim**0.5)),
     "heads cut without transpose": ("heads-not-transposed", each_block(heads_cut_without_transpose)),
     "post-norm": ("post-norm", block_forward(post_norm)),
+    "norms on outputs": ("norm-on-output", block_forward(output_norm)),
     "shortcut of the normed": ("shortcut-after-norm", block_forward(shortcut_after_norm)),
     "no shortcut around attention": ("missing-shortcut", block_forward(no_shortcut)),
     "norm1 twice": ("one-norm-for-both", block_forward(norm1_twice)),

@@ -322,3 +322,31 @@ def test_left_padding_does_not_change_the_books_logits(siblings, implementation)
     torch.testing.assert_close(logits[:, 4:], book(idx), atol=1e-5, rtol=1e-5)
     assert torch.isfinite(logits).all()
     assert (book(padded)[:, 4:] - book(idx)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv_bias": "False"}, "qkv_bias='False', but it must be True or False"),
+        ({"n_heads": 0}, "n_heads='0', but it must be a whole number of at least 1"),
+        ({"n_layers": "3"}, "n_layers='3'.*whole number"),
+        ({"emb_dim": 24.0}, "emb_dim='24.0'.*whole number"),
+        ({"drop_rate": None}, "drop_rate.*='None', but it must be a number from 0 to 1"),
+        ({"drop_rate": 1.5}, "drop_rate.*='1.5'.*number from 0 to 1"),
+    ],
+)
+def test_a_value_that_a_cfg_cannot_have_is_refused_by_name_and_rule(change, message):
+    for build in (GPTModel, FeedForward, TransformerBlock):
+        with pytest.raises(ValueError, match=message):
+            build({**TINY, **change})
+    for cfg in (None, [1], "124M"):
+        with pytest.raises(ValueError, match="as the cfg; give the book's dict"):
+            GPTModel(cfg)
+
+
+def test_a_tied_model_does_not_load_two_matrices_that_differ(tiny):
+    tied = GPTModel({**TINY, "tie_word_embeddings": True})
+    with pytest.raises(ValueError, match=r"out_head\.weight differs from tok_emb\.weight"):
+        tied.load_state_dict(tiny.state_dict())
+    same = {**tiny.state_dict(), "out_head.weight": tiny.tok_emb.weight}
+    tied.load_state_dict(same)

@@ -269,3 +269,22 @@ def test_kept_logits_may_be_named_by_a_tensor_in_training():
     ids = random_ids()
     kept = torch.arange(ids.shape[1])
     assert ours(ids, labels=ids, logits_to_keep=kept).logits.shape == (*ids.shape, VOCAB)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_logits_of_weights_that_have_changed_are_refused_instead_of_computed_with_the_new_ones(compiled):
+    _, model = random_pair(tie_word_embeddings=True)
+    forward = torch.compile(model.train(), backend="aot_eager", fullgraph=True) if compiled else model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = random_ids()
+    for _ in range(2):
+        output = forward(ids, labels=ids, use_cache=False)
+        logits = output.logits
+        output.loss.backward()
+        optimizer.step()
+        assert torch.equal(output.logits, logits)
+        output = forward(ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match=r"before optimizer\.step\(\)"):
+            output.logits  # noqa: B018

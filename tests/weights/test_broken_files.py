@@ -23,6 +23,7 @@ from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.errors import ConversionError, LabError
 from hf_gpt_scratch.lab.subject import load
+from hf_gpt_scratch.weights import checkpoint
 from hf_gpt_scratch.weights.convert import export_checkpoint, import_checkpoint, verify_receipt
 
 pytestmark = pytest.mark.slow
@@ -327,3 +328,20 @@ def test_directories_within_directories_are_extra_however_deep(ours, tmp_path, m
             os.chdir("..")
             os.rmdir("a")
         os.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_is_cut_short_while_it_is_read_is_refused(name, tmp_path):
+    random_pair()[0].save_pretrained(tmp_path)
+    path = tmp_path / name
+    if name == "model.safetensors":
+        opened = checkpoint.safetensors(path)
+    else:
+        torch.save(load_file(tmp_path / "model.safetensors"), path)
+        opened = checkpoint.pickled(path)
+    last = list(opened.values())[-1]
+    whole = last.read()
+    os.truncate(path, path.stat().st_size // 2)
+    assert whole.isfinite().all()  # memory of its own, not the file's
+    with pytest.raises(ConversionError, match=f"{name} is truncated or corrupt"):
+        last.read()

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from pairs import LAYERS, random_ids, random_pair
+from pairs import LAYERS, random_gpt2, random_ids, random_pair
 from programs import (
     HEADS,
     SIZES,
@@ -659,3 +659,15 @@ def test_damaged_file_is_a_clear_error_or_a_whole_model(tmp_path, format):
             if format != "gguf":  # which has no checksums, so a weight may be another
                 assert_equal(state_dict, whole)
     assert refused > 30
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_who_expects_a_model_without_biases_back_is_told_of_zeros(zero, tmp_path):
+    gpt2 = random_gpt2()
+    with torch.no_grad():
+        for block in gpt2.transformer.h:
+            if zero:
+                block.attn.c_attn.bias.zero_()
+    gpt2.save_pretrained(tmp_path / "official")
+    receipt = export_checkpoint(tmp_path / "official", tmp_path / "book", "book", check="weights")
+    assert any("'qkv_bias': True" in note for note in receipt["notes"]) == zero

@@ -304,7 +304,7 @@ def _config_values(directory: Path, model_type: str) -> dict[str, Any]:
         other = {"gpt2": "convert", "gpt_scratch": "export"}.get(found)
         remedy = OF_ANOTHER_TYPE
         if other:
-            remedy = f"hf-gpt-scratch {other} takes those; verify takes the official one first"
+            remedy = f"hf-gpt-scratch {other} converts such a model; for verify, name the official one first"
         raise ConversionError(f"{directory} holds a model of type {found!r}, but {model_type!r} is wanted; {remedy}")
     refuse_kernels(path, values)
     check_settings(path, values)

@@ -149,7 +149,10 @@ def write_gguf(
 
 def _add_tokenizer(writer, config: GPTScratchConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     if tokenizer is None:
-        return ["the file has no tokenizer, because the source has none; llama.cpp does not run without one"]
+        return [
+            "the file has no tokenizer, because the source has none; llama.cpp does not run without one: save one "
+            "beside the source, such as gpt2_tokenizer().save_pretrained(source), and export again"
+        ]
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     model, splitter = backend.get("model") or {"type": None}, backend.get("pre_tokenizer") or {}
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}

@@ -96,7 +96,7 @@ class NanoGPT(Format):
             return Written(hashes=hashes)
         note = (
             f"nanoGPT computes the exact GELU, this model {config.activation_function!r}, so its logits differ "
-            "slightly there, as those of nanoGPT's own GPT-2 do; read here, the file is this model"
+            "slightly there, as those of nanoGPT's own GPT-2 do; read by this package, the file gives this model"
         )
         return Written([note], hashes)
 
