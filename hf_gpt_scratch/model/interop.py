@@ -199,8 +199,8 @@ def _refuse_weights(weights, state_dict):
 # Two models with the same weights and modules, in float32: 4e-7 on a CPU; a GPU may compute float32 in TF32.
 SAME_OUTPUTS, SAME_OUTPUTS_ELSEWHERE = 1e-4, 1e-2
 
-# What a module says of its weights' shapes, which are compared themselves: resizing a tied head does not update it.
-NO_DIFFERENCE = ("training", "in_features", "out_features", "num_embeddings")
+# What does not change the output, and shapes of weights, which are compared themselves: resizing leaves old numbers.
+NO_DIFFERENCE = ("training", "gradient_checkpointing", "in_features", "out_features", "num_embeddings")
 
 
 def _check_fit(model_class, config, weights):
