@@ -168,6 +168,8 @@ def _convert(
     Args:
         only: the one format that is read; None: whichever lies there.
     """
+    if check not in (True, False, "weights"):
+        raise ConversionError(f"got check={str(check)[:80]!r}, but it is True, False or 'weights'; give one of them")
     place, options = target_path(target), Options(heard_by(progress), max_shard_size, bias)
     options.progress.step(f"Finding {name}")
     with told_while("reading the source", place):
@@ -225,7 +227,7 @@ def _find(name: str | os.PathLike, revision: str | None) -> Path:
     """A file or directory that is here, or a hub id's; a name that ends as a file's does is no hub id."""
     path = local_path(name)
     files = {suffix for format in FORMATS.values() if format.mark is None for suffix in format.suffixes}
-    is_here = os.path.exists(path) or path.suffix in files
+    is_here = os.path.exists(path) or path.suffix in {*files, ".safetensors", ".bin"}
     return path if is_here and revision is None else find_source(name, revision)
 
 

@@ -608,3 +608,16 @@ def test_script_interrupted_half_way(tmp_path, number):
     assert "Traceback" not in errors
     assert not target.exists()
     assert leftovers(target) == []
+
+
+@pytest.mark.parametrize("check", ["wieghts", None, 2])
+def test_a_comparison_that_there_is_not_is_refused_by_name(source, target, check):
+    with pytest.raises(ConversionError, match=f"got check='{check}', but it is True, False or 'weights'"):
+        gpt2_to_scratch(source, target, check=check)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", "missing.bin", "missing.pth"])
+def test_a_file_that_is_missing_is_not_looked_for_on_the_hub(name, target):
+    with pytest.raises(ConversionError, match=rf"{name} cannot be read \(No such file"):
+        export(name, target, "book")
