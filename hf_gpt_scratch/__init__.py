@@ -7,17 +7,8 @@ Everything that the README and the documentation use is here: the classes, and `
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForPreTraining,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    GPT2Tokenizer,
-)
+import transformers
+from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer
 
 from .errors import ConversionError, GPTScratchError, LabError, ParityError, UnknownArchitecture, UnknownName
 from .model.configuration_gpt_scratch import GPTScratchConfig
@@ -35,6 +26,7 @@ from .model.layers import (
     token_ids_to_text,
 )
 from .model.modeling_gpt_scratch import (
+    AUTO_CLASSES,
     GPTScratchDoubleHeadsModel,
     GPTScratchForCausalLM,
     GPTScratchForQuestionAnswering,
@@ -121,13 +113,6 @@ keep_old_names()
 AutoConfig.register(GPTScratchConfig.model_type, GPTScratchConfig, exist_ok=True)
 AutoTokenizer.register(GPTScratchConfig, fast_tokenizer_class=GPT2Tokenizer, exist_ok=True)
 GPTScratchConfig.register_for_auto_class()
-for auto_class, model_class in (
-    (AutoModel, GPTScratchModel),
-    (AutoModelForCausalLM, GPTScratchForCausalLM),
-    (AutoModelForPreTraining, GPTScratchDoubleHeadsModel),
-    (AutoModelForQuestionAnswering, GPTScratchForQuestionAnswering),
-    (AutoModelForSequenceClassification, GPTScratchForSequenceClassification),
-    (AutoModelForTokenClassification, GPTScratchForTokenClassification),
-):
-    auto_class.register(GPTScratchConfig, model_class, exist_ok=True)
-    model_class.register_for_auto_class(auto_class.__name__)  # save_pretrained then ships the code
+for _name, _model_class in AUTO_CLASSES.items():
+    getattr(transformers, _name).register(GPTScratchConfig, _model_class, exist_ok=True)
+    _model_class.register_for_auto_class(_name)  # save_pretrained then ships the code

@@ -33,6 +33,10 @@ class Interop(PreTrainedModel):
         """The classes that compute what their official ones do, and nothing of their own."""
         raise NotImplementedError
 
+    def auto_map(self) -> dict[str, str]:
+        """The classes that the Auto classes are to open of what is saved, each with its module."""
+        raise NotImplementedError
+
     def save_pretrained(  # type: ignore[override]  # by keyword, and another default
         self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs
     ):
@@ -41,6 +45,8 @@ class Interop(PreTrainedModel):
         if save_original_format:
             _refuse_quantized(self)
         _refuse_to_save_other_code(self)
+        if auto_map := self.auto_map():
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     @classmethod

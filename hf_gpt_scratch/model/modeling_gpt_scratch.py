@@ -330,6 +330,12 @@ class GPTScratchPreTrainedModel(Interop):
         """The classes of this file, one for each official one."""
         return MODELS
 
+    def auto_map(self) -> dict[str, str]:
+        """What each Auto class opens of a saved model, as of an official one; nothing for a class of one's own."""
+        room = GPTScratchPreTrainedModel.__module__.rpartition(".")[2]
+        every = {name: f"{room}.{kind.__name__}" for name, kind in AUTO_CLASSES.items()}
+        return every if type(self) in MODELS and self._auto_class is not None else {}
+
 
 # trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers
 class GPTScratchModel(GPTScratchPreTrainedModel):
@@ -748,6 +754,15 @@ MODELS: tuple[type[GPTScratchPreTrainedModel], ...] = (
     GPTScratchForTokenClassification,
     GPTScratchForQuestionAnswering,
 )
+
+AUTO_CLASSES: dict[str, type[GPTScratchPreTrainedModel]] = {
+    "AutoModel": GPTScratchModel,
+    "AutoModelForCausalLM": GPTScratchForCausalLM,
+    "AutoModelForPreTraining": GPTScratchDoubleHeadsModel,
+    "AutoModelForQuestionAnswering": GPTScratchForQuestionAnswering,
+    "AutoModelForSequenceClassification": GPTScratchForSequenceClassification,
+    "AutoModelForTokenClassification": GPTScratchForTokenClassification,
+}
 
 # Trainer and the pipelines look class names up here; Trainer's label smoothing shifts the labels of those it finds.
 for _names, _model_class in (

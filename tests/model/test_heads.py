@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pairs import VOCAB, gpt2_config, random_ids, randomize
+from pairs import VOCAB, gpt2_config, random_ids, random_pair, randomize
 from remote import run_without_the_package
 from safetensors.torch import load_file
 from transformers import (
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_gpt_scratch import (
+    GPTScratchConfig,
     GPTScratchDoubleHeadsModel,
     GPTScratchForCausalLM,
     GPTScratchForQuestionAnswering,
@@ -28,6 +29,7 @@ from hf_gpt_scratch import (
     GPTScratchForTokenClassification,
     GPTScratchModel,
 )
+from hf_gpt_scratch.model.modeling_gpt_scratch import AUTO_CLASSES
 from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, FP32_LOGITS, FP32_LOSS, gradient_errors, relative_error
 
 LABELS = 5
@@ -182,10 +184,37 @@ def test_saved_code_runs_where_the_package_is_missing(kind, pair, tmp_path):
     got = torch.load(tmp_path / "output.pt", weights_only=False)
     # Two processes may add in two orders, as their memory happens to lie.
     assert all(relative_error(expected[name], got[name]) <= FP32_LOGITS for name in kind[4])
-    assert json.loads((tmp_path / "saved/config.json").read_text())["auto_map"].keys() == {
-        "AutoConfig",
-        kind[2].__name__,
-    }
+    assert json.loads((tmp_path / "saved/config.json").read_text())["auto_map"].keys() == {"AutoConfig", *AUTO_CLASSES}
+
+
+EVERY = """
+import json, torch, transformers
+official, saved = sys.argv[1:]
+for auto in json.load(open(f"{saved}/config.json"))["auto_map"]:
+    if auto == "AutoConfig":
+        continue
+    theirs, ours = (
+        getattr(transformers, auto).from_pretrained(place, trust_remote_code=True).eval() for place in (official, saved)
+    )
+    assert type(ours).__module__.startswith("transformers_modules"), type(ours)
+    ids = torch.arange(12).reshape(1, 12) % 200
+    states = [model(ids, output_hidden_states=True).hidden_states[-1] for model in (theirs, ours)]
+    assert torch.allclose(*states, atol=1e-4, rtol=1e-4), auto
+    print(auto, type(theirs).__name__, type(ours).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_every_auto_class_opens_a_saved_language_model_as_it_opens_the_official_one(tmp_path):
+    official, ours = random_pair(pad_token_id=0)
+    official.save_pretrained(tmp_path / "official")
+    ours.save_pretrained(tmp_path / "saved")
+    run_without_the_package(EVERY, tmp_path / "official", tmp_path / "saved", cwd=tmp_path)
+    GPTScratchForSequenceClassification(GPTScratchConfig.from_gpt2(gpt2_config())).save_pretrained(
+        tmp_path / "classifier"
+    )
+    maps = [json.loads((tmp_path / name / "config.json").read_text())["auto_map"] for name in ("saved", "classifier")]
+    assert maps[0] == maps[1]
 
 
 def test_a_language_model_becomes_a_classifier_with_a_new_head(tmp_path):

@@ -31,6 +31,7 @@ import hf_gpt_scratch
 from hf_gpt_scratch import GPTScratchForCausalLM
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.errors import ConversionError, ParityError
+from hf_gpt_scratch.model.modeling_gpt_scratch import AUTO_CLASSES
 from hf_gpt_scratch.weights import formats
 from hf_gpt_scratch.weights.checkpoint import write_safetensors
 from hf_gpt_scratch.weights.convert import (
@@ -398,10 +399,8 @@ def named_code(directory):
 
 def test_no_code_of_the_source_comes_into_a_target(tmp_path, target):
     receipt = gpt2_to_scratch(forged(tmp_path / "forged"), target)
-    ours = {
-        "AutoConfig": "configuration_gpt_scratch.GPTScratchConfig",
-        "AutoModelForCausalLM": "modeling_gpt_scratch.GPTScratchForCausalLM",
-    }
+    ours = {"AutoConfig": "configuration_gpt_scratch.GPTScratchConfig"}
+    ours |= {name: f"modeling_gpt_scratch.{kind.__name__}" for name, kind in AUTO_CLASSES.items()}
     assert named_code(target) == {("config.json", "auto_map"): ours}
     own = {path.name for path in (Path(hf_gpt_scratch.__file__).parent / "model").glob("*.py")}
     assert {path.name for path in target.rglob("*.py")} <= own
