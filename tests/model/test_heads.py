@@ -91,13 +91,17 @@ def kind(request):
     return KINDS[request.param]
 
 
-@pytest.fixture
-def pair(kind):
+def make_pair(kind):
     config = gpt2_config(pad_token_id=VOCAB - 2, summary_first_dropout=0.0)
     if kind[0] is not GPT2DoubleHeadsModel:
         config.num_labels = LABELS
     gpt2 = randomize(kind[0](config)).eval()
     return gpt2, kind[1].from_gpt2(gpt2)
+
+
+@pytest.fixture
+def pair(kind):
+    return make_pair(kind)
 
 
 def losses(output):
@@ -163,28 +167,29 @@ def test_a_head_read_wrongly_is_noticed(kind, pair):
 
 FORWARD = """
 import torch, transformers
-auto, saved, inputs, output = sys.argv[1:]
-model = getattr(transformers, auto).from_pretrained(saved, trust_remote_code=True)
-with torch.no_grad():
-    torch.save(dict(model(**torch.load(inputs))), output)
+for place in sys.argv[1:]:
+    auto, inputs = torch.load(f"{place}/inputs.pt")
+    model = getattr(transformers, auto).from_pretrained(f"{place}/saved", trust_remote_code=True)
+    with torch.no_grad():
+        torch.save(dict(model(**inputs)), f"{place}/output.pt")
 """
 
 
 @pytest.mark.slow
-def test_saved_code_runs_where_the_package_is_missing(kind, pair, tmp_path):
-    _, scratch = pair
-    scratch.save_pretrained(tmp_path / "saved")
-    inputs = {name: tensor for name, tensor in kind[3].items() if name == "input_ids"}
-    torch.save(inputs, tmp_path / "inputs.pt")
-    run_without_the_package(
-        FORWARD, kind[2].__name__, tmp_path / "saved", tmp_path / "inputs.pt", tmp_path / "output.pt", cwd=tmp_path
-    )
-    with torch.no_grad():
-        expected = scratch(**inputs)
-    got = torch.load(tmp_path / "output.pt", weights_only=False)
-    # Two processes may add in two orders, as their memory happens to lie.
-    assert all(relative_error(expected[name], got[name]) <= FP32_LOGITS for name in kind[4])
-    assert json.loads((tmp_path / "saved/config.json").read_text())["auto_map"].keys() == {"AutoConfig", *AUTO_CLASSES}
+def test_saved_code_of_every_head_runs_where_the_package_is_missing(tmp_path):
+    places, models = [tmp_path / str(n) for n in range(len(KINDS))], {}
+    for place, kind in zip(places, KINDS.values(), strict=True):
+        models[place] = make_pair(kind)[1]
+        models[place].save_pretrained(place / "saved")
+        assert json.loads((place / "saved/config.json").read_text())["auto_map"].keys() == {"AutoConfig", *AUTO_CLASSES}
+        torch.save((kind[2].__name__, {"input_ids": kind[3]["input_ids"]}), place / "inputs.pt")
+    run_without_the_package(FORWARD, *places, cwd=tmp_path)
+    for place, kind in zip(places, KINDS.values(), strict=True):
+        with torch.no_grad():
+            expected = models[place](input_ids=kind[3]["input_ids"])
+        got = torch.load(place / "output.pt", weights_only=False)
+        # Two processes may add in two orders, as their memory happens to lie.
+        assert all(relative_error(expected[name], got[name]) <= FP32_LOGITS for name in kind[4])
 
 
 EVERY = """

@@ -147,8 +147,7 @@ def test_a_receipt_does_not_write_what_it_likes_on_the_terminal(ours):
     assert status == 0 and len(output) < 1000 and "\x1b[31m" not in output
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_terminal_without_some_letters_gets_the_others(encoding):
+def test_a_terminal_without_some_letters_gets_the_others(encoding="ascii"):
     code = "from hf_gpt_scratch.cli.app import app; app(['explain', 'W_key'])"
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)

@@ -542,8 +542,6 @@ def test_scripts_convert_and_report(source, target, tmp_path):
     ("arguments", "status", "told"),
     [
         (["./nowhere", "{target}"], 1, "Not converted: there is no directory ./nowhere"),
-        (["openai-community/gpt2", "{target}"], 1, "the hub cannot be reached"),
-        (["{source}", "{source}"], 1, "is or holds the source"),
         (["{source}"], 2, "target"),
     ],
 )
@@ -552,6 +550,21 @@ def test_scripts_exit_with_a_status_and_a_reason(source, target, arguments, stat
     assert done.returncode == status
     assert told.lower() in done.stderr.lower()
     assert "Traceback" not in done.stderr
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["openai-community/gpt2", "{target}"], "the hub cannot be reached"),
+        (["{source}", "{source}"], "is or holds the source"),
+    ],
+)
+def test_the_command_ends_with_a_reason(source, target, arguments, told, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    done = CliRunner().invoke(app, ["convert", *(a.format(source=source, target=target) for a in arguments)])
+    assert done.exit_code == 1
+    assert told in " ".join(done.output.split())
     assert not target.exists()
 
 
