@@ -197,7 +197,7 @@ def _convert(
             left = left_behind(path, f"{wanted.file} has no place for a tokenizer")
         if not path.is_dir():
             left += left_behind(path.parent, f"nothing says that they belong to {path.name}")
-        notes = [*source.notes, *_zero_biases(contents), *written.notes, *left, *strip_code(staging)]
+        notes = [*source.notes, *_zero_biases(contents, wanted), *written.notes, *left, *strip_code(staging)]
         parity = _verify(source, contents, file, wanted, check, options.progress) if check else None
         receipt = new_receipt(
             f"{source.format.name} converted to {wanted.name}",
@@ -211,8 +211,10 @@ def _convert(
     return receipt
 
 
-def _zero_biases(contents: Contents) -> list[str]:
+def _zero_biases(contents: Contents, wanted: Format) -> list[str]:
     """What who expects the book's model back should know: other formats have biases where it has none."""
+    if not wanted.plain or wanted.layout.stores_qkv_biases:
+        return []
     kinds = (".W_query.bias", ".W_key.bias", ".W_value.bias")
     biases = [tensor for name, tensor in contents.tensors.items() if name.endswith(kinds)]
     if not biases or not all(all_zero(bias.read()) for bias in biases):

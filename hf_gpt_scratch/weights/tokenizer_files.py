@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+from tokenizers.models import BPE
 from transformers import AutoTokenizer, GPT2Config, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from ..errors import ConversionError
@@ -67,6 +68,7 @@ def carry_tokenizer(source: Path, target: Path) -> tuple[str | None, list[str]]:
     if tokenizer is None:
         return None, [*left_behind(source, "there is no vocabulary beside them"), *_below(source)]
     _copy(source, target, tokenizer)
+    _complete(target, tokenizer)
     carried = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     texts = _texts(tokenizer)
     if _behaviour(carried, texts) != _behaviour(tokenizer, texts):
@@ -89,6 +91,15 @@ def _copy(source: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -> Non
     if not values.get("tokenizer_class"):  # it was that of the model's type, or in its config
         values["tokenizer_class"] = type(tokenizer).__name__
         settings.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _complete(target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds GPT-2's vocabulary as the two files of old, which other programs read: transformers writes one."""
+    old = ("vocab.json", "merges.txt")
+    if not isinstance(tokenizer, GPT2Tokenizer) or any((target / name).exists() for name in old):
+        return
+    if isinstance(tokenizer.backend_tokenizer.model, BPE):
+        tokenizer.backend_tokenizer.model.save(str(target))
 
 
 def left_behind(directory: Path, reason: str) -> list[str]:

@@ -5,7 +5,14 @@ import pytest
 import tokenizers
 from pairs import random_pair
 from tokenizers import models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    PreTrainedTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_gpt_scratch import GPTScratchConfig
@@ -227,3 +234,18 @@ def test_without_any_file_there_is_no_tokenizer(tmp_path):
     random_pair()[0].save_pretrained(tmp_path / "source")
     assert tokenizer_beside(tmp_path / "source") is None
     assert tokenizer_beside(tmp_path / "source" / "config.json") is None
+
+
+def test_gpt2s_vocabulary_goes_along_in_its_two_old_files_too(tmp_path, source):
+    gpt2s_own(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    for name in ("vocab.json", "merges.txt"):
+        (source / name).unlink()
+    tokenizer.save_pretrained(source)
+    assert not (source / "vocab.json").exists()
+    gpt2_to_scratch(source, tmp_path / "target", check=False)
+    vocab, merges = (str(tmp_path / "target" / name) for name in ("vocab.json", "merges.txt"))
+    again = GPT2Tokenizer(vocab=vocab, merges=merges)
+    for text in TEXTS:
+        assert again(text).input_ids == tokenizer(text).input_ids
+    assert not (source / "vocab.json").exists()
