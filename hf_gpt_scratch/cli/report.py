@@ -112,6 +112,8 @@ def diagnosis_panel(comparison: Comparison) -> Panel:
     if diagnosis is None:
         return Panel(escape(comparison.verdict), title="Different", border_style="red")
     lines = [escape(comparison.verdict)]
+    if diagnosis.note:
+        lines.append(f"\n[yellow]{escape(diagnosis.note)}[/]")
     for i, fault in enumerate(diagnosis.faults, 1):
         repaired = "Repaired, " if i == 1 else "Repaired with the above, "
         lines += [
@@ -127,10 +129,7 @@ def diagnosis_panel(comparison: Comparison) -> Panel:
             f"({diagnosis.tried} experiments)."
         )
     lines += [f"Equally good explanation: {escape(says)}" for says in diagnosis.alternatives]
-    if diagnosis.note:
-        lines.append(f"\n[yellow]{escape(diagnosis.note)}[/]")
-    names = ", ".join(fault.title for fault in diagnosis.faults) or "no known mistake"
-    return Panel("\n".join(lines), title=f"Different: {names}", border_style="red")
+    return Panel("\n".join(lines), title=f"Different: {escape(diagnosis.headline)}", border_style="red")
 
 
 def figures(comparison: Comparison) -> list[tuple[str, str]]:

@@ -72,6 +72,14 @@ class Diagnosis:
     def names(self) -> list[str]:
         return [fault.name for fault in self.faults]
 
+    @property
+    def headline(self) -> str:
+        """The verdict in a line: only what reproduces the candidate is called found."""
+        titles = ", ".join(fault.title for fault in self.faults)
+        if not self.faults:
+            return "no known mistake"
+        return titles if self.explained else f"not fully explained; possibly {titles}"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

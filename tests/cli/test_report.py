@@ -142,6 +142,19 @@ def test_every_report_says_in_which_block_the_mistake_is():
     assert everywhere.diagnosis.faults[0].blocks == []
 
 
+def test_what_does_not_explain_all_is_called_possible_in_the_headline():
+    def two(model):
+        exact_gelu(model)
+        model.trf_blocks[0].att.out_proj.forward = lambda x: x * 0.777
+
+    different = compared(two)
+    assert different.diagnosis.faults and not different.diagnosis.explained
+    text, page = " ".join(terminal_text(different).split()), " ".join(Page(html_report(different)).words)
+    assert "Different: not fully explained; possibly exact-gelu" in text
+    assert text.index("do not explain everything") < text.index("fix:")
+    assert "Different, not fully explained; possibly exact-gelu" in page and "Mistake found" not in page
+
+
 def test_the_terminal_calls_a_healthy_model_the_same():
     text = terminal_text(compared())
     assert "The same model" in text
