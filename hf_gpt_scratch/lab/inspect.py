@@ -131,6 +131,8 @@ def _named(name: str) -> tuple[GPTScratchConfig, type[GPTScratchPreTrainedModel]
     if name == BOOK:
         book: dict[str, Any] = {**GPT_CONFIG_124M}
         return GPTScratchConfig(**book), GPTScratchForCausalLM
+    if re.fullmatch(r"\d+(\.\d+)?[MB]", name, re.IGNORECASE) and not Path(name).exists():  # the hub need not be asked
+        raise ValueError(_unknown(name, "there is no such size"))
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
         if not values:

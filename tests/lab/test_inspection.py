@@ -119,6 +119,12 @@ def test_presets_configs_dicts_and_models_mean_the_same():
     assert inspect(gpt2).tree == inspect(scratch).tree == inspect(gpt2.config).tree
 
 
+def test_a_size_that_there_is_not_is_no_hub_id(monkeypatch):
+    monkeypatch.setattr("hf_gpt_scratch.lab.inspect.PreTrainedConfig.get_config_dict", pytest.fail)
+    with pytest.raises(ValueError, match=r"got '125M'; did you mean '124M'\?.*no such size"):
+        inspect("125M")
+
+
 @pytest.mark.parametrize("given", ["125M", torch.nn.Linear(2, 2), "there/is/nothing"], ids=str)
 def test_what_is_no_model_is_refused_with_a_remedy(given, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
