@@ -104,7 +104,7 @@ def write_tensorflow(directory: Path, tensors: Mapping[str, LazyTensor]) -> None
     with (directory / "model.ckpt.data-00000-of-00001").open("wb") as file:
         for name, tensor in sorted(tensors.items()):
             values = tensor.read().contiguous().reshape(-1).view(torch.uint8).numpy()
-            file.write(values)
+            file.write(values.data)
             shape = nested(2, b"".join(nested(2, number(1, size)) for size in tensor.shape))
             checksum = varint(6 << 3 | 5) + struct.pack("<I", masked_crc32c(values))
             entries[name.encode()] = number(1, 1) + shape + number(4, offset) + number(5, tensor.nbytes) + checksum

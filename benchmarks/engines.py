@@ -187,7 +187,8 @@ class Step(nn.Module):
     def forward(self, ids, mask, positions, past):  # past: (layers, 2, B, H, S, D)
         cache = DynamicCache(list(zip(past[:, 0], past[:, 1], strict=True)))
         output = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
-        return output.logits[:, -1], torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])
+        layers: Any = cache.layers
+        return output.logits[:, -1], torch.stack([torch.stack((layer.keys, layer.values)) for layer in layers])
 
 
 def to_onnx(checkpoint: Path, directory: Path) -> None:
@@ -228,7 +229,7 @@ def to_gguf(checkpoint: Path, directory: Path) -> None:
     import gguf  # noqa: F401  which write_gguf needs
     import xllamacpp  # noqa: F401
 
-    weights = Weights(checkpoint, "gpt2")
+    weights: Any = Weights(checkpoint, "gpt2")
     config = GPTScratchConfig.from_gpt2(weights.config)
     # A byte-pair tokenizer must have a merge.
     vocabulary = {"<": 0, ">": 1, "<>": 2, **{f"<{i}>": i for i in range(3, config.vocab_size)}}
@@ -260,7 +261,9 @@ class Floor:
             functools.partial(F.linear, x, numbers.view(width, -1).t()),  # [in, out]
         )
         # The head's product is for the prompt's last token alone.
-        self.matrices = [module.weight for module in model.transformer.modules() if isinstance(module, Conv1D)]
+        self.matrices = [
+            module.weight for module in model.get_submodule("transformer").modules() if isinstance(module, Conv1D)
+        ]
         self.head = model.lm_head.weight.t()
 
     def generate(self, ids, new_tokens):

@@ -175,7 +175,7 @@ def bytes_a_token(config: GPT2Config, parameters: int, batch: int, cached: float
 @torch.inference_mode()
 def decode(report: Report, checkpoint, device: str, only: str, batch: int, prompt: int, new_tokens: int, rounds: int):
     """Adds the table of greedy generation; whether ours is as close to float32 as transformers' GPT-2."""
-    exact = load(GPT2LMHeadModel, checkpoint).to(device)
+    exact = load(GPT2LMHeadModel, checkpoint).to(device=device)  # type: ignore[call-arg]  # hidden by a decorator
     config, parameters = exact.config, exact.num_parameters()
     ids = harness.random_ids(batch, prompt, config.vocab_size).to(device)
     expected = exact(ids[:1], use_cache=False).logits
@@ -214,7 +214,7 @@ def decode(report: Report, checkpoint, device: str, only: str, batch: int, promp
 @torch.inference_mode()
 def prefill(report: Report, checkpoint, device: str, only: str, batch: int, length: int, rounds: int):
     """Adds the table of prompts; whether ours is as close to float32 as transformers' GPT-2 with each attention."""
-    exact = load(GPT2LMHeadModel, checkpoint).to(device)
+    exact = load(GPT2LMHeadModel, checkpoint).to(device=device)  # type: ignore[call-arg]  # hidden by a decorator
     ids = harness.random_ids(batch, length, exact.config.vocab_size).to(device)
     expected = exact(ids[:1], use_cache=False).logits
     torch._dynamo.reset()

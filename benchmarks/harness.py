@@ -54,7 +54,7 @@ transformers_logging.disable_progress_bar()
 def gpt2_config(size: str) -> GPT2Config:
     """The official config of that size; `tiny` has 2 layers and 512 tokens."""
     if size == "tiny":
-        end = dict(bos_token_id=511, eos_token_id=511)
+        end: dict[str, Any] = dict(bos_token_id=511, eos_token_id=511)
         return GPT2Config(vocab_size=512, n_positions=128, n_embd=64, n_head=4, n_layer=2, **end)
     return GPTScratchConfig.preset(size).to_gpt2()
 
@@ -71,7 +71,7 @@ def official_checkpoint(size: str, checkpoint: Path | None = None) -> Iterator[P
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
-                    parameter += 0.1 * torch.randn_like(parameter)
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
                 else:  # with GPT-2's own initialisation the greedy ids are one id over and over, whoever computes them
                     parameter.normal_(0, 1.6 * model.config.n_embd**-0.5)
         model.save_pretrained(directory)

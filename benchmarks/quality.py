@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokeniz
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 NARROWER = "^ours, sdpa$|bf16|int8"
-SMALL = dict(n_positions=256, n_embd=256, n_head=4, n_layer=4)
+SMALL: dict[str, Any] = dict(n_positions=256, n_embd=256, n_head=4, n_layer=4)
 VOCABULARY, BATCH, LEARNING_RATE = 2000, 8, 2e-3  # of the small model's training
 
 
@@ -41,7 +41,7 @@ def trained(content: str, steps: int) -> Iterator[tuple[Path, torch.Tensor]]:
     set_seed(0)
     tokenizer = GPT2Tokenizer().train_new_from_iterator([content], VOCABULARY, show_progress=False)
     ids = torch.tensor(tokenizer(content, verbose=False).input_ids)
-    end = dict(bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
+    end: dict[str, Any] = dict(bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **SMALL, **end)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
@@ -81,7 +81,7 @@ class Quality:
         self.predictions += len(targets)
         self.nll += F.nll_loss(row, targets, reduction="sum").item()
         self.divergence += F.kl_div(row, reference, log_target=True, reduction="sum").item()
-        self.same += (reference.argmax(-1) == row.argmax(-1)).sum().item()
+        self.same += int((reference.argmax(-1) == row.argmax(-1)).sum())
         self.error = max(self.error, relative_error(expected, logits))
 
     @property

@@ -7,6 +7,7 @@ process of its own, in which the model to save is loaded before the clock starts
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import harness
 import typer
@@ -32,6 +33,7 @@ CONVERT = {
 
 def save(row: str, threads: int, checkpoint: Path) -> harness.Cost:
     harness.use_threads(threads)
+    model_class: Any
     model_class, method = SAVE[row]
     model = model_class.from_pretrained(checkpoint)
     # Weights that are mapped would be read, and so counted, only when they are saved.

@@ -7,8 +7,9 @@ import csv
 import random
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich import print
@@ -116,11 +117,13 @@ def main(
         processing_class=tokenizer,  # pads the batches and is saved with the model
         train_dataset=data["training"],
         eval_dataset=data["validation"],
-        compute_metrics=lambda result: {"accuracy": (result.predictions.argmax(-1) == result.label_ids).mean()},
+        compute_metrics=lambda result: {"accuracy": (np.argmax(result.predictions, -1) == result.label_ids).mean()},
     )
 
     def accuracies():
-        return {name: float(trainer.predict(rows).metrics["test_accuracy"]) for name, rows in data.items()}
+        sets: dict[str, Any] = data
+        figures: dict[str, Any] = {name: trainer.predict(rows).metrics for name, rows in sets.items()}
+        return {name: float(metrics["test_accuracy"]) for name, metrics in figures.items()}
 
     before = accuracies()
     trainer.train()

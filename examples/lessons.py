@@ -48,6 +48,7 @@ def stage(written: set[str]) -> GPTModel:
     """The book's 124M model in which only the `written` parts of norm, feed-forward and attention are real."""
     with torch.device("meta"):
         model = GPTModel(GPT_CONFIG_124M)
+    block: Any
     for block in model.trf_blocks:
         if "attention" not in written:
             block.att = NotYet()
@@ -56,7 +57,7 @@ def stage(written: set[str]) -> GPTModel:
         if "LayerNorm" not in written:
             block.norm1 = block.norm2 = nn.Identity()
     if "LayerNorm" not in written:
-        model.final_norm = nn.Identity()
+        model.final_norm = nn.Identity()  # type: ignore[assignment]  # a part that is not written yet
     model.to_empty(device="cpu")
     torch.manual_seed(123)
     for module in model.modules():
@@ -125,7 +126,7 @@ def layer_norm(figure: plt.Figure) -> dict:
             variances["before"].append(args[0].var(-1, unbiased=False).mean().item())
             variances["after"].append(output.var(-1, unbiased=False).mean().item())
 
-        for norm in [*(block.norm1 for block in model.trf_blocks), model.final_norm]:
+        for norm in [*(block.get_submodule("norm1") for block in model.trf_blocks), model.final_norm]:
             norm.register_forward_hook(watch)
         model(BATCH)
     axes = figure.subplots(1, 3, width_ratios=[1, 1, 1.2])
@@ -190,6 +191,12 @@ def gelu(figure: plt.Figure) -> dict:
     }
 
 
+def _mean_gradient(layer: nn.Module) -> float:
+    gradient = layer.get_parameter("0.weight").grad
+    assert gradient is not None
+    return gradient.abs().mean().item()
+
+
 class DeepNetwork(nn.Module):
     """The book's five small layers, with or without shortcuts."""
 
@@ -219,7 +226,7 @@ def shortcuts(figure: plt.Figure) -> dict:
             network = DeepNetwork(widths, present)
             network(sample).square().mean().backward()  # the target is 0
             name = "with shortcuts" if present else "without shortcuts"
-            gradients = [layer[0].weight.grad.abs().mean().item() for layer in network.layers]
+            gradients = [_mean_gradient(layer) for layer in network.layers]
             figures[kind][name] = gradients
             axis.semilogy(gradients, marker, color=colour, label=name, markersize=5)
             for n, size in enumerate(gradients if kind == "five" else []):

@@ -8,7 +8,7 @@ import math
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -34,7 +34,8 @@ class Sample(TrainerCallback):
     def __init__(self, tokenizer, prompt):
         self.tokenizer, self.ids = tokenizer, text_to_token_ids(prompt, tokenizer)
 
-    def on_epoch_end(self, args, state, control, model, **kwargs):
+    def on_epoch_end(self, args, state, control, **kwargs):
+        model = kwargs["model"]
         model.eval()
         ids = self.ids.to(model.device)
         mask = torch.ones_like(ids)
@@ -77,9 +78,11 @@ def main(
     set_seed(123)
     content = text.read_text(encoding="utf-8") if text else "\n\n".join(topics.values())[:250_000]
     tokenizer = gpt2_tokenizer() if preset else GPT2Tokenizer().train_new_from_iterator([content], 1000)
-    special = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
+    special: dict[str, Any] = dict(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
     sizes = dict(context_length=context)
-    config = GPTScratchConfig.preset(preset, **sizes) if preset else GPTScratchConfig(**SMALL, **sizes, **special)
+    config = GPTScratchConfig.preset(preset, **sizes) if preset else GPTScratchConfig(**{**SMALL, **sizes, **special})
     model = GPTScratchForCausalLM(config)
 
     ids = torch.tensor(tokenizer(content, verbose=False).input_ids)
@@ -107,7 +110,7 @@ def main(
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
     )
-    callbacks = [Sample(tokenizer, prompt)]
+    callbacks: list[TrainerCallback] = [Sample(tokenizer, prompt)]
     trainer = Trainer(model, arguments, train_dataset=train, eval_dataset=validation, callbacks=callbacks)
     trainer.train()
 

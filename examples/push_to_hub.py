@@ -7,7 +7,7 @@ is made here; without --repo-id nothing leaves this machine: the repository is s
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -35,7 +35,8 @@ def load(directory: Path) -> GPTScratchPreTrainedModel:
     """The model in a directory, with the head that its config names."""
     try:
         values = read_json(find_source(directory) / "config.json")
-        model, info = architecture(values, directory).from_pretrained(directory, output_loading_info=True)
+        loaded: Any = architecture(values, directory).from_pretrained(directory, output_loading_info=True)
+        model, info = loaded
     except (ConversionError, OSError, ValueError) as error:
         raise SystemExit(f"cannot load {directory}: {error}") from error
     if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
@@ -56,7 +57,9 @@ def main(
     receipt = None
     if model is None:
         torch.manual_seed(123)
-        ours = GPTScratchForCausalLM(GPTScratchConfig(emb_dim=64, n_heads=4, n_layers=2, context_length=64))
+        ours: GPTScratchPreTrainedModel = GPTScratchForCausalLM(
+            GPTScratchConfig(emb_dim=64, n_heads=4, n_layers=2, context_length=64)
+        )
     else:
         ours = load(model)
         if (model / RECEIPT).is_file():

@@ -69,7 +69,7 @@ def main(
         for model in (official, ours):
             set_seed(123)
             generated.append(model.generate(ids, do_sample=do_sample, **options)[0])
-            text = tokenizer.decode(generated[-1]) if tokenizer else f"token ids {generated[-1].tolist()}"
+            text = str(tokenizer.decode(generated[-1])) if tokenizer else f"token ids {generated[-1].tolist()}"
             print(Panel(Text(text), title=f"{type(model).__name__}, {how}"))
         agree[how] = torch.equal(*generated)
     print("Generated ids agree:", agree)

@@ -12,6 +12,6 @@ from transformers.cli.transformers import app
 from hf_gpt_scratch import GPTScratchForCausalLM
 
 if __name__ == "__main__":
-    transformers.GPTScratchForCausalLM = GPTScratchForCausalLM
+    setattr(transformers, GPTScratchForCausalLM.__name__, GPTScratchForCausalLM)
     sys.argv[1:1] = ["serve"]
     app()
