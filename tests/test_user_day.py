@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from hf_gpt_scratch.model.compat import CACHE
 from hf_gpt_scratch.model.configuration_gpt_scratch import FROM_GPT2
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, greedy_ids, relative_error
 
@@ -58,6 +59,14 @@ def test_what_does_not_fit_into_memory_is_computed_from_disk(saved, kind, share,
     logits = model(ids, attention_mask=mask).logits
     assert relative_error(gpt2(ids, attention_mask=mask).logits[seen], logits[seen]) <= FP32_LOGITS
     assert torch.equal(greedy_ids(model, ids[:, :5], 12), greedy_ids(gpt2, ids[:, :5], 12))
+
+
+def test_the_cache_is_not_moved_between_devices_as_other_inputs_are(saved, kind, tmp_path):
+    directory, _ = saved
+    model = auto(directory / kind, 0.5, tmp_path)
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    moving = [hook for hook in hooks if getattr(hook, "io_same_device", False)]
+    assert moving and all(CACHE in hook.skip_keys for hook in moving)
 
 
 def test_no_block_is_split_between_devices(saved, kind, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from pairs import VOCAB, random_ids, random_pair
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
-from hf_gpt_scratch import GPTScratchForCausalLM
+from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from hf_gpt_scratch.weights.parity import FP32_LOSS, relative_error
 
 pytestmark = pytest.mark.slow
@@ -110,3 +110,19 @@ def test_gradients_reach_every_parameter_and_dropout_is_on():
     losses[0].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert model.get_input_embeddings().weight.grad.shape == (VOCAB, 48)
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_what_trainer_predicts_are_the_logits_alone(tmp_path, monkeypatch, ignored):
+    """The cache of each batch would be gathered, too; twin: a config that does not say what to leave out."""
+    _, scratch = random_pair()
+    if not ignored:
+        monkeypatch.setattr(GPTScratchConfig, "keys_to_ignore_at_inference", [])
+    settings = dict(report_to=[], disable_tqdm=True, use_cpu=True, use_cache=True)
+    arguments = TrainingArguments(output_dir=str(tmp_path), **settings)
+    trainer = Trainer(model=scratch, args=arguments)
+    if ignored:
+        assert trainer.predict(SAMPLES).predictions.shape == (len(SAMPLES), 16, VOCAB)
+    else:
+        with pytest.raises((TypeError, AttributeError, ValueError)):
+            trainer.predict(SAMPLES).predictions.shape  # noqa: B018
