@@ -1,9 +1,9 @@
 """The examples run offline, at small sizes."""
 
+import importlib
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -124,9 +124,10 @@ def test_parallel(tmp_path, how):
 
 
 @pytest.fixture
-def model():
+def model(monkeypatch):
     """A tiny model of examples/minimal_model.py with random weights."""
-    module = runpy.run_path(str(EXAMPLES / "minimal_model.py"))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = vars(importlib.import_module("minimal_model"))
     config = module["MinimalConfig"](
         vocab_size=97, context_length=32, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0, use_cache=True
     )
