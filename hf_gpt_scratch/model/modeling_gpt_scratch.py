@@ -745,32 +745,30 @@ class GPTScratchForQuestionAnswering(GenericForQuestionAnswering, GPTScratchPreT
         self.post_init()
 
 
-# The language model first: it is what a config that names no architecture is of.
-MODELS: tuple[type[GPTScratchPreTrainedModel], ...] = (
-    GPTScratchForCausalLM,
-    GPTScratchModel,
-    GPTScratchDoubleHeadsModel,
-    GPTScratchForSequenceClassification,
-    GPTScratchForTokenClassification,
-    GPTScratchForQuestionAnswering,
+# Each Auto class, transformers' table of it, and what it opens. Trainer and the pipelines look class names up in the
+# tables; Trainer's label smoothing shifts the labels of those it finds. The language model first: it is what a config
+# that names no architecture is of.
+_AUTO: tuple[tuple[str, dict, type[GPTScratchPreTrainedModel]], ...] = (
+    ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GPTScratchForCausalLM),
+    ("AutoModel", modeling_auto.MODEL_MAPPING_NAMES, GPTScratchModel),
+    ("AutoModelForPreTraining", modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES, GPTScratchDoubleHeadsModel),
+    (
+        "AutoModelForSequenceClassification",
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        GPTScratchForSequenceClassification,
+    ),
+    (
+        "AutoModelForTokenClassification",
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        GPTScratchForTokenClassification,
+    ),
+    (
+        "AutoModelForQuestionAnswering",
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        GPTScratchForQuestionAnswering,
+    ),
 )
-
-AUTO_CLASSES: dict[str, type[GPTScratchPreTrainedModel]] = {
-    "AutoModel": GPTScratchModel,
-    "AutoModelForCausalLM": GPTScratchForCausalLM,
-    "AutoModelForPreTraining": GPTScratchDoubleHeadsModel,
-    "AutoModelForQuestionAnswering": GPTScratchForQuestionAnswering,
-    "AutoModelForSequenceClassification": GPTScratchForSequenceClassification,
-    "AutoModelForTokenClassification": GPTScratchForTokenClassification,
-}
-
-# Trainer and the pipelines look class names up here; Trainer's label smoothing shifts the labels of those it finds.
-for _names, _model_class in (
-    (modeling_auto.MODEL_MAPPING_NAMES, GPTScratchModel),
-    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GPTScratchForCausalLM),
-    (modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES, GPTScratchDoubleHeadsModel),
-    (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, GPTScratchForQuestionAnswering),
-    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, GPTScratchForSequenceClassification),
-    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, GPTScratchForTokenClassification),
-):
+AUTO_CLASSES = {name: model_class for name, _, model_class in _AUTO}
+MODELS = tuple(AUTO_CLASSES.values())
+for _, _names, _model_class in _AUTO:
     _names[GPTScratchConfig.model_type] = _model_class.__name__
