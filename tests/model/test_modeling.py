@@ -297,14 +297,26 @@ def test_saved_code_runs_where_the_package_is_missing(tmp_path):
     assert (tmp_path / "again" / "layers.py").read_text() == (tmp_path / "saved" / "layers.py").read_text()
 
 
-def test_remote_copy_and_package_live_in_one_process(tmp_path, monkeypatch):
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """A cache of models' own code for one test, whose modules are forgotten before and after it."""
+
+    def imported():
+        return [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
+
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)  # of another folder
+    for name in imported():
+        monkeypatch.delitem(sys.modules, name)
     others = [folder for folder in sys.path if (Path(folder) / "transformers_modules").is_dir()]
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in others])
+    yield
+    for name in imported():
+        del sys.modules[name]
+
+
+def test_remote_copy_and_package_live_in_one_process(tmp_path, own_modules):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     remote = get_class_from_dynamic_module("modeling_gpt_scratch.GPTScratchForCausalLM", str(tmp_path))
