@@ -4,7 +4,6 @@
 Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
@@ -145,8 +144,33 @@ class CachedAttention(MultiHeadAttention):
     def heads(self, x):  # (B, S, E)
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
 
-    def attend(self, attention_function, queries, keys, values, attention_mask, **kwargs):
-        """Context vectors (B, T, E), and attention weights (B, H, T, S) or None where the function has none."""
+    def keys_and_values(self, x, past_key_values, kwargs):
+        """Those of x (B, T, E), after those that are cached: (B, H, S, D) each."""
+        keys, values = self.heads(self.W_key(x)), self.heads(self.W_value(x))
+        if past_key_values is None:
+            return keys, values
+        return past_key_values.update(keys, values, self.layer_idx, kwargs=kwargs)
+
+    def forward(  # type: ignore[override]  # a sibling, which is told more
+        self, x, attention_mask=None, past_key_values=None, states=None, **kwargs
+    ):
+        """Context vectors (B, T, E), and attention weights (B, H, T, S) or None where the function has none.
+
+        vLLM reads the source of this method for the look-up and its one call.
+
+        Args:
+            x: (B, T, E).
+            attention_mask: as the attention function that the config names wants it.
+            past_key_values: anything with `update(keys, values, layer_idx, kwargs=kwargs)` that returns all keys and
+                values so far; a paged cache also writes into `kwargs` what the attention function is to know.
+            states: (B, S, E), what the keys and values are made of; default: x.
+            kwargs: handed to the attention function.
+        """
+        queries = self.heads(self.W_query(x))  # (B, H, T, D)
+        keys, values = self.keys_and_values(x if states is None else states, past_key_values, kwargs)
+        # CODEPATH: no official checkpoint has it, but Stanford's Mistral models do
+        eager = upcast_attention if self.config.reorder_and_upcast_attn else eager_attention
+        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         context_vec, attn_weights = attention_function(
             self,
             queries,
@@ -159,50 +183,21 @@ class CachedAttention(MultiHeadAttention):
         )  # (B, T, H, D)
         return self.out_proj(context_vec.reshape(*context_vec.shape[:2], -1)), attn_weights
 
-    def forward(  # type: ignore[override]  # a sibling, which is told more
-        self, x, attention_mask=None, past_key_values=None, *, attention_function, **kwargs
-    ):
-        """Context vectors, and attention weights beside them.
-
-        Args:
-            x: (B, T, E).
-            attention_mask: as `attention_function` wants it.
-            past_key_values: anything with `update(keys, values, layer_idx, kwargs=kwargs)` that returns all keys and
-                values so far; a paged cache also writes into `kwargs` what the attention function is to know.
-            kwargs: handed to `attention_function`.
-        """
-        queries, keys, values = (self.heads(W(x)) for W in (self.W_query, self.W_key, self.W_value))  # (B, H, T, D)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
-        return self.attend(attention_function, queries, keys, values, attention_mask, **kwargs)
-
 
 class CrossAttention(CachedAttention):
     """Attention from the tokens to an encoder's states: queries from the ones, keys and values from the others."""
 
     is_causal = False
 
-    def forward(  # type: ignore[override]  # a sibling, which is told more
-        self, x, encoder_hidden_states, attention_mask=None, past_key_values=None, *, attention_function
-    ):
-        """Context vectors (B, T, E) and attention weights (B, H, T, S), where S counts the encoder's states.
-
-        Args:
-            x: (B, T, E).
-            encoder_hidden_states: (B, S, E).
-            attention_mask: over the encoder's states; None where all count.
-            past_key_values: an `EncoderDecoderCache`, which keeps the keys and values of the first call.
-        """
-        queries = self.heads(self.W_query(x))  # (B, H, T, D)
-        if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
+    def keys_and_values(self, x, past_key_values, kwargs):
+        """Those of the encoder's states x (B, S, E): an `EncoderDecoderCache` keeps them from the first call on."""
+        if past_key_values is None:
+            return super().keys_and_values(x, None, kwargs)
+        if past_key_values.is_updated.get(self.layer_idx):
             layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
-            keys, values = layer.keys, layer.values  # (B, H, S, D)
-        else:
-            keys, values = (self.heads(W(encoder_hidden_states)) for W in (self.W_key, self.W_value))  # (B, H, S, D)
-            if past_key_values is not None:
-                keys, values = past_key_values.cross_attention_cache.update(keys, values, self.layer_idx, kwargs={})
-                past_key_values.is_updated[self.layer_idx] = True
-        return self.attend(attention_function, queries, keys, values, attention_mask)
+            return layer.keys, layer.values
+        past_key_values.is_updated[self.layer_idx] = True
+        return super().keys_and_values(x, past_key_values.cross_attention_cache, kwargs)
 
 
 class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
@@ -242,13 +237,7 @@ class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
 
         if encoder_hidden_states is not None:
             shortcut = x
-            x, _ = self.cross_att(
-                self.norm_cross(x),
-                encoder_hidden_states,
-                encoder_attention_mask,
-                past_key_values,
-                attention_function=kwargs["attention_function"],
-            )
+            x, _ = self.cross_att(self.norm_cross(x), encoder_attention_mask, past_key_values, encoder_hidden_states)
             x = self.drop_shortcut(x) + shortcut
 
         shortcut = x
@@ -455,7 +444,6 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         if token_type_ids is not None:
             x = x + self.tok_emb(token_type_ids)
         x = self.drop_emb(x)
-        attention_function = self._attention_function()
         # A checkpointed block runs twice, and would add to the cache twice.
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.trf_blocks:
@@ -463,7 +451,6 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
                 x,
                 causal_mask,
                 None if checkpointing else cache,
-                attention_function=attention_function,
                 position_ids=position_ids,
                 use_cache=use_cache,
                 **kwargs,
@@ -487,13 +474,6 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         too_many = isinstance(num_tokens, int) and num_tokens > self.config.context_length
         if too_many or position_ids.device.type == "cpu":
             check_length(int(position_ids.max()) + 1, self.config.context_length)
-
-    def _attention_function(self) -> Callable:
-        name = self.config._attn_implementation
-        # CODEPATH: no official checkpoint has it, but Stanford's Mistral models do
-        if name == "eager" and self.config.reorder_and_upcast_attn:
-            return upcast_attention
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
 
 
 # trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers

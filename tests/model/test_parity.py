@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from hf_gpt_scratch.errors import ParityError
 from hf_gpt_scratch.model.compat import CACHE
-from hf_gpt_scratch.model.modeling_gpt_scratch import FusedLayerNorm, eager_attention
+from hf_gpt_scratch.model.modeling_gpt_scratch import FusedLayerNorm
 from hf_gpt_scratch.model.weight_map import BASE, LM_HEAD, TABLE
 from hf_gpt_scratch.weights.parity import (
     FLOAT64_RATIO,
@@ -233,9 +233,9 @@ def test_upcast_attention_is_the_officials_in_bfloat16(autocast):
     attention = scratch.model.trf_blocks[1].att
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         theirs, their_weights = gpt2.transformer.h[1].attn(hidden, attention_mask=mask)
-        upcast = scratch.model._attention_function()
-        ours, our_weights = attention(hidden, mask, attention_function=upcast)
-        _, plain_weights = attention(hidden, mask, attention_function=eager_attention)
+        ours, our_weights = attention(hidden, mask)
+        attention.config.reorder_and_upcast_attn = False
+        _, plain_weights = attention(hidden, mask)
 
     def rms(reference, candidate):
         return rms_error(reference, candidate) / reference.double().square().mean().sqrt().item()
