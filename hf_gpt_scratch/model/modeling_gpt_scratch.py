@@ -54,7 +54,7 @@ with explained():
     from .layers import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
     from .library_check import LibraryCheck
     from .loss import LOSS_OPTIONS, LazyLogitsOutput, can_skip_logits, head_loss
-    from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN
+    from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN, refuse_tensor_parallel_loading
     from .weight_map import DROPPED_PATTERNS, conversions, is_base_weight
 
 logger = logging.get_logger(__name__)
@@ -180,8 +180,8 @@ class CachedAttention(MultiHeadAttention):
             scaling=self.scaling,
             dropout=self.dropout.p if self.training else 0.0,
             **kwargs,
-        )  # (B, T, H, D)
-        return self.out_proj(context_vec.reshape(*context_vec.shape[:2], -1)), attn_weights
+        )  # (B, T, H, D); vLLM: (B·T, H·D)
+        return self.out_proj(context_vec.reshape(*x.shape[:2], -1)), attn_weights
 
 
 class CrossAttention(CachedAttention):
@@ -290,8 +290,10 @@ class GPTScratchPreTrainedModel(Interop):
         Heads and cross-attention may be new; they are initialised, and transformers says so.
 
         Raises:
-            ValueError: weights are missing; the message names them.
+            ValueError: weights are missing; the message names them. Or tensor parallelism is asked of a transformers
+                before 5.22.
         """
+        refuse_tensor_parallel_loading(kwargs)
         if is_untested():
             check_library()
         # Under the name of a subclass's config too; and again, since a second copy of this module may have come since.

@@ -1,6 +1,7 @@
 """How the model is spread over processes: plans for tensor, data and pipeline parallelism, and loading into them.
 
-transformers and vLLM carry the plans out. Tensor parallelism needs transformers 5.22; before, the plan is None.
+transformers and engines such as vLLM carry the plans out. transformers does tensor parallelism from 5.22 on; before,
+the plan is for engines alone, which match its names as regular expressions, and `from_pretrained` refuses it.
 """
 
 from importlib.util import find_spec
@@ -18,7 +19,6 @@ TP_PLAN = {
     "trf_blocks.*.att.W_key": "colwise",
     "trf_blocks.*.att.W_value": "colwise",
     "trf_blocks.*.att.out_proj": "rowwise",
-    "trf_blocks.*.ff.layers.*": "gpt_scratch_feed_forward",
 }
 # What has no rule is one group with the whole model, the head among it: in a group of its own, a tied head would not
 # follow the training of tok_emb.
@@ -42,7 +42,7 @@ if SHARDED_LOADING:
     class FeedForwardParallel(TensorParallelLayer):
         """The first layer by columns, the last by rows, the activation on what each process has.
 
-        One style for all of `ff.layers`, since a plan cannot tell one number in a name from another.
+        One style for all of `ff.layers`, since transformers' plans cannot tell one number in a name from another.
         """
 
         def style(self, module: nn.Module) -> TensorParallelLayer:
@@ -57,8 +57,23 @@ if SHARDED_LOADING:
             return self.style(module).install_forward(module, mesh)
 
     ALL_PARALLEL_STYLES.register("gpt_scratch_feed_forward", FeedForwardParallel())  # type: ignore[arg-type]  # as all styles
+    TP_PLAN["trf_blocks.*.ff.layers.*"] = "gpt_scratch_feed_forward"
 else:
-    TP_PLAN = HEAD_TP_PLAN = None  # type: ignore[assignment]  # 5.4 would follow it to wrong logits
+    TP_PLAN |= {"trf_blocks.*.ff.layers.0": "colwise", "trf_blocks.*.ff.layers.2": "rowwise"}
+
+
+def refuse_tensor_parallel_loading(options: dict) -> None:
+    """Before 5.22, transformers would cut official tensors as if their rows were ours, which gives wrong logits.
+
+    Raises:
+        ValueError: `options` of `from_pretrained` ask for it; the message says what to do.
+    """
+    asked = [name for name in ("tp_plan", "tp_size", "distributed_config") if options.get(name) is not None]
+    if asked and not SHARDED_LOADING:
+        raise ValueError(
+            f"from_pretrained got {', '.join(asked)}, but tensor parallelism of this model needs transformers 5.22 or "
+            "newer; update transformers, or load the model without"
+        )
 
 
 class Gather(ConversionOps):

@@ -2,7 +2,6 @@
 
 import copy
 import re
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,17 +9,16 @@ from pairs import random_gpt2, random_ids, randomize
 from processes import in_two_processes
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchForSequenceClassification, GPTScratchModel
+from hf_gpt_scratch.model.parallel import SHARDED_LOADING
 from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, FP32_LOGITS, greedy_ids, relative_error, relative_errors
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 NO_DROPOUT = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-needs_sharded_loading = pytest.mark.skipif(
-    find_spec("transformers.distributed.parallel_utils") is None,
-    reason="tensor parallelism is for transformers 5.22 on",
-)
+SMALL = dict(vocab_size=97, context_length=16, emb_dim=16, n_heads=2, n_layers=2)
+needs_sharded_loading = pytest.mark.skipif(not SHARDED_LOADING, reason="tensor parallelism is for transformers 5.22 on")
 
 
 @pytest.fixture(scope="module")
@@ -247,15 +245,33 @@ def test_official_layout_sharded_as_it_is_read_would_be_wrong(checkpoints, tmp_p
 @needs_sharded_loading
 @pytest.mark.parametrize("model_class", [GPTScratchModel, GPTScratchForCausalLM, GPTScratchForSequenceClassification])
 def test_every_rule_of_the_plans_names_modules(model_class):
-    model = model_class(GPTScratchConfig(vocab_size=97, context_length=16, emb_dim=16, n_heads=2, n_layers=2))
+    model = model_class(GPTScratchConfig(**SMALL))
     names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in model.named_modules()}  # as transformers reads them
     assert set(model.tp_plan) <= names and set(model.fsdp_plan) <= names
     assert {name.removesuffix(".weight") for name in model.pp_plan} <= names
 
 
-def test_older_versions_have_no_tensor_parallel_plan():
-    plan = GPTScratchConfig().base_model_tp_plan
-    assert (plan is None) == (find_spec("transformers.distributed.parallel_utils") is None)
+@pytest.mark.skipif(SHARDED_LOADING, reason="transformers 5.22 and newer load in parallel")
+@pytest.mark.parametrize("option", [{"tp_plan": "auto"}, {"tp_size": 2}])
+def test_older_versions_refuse_tensor_parallelism(tmp_path, option):
+    GPTScratchForCausalLM(GPTScratchConfig(**SMALL)).save_pretrained(tmp_path)
+    for load in (GPTScratchForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=f"got {next(iter(option))}, but .* needs transformers 5.22"):
+            load(tmp_path, **option)
+
+
+def test_an_engine_shards_pairs_of_layers_by_the_plan():
+    """As vLLM does: the first rule that matches as a regular expression; what it does not know is not sharded."""
+    model = GPTScratchModel(GPTScratchConfig(**SMALL))
+    styles = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            rule = next((rule for rule in model.tp_plan if re.match(rule, name)), "")
+            styles[re.sub(r"\d+", "*", name, count=1)] = model.tp_plan.get(rule)
+    feed_forward = [styles.pop(f"trf_blocks.*.ff.layers.{n}") for n in (0, 2)]
+    assert feed_forward in (["colwise", "rowwise"], ["gpt_scratch_feed_forward"] * 2)
+    att = "trf_blocks.*.att."
+    assert styles == {att + W: "colwise" for W in ("W_query", "W_key", "W_value")} | {att + "out_proj": "rowwise"}
 
 
 def pipeline_stage(model, first, last, blocks):

@@ -1,6 +1,9 @@
+import ast
+import inspect
 import json
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
 from hf_gpt_scratch.model.configuration_gpt_scratch import SIZES
-from hf_gpt_scratch.model.modeling_gpt_scratch import eager_attention
+from hf_gpt_scratch.model.modeling_gpt_scratch import CachedAttention, eager_attention
 from hf_gpt_scratch.model.weight_map import SCRATCH_PREFIX
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
@@ -516,7 +519,10 @@ def test_auto_tokenizer_knows_the_model(tmp_path):
 
 
 def test_serving_engines_get_their_own_arguments_through_every_module():
-    """The contract of vLLM's Transformers backend: one flat row, no cache, attention by the engine's own instances."""
+    """The contract of vLLM's Transformers backend: one flat row, no cache, attention by the engine's own instances.
+
+    It returns the context vectors of the row as (T, H·D).
+    """
     model = tiny_model()
     seen = []
 
@@ -534,7 +540,8 @@ def test_serving_engines_get_their_own_arguments_through_every_module():
 
     def engine(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **kwargs):
         seen.append(module.layer_idx)
-        return attention_instances[module.layer_idx].forward(query, key, value, scaling).transpose(1, 2), None
+        context = attention_instances[module.layer_idx].forward(query, key, value, scaling)
+        return context.transpose(1, 2).flatten(2)[0], None
 
     ids = random_ids(1, 9)
     expected = model.model(ids).last_hidden_state
@@ -553,6 +560,19 @@ def test_serving_engines_get_their_own_arguments_through_every_module():
         )[:1]
     assert relative_error(expected, torch.cat(steps, dim=1)) < FP32_LOGITS
     assert seen == list(range(LAYERS)) * 3
+
+
+def test_the_source_of_attention_is_what_vllm_reads():
+    """vLLM 0.30 and newer look in `forward` for the look-up, for one call of what it gives, and for its scale."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(CachedAttention.forward)))
+    looked_up = {
+        node.targets[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS.get_interface(")
+    }
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", None) in looked_up]
+    assert len(looked_up) == len(calls) == 1
+    assert {keyword.arg: ast.unparse(keyword.value) for keyword in calls[0].keywords}["scaling"] == "self.scaling"
 
 
 def test_unknown_attention_is_refused():
