@@ -27,6 +27,8 @@ from .model.layers import (
 )
 from .model.modeling_gpt_scratch import (
     AUTO_CLASSES,
+    CachedAttention,
+    GPTScratchBlock,
     GPTScratchDoubleHeadsModel,
     GPTScratchForCausalLM,
     GPTScratchForQuestionAnswering,
@@ -50,9 +52,11 @@ if TYPE_CHECKING:
 __all__ = [
     "GELU",
     "GPT_CONFIG_124M",
+    "CachedAttention",
     "ConversionError",
     "FeedForward",
     "GPTModel",
+    "GPTScratchBlock",
     "GPTScratchConfig",
     "GPTScratchDoubleHeadsModel",
     "GPTScratchError",

@@ -112,6 +112,12 @@ def test_custom_head(tmp_path):
     assert (tmp_path / "outputs" / "custom_head" / "model.safetensors").is_file()
 
 
+def test_custom_block(tmp_path):
+    out = run("custom_block.py", cwd=tmp_path)
+    assert "generated: [5, 8, 11, 14," in out
+    assert "equal logits: True" in out
+
+
 @pytest.mark.parametrize("how", ["tensor", "sharded", "data"])
 def test_parallel(tmp_path, how):
     if how != "data" and find_spec("transformers.distributed.parallel_utils") is None:

@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -17,6 +18,7 @@ from transformers import GPT2PreTrainedModel, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_gpt_scratch import SIZES, GPTScratchConfig
+from .own_code import bring_package, own_files
 from .weight_map import to_gpt2_state_dict
 
 logger = logging.get_logger(__name__)
@@ -47,7 +49,15 @@ class Interop(PreTrainedModel):
         _refuse_to_save_other_code(self)
         if auto_map := self.auto_map():
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
+        own = own_files(self)
+        if own and kwargs.get("push_to_hub"):
+            raise ValueError(
+                f"got push_to_hub=True, which would upload {', '.join(sorted(own))} before the code that it needs lies "
+                "beside it; call model.push_to_hub(repo_id) instead"
+            )
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        if own and kwargs.get("is_main_process", True):
+            bring_package(self, Path(save_directory))
 
     @classmethod
     def from_book(cls, state_dict: Mapping[str, torch.Tensor], cfg: dict | GPTScratchConfig) -> Self:
@@ -96,7 +106,7 @@ class Interop(PreTrainedModel):
                     )
             end = 50256 if cfg.get("vocab_size", 0) > 50256 else None  # a smaller vocabulary is not GPT-2's
             tied = len(pair) == 2 and len({(tensor.data_ptr(), tensor.shape) for tensor in pair}) == 1
-            config = GPTScratchConfig.from_book(cfg, bos_token_id=end, eos_token_id=end, tie_word_embeddings=tied)
+            config = cls.config_class.from_book(cfg, bos_token_id=end, eos_token_id=end, tie_word_embeddings=tied)
         if config.tie_word_embeddings and len(pair) == 2 and not torch.equal(*pair):
             raise ValueError(
                 "the config says tie_word_embeddings=True, but out_head.weight is not equal to tok_emb.weight; set it "

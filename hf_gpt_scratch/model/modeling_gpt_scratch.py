@@ -144,9 +144,13 @@ class CachedAttention(MultiHeadAttention):
     def heads(self, x):  # (B, S, E)
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
 
+    def at_positions(self, heads, **kwargs):
+        """Queries or keys (B, H, T, D) of tokens at `kwargs["position_ids"]`; rotary positions are added here."""
+        return heads
+
     def keys_and_values(self, x, past_key_values, kwargs):
         """Those of x (B, T, E), after those that are cached: (B, H, S, D) each."""
-        keys, values = self.heads(self.W_key(x)), self.heads(self.W_value(x))
+        keys, values = self.at_positions(self.heads(self.W_key(x)), **kwargs), self.heads(self.W_value(x))
         if past_key_values is None:
             return keys, values
         return past_key_values.update(keys, values, self.layer_idx, kwargs=kwargs)
@@ -166,7 +170,7 @@ class CachedAttention(MultiHeadAttention):
             states: (B, S, E), what the keys and values are made of; default: x.
             kwargs: handed to the attention function.
         """
-        queries = self.heads(self.W_query(x))  # (B, H, T, D)
+        queries = self.at_positions(self.heads(self.W_query(x)), **kwargs)  # (B, H, T, D)
         keys, values = self.keys_and_values(x if states is None else states, past_key_values, kwargs)
         # CODEPATH: no official checkpoint has it, but Stanford's Mistral models do
         eager = upcast_attention if self.config.reorder_and_upcast_attn else eager_attention
@@ -250,6 +254,7 @@ class GPTScratchPreTrainedModel(Interop):
 
     config_class = GPTScratchConfig
     config: GPTScratchConfig
+    block_class = GPTScratchBlock  # a class of one's own may have another
     base_model_prefix = "model"
     _input_embed_layer = "tok_emb"
     supports_gradient_checkpointing = True
@@ -270,6 +275,8 @@ class GPTScratchPreTrainedModel(Interop):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        # accelerate keeps each block on one device, whatever its class is called.
+        cls._no_split_modules = [cls.block_class.__name__]
         # A class with a model type of its own reads official checkpoints too.
         register_conversions(cls.config_class.model_type)
 
@@ -300,7 +307,8 @@ class GPTScratchPreTrainedModel(Interop):
         register_conversions(cls.config_class.model_type)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
-        missing = sorted(name for name in info["missing_keys"] if is_base_weight(name))
+        own_block = cls.block_class is not GPTScratchBlock  # whose weights may be new
+        missing = sorted(name for name in info["missing_keys"] if is_base_weight(name, exactly=own_block))
         if missing and not output_loading_info:
             raise ValueError(
                 f"the checkpoint has no weights for {some(missing)}, which would be random; give a "
@@ -334,12 +342,13 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
 
     gpt2_class = GPT2Model
 
-    def __init__(self, config: GPTScratchConfig):
+    def __init__(self, config: GPTScratchConfig, block_class: type[GPTScratchBlock] | None = None):
         super().__init__(config)
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate if config.drop_rate_emb is None else config.drop_rate_emb)
-        self.trf_blocks = nn.ModuleList(GPTScratchBlock(config, i) for i in range(config.n_layers))
+        make_block = block_class or self.block_class
+        self.trf_blocks = nn.ModuleList(make_block(config, i) for i in range(config.n_layers))
         self.final_norm = FusedLayerNorm(config.emb_dim, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
@@ -490,7 +499,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: GPTScratchConfig):
         super().__init__(config)
-        self.model = GPTScratchModel(config)
+        self.model = GPTScratchModel(config, self.block_class)
         self.out_head: nn.Module = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         self.post_init()
 
@@ -688,7 +697,7 @@ class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTS
     def __init__(self, config: GPTScratchConfig):
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
-        self.model = GPTScratchModel(config)
+        self.model = GPTScratchModel(config, self.block_class)
         self.score = nn.Linear(config.emb_dim, self.num_labels, bias=False)
         self.post_init()
 
@@ -701,7 +710,7 @@ class GPTScratchForTokenClassification(GenericForTokenClassification, GPTScratch
     def __init__(self, config: GPTScratchConfig):
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
-        self.model = GPTScratchModel(config)
+        self.model = GPTScratchModel(config, self.block_class)
         rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
         self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
         self.classifier = nn.Linear(config.emb_dim, self.num_labels)
@@ -722,7 +731,7 @@ class GPTScratchForQuestionAnswering(GenericForQuestionAnswering, GPTScratchPreT
 
     def __init__(self, config: GPTScratchConfig):
         PreTrainedModel.__init__(self, config)
-        self.model = GPTScratchModel(config)
+        self.model = GPTScratchModel(config, self.block_class)
         self.qa_outputs = nn.Linear(config.emb_dim, 2)
         self.post_init()
 

@@ -141,12 +141,18 @@ def rows(n_layers: int, table: Iterable[Row] = TABLE) -> Iterator[Row]:
         yield from (row.at(n) for n in range(n_layers)) if "{n}" in row.theirs else (row,)
 
 
-def is_base_weight(name: str) -> bool:
-    """Whether a parameter, with or without the prefix, quantized or not, is of a module that every base model has.
+def is_base_weight(name: str, exactly: bool = False) -> bool:
+    """Whether a parameter, with or without the prefix, is of a module that every base model has.
 
     A quantized head counts too: unlike a float one it is never new.
+
+    Args:
+        exactly: only by the name that GPT-2 has it under, so no quantized one, nor the scale of another kind of norm.
     """
-    module, _, kind = re.sub(r"(?<=^trf_blocks\.)\d+", "{n}", name.removeprefix(SCRATCH_PREFIX)).rpartition(".")
+    name = re.sub(r"(?<=^trf_blocks\.)\d+", "{n}", name.removeprefix(SCRATCH_PREFIX))
+    if exactly:
+        return any(name in row.ours for row in BASE)
+    module, _, kind = name.rpartition(".")
     if "cross" in module or module.endswith(".ff.layers.1"):
         return False
     modules = {ours.rpartition(".")[0] for row in BASE for ours in row.ours}

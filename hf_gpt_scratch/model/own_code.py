@@ -1,0 +1,102 @@
+"""A model class of one's own is saved with this package's code, so that it loads where the package is missing.
+
+transformers copies the module of the class, and what that imports relatively. In the copy, then,
+`from hf_gpt_scratch import GPTScratchBlock` becomes `from .modeling_gpt_scratch import GPTScratchBlock`, and the files
+of this folder go along.
+"""
+
+import ast
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+HERE = Path(__file__).parent
+PACKAGE = __name__.partition(".")[0] if not __name__.startswith("transformers_modules") else None
+
+
+def own_files(model: PreTrainedModel) -> set[str]:
+    """The names of the user's own files that transformers saves with a model."""
+    found: set[str] = set()
+    for kind in (type(model), type(model.config)):
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        if getattr(kind, "_auto_class", None) and file and kind.__module__ != "__main__":
+            files = map(Path, [file, *get_relative_import_files(file)])
+            found |= {path.name for path in files if path.suffix == ".py" and path.parent.resolve() != HERE.resolve()}
+    return found
+
+
+def bring_package(model: PreTrainedModel, folder: Path) -> None:
+    """Makes what was saved in `folder` independent of this package, as far as it uses what ships with a model."""
+    for name in sorted(own_files(model)) if PACKAGE else []:
+        path = folder / name
+        if not path.is_file():  # an adapter was saved, and nothing else
+            continue
+        source = path.read_text(encoding="utf-8")
+        rewritten, needed, left = relative_imports(source)
+        if left:
+            logger.warning(
+                f"{name} imports {', '.join(left)}, which does not ship with a model, so what is saved in {folder} "
+                f"loads only where {PACKAGE} is installed"
+            )
+        files = {HERE / f"{room}.py" for room in needed}
+        further = {Path(other) for file in files for other in get_relative_import_files(file)} - files
+        for file in files | further:
+            shutil.copyfile(file, folder / file.name)
+        if further:
+            imports = "".join(f"    from .{file.stem} import *\n" for file in sorted(further))
+            rewritten += f"\n# Older versions of transformers fetch only what this file imports.\nif False:\n{imports}"
+        if rewritten != source:
+            path.write_text(rewritten, encoding="utf-8")
+
+
+def relative_imports(source: str) -> tuple[str, set[str], list[str]]:
+    """The source with imports of what ships made relative; the modules that it then needs; and what does not ship."""
+    lines = source.splitlines(keepends=True)
+    needed: set[str] = set()
+    left: list[str] = []
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    for node in sorted(nodes, key=lambda node: -node.lineno):
+        if isinstance(node, ast.Import):
+            left += [alias.name for alias in node.names if alias.name.partition(".")[0] == PACKAGE]
+            continue
+        if node.level or (node.module or "").partition(".")[0] != PACKAGE:
+            continue
+        before, after = lines[node.lineno - 1][: node.col_offset], lines[node.end_lineno - 1][node.end_col_offset :]
+        if before.strip() or (after.strip().removeprefix(";") != "" and not after.strip().startswith("#")):
+            left.append(f"{node.module}, on a line with something else")
+            continue
+        parts: dict[str, list[str]] = {}
+        for alias in node.names:
+            room = shipped_in(str(node.module), alias.name)
+            parts.setdefault(f".{room}" if room else str(node.module), []).append(ast.unparse(alias))
+            if room:
+                needed.add(room)
+            else:
+                left.append(f"{node.module}.{alias.name}")
+        new = [f"{before}from {module} import {', '.join(names)}\n" for module, names in sorted(parts.items())]
+        lines[node.lineno - 1 : node.end_lineno] = new
+    return "".join(lines), needed, left
+
+
+def shipped_in(module: str, name: str) -> str | None:
+    """The file of this folder, without its ending, that defines what `from module import name` gives; None if none."""
+    value = getattr(import_module(module), name, None)
+    for room in shipped() if value is not None else ():
+        if vars(room).get(name) is value and getattr(value, "__module__", room.__name__) == room.__name__:
+            return room.__name__.rpartition(".")[2]
+    return None
+
+
+def shipped() -> Iterator[ModuleType]:
+    package = __name__.rpartition(".")[0]
+    for path in HERE.glob("*.py"):
+        if path.stem != "__init__":
+            yield import_module(f"{package}.{path.stem}")
