@@ -535,7 +535,7 @@ def test_model_args_that_contradict_the_weights_are_refused(tmp_path):
         ({"block_size": 65}, "context_length=65, but its tensors say 64"),
         ({"n_layer": 4}, "n_layers=4, but its tensors say 3"),
         ({"use_rmsnorm": True}, "model_args use_rmsnorm, which nanoGPT itself does not have"),
-        ({"n_head": "4"}, "a str for n_head in its model_args, but they are numbers"),
+        ({"n_head": "4"}, "a str for n_head in its model_args, but it must be a number"),
         ({"dropout": 7.0}, "dropout rate"),
     ):
         torch.save({"model": state_dict, "model_args": {**model_args(), **change}}, tmp_path / "ckpt.pt")

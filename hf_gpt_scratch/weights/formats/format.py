@@ -136,7 +136,7 @@ class Source:
     format: "Format"
     path: Path
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 
@@ -255,7 +255,7 @@ class Format:
         Raises:
             ConversionError: no whole, finite GPT-2, or `n_heads` is missing or wrong.
         """
-        path, layout, told = source.path, self.layout, source.told
+        path, layout = source.path, self.layout
         tensors = source.tensors = {
             name: finite(tensor, name, path)
             for name, tensor in source.tensors.items()
@@ -265,7 +265,7 @@ class Format:
         n_layers, emb_dim, n_inner = sizes["n_layers"], sizes["emb_dim"], sizes["n_inner"]
         tied = layout.head not in tensors
         end = 50256 if sizes["vocab_size"] > 50256 else None  # a smaller vocabulary is not GPT-2's
-        given: dict[str, Any] = told | sizes
+        given: dict[str, Any] = source.metadata | sizes
         given |= {"n_heads": heads(source, emb_dim, n_heads), "n_inner": None if n_inner == 4 * emb_dim else n_inner}
         try:
             config = GPTScratchConfig(
@@ -308,10 +308,10 @@ class Format:
             "n_layers": n_layers,
             "n_inner": shape("trf_blocks.{n}.ff.layers.0.weight").numel() // max(emb_dim, 1),
         }
-        for name in sizes.keys() & source.told.keys():
-            if source.told[name] != sizes[name]:
+        for name in sizes.keys() & source.metadata.keys():
+            if source.metadata[name] != sizes[name]:
                 raise ConversionError(
-                    f"{path} says {name}={source.told[name]!r}, but its tensors say {sizes[name]}; one is wrong"
+                    f"{path} says {name}={source.metadata[name]!r}, but its tensors say {sizes[name]}; one is wrong"
                 )
         return sizes
 
@@ -424,7 +424,7 @@ def heads(source: Source, emb_dim: int, given: int | None) -> int:
     Raises:
         ConversionError: nobody says it, or it does not divide `emb_dim`, or two say two numbers.
     """
-    told = source.told.get("n_heads")
+    told = source.metadata.get("n_heads")
     if told is not None and given not in (None, told):
         raise ConversionError(f"got n_heads={given}, but {source.path} says {told}; leave n_heads out")
     n_heads = given if told is None else told

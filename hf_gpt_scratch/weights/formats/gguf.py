@@ -74,9 +74,9 @@ class Gguf(Format):
         return found.start == b"GGUF"
 
     def open(self, found: Found) -> Source:
-        tensors, told = read_gguf(found.path)
-        notes = ["left behind: the tokenizer inside the file"] if told.pop("tokenizer") else []
-        return Source(self, found.path, tensors, told, notes)
+        tensors, metadata = read_gguf(found.path)
+        notes = ["left behind: the tokenizer inside the file"] if metadata.pop("tokenizer") else []
+        return Source(self, found.path, tensors, metadata, notes)
 
     def limits(self, config: GPTScratchConfig) -> dict[str, tuple]:
         limits = super().limits(config)
