@@ -1,4 +1,4 @@
-"""How the model is spread over processes: plans for tensor, data and pipeline parallelism, and loading into them.
+"""Distribution over processes: plans for tensor, data and pipeline parallelism, and sharded loading.
 
 transformers and vLLM carry the plans out. Tensor parallelism needs transformers 5.22; before, the plan is None.
 """
@@ -11,7 +11,7 @@ from transformers.core_model_loading import ConversionOps
 
 SHARDED_LOADING = find_spec("transformers.distributed.parallel_utils") is not None
 
-# Of the base model, by the names of its modules; "*" is any number. The language model's head follows.
+# For the base model, by module name; "*" stands for any number. The language model's head is below.
 TP_PLAN = {
     "tok_emb": "embedding_rowwise",
     "trf_blocks.*.att.W_query": "colwise",
@@ -20,8 +20,8 @@ TP_PLAN = {
     "trf_blocks.*.att.out_proj": "rowwise",
     "trf_blocks.*.ff.layers.*": "gpt_scratch_feed_forward",
 }
-# What has no rule is one group with the whole model, the head among it: in a group of its own, a tied head would not
-# follow the training of tok_emb.
+# Modules without a rule form one group with the whole model, including the head: in a group of its own, a tied head
+# would not be trained with tok_emb.
 FSDP_PLAN = {"tok_emb": "free_full_weight", "trf_blocks.*": "free_full_weight"}
 # Each module's inputs and outputs, in the order of execution.
 PP_PLAN = {
@@ -40,9 +40,9 @@ if SHARDED_LOADING:
     from transformers.distributed.tensor_parallel import TensorParallelLayer
 
     class FeedForwardParallel(TensorParallelLayer):
-        """The first layer by columns, the last by rows, the activation on what each process has.
+        """The first layer by columns, the last by rows, the activation on each process's part.
 
-        One style for all of `ff.layers`, since a plan cannot tell one number in a name from another.
+        One style for all of `ff.layers`, since a plan cannot distinguish numbers in names.
         """
 
         def style(self, module: nn.Module) -> TensorParallelLayer:
@@ -58,18 +58,18 @@ if SHARDED_LOADING:
 
     ALL_PARALLEL_STYLES.register("gpt_scratch_feed_forward", FeedForwardParallel())  # type: ignore[arg-type]  # as all styles
 else:
-    TP_PLAN = HEAD_TP_PLAN = None  # type: ignore[assignment]  # 5.4 would follow it to wrong logits
+    TP_PLAN = HEAD_TP_PLAN = None  # type: ignore[assignment]  # 5.4 would compute wrong logits with it
 
 
 class Gather(ConversionOps):
-    """The whole of GPT-2's tensor, of which the loader of a distributed model reads a part on each process.
+    """Gathers GPT-2's whole tensor, of which the loader of a distributed model reads a part on each process.
 
-    The loader cuts a source as its target is sharded, before any operation; but the rows of the one are not the rows
-    of the other. So the parts are put together here, and `Scatter` cuts the results. Both leave tensors as they are
-    where nothing is sharded, and on the way back to GPT-2's layout.
+    The loader shards the source tensor like its target, before any operation; but their rows do not correspond. So the
+    parts are gathered here, and `Scatter` shards the results. Both leave tensors unchanged if nothing is sharded, and
+    in the conversion back to GPT-2's layout.
 
     Args:
-        transposed, parts: of the row in the weight map.
+        transposed, parts: whether the weight map's row is transposed, and the number of our tensors in it.
     """
 
     def __init__(self, transposed: bool, parts: int):
@@ -95,7 +95,7 @@ class Gather(ConversionOps):
 
 
 class Scatter(ConversionOps):
-    """Of each of our tensors the part that belongs to this process; see `Gather`."""
+    """Keeps this process's part of each of our tensors; see `Gather`."""
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
@@ -114,7 +114,7 @@ class Scatter(ConversionOps):
 
 
 class Unchanged(ConversionOps):
-    """Tensors as they are."""
+    """Returns tensors unchanged."""
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         return input_dict
@@ -125,7 +125,7 @@ class Unchanged(ConversionOps):
 
 
 def sharded_target(full_layer_name=None, model=None, **_):
-    """The parameter that a conversion is for, if it is spread over processes, else None."""
+    """The target parameter of a conversion if it is sharded, else None."""
     if not SHARDED_LOADING or model is None:
         return None
     target = model.get_parameter(full_layer_name)
