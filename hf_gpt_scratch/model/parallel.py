@@ -1,6 +1,6 @@
 """Distribution over processes: plans for tensor, data and pipeline parallelism, and sharded loading.
 
-transformers and vLLM carry the plans out. Tensor parallelism needs transformers 5.22; before, the plan is None.
+transformers and vLLM execute the plans. Tensor parallelism needs transformers 5.22; before, the plan is None.
 """
 
 from importlib.util import find_spec

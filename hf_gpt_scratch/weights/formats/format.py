@@ -311,8 +311,8 @@ class Format:
         for name in sizes.keys() & source.metadata.keys():
             if source.metadata[name] != sizes[name]:
                 raise ConversionError(
-                    f"{path} says {name}={source.metadata[name]!r}, but its tensors say {sizes[name]}; correct the "
-                    "former"
+                    f"{path} says {name}={source.metadata[name]!r}, but its tensors say {sizes[name]}; correct its "
+                    "metadata"
                 )
         return sizes
 
