@@ -282,7 +282,7 @@ def test_other_damage_to_gguf_is_refused_by_what_it_is(gguf_file):
             read(gguf_file)
     for spoiled in (whole[:-40], whole + bytes(32)):
         gguf_file.write_bytes(spoiled)
-        with pytest.raises(ConversionError, match=r"it has \d+ bytes, but by its header"):
+        with pytest.raises(ConversionError, match=r"it has \d+ bytes, but according to its header"):
             read(gguf_file)
 
 

@@ -83,7 +83,7 @@ def test_other_architecture_is_refused_by_name(tmp_path):
     random_gpt2().save_pretrained(tmp_path / "a")
     values = json.loads((tmp_path / "a/config.json").read_text())
     (tmp_path / "a/config.json").write_text(json.dumps({**values, "architectures": ["GPT2ForPoetry"]}))
-    with pytest.raises(ConversionError, match=r"'GPT2ForPoetry', but known are GPT2LMHeadModel, GPT2Model"):
+    with pytest.raises(ConversionError, match=r"'GPT2ForPoetry', but must name one of GPT2LMHeadModel, GPT2Model"):
         gpt2_to_scratch(tmp_path / "a", tmp_path / "b")
 
 

@@ -81,7 +81,7 @@ def test_the_advice_for_a_config_of_no_type_works(tmp_path, official):
     gpt2, source = official
     change_config(source, model_type=None, architectures=["MyGPT"])
     for convert in (gpt2_to_scratch, import_checkpoint):
-        with pytest.raises(ConversionError, match=r'write "model_type" into its config\.json'):
+        with pytest.raises(ConversionError, match=r'add "model_type" to its config\.json'):
             convert(source, tmp_path / "out")
     change_config(source, model_type="gpt2", architectures=["GPT2LMHeadModel"])
     import_checkpoint(source, tmp_path / "out")
