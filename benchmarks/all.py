@@ -1,6 +1,6 @@
-"""Everything, one after the other, and the tables in README.md: python benchmarks/all.py
+"""Runs all benchmarks and updates the tables in README.md: python benchmarks/all.py
 
-Takes about an hour on two cores; --only decode,prefill measures those. Run it on a machine that does nothing else.
+Takes about an hour on two cores; --only decode,prefill runs only these two. Use a machine that does nothing else.
 """
 
 import subprocess
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 HERE = Path(__file__).parent
-MINUTES = {  # about, on two cores
+MINUTES = {  # approximate, on two cores
     "decode": 20,
     "prefill": 6,
     "training": 9,
@@ -26,11 +26,11 @@ MINUTES = {  # about, on two cores
     "gpu": 0,
 }
 BENCHMARKS = tuple(MINUTES)
-ENDED = {0: "done", 2: "cannot run here", 3: "DONE, BUT A CHECK FAILED: its table shows which row's"}  # by exit status
+ENDED = {0: "done", 2: "cannot run here", 3: "DONE, BUT A CHECK FAILED: see the table for the row"}  # by exit status
 
 
 def with_tables(readme: str, results: Path) -> str:
-    """The page with every table that there is between its two marks."""
+    """The page with each table that was measured between its two marks."""
     for name in BENCHMARKS:
         table = results / f"{name}.md"
         if table.exists():
@@ -43,13 +43,13 @@ def with_tables(readme: str, results: Path) -> str:
 
 def main(
     only: Annotated[str, typer.Option(help="Names separated by commas.")] = ",".join(BENCHMARKS),
-    rounds: Annotated[int, typer.Option(help="Measurements of each row; 0: as many as each script says.")] = 0,
-    output: Annotated[Path, typer.Option(help="Where the reports go.")] = HERE / "results",
-    quick: Annotated[bool, typer.Option(help="Tiny models: shows that all runs, measures nothing.")] = False,
+    rounds: Annotated[int, typer.Option(help="Measurements of each row; 0: the default of each script.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where to save the reports.")] = HERE / "results",
+    quick: Annotated[bool, typer.Option(help="Tiny models: only tests that everything runs.")] = False,
 ) -> None:
-    """Runs the benchmarks, each in its own process, and puts their tables into README.md.
+    """Runs the benchmarks, each in its own process, and writes their tables into README.md.
 
-    The exit status is 1 if one of them broke, 3 if a check failed, else 0.
+    The exit status is 1 if a benchmark broke, 3 if a check failed, otherwise 0.
     """
     names = only.split(",")
     if unknown := set(names) - set(BENCHMARKS):

@@ -1,10 +1,9 @@
 """Memory and time of streamed conversions: python benchmarks/convert.py --preset 124M [--formats]
 
-Time is against copying the same bytes on the same disk, both until fsync. The two take turns, each in a process that
-has imported the same before the clock starts: a virtual machine may give memory that was freed some seconds ago back to
-its host, and then the first files to be written afterwards take longer. Memory is what the process that converts has at
-most of its own, beside the pages of files that are mapped, which the system takes back when it needs them; less that of
-one that only imports.
+Time is compared with copying the same bytes on the same disk, both up to fsync. The two alternate, each in a process
+that has done the same imports before the clock starts: a virtual machine may return freed memory to its host, and then
+the first files written afterwards take longer. Memory is the peak of the converting process's anonymous pages, without
+those of mapped files, which the system can reclaim, minus the peak of a process that only imports.
 """
 
 import json
@@ -36,7 +35,7 @@ from hf_gpt_scratch.weights.formats.directory import Weights
 from hf_gpt_scratch.weights.formats.tensorflow import HPARAMS, MAGIC, TENSORFLOW, masked_crc32c
 from hf_gpt_scratch.weights.tensors import LazyTensor, with_qkv_biases
 
-# The kernel keeps no peak of RssAnon, so it is looked at every 2 ms.
+# The kernel does not record the peak of RssAnon, so it is sampled every 2 ms.
 CHILD = """
 import json, os, re, shutil, sys, threading, time, warnings
 warnings.simplefilter("ignore")
@@ -80,7 +79,7 @@ def write_source(directory: Path, preset: str) -> None:
 
 
 def write_tensorflow(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """A TensorFlow checkpoint, by its names; OpenAI's `hparams.json` is not written."""
+    """Writes a TensorFlow checkpoint under TensorFlow's names, without OpenAI's `hparams.json`."""
 
     def varint(number: int) -> bytes:
         return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
@@ -133,7 +132,7 @@ def run_child(*arguments: object) -> dict[str, float]:
 
 
 def measure_formats(place: Path, preset: str, only: str) -> None:
-    """One run of every way out of a native directory and into one, verified by the weights."""
+    """One conversion from a native directory to each format and back, with the weights verified."""
     bare, native, n_heads = run_child()["peak"], place / "native", GPTScratchConfig.preset(preset).n_heads
     write_source(place / "source", preset)
     gpt2_to_scratch(place / "source", native, check=False)
@@ -144,8 +143,8 @@ def measure_formats(place: Path, preset: str, only: str) -> None:
     def measure(what: str, name: str, source: Path, target: Path, **options: object) -> None:
         figures = run_child(name, source, target, json.dumps(options))
         peak = figures["peak"] - bare
-        told = f"{peak / 1e6:.0f} MB | {peak / largest:.2f} | {figures['seconds']:.1f} s"
-        print(f"| {preset} | {what} | {told} |", flush=True)
+        cells = f"{peak / 1e6:.0f} MB | {peak / largest:.2f} | {figures['seconds']:.1f} s"
+        print(f"| {preset} | {what} | {cells} |", flush=True)
 
     for format in ("book", "nanogpt", "gguf", "tensorflow"):
         if not re.search(only, format):
@@ -164,13 +163,13 @@ def measure_formats(place: Path, preset: str, only: str) -> None:
 
 def main(
     preset: Annotated[str, typer.Option(help="124M, 355M, 774M or 1558M.")] = "124M",
-    runs: Annotated[int, typer.Option(help="Of each; the medians count.")] = 5,
+    runs: Annotated[int, typer.Option(help="Runs of each; the medians are reported.")] = 5,
     weights: Annotated[bool, typer.Option(help='Convert with check="weights" instead of check=False.')] = False,
-    directory: Annotated[Path | None, typer.Option(help="A place on the disk to measure.")] = None,
+    directory: Annotated[Path | None, typer.Option(help="A directory on the disk to measure.")] = None,
     other: Annotated[
         bool, typer.Option("--formats", help="Measure other programs' formats instead, once each.")
     ] = False,
-    only: Annotated[str, typer.Option(help="Regular expression: which of these.")] = "",
+    only: Annotated[str, typer.Option(help="Regular expression: which formats.")] = "",
 ) -> None:
     """Measures a streamed conversion against copying the same bytes."""
     errors = Console(stderr=True)

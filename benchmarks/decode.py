@@ -1,8 +1,8 @@
 """Generation, token by token: python benchmarks/decode.py
 
-Greedy `.generate()` of a prompt and new tokens, prefill included; milliseconds a new token. The ids of every row are
-compared with those of transformers' GPT-2; ours in float32 must have the same, and torch.compile must have done all its
-work in the first call, or the exit status is 3.
+Greedy `.generate()`, prefill included, in milliseconds per new token. The ids of every row are compared with those of
+transformers' GPT-2. The exit status is 3 unless ours in float32 are the same and torch.compile has compiled everything
+in the first call.
 """
 
 import re
@@ -22,7 +22,7 @@ CASES = "1x32+64,8x32+64,1x928+64"
 
 @dataclass(frozen=True)
 class Case:
-    """One table: so many prompts of so many tokens, and as many new ones for each."""
+    """One table: the number of prompts, their length, and the new tokens for each."""
 
     batch: int
     prompt: int
@@ -33,7 +33,7 @@ class Case:
 
     @property
     def slow(self) -> str:
-        """The rows to leave out, as they would take minutes."""
+        """Pattern of the rows to leave out, which would take minutes."""
         return "no cache|eager" if self.batch * self.prompt > 128 else "$^"
 
 
@@ -41,19 +41,19 @@ def parsed(text: str) -> list[Case]:
     """`1x32+64,8x32+64`: batch, prompt, new tokens.
 
     Raises:
-        typer.BadParameter: it is written otherwise.
+        typer.BadParameter: the text has another form.
     """
     found = [re.fullmatch(r"(\d+)x(\d+)\+(\d+)", case) for case in text.split(",")]
     if not all(found):
-        raise typer.BadParameter(f"--cases {text!r}: write BATCHxPROMPT+NEW and commas between, as in {CASES}")
+        raise typer.BadParameter(f"--cases {text!r}: use BATCHxPROMPT+NEW, separated by commas, as in {CASES}")
     return [Case(*map(int, case.groups())) for case in found if case]
 
 
 @torch.inference_mode()
 def measure(report: Report, case: Case, engines: dict[str, Any], vocab_size: int, rounds: int) -> bool:
-    """Adds the case's table to the report; whether ours made the reference's ids, and nothing was compiled anew."""
+    """Adds the case's table to the report; returns whether our ids are the reference's, and nothing was recompiled."""
     ids = harness.random_ids(case.batch, case.prompt, vocab_size)
-    torch._dynamo.reset()  # or the compiled rows would run code that is general enough for the case before
+    torch._dynamo.reset()  # otherwise the compiled rows could reuse the previous case's code
     measured = harness.interleaved(
         {
             name: partial(engine.generate, ids, case.new_tokens)
@@ -86,7 +86,7 @@ def main(
     output: Output = harness.RESULTS,
     quick: Quick = False,
 ) -> None:
-    """Milliseconds a token of greedy generation: batch 1 and 8, short and long prompts, all engines."""
+    """Milliseconds per token of greedy generation: batch 1 and 8, short and long prompts, all engines."""
     harness.use_threads(threads)
     if quick:
         size, rounds, only, cases = "tiny", 2, only or harness.QUICK, "1x5+6,2x9+4"

@@ -1,8 +1,8 @@
-"""What decode.py, prefill.py and scaling.py compare: one official checkpoint run by each engine.
+"""The engines that decode.py, prefill.py and scaling.py compare on one official checkpoint.
 
-An engine that needs a package which is not installed is left out, and the tables name it as missing. Engines other than
-torch live in processes of their own, without torch (workers.py): CTranslate2 and torch slow each other down, by a third
-and more, in one process.
+An engine whose package is not installed is left out, and the tables name it as missing. Engines other than torch run in
+processes of their own, without torch (workers.py): in one process, CTranslate2 and torch slow each other down by a
+third and more.
 Shapes: B batch, T tokens, V vocabulary.
 """
 
@@ -37,12 +37,12 @@ from hf_gpt_scratch.weights.checkpoint import Progress
 from hf_gpt_scratch.weights.formats.directory import Weights
 from hf_gpt_scratch.weights.formats.gguf import GGUF, write_gguf
 
-torch._dynamo.config.recompile_limit = 64  # the compiled rows have models of their own, whose code is the same
+torch._dynamo.config.recompile_limit = 64  # each compiled row has its own model with the same code
 
 
 @functools.cache
 def load(model_class: type[PreTrainedModel], checkpoint: Path, **options: Any) -> PreTrainedModel:
-    """What a user gets from `from_pretrained`; rows with the same options share it."""
+    """A model from `from_pretrained`; rows with the same options share it."""
     return model_class.from_pretrained(checkpoint, **options).eval()
 
 
@@ -50,10 +50,10 @@ class Transformers:
     """A Transformers model through plain `.generate()`, greedy.
 
     Args:
-        static: with a static cache instead of a growing one.
-        compiled: prefill, and the decoding step of a static cache, by `torch.compile`.
-        inductor: options of its compiler.
-        mode: of that compilation of the decoding step.
+        static: use a static cache instead of a growing one.
+        compiled: compile the prefill, and with a static cache the decoding step, with `torch.compile`.
+        inductor: options of the compiler.
+        mode: the mode in which the decoding step is compiled.
     """
 
     backend = "inductor"
@@ -90,13 +90,13 @@ class Transformers:
             settings.cache_implementation = "static"
         if self.compiled:
             settings.compile_config = CompileConfig(**self.how, fullgraph=True, backend=self.backend)
-            settings.compile_config._compile_all_devices = True  # transformers compiles on GPUs alone unless told so
+            settings.compile_config._compile_all_devices = True  # otherwise transformers compiles only on GPUs
         self.model.generation_config = settings
         return self.model.generate(ids, attention_mask=torch.ones_like(ids))  # (B, T + new_tokens)
 
 
 class NoCache(Transformers):
-    """All tokens again for each new one, as nanoGPT and the book's `generate_text_simple` do."""
+    """Computes all tokens again for each new one, like nanoGPT and the book's `generate_text_simple`."""
 
     def generate(self, ids, new_tokens):
         for _ in range(new_tokens):
@@ -113,7 +113,7 @@ class Int8(Transformers):
 
 
 class TorchAoInt8(Transformers):
-    """The same by torchao."""
+    """The same with torchao."""
 
     def loaded(self, model_class, checkpoint, **options):
         from torchao.quantization import Int8WeightOnlyConfig
@@ -123,12 +123,12 @@ class TorchAoInt8(Transformers):
 
 
 class Foreign:
-    """An engine of workers.py; ids and logits travel as numpy arrays, outside the time that is measured.
+    """An engine of workers.py; ids and logits are sent as numpy arrays, outside the measured time.
 
     Args:
-        convert: writes the checkpoint in the engine's format; in a process of its own, whose torch ends with it.
+        convert: writes the checkpoint in the engine's format, in a process of its own.
         engine: a class of workers.py.
-        options: of both.
+        options: for both.
     """
 
     def __init__(self, convert, engine, checkpoint, **options):
@@ -155,7 +155,7 @@ class Foreign:
 
 
 def to_ctranslate2(checkpoint: Path, directory: Path, width: str, mkl: bool) -> None:
-    """Writes the checkpoint for CTranslate2, its tokens being the ids.
+    """Writes the checkpoint for CTranslate2, with the ids as tokens.
 
     Raises:
         ImportError: CTranslate2 is not installed.
@@ -192,12 +192,12 @@ class Step(nn.Module):
 
 
 def to_onnx(checkpoint: Path, directory: Path) -> None:
-    """Exports the official model with free batch, length and past.
+    """Exports the official model with dynamic batch, length and past.
 
     Raises:
         ImportError: a package of the exporter or of the engine is not installed.
     """
-    import onnxruntime  # noqa: F401  before the export, which takes longer
+    import onnxruntime  # noqa: F401  fail before the export, which takes long
     import onnxscript  # noqa: F401  the exporter needs it
 
     model = load(GPT2LMHeadModel, checkpoint)
@@ -221,20 +221,20 @@ def to_onnx(checkpoint: Path, directory: Path) -> None:
 
 
 def to_gguf(checkpoint: Path, directory: Path) -> None:
-    """Writes the checkpoint for llama.cpp, with a tokenizer that spells the ids: it answers in text.
+    """Writes the checkpoint for llama.cpp, with a tokenizer that spells the ids, since it returns text.
 
     Raises:
         ImportError: gguf or llama.cpp's bindings are not installed.
     """
-    import gguf  # noqa: F401  which write_gguf needs
+    import gguf  # noqa: F401  needed by write_gguf
     import xllamacpp  # noqa: F401
 
     weights: Any = Weights(checkpoint, "gpt2")
     config = GPTScratchConfig.from_gpt2(weights.config)
-    # A byte-pair tokenizer must have a merge.
+    # A byte-pair tokenizer must have at least one merge.
     vocabulary = {"<": 0, ">": 1, "<>": 2, **{f"<{i}>": i for i in range(3, config.vocab_size)}}
     backend = Tokenizer(BPE(vocabulary, [("<", ">")]))
-    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)  # as GPT-2's, or it is not written
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)  # like GPT-2's, otherwise it is not written
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tensors = GGUF.layout.from_scratch(weights.in_our_names(), config.n_layers)
     if notes := write_gguf(tensors, config, directory / "model.gguf", tokenizer, Progress()):
@@ -242,12 +242,12 @@ def to_gguf(checkpoint: Path, directory: Path) -> None:
 
 
 class Floor:
-    """About the least that an engine of float32 weights needs: to read them all, or to multiply by them all.
+    """An approximate lower bound for float32 weights: the time to read them all, or to multiply by them all.
 
-    A token at batch 1 needs the reading, of as many numbers as the weights are: a sum, and one-row products with them
-    as one matrix in either memory order. A prompt needs the products of its tokens with the weights, in either order
-    too, into memory that is there already. The fastest way counts. With some tokens at once neither is the bound, and
-    this row says nothing.
+    A token at batch 1 has to read all weights: measured by a sum of as many numbers, and by one-row products with one
+    matrix of that size, in either memory order. A prompt has to multiply its tokens by the weights: in either order,
+    too, into memory that is already allocated. The fastest counts. For a few tokens at once neither is a bound, and
+    this row means nothing.
     """
 
     def __init__(self, checkpoint):
@@ -260,7 +260,7 @@ class Floor:
             functools.partial(F.linear, x, numbers.view(-1, width)),  # [out, in]
             functools.partial(F.linear, x, numbers.view(width, -1).t()),  # [in, out]
         )
-        # The head's product is for the prompt's last token alone.
+        # The head's product is only for the prompt's last token.
         self.matrices = [
             module.weight for module in model.get_submodule("transformer").modules() if isinstance(module, Conv1D)
         ]
@@ -271,7 +271,7 @@ class Floor:
 
     @functools.cached_property
     def orders(self):
-        """The matrices as GPT-2 has them, [in, out], and in the other order; made once, and for prompts only."""
+        """The matrices as in GPT-2, [in, out], and in the other order; made once, for prompts only."""
         return self.matrices, [matrix.t().contiguous().t() for matrix in self.matrices]
 
     def prefill(self, ids):
@@ -300,7 +300,7 @@ OURS, THEIRS = (
     functools.partial(Transformers, model_class) for model_class in (GPTScratchForCausalLM, GPT2LMHeadModel)
 )
 CTRANSLATE2 = functools.partial(Foreign, to_ctranslate2, "CTranslate2")
-# In float32 unless the name says another width: those change the numbers, and nobody gets them without asking.
+# In float32 unless the name has another dtype: these change the numbers, and are used only on request.
 ENGINES: dict[str, Callable[[Path], Any]] = {
     REFERENCE: THEIRS,
     "transformers GPT-2, eager attention": functools.partial(THEIRS, attn_implementation="eager"),
@@ -326,7 +326,7 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
         Int8, GPTScratchForCausalLM, **BFLOAT16_HEAD, **CPP_WRAPPER
     ),
     "ours, torchao int8, compiled": functools.partial(TorchAoInt8, GPTScratchForCausalLM, **COMPILED),
-    # Of its two libraries of matrix products, the one that is faster at that width.
+    # With the faster one of its two libraries of matrix products for each dtype.
     "CTranslate2, oneDNN": functools.partial(CTRANSLATE2, width="float32", mkl=False),
     "CTranslate2, oneDNN, bf16": functools.partial(CTRANSLATE2, width="bfloat16", mkl=False),
     "CTranslate2, MKL, int8": functools.partial(CTRANSLATE2, width="int8", mkl=True),
@@ -338,9 +338,9 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
 
 @contextmanager
 def built(checkpoint: Path, only: str, report: Report) -> Iterator[dict[str, Any]]:
-    """The reference and the engines whose names match; what cannot run here goes into the report as missing.
+    """The reference and the engines whose names match; those that cannot run here are reported as missing.
 
-    Afterwards the engines' processes have ended, and the models are no longer kept.
+    At the end the engines' processes are stopped and the models freed.
     """
     engines: dict[str, Any] = {}
     try:

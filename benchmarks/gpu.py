@@ -2,14 +2,14 @@
 
 Decoding is greedy `.generate()` in bf16: a growing cache, a static one, and a static one with the step compiled into
 CUDA graphs (`torch.compile(mode="reduce-overhead")`). Its floor is the bytes of the weights and of the cached keys and
-values over the bandwidth that a sum or a copy of gigabytes has in the same run. Training has nanoGPT's settings: bf16
+values, divided by the bandwidth of a sum or a copy of gigabytes in the same run. Training has nanoGPT's settings: bf16
 autocast, fused AdamW, flash attention through sdpa, compiled, clipped gradients, no dropout, 12 sequences of 1024.
-Prefill is the last logits of a batch of prompts, with each kind of attention that is there.
+Prefill computes the last logits of a batch of prompts, with each kind of attention that is installed.
 
-MFU is that of nanoGPT and of PaLM's appendix B, of the GPU's datasheet or of --peak-tflops, and of what the product of
-two large bf16 matrices reaches in the same run. Each table is written when it is done; --quick tries all of them on a
-tiny model, without a GPU too, where the exit status is 2 otherwise. Ours must be as close to float32 as transformers'
-GPT-2 (FLOAT64_RATIO, FP32_LOSS), and nothing may be compiled after the first calls, or it is 3.
+MFU is computed as in nanoGPT and in PaLM's appendix B, relative to the GPU's datasheet or --peak-tflops, and to what
+the product of two large bf16 matrices reaches in the same run. Each table is written when it is done; --quick tests all
+of them on a tiny model, also without a GPU, where the exit status is otherwise 2. It is 3 unless ours is as close to
+float32 as transformers' GPT-2 (FLOAT64_RATIO, FP32_LOSS) and nothing is compiled after the first calls.
 """
 
 import statistics
@@ -30,7 +30,7 @@ from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_ava
 from hf_gpt_scratch import GPTScratchForCausalLM
 from hf_gpt_scratch.weights.parity import FLOAT64_RATIO, FP32_LOSS, rms_error
 
-# FLOPs a second of dense bf16 products, by the makers' datasheets; the first name that the GPU's contains.
+# FLOP/s of dense bf16 products in the datasheets; the first name that the GPU's name contains is used.
 PEAKS = {
     "B200": 2250e12,
     "H100 PCIe": 756e12,
@@ -66,7 +66,7 @@ PREFILL |= {
 
 
 class Step:
-    """A model in training with nanoGPT's settings; a call trains one step."""
+    """A model with nanoGPT's training settings; a call trains one step."""
 
     def __init__(self, model_class, checkpoint, ids, compiled=False):
         rates = dropout_rates(model_class, 0.0)
@@ -82,7 +82,7 @@ class Step:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """Of one sequence, in float32."""
+        """The loss of one sequence, in float32."""
         return self.model.eval()(self.ids[:1], labels=self.ids[:1], use_cache=False).loss.item()
 
     def __call__(self) -> None:
@@ -103,13 +103,13 @@ TRAIN: dict[str, Callable[..., Any]] = {
 
 
 def finish() -> None:
-    """Waits for what the GPU has been given to do."""
+    """Waits until the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def finished(function: Callable[[], Any]) -> Timed:
-    """A call, timed until the GPU is done with it."""
+    """Times a call until the GPU has finished it."""
 
     def both():
         output = function()
@@ -121,7 +121,7 @@ def finished(function: Callable[[], Any]) -> Timed:
 
 
 def interleaved(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, harness.Measured]:
-    """`harness.interleaved`, after a call for each row that compiles, and one that records its CUDA graphs."""
+    """`harness.interleaved`, after one call of each row that compiles, and one that records its CUDA graphs."""
     calls = {name: partial(finished, function) for name, function in rows.items()}
     warm_up, measured = harness.interleaved(calls, 1), harness.interleaved(calls, rounds)
     for name, row in measured.items():
@@ -130,7 +130,7 @@ def interleaved(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, ha
 
 
 def peak_memory(device: str, function: Callable[[], Any]) -> int | None:
-    """Megabytes on the GPU at the peak of a call, beyond what was there before; the weights were."""
+    """The peak of GPU memory in a call, in megabytes, beyond what was allocated before (the weights were)."""
     if device != "cuda":
         return None
     before = torch.cuda.memory_allocated()
@@ -140,7 +140,7 @@ def peak_memory(device: str, function: Callable[[], Any]) -> int | None:
 
 
 def bandwidth(device: str, size: int) -> float:
-    """Bytes a second of a sum, which reads, or of a copy, which reads and writes; the better one, best of 10."""
+    """Bytes per second of a sum, which reads, or a copy, which reads and writes: the faster of the two, best of 10."""
     numbers = torch.ones(size // 4, device=device)
     target = torch.empty_like(numbers)
     ways = ((size, numbers.sum), (2 * size, partial(target.copy_, numbers)))
@@ -148,33 +148,33 @@ def bandwidth(device: str, size: int) -> float:
 
 
 def matmul_rate(device: str, n: int) -> float:
-    """FLOPs a second of the product of two (n, n) bf16 matrices, best of 10."""
+    """FLOP/s of the product of two (n, n) bf16 matrices, best of 10."""
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * n**3 / min(finished(partial(torch.mm, a, b)).seconds for _ in range(10))
 
 
 def datasheet(gpu: str) -> float | None:
-    """The peak in FLOPs a second of the GPU with that name; None if it is not listed."""
+    """The peak FLOP/s of the GPU with that name; None if it is not listed."""
     return next((peak for name, peak in PEAKS.items() if name in gpu), None)
 
 
 def flops_a_token(config: GPT2Config, parameters: int, length: int) -> int:
-    """Of a training step, forward and backward: 6 a parameter that multiplies, and 12·L·E·T for attention.
+    """FLOPs per token of a training step, forward and backward: 6 per parameter, and 12·L·E·T for attention.
 
-    Position embeddings only add; token embeddings count once, as they are the head too.
+    Position embeddings do not count, since they only add; token embeddings count once, since they are the head.
     """
     multiplying = parameters - config.n_positions * config.n_embd
     return 6 * multiplying + 12 * config.n_layer * config.n_embd * length
 
 
 def bytes_a_token(config: GPT2Config, parameters: int, batch: int, cached: float) -> float:
-    """That a bf16 decoding step reads: all weights once, and the keys and values of `cached` tokens a sequence."""
+    """Bytes that a bf16 decoding step reads: all weights once, and keys and values of `cached` tokens per sequence."""
     return 2 * (parameters + batch * cached * 2 * config.n_layer * config.n_embd)
 
 
 @torch.inference_mode()
 def decode(report: Report, checkpoint, device: str, only: str, batch: int, prompt: int, new_tokens: int, rounds: int):
-    """Adds the table of greedy generation; whether ours is as close to float32 as transformers' GPT-2."""
+    """Adds the table of greedy generation; returns whether ours is as close to float32 as transformers' GPT-2."""
     exact = load(GPT2LMHeadModel, checkpoint).to(device=device)  # type: ignore[call-arg]  # hidden by a decorator
     config, parameters = exact.config, exact.num_parameters()
     ids = harness.random_ids(batch, prompt, config.vocab_size).to(device)
@@ -213,7 +213,7 @@ def decode(report: Report, checkpoint, device: str, only: str, batch: int, promp
 
 @torch.inference_mode()
 def prefill(report: Report, checkpoint, device: str, only: str, batch: int, length: int, rounds: int):
-    """Adds the table of prompts; whether ours is as close to float32 as transformers' GPT-2 with each attention."""
+    """Adds the table of prefill; returns whether each of ours is as close to float32 as transformers' GPT-2."""
     exact = load(GPT2LMHeadModel, checkpoint).to(device=device)  # type: ignore[call-arg]  # hidden by a decorator
     ids = harness.random_ids(batch, length, exact.config.vocab_size).to(device)
     expected = exact(ids[:1], use_cache=False).logits
@@ -237,7 +237,7 @@ def prefill(report: Report, checkpoint, device: str, only: str, batch: int, leng
 
 
 def train(report: Report, checkpoint, device: str, only: str, batch: int, length: int, peak: float | None, rounds: int):
-    """Adds the table of training steps; whether ours has the loss of transformers' GPT-2."""
+    """Adds the table of training steps; returns whether ours has the loss of transformers' GPT-2."""
     config = GPT2Config.from_pretrained(checkpoint)
     ids = harness.random_ids(batch, length, config.vocab_size).to(device)
     torch._dynamo.reset()
@@ -280,22 +280,22 @@ def train(report: Report, checkpoint, device: str, only: str, batch: int, length
 def main(
     size: Size = "124M",
     checkpoint: Checkpoint = None,
-    batch: Annotated[int, typer.Option(help="Sequences a training step.")] = 12,
+    batch: Annotated[int, typer.Option(help="Sequences per training step.")] = 12,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 1024,
-    batches: Annotated[str, typer.Option(help="Prompts decoded at once; a table each.")] = "1,64",
+    batches: Annotated[str, typer.Option(help="Prompts decoded at once; one table for each number.")] = "1,64",
     prompt: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Generated for each.")] = 128,
     prompts: Annotated[int, typer.Option(help="Prompts of --length tokens in the table of prefill.")] = 16,
     rounds: Rounds = 5,
     only: Only = "",
-    peak_tflops: Annotated[float, typer.Option(help="Of dense bf16 on this GPU; 0: as its datasheet says.")] = 0,
+    peak_tflops: Annotated[float, typer.Option(help="Of dense bf16 on this GPU; 0: from its datasheet.")] = 0,
     output: Output = harness.RESULTS,
     quick: Quick = False,
 ) -> None:
     """bf16 decoding with CUDA graphs, and training with nanoGPT's settings, on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not quick:
-        typer.echo("gpu.py measures an NVIDIA GPU, and torch finds none here; --quick shows that it runs", err=True)
+        typer.echo("gpu.py needs an NVIDIA GPU, and torch finds none here; --quick tests that it runs", err=True)
         sys.exit(2)
     if quick:
         size, rounds, only, batch, length, prompt, new_tokens = "tiny", 2, only or harness.QUICK, 2, 20, 5, 6

@@ -1,4 +1,4 @@
-"""What all benchmarks share: models to measure, interleaved timing, memory of child processes, reports.
+"""Shared by all benchmarks: models to measure, interleaved timing, memory of child processes, reports.
 
 A report is results/NAME.json (every single measurement), NAME.md (the table) and NAME.png.
 """
@@ -36,16 +36,16 @@ RESULTS = Path(__file__).parent / "results"
 WORKERS = Path(__file__).parent / "workers.py"
 PACKAGES = ("torch", "transformers", "hf-gpt-scratch", "torchao", "ctranslate2", "onnx", "onnxruntime", "xllamacpp")
 REFERENCE = "transformers GPT-2, sdpa"
-QUICK = "^(?!.*(?:compiled|CTranslate2.*,.*,))"  # of --quick: others take seconds at any size
+QUICK = "^(?!.*(?:compiled|CTranslate2.*,.*,))"  # the rows of --quick: others take seconds at any size
 
-# What the scripts' command lines have in common.
+# The options that the scripts share.
 Size = Annotated[str, typer.Option(help="124M, 355M, 774M, 1558M or tiny.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Official checkpoint to measure instead of random weights.")]
-Rounds = Annotated[int, typer.Option(help="Measurements of each row, after one to warm up.")]
-Threads = Annotated[int, typer.Option(help="Of torch and of the other engines; 0: all cores, or OMP_NUM_THREADS.")]
-Only = Annotated[str, typer.Option(help="Regular expression: the rows to measure, beside the reference.")]
-Quick = Annotated[bool, typer.Option(help="Tiny model, few measurements: shows that all runs, measures nothing.")]
-Output = Annotated[Path, typer.Option(help="Where the report goes.")]
+Rounds = Annotated[int, typer.Option(help="Measurements of each row, after a warm-up.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch and the other engines; 0: all cores, or OMP_NUM_THREADS.")]
+Only = Annotated[str, typer.Option(help="Regular expression: the rows to measure besides the reference.")]
+Quick = Annotated[bool, typer.Option(help="Tiny model, few measurements: only tests that everything runs.")]
+Output = Annotated[Path, typer.Option(help="Where to save the report.")]
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -72,7 +72,7 @@ def official_checkpoint(size: str, checkpoint: Path | None = None) -> Iterator[P
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
-                else:  # with GPT-2's own initialisation the greedy ids are one id over and over, whoever computes them
+                else:  # with GPT-2's own initialisation greedy ids repeat one id, whatever the engine
                     parameter.normal_(0, 1.6 * model.config.n_embd**-0.5)
         model.save_pretrained(directory)
         del model
@@ -85,14 +85,14 @@ def random_ids(batch: int, length: int, vocab_size: int) -> torch.Tensor:
 
 
 def use_threads(threads: int) -> None:
-    """Makes torch use as many; 0 leaves its choice, the number of cores or OMP_NUM_THREADS."""
+    """Sets torch's number of threads; 0 keeps its default, the number of cores or OMP_NUM_THREADS."""
     if threads:
         torch.set_num_threads(threads)
 
 
 @dataclass
 class Measured:
-    """Repeated calls of one function: seconds of the first, seconds of the others, what the last one returned."""
+    """Repeated calls of one function: seconds of the first, seconds of the others, output of the last."""
 
     first: float = 0.0
     times: list[float] = field(default_factory=list)
@@ -102,14 +102,14 @@ class Measured:
 
 @dataclass
 class Timed:
-    """What a function returns that knows better than its caller how long it took."""
+    """The output of a function that measures its own time."""
 
     seconds: float
     output: Any = None
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> Timed:
-    """Calls it; what it says itself of its time goes before the clock."""
+    """Calls a function; the time that it reports itself takes precedence over the clock."""
     start = time.perf_counter()
     output = function(*arguments)
     taken = time.perf_counter() - start
@@ -122,9 +122,9 @@ def compiled_graphs() -> int:
 
 
 def interleaved(rows: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Measured]:
-    """Calls every function in turn, A B C A B C ..., so that what else the machine does meets all rows alike.
+    """Calls every function in turn, A B C A B C ..., so that other load on the machine affects all rows alike.
 
-    The first round warms up and is kept apart.
+    The first round is a warm-up and is kept separately.
     """
     measured = {name: Measured() for name in rows}
     with Progress(transient=True) as progress:
@@ -144,21 +144,21 @@ def interleaved(rows: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
 
 
 def in_child(function: Callable, *arguments: Any) -> Any:
-    """What `function` returns in a process of its own, so that its peak memory is its own too."""
+    """The result of `function` in a process of its own, so that its peak memory is its own, too."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 class Worker:
-    """An engine of workers.py in its process; `call` times its methods there, so without the way to and fro.
+    """An engine of workers.py in its process; `call` times its methods there, without the communication.
 
     Raises:
-        ImportError: the engine is not installed, or cannot do on this machine what it is asked for.
-        RuntimeError: with the process's own traceback.
+        ImportError: the engine is not installed, or this machine does not support it.
+        RuntimeError: the process failed; the message has its traceback.
     """
 
     def __init__(self, engine: str, **arguments: Any) -> None:
-        # Not by multiprocessing, whose processes import the script that was started, and torch with it.
+        # Not with multiprocessing, whose processes import the main script, and torch with it.
         self.process = subprocess.Popen([sys.executable, WORKERS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             self.call(engine, **arguments)
@@ -179,25 +179,25 @@ class Worker:
         return Timed(seconds, output)
 
     def close(self) -> None:
-        """Ends the process, which stops when nothing more can come in."""
+        """Ends the process, which stops when its input is closed."""
         with suppress(BrokenPipeError):
             self.process.communicate()
 
 
 def peak_memory() -> int:
-    """The most bytes that this process had in memory, since `Cost` was entered last."""
-    if sys.platform == "linux":  # where ru_maxrss counts the parent before exec too
+    """The peak of this process's memory in bytes, since `Cost` was last entered."""
+    if sys.platform == "linux":  # ru_maxrss includes the parent before exec
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Cost:
-    """What the code in its `with` block took: seconds, and bytes at the peak above what was in memory before."""
+    """The cost of a `with` block: seconds, and peak memory in bytes above what was in use before."""
 
     def __enter__(self):
         if sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in memory now
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the memory now in use
         self.memory = -peak_memory()
         self.seconds = -time.perf_counter()
         return self
@@ -210,9 +210,9 @@ class Cost:
 def costs_in_children(
     function: Callable[..., Cost], names: list[str], rounds: int, *arguments: Any
 ) -> dict[str, list[Cost]]:
-    """`function(name, *arguments)`, each in a process of its own, interleaved; a first round warms up uncounted.
+    """`function(name, *arguments)`, each in a process of its own, interleaved, after a warm-up round.
 
-    Without rounds: once, in this process, where the memory of one row is left over for the next.
+    Without rounds: once, in this process, where one row can reuse the memory of another.
     """
     if not rounds:
         return {name: [function(name, *arguments)] for name in names}
@@ -235,12 +235,12 @@ def selected(rows: Iterable[str], only: str) -> list[str]:
 
 
 def must_be_exact(name: str) -> bool:
-    """Whether the row is ours and float32, so held to the reference's ids, logits and loss."""
+    """Whether the row is ours and float32, and so must have the reference's ids, logits and loss."""
     return name.startswith("ours") and not re.search("bf16|int8", name)
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """The environment on which the figures depend."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
@@ -256,7 +256,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "load": os.getloadavg()[0],  # of the last minute: above the number of threads, others were at work
+        "load": os.getloadavg()[0],  # of the last minute; above the number of threads, other programs were running
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
@@ -305,7 +305,7 @@ class Report:
         """Rows of `costs_in_children`, with memory as a further column; the first is the reference."""
         memory = {name: statistics.median(cost.memory for cost in row) for name, row in costs.items()}
         first = next(iter(costs))
-        comparable = memory[first] > 1e6  # not what was in memory already, as the weights that are saved
+        comparable = memory[first] > 1e6  # false if the memory was already in use, as for weights to be saved
         for name, row in costs.items():
             figures = {
                 "peak memory, MB": round(memory[name] / 1e6),
@@ -319,7 +319,7 @@ class Report:
         }
 
     def speed(self, row: Row) -> float | None:
-        """How many times as fast as the reference of its group the row is."""
+        """The row's speed relative to the reference of its group."""
         return next((other.median / row.median for other in self.groups()[row.group] if other.reference), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -331,7 +331,7 @@ class Report:
         return {**about, "rows": rows, "missing": self.missing}
 
     def markdown(self, environment: Mapping[str, Any]) -> str:
-        """The tables, with what they were measured on below them."""
+        """The tables, followed by the environment."""
         factor = {"s": 1, "ms": 1e3}[self.unit]
         lines = []
         for group, rows in self.groups().items():
@@ -362,7 +362,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def plot(self, target: Path) -> None:
-        """Bars of the medians, with quartiles and speeds; one diagram a group."""
+        """Bars of the medians, with quartiles and speeds; one diagram per group."""
         import matplotlib
 
         matplotlib.use("Agg")

@@ -1,6 +1,6 @@
 """`import hf_gpt_scratch` in a fresh interpreter: python benchmarks/import_time.py
 
-The reference imports the GPT-2 classes of transformers that this package gives counterparts of.
+The reference imports the GPT-2 classes of transformers that have a counterpart in this package.
 """
 
 import subprocess

@@ -1,8 +1,8 @@
-"""From files to a model that answers: python benchmarks/load.py
+"""Loading a checkpoint: python benchmarks/load.py
 
-`from_pretrained` and one forward pass of one token, since weights that are mapped are not yet read. Each measurement is
-a process of its own, in which everything is imported before the clock starts; after the first round the files are in
-the system's cache.
+`from_pretrained` and one forward pass of one token, since mapped weights are read only then. Each measurement has a
+process of its own, in which everything is imported before the clock starts; after the first round the files are in the
+system's cache.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
-"""One-row `F.linear` by the order of its weight in memory: python benchmarks/memory_order.py
+"""`F.linear` of one row, for both memory orders of its weight: python benchmarks/memory_order.py
 
-`[out, in]` is how nn.Linear stores its weight, `[in, out]` how Conv1D does; the second is a transposed view here. Each
-call goes over as many different weights as 500 MB hold, as a model does, so that none of them stays in a cache.
+nn.Linear stores its weight as `[out, in]`, Conv1D as `[in, out]`; the latter is a transposed view here. Each call uses
+500 MB of different weights, like a model, so that none of them stays in a cache.
 """
 
 import statistics
@@ -28,7 +28,7 @@ def main(
     output: Output = harness.RESULTS,
     quick: Quick = False,
 ) -> None:
-    """Microseconds and gigabytes a second of the products in one decoding step."""
+    """Microseconds and gigabytes per second of the products in one decoding step."""
     harness.use_threads(threads)
     rounds = 1 if quick else rounds
     report = Report("memory_order", "F.linear of one row", {"rounds": rounds})

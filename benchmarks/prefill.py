@@ -1,7 +1,7 @@
-"""A prompt read at once: python benchmarks/prefill.py
+"""Prefill of a whole prompt: python benchmarks/prefill.py
 
-The logits of the last position only, as generation needs them (CTranslate2 computes those of all). They are compared
-with those of transformers' GPT-2; ours in float32 must be within FP32_LOGITS, or the exit status is 3.
+Only the logits of the last position, as in generation (CTranslate2 computes all). They are compared with those of
+transformers' GPT-2; the exit status is 3 unless ours in float32 are within FP32_LOGITS.
 """
 
 import sys
@@ -16,7 +16,7 @@ from harness import REFERENCE, Checkpoint, Only, Output, Quick, Report, Rounds, 
 
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
-# These only differ in how they generate, or only generate.
+# These rows differ only in generation, or only generate.
 SAME = "no cache|static cache|llama.cpp"
 
 
@@ -32,7 +32,7 @@ def main(
     output: Output = harness.RESULTS,
     quick: Quick = False,
 ) -> None:
-    """Milliseconds to the logits after a prompt, all engines."""
+    """Milliseconds for the last logits of a prompt, with all engines."""
     harness.use_threads(threads)
     if quick:
         size, rounds, only, length = "tiny", 2, only or harness.QUICK, 20

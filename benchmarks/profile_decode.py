@@ -1,9 +1,9 @@
-"""Where the microseconds of a token go: python benchmarks/profile_decode.py
+"""How the time of a token is spent: python benchmarks/profile_decode.py
 
-Eager `.generate()` with a growing cache, batch 1, float32. A row is what an operator itself takes a token, by
-torch.profiler: calls times their median; matrix products are told apart by their weight's shape. The profiler slows
-what it watches: the first row, a token's time, is measured without it, and what the operators leave of that is Python,
-cache and generation.
+Eager `.generate()` with a growing cache, batch 1, float32. A row is the own time of an operator per token, from
+torch.profiler: the number of calls times their median; matrix products are separated by their weight's shape. The
+profiler slows the model down: the first row, a token's time, is measured without it, and the difference to the sum of
+the operators is Python, cache and generation.
 """
 
 import re
@@ -42,7 +42,7 @@ def main(
     output: Output = harness.RESULTS,
     quick: Quick = False,
 ) -> None:
-    """Microseconds of each operator, a token, of ours and of transformers' GPT-2."""
+    """Microseconds per token of each operator, in our model and in transformers' GPT-2."""
     harness.use_threads(threads)
     if quick:
         size, rounds = "tiny", 2
@@ -53,7 +53,7 @@ def main(
         built(directory, f"^{OURS}$", report) as engines,
     ):
         ids = harness.random_ids(1, steps, engines[REFERENCE].model.config.vocab_size)
-        # The prefill and the first token are taken off: the rest are decoding steps.
+        # The prefill and the first token are subtracted: the rest are decoding steps.
         generations = {
             f"{name}, {new_tokens} tokens": partial(engine.generate, ids, new_tokens)
             for name, engine in engines.items()
@@ -66,7 +66,7 @@ def main(
             report.add(name, "a token", token, reference=True, calls=1.0, share="100 %")
             start, whole = operators(engine, ids, 1), operators(engine, ids, steps + 1)
             calls = {key: (len(whole[key]) - len(start[key])) / steps for key in whole}
-            # Medians, as a call during which another process had the core tells nothing of the operator.
+            # Medians, since a call that another process interrupted says nothing about the operator.
             own = {key: calls[key] * statistics.median(whole[key]) / 1e6 for key in whole}
             for key in sorted(own, key=own.__getitem__, reverse=True)[:16]:
                 report.add(name, key, [own[key]], calls=calls[key], share=f"{own[key] / statistics.median(token):.1%}")

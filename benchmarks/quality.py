@@ -1,11 +1,11 @@
-"""What narrower numbers cost, beside what they gain: python benchmarks/quality.py --checkpoint DIRECTORY --text FILE
+"""The quality and speed of bf16 and int8: python benchmarks/quality.py --checkpoint DIRECTORY --text FILE
 
 On the text's tokens, in windows of the model's context: the perplexity, and how far the predictions are from those of
 transformers' GPT-2 in float32 (KL divergence, and how often the likeliest token is the same). The time is that of a
-token of greedy `.generate()`. Without --checkpoint a small official model is trained on the first nine tenths of the
-text and measured on the last; without --text, the text is the language reference that comes with Python.
+token of greedy `.generate()`. Without --checkpoint, a small official model is trained on the first nine tenths of the
+text and measured on the last; without --text, the text is Python's language reference.
 
-Ours in float32 must have the reference's logits within FP32_LOGITS, or the exit status is 3.
+The exit status is 3 unless ours in float32 has the reference's logits within FP32_LOGITS.
 """
 
 import math
@@ -37,7 +37,7 @@ VOCABULARY, BATCH, LEARNING_RATE = 2000, 8, 2e-3  # of the small model's trainin
 
 @contextmanager
 def trained(content: str, steps: int) -> Iterator[tuple[Path, torch.Tensor]]:
-    """A small official checkpoint that has learned the text's first nine tenths, and the ids of the last tenth."""
+    """A small official checkpoint trained on the text's first nine tenths, and the ids of the last tenth."""
     set_seed(0)
     tokenizer = GPT2Tokenizer().train_new_from_iterator([content], VOCABULARY, show_progress=False)
     ids = torch.tensor(tokenizer(content, verbose=False).input_ids)
@@ -60,7 +60,7 @@ def trained(content: str, steps: int) -> Iterator[tuple[Path, torch.Tensor]]:
 
 @contextmanager
 def given(content: str, checkpoint: Path) -> Iterator[tuple[Path, torch.Tensor]]:
-    """The checkpoint, and the ids that its tokenizer makes of the text."""
+    """The checkpoint, and the text's ids from its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     yield checkpoint, torch.tensor(tokenizer(content, verbose=False).input_ids)
 
@@ -76,7 +76,7 @@ class Quality:
     error: float = 0.0
 
     def add(self, expected: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """One window; logits (T, V) of the reference and of the row, and the tokens (T,) that followed."""
+        """Adds one window: logits (T, V) of the reference and of the row, and the next tokens (T,)."""
         reference, row = (F.log_softmax(values.double(), dim=-1) for values in (expected, logits))
         self.predictions += len(targets)
         self.nll += F.nll_loss(row, targets, reduction="sum").item()
@@ -100,7 +100,7 @@ class Quality:
 
 @torch.inference_mode()
 def measure(report: Report, engines: dict[str, Any], windows: torch.Tensor, rounds: int) -> bool:
-    """Adds the table; whether ours in float32 is the reference.
+    """Adds the table; returns whether ours in float32 has the reference's logits.
 
     Args:
         windows: (N, T) ids.
@@ -123,8 +123,8 @@ def measure(report: Report, engines: dict[str, Any], windows: torch.Tensor, roun
 def main(
     checkpoint: Checkpoint = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to predict.")] = None,
-    tokens: Annotated[int, typer.Option(help="How many of it at most.")] = 8192,
-    steps: Annotated[int, typer.Option(help="That the small model is trained for.")] = 300,
+    tokens: Annotated[int, typer.Option(help="The most tokens to predict.")] = 8192,
+    steps: Annotated[int, typer.Option(help="Training steps of the small model.")] = 300,
     rounds: Rounds = 5,
     only: Only = NARROWER,
     threads: Threads = 0,

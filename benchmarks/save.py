@@ -1,7 +1,7 @@
-"""From a model to files, and from files to files: python benchmarks/save.py
+"""Saving a model and converting files: python benchmarks/save.py
 
-`save_pretrained` in both formats, and the conversion scripts' work with and without verification. Each measurement is a
-process of its own, in which the model to save is loaded before the clock starts.
+`save_pretrained` in both formats, and conversions with and without verification. Each measurement has a process of its
+own, in which the model to save is loaded before the clock starts.
 """
 
 import tempfile
@@ -36,7 +36,7 @@ def save(row: str, threads: int, checkpoint: Path) -> harness.Cost:
     model_class: Any
     model_class, method = SAVE[row]
     model = model_class.from_pretrained(checkpoint)
-    # Weights that are mapped would be read, and so counted, only when they are saved.
+    # Mapped weights would be read only when they are saved, and their memory counted there.
     sum(parameter.sum().item() for parameter in model.parameters())
     with tempfile.TemporaryDirectory() as target, harness.Cost() as cost:
         getattr(model, method)(target)

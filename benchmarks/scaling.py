@@ -1,7 +1,7 @@
-"""How the cost grows with the model, the prompt and the batch: python benchmarks/scaling.py
+"""Cost over model size, prompt length and batch size: python benchmarks/scaling.py
 
-Ours against transformers' GPT-2, both in float32 with sdpa; --only adds other rows of decode.py. 1558M needs 14 GB of
-memory and 7 GB of disk. The ids and logits are held to those of transformers' GPT-2 as in decode.py and prefill.py.
+Ours and transformers' GPT-2, both in float32 with sdpa; --only adds other rows of decode.py. 1558M needs 14 GB of
+memory and 7 GB of disk. Ids and logits are compared with those of transformers' GPT-2 as in decode.py and prefill.py.
 """
 
 import sys
@@ -38,7 +38,7 @@ class Case:
 
 
 def cases(size: str, parameters: int, quick: bool) -> list[Case]:
-    """The points measured with a model of this size; the curves over length and batch are the smallest model's."""
+    """The points to measure with a model of this size; only the smallest has curves over length and batch."""
     length, new_tokens = (8, 4) if quick else (32, 32)
     points = [
         Case("decode over parameters", parameters, 1, length, new_tokens),
@@ -53,7 +53,7 @@ def cases(size: str, parameters: int, quick: bool) -> list[Case]:
 
 @dataclass
 class Scaling(Report):
-    """A report whose plot has a diagram for each curve."""
+    """A report whose plot has one diagram per curve."""
 
     cases: dict[str, Case] = field(default_factory=dict)  # by the row's group
 
@@ -72,7 +72,7 @@ class Scaling(Report):
                 sizes = [self.cases[row.group].x for row in points]
                 axis.loglog(sizes, [1e3 * row.median for row in points], "o-", label=name)
             axis.set_title(curve, fontsize=10)
-            axis.set_ylabel("ms a token" if "decode" in curve else "ms")
+            axis.set_ylabel("ms per token" if "decode" in curve else "ms")
         axes[0].legend(fontsize=8)
         figure.savefig(target, dpi=110)
         plt.close(figure)
@@ -80,7 +80,7 @@ class Scaling(Report):
 
 @torch.inference_mode()
 def measure(report: Scaling, size: str, case: Case, engines: dict[str, Any], vocab_size: int, rounds: int) -> bool:
-    """Adds one point's rows; whether ours gave what the reference gave."""
+    """Adds one point's rows; returns whether ours has the reference's results."""
     ids = harness.random_ids(case.batch, case.length, vocab_size)
     torch._dynamo.reset()
     rows = {

@@ -1,8 +1,8 @@
 """One optimizer step, loss included: python benchmarks/training.py
 
-Forward, loss, backward and fused AdamW, with the checkpoint's own dropout unless --dropout says otherwise. The loss
-without dropout is compared with that of transformers' GPT-2; ours must be within FP32_LOSS, or the exit status is 3.
-Peak memory is that of a process of its own for each row, two steps long.
+Forward, loss, backward and fused AdamW, with the checkpoint's dropout or --dropout. The loss without dropout is
+compared with that of transformers' GPT-2; the exit status is 3 unless ours is within FP32_LOSS. Peak memory is that of
+two steps in a process of its own for each row.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from hf_gpt_scratch.weights.parity import FP32_LOSS
 
 
 def dropout_rates(model_class: type, dropout: float | None) -> dict[str, float]:
-    """Options of `from_pretrained` that set all rates; none if they are to be the checkpoint's."""
+    """Options of `from_pretrained` that set all dropout rates; empty to keep the checkpoint's."""
     scratch, gpt2 = (
         ("drop_rate_attn", "drop_rate_emb", "drop_rate_shortcut"),
         ("attn_pdrop", "embd_pdrop", "resid_pdrop"),
@@ -71,7 +71,7 @@ ROWS = {
 
 
 def two_steps(row: str, threads: int, arguments: tuple[Any, ...]) -> harness.Cost:
-    """From the model's loading to the second step, which has all of AdamW's state."""
+    """The peak from loading the model to the second step, where AdamW has all its state."""
     harness.use_threads(threads)
     with harness.Cost() as cost:
         step = ROWS[row](*arguments)
@@ -83,7 +83,7 @@ def two_steps(row: str, threads: int, arguments: tuple[Any, ...]) -> harness.Cos
 def main(
     size: Size = "124M",
     checkpoint: Checkpoint = None,
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 4,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 256,
     dropout: Annotated[float | None, typer.Option(help="Instead of the checkpoint's rates.")] = None,
     rounds: Rounds = 5,

@@ -1,8 +1,8 @@
-"""Engines other than torch, in a process of their own: python benchmarks/workers.py, which harness.py starts.
+"""Engines other than torch, in a process of their own: harness.py starts python benchmarks/workers.py.
 
-Without torch: after it has computed in a process, CTranslate2's products through oneDNN take a third longer there. So
-engines.py converts elsewhere, and this file imports none of its neighbours. The requests come in at stdin and the
-answers go out at stdout, pickled.
+The process must not use torch, after which CTranslate2's products through oneDNN take a third longer. So engines.py
+converts in another process, and this file imports no other benchmark. Requests arrive on stdin and answers are sent to
+stdout, pickled.
 Shapes: B batch, T tokens, V vocabulary.
 """
 
@@ -18,13 +18,13 @@ import numpy as np
 
 
 class CTranslate2:
-    """OpenNMT's inference engine in C++; its logits are those of all positions.
+    """OpenNMT's inference engine in C++; it computes the logits of all positions.
 
     Args:
         directory: with the converted model.
-        threads: to compute with.
-        width: of its numbers.
-        mkl: with the products of MKL, its choice on Intel's CPUs, instead of oneDNN's, which can be faster there too.
+        threads: number of threads.
+        width: dtype of the weights.
+        mkl: use MKL for products, its default on Intel's CPUs, instead of oneDNN, which can be faster there, too.
     """
 
     def __init__(self, directory: Path, threads: int, width: str, mkl: bool):
@@ -52,7 +52,7 @@ class CTranslate2:
             max_length=new_tokens,
             min_length=new_tokens,
             sampling_topk=1,
-            include_prompt_in_result=False,  # else it reads the prompt token by token
+            include_prompt_in_result=False,  # otherwise it reads the prompt token by token
         )
         return np.concatenate((ids, [result.sequences_ids[0] for result in results]), axis=1)  # (B, T + new_tokens)
 
@@ -66,7 +66,7 @@ class OnnxRuntime:
 
     Args:
         directory: with model.onnx.
-        threads: to compute with.
+        threads: number of threads.
     """
 
     def __init__(self, directory: Path, threads: int):
@@ -108,14 +108,14 @@ class OnnxRuntime:
 
 
 class LlamaCpp:
-    """llama.cpp's server, here without its network; it gives ids and no logits.
+    """llama.cpp's server, used without a network; it returns ids but no logits.
 
     Args:
         directory: with model.gguf, whose tokens spell their ids.
-        threads: to compute with.
+        threads: number of threads.
     """
 
-    SEQUENCES = 8  # at once; more wait for a place
+    SEQUENCES = 8  # at once; others wait
 
     def __init__(self, directory: Path, threads: int):
         import xllamacpp
@@ -124,7 +124,7 @@ class LlamaCpp:
         params.model.path = str(directory / "model.gguf")
         params.n_parallel = self.SEQUENCES
         params.n_ctx = self.SEQUENCES * 1024
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as all others have it
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # like all other engines
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         self.server = xllamacpp.Server(params)
 
@@ -137,11 +137,11 @@ class LlamaCpp:
 
 
 def main() -> None:
-    """The first request makes an engine, the others call its methods; each answer is (seconds, output or error)."""
-    # Its converters would import them.
+    """The first request creates an engine, the others call its methods; each answer is (seconds, output or error)."""
+    # CTranslate2's converters would import them.
     sys.modules.update(dict.fromkeys(("torch", "transformers")))  # type: ignore[arg-type]
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # where an engine's own messages cannot break the answers
+    os.dup2(2, 1)  # so that an engine's own messages do not mix with the answers
     engine = None
     while True:
         try:
@@ -158,7 +158,7 @@ def main() -> None:
         except ImportError as error:
             output = ImportError(str(error))
         except Exception:
-            output = RuntimeError(traceback.format_exc())  # as not all errors can be pickled
+            output = RuntimeError(traceback.format_exc())  # not all errors can be pickled
         pickle.dump((time.perf_counter() - start, output), answers)
         answers.flush()
 

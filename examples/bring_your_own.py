@@ -1,6 +1,6 @@
-"""The Hugging Face world for a model trained with the book: python examples/bring_your_own.py model.pth
+"""A model trained with the book in Hugging Face Transformers: python examples/bring_your_own.py model.pth
 
-`model.pth` is what the book saves: torch.save(model.state_dict(), "model.pth"). Without it, a small model is made here.
+`model.pth` is what the book saves: torch.save(model.state_dict(), "model.pth"). Without it, a small one is made.
 """
 
 import json
@@ -21,7 +21,7 @@ SMALL = {**GPT_CONFIG_124M, "vocab_size": 1000, "context_length": 64, "emb_dim":
 def main(
     weights: Annotated[Path | None, typer.Argument(help="The saved state dict.")] = None,
     cfg: Annotated[str | None, typer.Option(help="The model's config as JSON; default GPT_CONFIG_124M.")] = None,
-    output: Annotated[Path, typer.Option(help="Where the Transformers model goes.")] = Path("outputs/mine"),
+    output: Annotated[Path, typer.Option(help="Where to save the Transformers model.")] = Path("outputs/mine"),
 ) -> None:
     """Turns a GPTModel into a Transformers model, saves it, loads it and generates."""
     try:
@@ -36,7 +36,7 @@ def main(
         GPTScratchForCausalLM.from_book(state_dict, settings).save_pretrained(output)
     except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
         raise SystemExit(
-            f"{error}\nThe cfg is {f'--cfg {cfg}' if cfg else 'GPT_CONFIG_124M; give your own by --cfg'}"
+            f"{error}\nThe cfg is {f'--cfg {cfg}' if cfg else 'GPT_CONFIG_124M; give your own with --cfg'}"
         ) from None
     model = AutoModelForCausalLM.from_pretrained(output)
 
@@ -44,7 +44,7 @@ def main(
     book.load_state_dict(state_dict)
     idx = torch.arange(4).unsqueeze(0)
     slow = generate_text_simple(book, idx, max_new_tokens=12, context_size=settings["context_length"])
-    mask = torch.ones_like(idx)  # all of it is text: without a mask, token 0 would be taken for padding
+    mask = torch.ones_like(idx)  # nothing is padding: without a mask, token 0 would be taken for it
     fast = model.generate(
         idx, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
     )

@@ -1,6 +1,6 @@
-"""GPT-2 finetuned to tell spam, the book's chapter 6: python examples/classify.py --csv SMSSpamCollection.tsv
+"""GPT-2 finetuned to classify spam, the book's chapter 6: python examples/classify.py --csv SMSSpamCollection.tsv
 
-Without --csv the messages are made up here; the model is the tests' small GPT-2 unless --model names another.
+Without --csv the script makes up messages; the model is the tests' small GPT-2 unless --model names another.
 """
 
 import csv
@@ -42,7 +42,7 @@ TEMPLATES = {
 
 
 def messages(csv_file: Path | None) -> list[tuple[str, str]]:
-    """Label and text of each message; without a file 1000 of our own, three hams to a spam."""
+    """Label and text of each message; without a file, 1000 made-up messages with three hams for each spam."""
     if csv_file:
         with csv_file.open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file, "excel-tab" if csv_file.suffix == ".tsv" else "excel"))
@@ -66,21 +66,25 @@ def balanced_split(messages: list[tuple[str, str]]) -> list[list[tuple[str, str]
 
 def main(
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", help="Rows of label, ham or spam, and text; or .tsv.")
+        Path | None, typer.Option("--csv", help="Rows of a label (ham or spam) and a text; or a .tsv file.")
     ] = None,
     model: Annotated[str, typer.Option(help="Hub id or directory, official or ours.")] = str(SMALL),
-    train_all: Annotated[bool, typer.Option(help="Train it all, not only last block, last norm and head.")] = False,
-    epochs: Annotated[int, typer.Option(help="How often to see the training part.")] = 2,
+    train_all: Annotated[
+        bool, typer.Option(help="Train all of it, not only the last block, the final norm and the head.")
+    ] = False,
+    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 2,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW; 5e-5 for the real sizes.")] = 2e-3,
-    output: Annotated[Path, typer.Option(help="Where the classifier goes.")] = Path("outputs/classify"),
+    output: Annotated[Path, typer.Option(help="Where to save the classifier.")] = Path("outputs/classify"),
 ) -> None:
     """Finetunes on 70 % of a balanced set of messages; prints the accuracies before and after."""
-    transformers_logging.set_verbosity_error()  # it would tell that the head is new
+    transformers_logging.set_verbosity_error()  # it would warn that the head is new
     set_seed(123)
     texts = messages(csv_file)
     splits = dict(zip(("training", "validation", "test"), balanced_split(texts), strict=True))
     if not all(splits.values()):
-        raise typer.BadParameter(f"{len(texts)} messages are too few; it takes 5 different ones of both {LABELS}")
+        raise typer.BadParameter(
+            f"{len(texts)} messages are too few; give at least 5 different ones of each of {LABELS}"
+        )
     print({name: len(split) for name, split in splits.items()}, "messages, half of them spam")
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -1,6 +1,6 @@
 """A head of your own on GPT-2, here a reward model: python examples/custom_head.py --model openai-community/gpt2
 
-The class below is all it takes: official checkpoints load into it, Trainer trains it, it saves and loads again.
+The class below is all that is needed: it loads official checkpoints, trains with Trainer, saves and loads again.
 Without --model it starts from the tests' small GPT-2. The preferences are made up: a friendly answer beats a rude one.
 """
 
@@ -41,13 +41,13 @@ class GPTScratchRewardModel(GPTScratchPreTrainedModel):
 
 
 def margins(outputs: SequenceClassifierOutput) -> torch.Tensor:
-    """Reward of the better answer minus reward of the worse; they take turns in the batch."""
+    """Rewards of the better answers minus those of the worse; they alternate in the batch."""
     assert outputs.logits is not None
     return outputs.logits[0::2] - outputs.logits[1::2]
 
 
 def preference_loss(outputs: SequenceClassifierOutput, labels=None, **kwargs) -> torch.Tensor:
-    """Mean of −log σ(margin): Bradley and Terry's probability of the preferences."""
+    """Mean of −log σ(margin): the negative log-likelihood of the preferences in the Bradley-Terry model."""
     return -nn.functional.logsigmoid(margins(outputs)).mean()
 
 
@@ -70,12 +70,12 @@ def preferences() -> list[list[str]]:
 
 def main(
     model: Annotated[str, typer.Option(help="Hub id or directory, official or ours.")] = str(SMALL),
-    epochs: Annotated[int, typer.Option(help="How often to see the training part.")] = 2,
+    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 2,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW; 5e-5 for the real sizes.")] = 1e-3,
-    output: Annotated[Path, typer.Option(help="Where the reward model goes.")] = Path("outputs/custom_head"),
+    output: Annotated[Path, typer.Option(help="Where to save the reward model.")] = Path("outputs/custom_head"),
 ) -> None:
-    """Trains rewards on 300 preferences, counts how often they are right on 100 others, saves and loads."""
-    transformers_logging.set_verbosity_error()  # it would tell that the head is new
+    """Trains rewards on 300 preferences, measures the accuracy on 100 others, saves and loads."""
+    transformers_logging.set_verbosity_error()  # it would warn that the head is new
     set_seed(123)
     gpt = GPTScratchRewardModel.from_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -105,7 +105,7 @@ def main(
     before = accuracy()
     trainer.train()
     after = accuracy()
-    print(f"preferences told right: {before:.0%} -> {after:.0%}")
+    print(f"preferences ranked correctly: {before:.0%} -> {after:.0%}")
 
     gpt.save_pretrained(output)
     loaded = GPTScratchRewardModel.from_pretrained(output).to(device=gpt.device)  # type: ignore[call-arg]  # hidden by a decorator

@@ -1,6 +1,6 @@
 """Instruction tuning, the book's chapter 7: python examples/instruct.py --json instruction-data.json
 
-Without --json the instructions are made up here; the model is the tests' small GPT-2 unless --model names another.
+Without --json the script makes up instructions; the model is the tests' small GPT-2 unless --model names another.
 """
 
 import json
@@ -29,7 +29,7 @@ ASKED = {
 
 
 def made_up() -> list[dict[str, str]]:
-    """Entries as in the book's file; each fact is asked for in four ways."""
+    """Entries like those in the book's file, with four instructions for each fact."""
     entries = []
     for facts, questions in ASKED.items():
         for fact in facts.split(", "):
@@ -41,7 +41,7 @@ def made_up() -> list[dict[str, str]]:
 
 
 def prompt(entry: dict[str, str]) -> str:
-    """The entry in the style of Alpaca, up to where the response begins."""
+    """The entry in Alpaca's format, up to the beginning of the response."""
     given = f"\n\n### Input:\n{entry['input']}" if entry.get("input") else ""
     return (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -50,7 +50,7 @@ def prompt(entry: dict[str, str]) -> str:
 
 
 def tokenize(entry: dict[str, str], tokenizer) -> dict[str, list[int]]:
-    """Prompt, response and end of text; only the last two are to be learned."""
+    """Prompt, response and end of text; the prompt has no labels."""
     asked = tokenizer(prompt(entry)).input_ids
     answer = [*tokenizer(entry["output"]).input_ids, tokenizer.eos_token_id]
     return {"input_ids": asked + answer, "labels": [-100] * len(asked) + answer}
@@ -68,9 +68,9 @@ def respond(model: GPTScratchForCausalLM, tokenizer, entry: dict[str, str]) -> s
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="List of instruction, input and output.")] = None,
     model: Annotated[str, typer.Option(help="Hub id or directory, official or ours.")] = str(SMALL),
-    epochs: Annotated[int, typer.Option(help="How often to see the training part.")] = 25,
+    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 25,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW; 5e-5 for the real sizes.")] = 3e-3,
-    output: Annotated[Path, typer.Option(help="Where the model goes.")] = Path("outputs/instruct"),
+    output: Annotated[Path, typer.Option(help="Where to save the model.")] = Path("outputs/instruct"),
 ) -> None:
     """Finetunes on 85 % of the instructions and answers some of the others before and after."""
     set_seed(123)
@@ -84,7 +84,9 @@ def main(
     cut = int(0.85 * len(entries))
     train, test = entries[:cut], entries[cut:]
     if not train:
-        raise typer.BadParameter(f"{json_file} has {len(entries)} entries that fit the model, but it takes at least 2")
+        raise typer.BadParameter(
+            f"{json_file} has {len(entries)} entries that fit the model, but at least 2 are needed"
+        )
     print(f"{len(train)} instructions to learn, {len(test)} to test")
     arguments = TrainingArguments(
         output_dir=str(output),

@@ -1,6 +1,6 @@
-"""Chapter 4 in five pictures: python examples/lessons.py
+"""The book's chapter 4 in five pictures: python examples/lessons.py
 
-The placeholder that becomes GPT, LayerNorm, GELU, shortcuts, and the four official sizes; the figures are the book's.
+From placeholder to GPT, LayerNorm, GELU, shortcuts, and the four official sizes; the numbers are the book's.
 """
 
 import json
@@ -38,7 +38,7 @@ BATCH = torch.tensor([[6109, 3626, 6100, 345], [6109, 1110, 6622, 257]])
 
 
 class NotYet(nn.Module):
-    """Stands where a part is not written yet, and adds nothing to the shortcut."""
+    """The placeholder for a part that is not written yet; it adds nothing to the shortcut."""
 
     def forward(self, x):
         return torch.zeros_like(x)
@@ -70,7 +70,7 @@ def stage(written: set[str]) -> GPTModel:
 
 
 def placeholder(figure: plt.Figure) -> dict:
-    """One model, first with nothing in its blocks, then part by part GPT."""
+    """One model that starts with empty blocks and becomes GPT part by part."""
     parts = ("LayerNorm", "feed-forward", "attention")
     titles = ("1. placeholder", "2. LayerNorm", "3. feed-forward with GELU", "4. attention: GPT")
     boxes = ("embeddings", "LayerNorm", "attention", "LayerNorm", "feed-forward", "LayerNorm", "output head")
@@ -107,12 +107,12 @@ def placeholder(figure: plt.Figure) -> dict:
         axis.text(2, -0.85, f"{parameters:,} parameters", ha="center", va="top", fontweight="bold")
         first = ", ".join(f"{value:.4f}" for value in figures["first_logits"][-1]).replace("-", "−")
         axis.text(2, -1.45, f"first logits {first}", ha="center", va="top", fontsize=9, color="#555555")
-    figure.suptitle("The placeholder becomes GPT part by part (dashed: not yet; orange: new); the shapes stay")
+    figure.suptitle("The placeholder becomes GPT part by part (dashed: not yet; orange: new); its shapes do not change")
     return figures
 
 
 def layer_norm(figure: plt.Figure) -> dict:
-    """Mean and variance of a layer's outputs before and after, and all through the model."""
+    """Mean and variance of a layer's outputs before and after LayerNorm, and throughout the model."""
     torch.manual_seed(123)
     batch = torch.randn(2, 5)
     layer = nn.Sequential(nn.Linear(5, 6), nn.ReLU())
@@ -157,7 +157,7 @@ def layer_norm(figure: plt.Figure) -> dict:
 
 
 def gelu(figure: plt.Figure) -> dict:
-    """The two activations, and what of a gradient each lets through."""
+    """GELU and ReLU, and how much of a gradient each passes on."""
     x = torch.linspace(-3, 3, 601, requires_grad=True)
     functions: tuple[tuple[str, nn.Module, str, str], ...] = (
         ("GELU", GELU(), BLUE, "-"),
@@ -178,11 +178,11 @@ def gelu(figure: plt.Figure) -> dict:
     left.set(title="the activation", xlabel="x", ylabel="f(x)")
     learning = (-0.5, slopes["GELU"][250].item())
     right.annotate("negative inputs\nstill learn", learning, (-2.8, 0.6), arrowprops=arrow)
-    right.set(title="its slope: what it lets through of a gradient", xlabel="x", ylabel="f′(x)")
+    right.set(title="its slope: how much of a gradient it passes on", xlabel="x", ylabel="f′(x)")
     for axis in (left, right):
         axis.axhline(0, color="#555555", lw=0.8)
         axis.legend(loc="upper left")
-    figure.suptitle("GELU is smooth, and not silent below zero as ReLU is")
+    figure.suptitle("GELU is smooth and, unlike ReLU, not zero below zero")
     negative = x.detach() < 0
     return {
         "lowest": lowest,
@@ -265,7 +265,7 @@ def sizes(figure: plt.Figure) -> dict:
         left.text(n, bottom[n] + 20, f"{size['untied']:,}\n(tied {size['tied']:,})", ha="center", fontsize=9)
         for shift, divisor, colour, dtype in ((-0.2, 1, BLUE, "float32"), (0.2, 2, GREEN, "bfloat16")):
             memory = size["MiB"] / divisor
-            label = f"{dtype}, {4 // divisor} bytes a parameter" if n == 0 else None
+            label = f"{dtype}, {4 // divisor} bytes per parameter" if n == 0 else None
             right.bar(n + shift, memory, 0.38, color=colour, label=label)
             right.text(n + shift - 0.19, memory + 60, f"{memory:,.2f}", fontsize=9)
     left.set(title="parameters", ylabel="millions", ylim=(0, 1900))
@@ -288,9 +288,9 @@ LESSONS: tuple[tuple[Callable[[plt.Figure], dict], tuple[float, float]], ...] = 
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where the pictures and figures.json go.")] = Path("outputs/lessons"),
+    output: Annotated[Path, typer.Option(help="Where to save the pictures and numbers.")] = Path("outputs/lessons"),
 ) -> None:
-    """Draws the five pictures and writes their figures."""
+    """Draws the five pictures and saves their numbers."""
     matplotlib.use("agg")
     plt.rcParams.update(STYLE)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""LoRA by PEFT on the book's layers: python examples/lora.py --model openai-community/gpt2 --text mine.txt
+"""LoRA with PEFT on the book's layers: python examples/lora.py --model openai-community/gpt2 --text mine.txt
 
-Without --text it adapts to the language reference that comes with Python; the model is the tests' small GPT-2 unless
+Without --text it adapts to Python's language reference; the model is the tests' small GPT-2 unless
 --model names another.
 """
 
@@ -26,13 +26,13 @@ TARGETS = ["W_query", "W_key", "W_value", "out_proj", "ff.layers.0", "ff.layers.
 def main(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to adapt to.")] = None,
     model: Annotated[str, typer.Option(help="Hub id or directory, official or ours.")] = str(SMALL),
-    rank: Annotated[int, typer.Option(help="Of the matrices that are added.")] = 8,
+    rank: Annotated[int, typer.Option(help="Rank of the added matrices.")] = 8,
     steps: Annotated[int, typer.Option(help="Batches of 8 rows of 128 tokens.")] = 100,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW; 2e-4 for the real sizes.")] = 5e-3,
-    output: Annotated[Path, typer.Option(help="Where adapter and merged model go.")] = Path("outputs/lora"),
+    output: Annotated[Path, typer.Option(help="Where to save adapter and merged model.")] = Path("outputs/lora"),
 ) -> None:
     """Trains an adapter, saves it, loads it, merges it and compares the three."""
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks by the old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT uses the old name
     set_seed(123)
     tokenizer = AutoTokenizer.from_pretrained(model)
     content = text.read_text(encoding="utf-8") if text else "\n\n".join(topics.values())[:250_000]

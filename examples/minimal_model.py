@@ -1,7 +1,7 @@
-"""The book's GPTModel as a Transformers model, in as little code as it takes: python examples/minimal_model.py
+"""The book's GPTModel as a Transformers model, in as little code as possible: python examples/minimal_model.py
 
-The layers are the book's. What is added is what Transformers asks of a model: a config, an attention that uses its
-caches and attention functions, and a forward pass with its names. That gives `.generate()`, `save_pretrained`, the Auto
+The layers are the book's. Added is what Transformers requires of a model: a config, attention that uses its caches and
+attention functions, and a forward pass with its names. This gives `.generate()`, `save_pretrained`, the Auto
 classes, gradient checkpointing, padded batches and Trainer. `hf_gpt_scratch/model/modeling_gpt_scratch.py` is the same
 with official checkpoints, compilation, parallelism and checks.
 """
@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_gpt_scratch import GPTModel, MultiHeadAttention, TransformerBlock, generate_text_simple
 
-# transformers' name for the cache; 5.24 has renamed it.
+# transformers' name for the cache, which changed in 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -43,7 +43,7 @@ class MinimalConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def cfg(self) -> dict:
-        """The book's."""
+        """The book's cfg."""
         names = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "drop_rate", "qkv_bias")
         return {name: getattr(self, name) for name in names}
 
@@ -56,7 +56,7 @@ def eager_attention(module, queries, keys, values, attention_mask, scaling, drop
 
 
 class CachedAttention(MultiHeadAttention):
-    is_causal = True  # what attention functions ask for
+    is_causal = True  # read by attention functions
 
     def __init__(self, config: MinimalConfig, layer_idx: int):
         width, length = config.emb_dim, config.context_length

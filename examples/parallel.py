@@ -5,7 +5,7 @@
     torchrun --standalone --nproc-per-node 2 examples/parallel.py --how data
     accelerate launch --multi_gpu --num_processes 2 examples/parallel.py --how data     # the same, on two GPUs
 
-On CPUs the processes talk through gloo, on GPUs through NCCL. An official checkpoint is read straight into the parts.
+The processes communicate with gloo on CPUs and with NCCL on GPUs. An official checkpoint is loaded in shards.
 """
 
 import gc
@@ -26,7 +26,7 @@ from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 
 
 def small_official_checkpoint(directory: Path) -> Path:
-    """Written by the first process, for both."""
+    """A checkpoint that the first process writes and all processes read."""
     if dist.get_rank() == 0:
         config = GPTScratchConfig.preset("124M", vocab_size=1000, emb_dim=96, n_heads=4, n_layers=3, context_length=64)
         config.bos_token_id = config.eos_token_id = None
@@ -51,9 +51,9 @@ def train(model, batches, optimizer, backward) -> list[float]:
 
 
 def train_accelerated(model, rows, batch_size: int, optimizer, cpu: bool) -> list[float]:
-    """`train` in plain data parallelism. The wrapper that adds up the gradients ends with this function."""
+    """`train` with plain data parallelism; the wrapper that averages the gradients is freed at the end."""
     accelerator = Accelerator(cpu=cpu)
-    loader: Any = DataLoader(list(rows), batch_size=batch_size)  # type: ignore[arg-type]  # a list will do; accelerate deals out the batches in turn
+    loader: Any = DataLoader(list(rows), batch_size=batch_size)  # type: ignore[arg-type]  # a list works, too; accelerate gives each process its batches
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     return train(model, loader, optimizer, accelerator.backward)
 
@@ -63,11 +63,11 @@ def main(
     model: Annotated[
         str | None, typer.Option(help="Hub id or directory, official or ours; default: a small one.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where the small checkpoint goes.")] = Path("outputs/parallel"),
+    output: Annotated[Path, typer.Option(help="Where to save the small checkpoint.")] = Path("outputs/parallel"),
 ) -> None:
-    """Loads a checkpoint into two processes, and checks what they compute against one."""
+    """Loads a checkpoint into two processes and compares their results with those of one process."""
     if "RANK" not in os.environ:
-        raise SystemExit("this example wants to be started by torchrun or accelerate launch: see its first lines")
+        raise SystemExit("start this example with torchrun or accelerate launch; its first lines show how")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
@@ -92,7 +92,7 @@ def main(
         results = [m.eval().generate(ids[:1], **settings) for m in (alone, parallel)]
         equal = torch.equal(*results)
     else:
-        # One process with the whole batch must see the same losses as several with their parts of it.
+        # One process with the whole batch must get the same losses as several with parts of it.
         whole, share = 6, 6 // processes
         steps = ids.split(whole)
         optimizer = torch.optim.SGD(alone.eval().parameters(), lr=0.1)  # eval: no dropout, to compare
@@ -109,7 +109,7 @@ def main(
         for name, result in zip(("one process", f"{processes} processes"), results, strict=True):
             print(f"{name}: {result[0].tolist() if how == 'tensor' else result}")
         print("equal:", equal)
-    # What still holds the group when Python ends can wait for ever for gloo's threads, which wait for Python:
+    # If anything still refers to the group at Python's exit, it can wait forever for gloo's threads, which wait for it:
     # github.com/pytorch/pytorch/issues/56297.
     gc.collect()
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """Pretraining from scratch, the book's chapter 5: python examples/pretrain.py --text the-verdict.txt
 
-Without --text it learns the language reference that comes with Python. The model is small and its vocabulary made from
-the text; GPT-2's vocabulary, size and the book's settings: --preset 124M --context 256 --learning-rate 4e-4 --epochs 10
+Without --text it learns Python's language reference. The model is small, and its vocabulary is made from the text; for
+GPT-2's vocabulary and size, with the book's settings: --preset 124M --context 256 --learning-rate 4e-4 --epochs 10
 """
 
 import math
@@ -29,7 +29,7 @@ SMALL = dict(emb_dim=96, n_heads=4, n_layers=4)
 
 
 class Sample(TrainerCallback):
-    """After each epoch, what the model makes of the prompt."""
+    """After each epoch, prints a continuation of the prompt."""
 
     def __init__(self, tokenizer, prompt):
         self.tokenizer, self.ids = tokenizer, text_to_token_ids(prompt, tokenizer)
@@ -56,7 +56,7 @@ def plot(history: list[dict], tokens_per_epoch: int, target: Path) -> None:
     for key, label, style in (("loss", "training, mean since the last point", "-"), ("eval_loss", "validation", "--")):
         logs = [log for log in history if key in log]
         axis.plot([log["epoch"] for log in logs], [log[key] for log in logs], style, label=label)
-    axis.set(xlabel="epochs", ylabel="loss, nats a token", xlim=(0, None))
+    axis.set(xlabel="epochs", ylabel="loss, nats per token", xlim=(0, None))
     tokens = axis.twiny()
     tokens.set(xlabel="tokens seen, thousands", xlim=(0, axis.get_xlim()[1] * tokens_per_epoch / 1000))
     axis.grid(alpha=0.3)
@@ -65,14 +65,14 @@ def plot(history: list[dict], tokens_per_epoch: int, target: Path) -> None:
 
 
 def main(
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to learn.")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to train on.")] = None,
     preset: Annotated[str | None, typer.Option(help="124M, 355M, 774M or 1558M instead of the small model.")] = None,
-    context: Annotated[int, typer.Option(help="The model's context_length: tokens in a row of the batch.")] = 64,
+    context: Annotated[int, typer.Option(help="The model's context_length: tokens per row of the batch.")] = 64,
     batch: Annotated[int, typer.Option(help="Rows in a batch.")] = 8,
-    epochs: Annotated[int, typer.Option(help="How often to see the training part.")] = 3,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, at its highest.")] = 3e-3,
-    prompt: Annotated[str, typer.Option(help="What the samples continue.")] = "The",
-    output: Annotated[Path, typer.Option(help="Where model, tokenizer and plot go.")] = Path("outputs/pretrain"),
+    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
+    prompt: Annotated[str, typer.Option(help="Prompt of the samples.")] = "The",
+    output: Annotated[Path, typer.Option(help="Where to save model, tokenizer and plot.")] = Path("outputs/pretrain"),
 ) -> None:
     """Trains on 90 % of the text, validates on the rest, samples after each epoch and plots the losses."""
     set_seed(123)
@@ -89,7 +89,7 @@ def main(
     train, validation = (rows(part, context) for part in ids.tensor_split([int(0.9 * len(ids))]))
     if not validation:
         raise typer.BadParameter(
-            f"a tenth of the text's {len(ids)} tokens are fewer than --context {context}; lower it"
+            f"a tenth of the text's {len(ids)} tokens is less than --context {context}; lower --context"
         )
     print(f"{model.num_parameters():,} parameters; {len(train)} rows to train, {len(validation)} to validate")
     every = max(1, math.ceil(len(train) / batch) // 5)

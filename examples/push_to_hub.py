@@ -1,7 +1,7 @@
-"""A model and its code, tokenizer and card on the hub: python examples/push_to_hub.py model --repo-id me/my-gpt2
+"""Pushes a model, its code, tokenizer and card to the hub: python examples/push_to_hub.py model --repo-id me/my-gpt2
 
-`model` is a directory that save_pretrained or a conversion wrote, or an official checkpoint. Without it, a small model
-is made here; without --repo-id nothing leaves this machine: the repository is shown as it would be.
+`model` is a directory that save_pretrained or a conversion wrote, or an official checkpoint. Without it, the script
+makes a small model. Without --repo-id nothing is pushed, and the repository is only shown.
 """
 
 import json
@@ -40,7 +40,7 @@ def load(directory: Path) -> GPTScratchPreTrainedModel:
     except (ConversionError, OSError, ValueError) as error:
         raise SystemExit(f"cannot load {directory}: {error}") from error
     if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
-        raise SystemExit(f"config.json and weights of {directory} do not fit: {', '.join(wrong[:5])}")
+        raise SystemExit(f"config.json and the weights of {directory} do not match: {', '.join(wrong[:5])}")
     return model
 
 
@@ -50,9 +50,9 @@ def main(
     source: Annotated[str | None, typer.Option(help="Hub id of the model that the weights come from.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the weights, by the hub's names.")] = None,
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
-    output: Annotated[Path, typer.Option(help="The repository is put together in here.")] = Path("outputs/push"),
+    output: Annotated[Path, typer.Option(help="Where to assemble the repository.")] = Path("outputs/push"),
 ) -> None:
-    """Puts a repository together, shows it, and pushes it if it is told where."""
+    """Assembles a repository, shows it, and pushes it to --repo-id."""
     repository = output / "repository"
     receipt = None
     if model is None:
@@ -65,7 +65,7 @@ def main(
         if (model / RECEIPT).is_file():
             receipt = json.loads((model / RECEIPT).read_text())
     if model is not None and model.resolve().is_relative_to(repository.resolve()):
-        raise SystemExit(f"{model} lies where the repository is put together; choose another --output")
+        raise SystemExit(f"{model} is inside the directory where the repository is assembled; choose another --output")
     shutil.rmtree(repository, ignore_errors=True)
     ours.save_pretrained(repository)
     if model is not None and (tokenizer := tokenizer_beside(model)) is not None:
@@ -79,7 +79,7 @@ def main(
     print(f"\n{CARD}:\n")
     print(Text(str(card)), flush=True)
     if repo_id is None:
-        print("Nothing was pushed; --repo-id says where to.")
+        print("Nothing was pushed; give --repo-id to push.")
         return
     hub = HfApi()
     hub.create_repo(repo_id, private=private, exist_ok=True)

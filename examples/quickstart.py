@@ -1,6 +1,6 @@
 """From an official GPT-2 checkpoint to text, through layers written from scratch: python examples/quickstart.py
 
-Takes openai-community/gpt2 if the hub can be reached, else builds the same architecture here with seeded weights.
+Uses openai-community/gpt2 if the hub can be reached, otherwise the same architecture with seeded random weights.
 """
 
 import shutil
@@ -24,14 +24,16 @@ HUB_ID = "openai-community/gpt2"
 
 
 def official_checkpoint(preset: str, offline: bool, directory: Path) -> str | Path:
-    """The hub's GPT-2, or one of its architecture that the official class writes here."""
+    """The hub's GPT-2, or a directory with the same architecture, written by the official class."""
     if preset == "124M" and not offline:
         try:
             find_source(HUB_ID)
             return HUB_ID
         except ConversionError as error:
             print(f"[dim]{error}[/]")
-    print(f"Building an official GPT2LMHeadModel of the {preset} size with seeded weights (it will write nonsense)")
+    print(
+        f"Building an official GPT2LMHeadModel of the {preset} size with seeded random weights (it will write nonsense)"
+    )
     set_seed(0)
     GPT2LMHeadModel(GPTScratchConfig.preset(preset).to_gpt2()).save_pretrained(directory)
     try:
@@ -43,11 +45,11 @@ def official_checkpoint(preset: str, offline: bool, directory: Path) -> str | Pa
 
 @torch.no_grad()
 def main(
-    prompt: Annotated[str, typer.Option(help="What to continue.")] = "Every effort moves you",
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "Every effort moves you",
     preset: Annotated[str, typer.Option(help="124M, 355M, 774M or 1558M.")] = "124M",
     new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.")] = 24,
     offline: Annotated[bool, typer.Option(help="Do not try the hub.")] = False,
-    output: Annotated[Path, typer.Option(help="Where the checkpoints go.")] = Path("outputs/quickstart"),
+    output: Annotated[Path, typer.Option(help="Where to save the checkpoints.")] = Path("outputs/quickstart"),
 ) -> None:
     """Builds or fetches GPT-2, converts it, verifies it and generates with both models."""
     transformers_logging.set_verbosity_error()

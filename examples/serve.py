@@ -1,7 +1,7 @@
 """An OpenAI-compatible server for a model of ours: python examples/serve.py mine --port 8000
 
-This is `transformers serve`, with all its options. That looks for a model's class among transformers' own, whatever
-code lies beside the weights; so ours is put there.
+This is `transformers serve` with all its options. It looks up a model's class only among transformers' own, whatever
+code lies beside the weights, so ours is added to them.
 """
 
 import sys

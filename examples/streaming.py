@@ -1,6 +1,6 @@
 """Text as it is generated, token by token: python examples/streaming.py --model openai-community/gpt2
 
-Without --model it is the tests' small GPT-2, which knows one short story.
+Without --model it uses the tests' small GPT-2, which was trained on one short story.
 """
 
 import sys
@@ -18,7 +18,7 @@ SMALL = Path(__file__).parents[1] / "tests" / "fixtures" / "tiny-gpt2"
 
 
 def main(
-    prompt: Annotated[str, typer.Option(help="What to continue.")] = "I had always thought",
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "I had always thought",
     model: Annotated[str, typer.Option(help="Hub id or directory, official or ours.")] = str(SMALL),
     new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.")] = 60,
 ) -> None:
@@ -28,10 +28,10 @@ def main(
     inputs = tokenizer(prompt, return_tensors="pt")
     options = dict(**inputs, max_new_tokens=new_tokens, pad_token_id=tokenizer.eos_token_id)
 
-    print("--- TextStreamer: generate prints by itself, prompt and all")
+    print("--- TextStreamer: generate prints the text itself, with the prompt")
     gpt.generate(**options, do_sample=False, streamer=TextStreamer(tokenizer))
 
-    print("--- TextIteratorStreamer: generate works in a thread, and the pieces of text are yours")
+    print("--- TextIteratorStreamer: generate runs in a thread, and you get the pieces of text")
     sampling = dict(do_sample=True, top_k=25, temperature=0.8)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
     set_seed(123)

@@ -1,7 +1,7 @@
-"""GPT-2 in the layers of *Build a Large Language Model (From Scratch)*, as a first-class Transformers model.
+"""GPT-2 with the layers of *Build a Large Language Model (From Scratch)*, as a first-class Transformers model.
 
-Everything that the README and the documentation use is here: the classes, and `convert`, `export`, `verify`, `compare`,
-`explain`, `inspect`, `gpt2_tokenizer` and `model_card`, which are imported on first use.
+This is the whole public interface: the classes, and `convert`, `export`, `verify`, `compare`, `explain`, `inspect`,
+`gpt2_tokenizer` and `model_card`, which are imported on first use.
 """
 
 from importlib import import_module
@@ -88,7 +88,7 @@ __all__ = [
     "verify",
 ]
 
-# Their modules import more than a model needs.
+# Imported on first use: their modules import more than a model needs.
 _ON_DEMAND = {
     "compare": (".lab.session", "compare"),
     "convert": (".weights.convert", "convert"),
@@ -119,4 +119,4 @@ AutoTokenizer.register(GPTScratchConfig, fast_tokenizer_class=GPT2Tokenizer, exi
 GPTScratchConfig.register_for_auto_class()
 for _name, _model_class in AUTO_CLASSES.items():
     getattr(transformers, _name).register(GPTScratchConfig, _model_class, exist_ok=True)
-    _model_class.register_for_auto_class(_name)  # save_pretrained then ships the code
+    _model_class.register_for_auto_class(_name)  # so save_pretrained copies the code

@@ -1,4 +1,4 @@
-"""Where `model_card` was in 0.1.0; it is in `hf_gpt_scratch` now."""
+"""The place of `model_card` in 0.1.0; it is in `hf_gpt_scratch` now."""
 
 import sys
 import warnings
@@ -14,7 +14,7 @@ warnings.warn(
 
 
 class _Function(ModuleType):
-    """Importing this module puts it in the function's place in the package, so it does what the function does."""
+    """Importing this module replaces the function in the package by the module, so the module can be called too."""
 
     __call__ = staticmethod(model_card)
 

@@ -1,4 +1,4 @@
-"""The new places of 0.1.0's modules: old imports, and classes that a pickle names, are found, with a warning."""
+"""Finds 0.1.0's modules in their new places, with a warning: for old imports, and for classes in pickles."""
 
 import sys
 import warnings
@@ -13,7 +13,7 @@ ROOMS = {
     "lab": "diagnose",
     "cli": "report terminal",
 }
-# What has another name there.
+# Modules that have been renamed, too.
 RENAMED = {
     "conversion": "weights.convert",
     "formats": "weights.convert",
@@ -46,10 +46,10 @@ class Moved(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.spec  # its own, in place of the old name's
+        module.__spec__ = self.spec  # the module's own, instead of the old name's
 
 
 def keep_old_names() -> None:
-    """Makes Python look here for modules that are no longer in their old places."""
+    """Makes imports of the old names work."""
     if not any(isinstance(finder, Moved) for finder in sys.meta_path):
         sys.meta_path.append(Moved())

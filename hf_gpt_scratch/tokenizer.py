@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding, from tiktoken's copy of it, as a transformers tokenizer."""
+"""GPT-2's byte-pair encoding, from tiktoken's copy, as a transformers tokenizer."""
 
 from itertools import pairwise
 

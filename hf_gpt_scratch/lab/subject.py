@@ -27,7 +27,7 @@ from ..model.configuration_gpt_scratch import SIZES, TO_GPT2, GPTScratchConfig
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
 from ..model.weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, Row, rows
 from ..weights.architecture import architecture, kind_of
-from ..weights.checkpoint import check_files, read_json, read_pickle, refuse_no_file
+from ..weights.checkpoint import check_files, read_json, read_pickle, refuse_special_file
 from ..weights.formats.directory import Weights
 from ..weights.hub import find_source
 from ..weights.tensors import LazyTensor, to_scratch
@@ -406,7 +406,7 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
         TypeError: it contains something else.
         Exception: whatever a damaged file causes.
     """
-    refuse_no_file(file)
+    refuse_special_file(file)
     values: Any = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
     if not isinstance(values, Mapping):
         raise TypeError(f"it contains a {type(values).__name__}, not a state dict; save model.state_dict()")

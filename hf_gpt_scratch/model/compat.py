@@ -1,7 +1,7 @@
-"""What differs between versions of transformers, and what is said when a version does something unforeseen.
+"""Differences between versions of transformers, and errors for a version that does something unexpected.
 
-transformers has a minor release nearly every week, and hands a model what it likes by keyword. A change that reached
-this model under an unknown name would give other text without an error, so no cache is ever ignored here.
+transformers has a minor release nearly every week, and may pass a model new keywords. A cache under an unknown name
+would change the generated text without an error, so no cache is ever ignored here.
 """
 
 import re
@@ -23,7 +23,7 @@ CACHE = "cache" if "cache" in _names else "past_key_values"
 
 
 def is_newer_than_tested(version: str) -> bool:
-    """Whether a version of transformers is of a later minor release than every one that the tests ran on."""
+    """Whether a version of transformers is of a later minor release than all versions that were tested."""
     return Version(version).release[:2] > Version(NEWEST_TESTED).release[:2]
 
 
@@ -31,12 +31,12 @@ _UNTESTED = is_newer_than_tested(INSTALLED)
 
 
 def is_untested() -> bool:
-    """Whether this transformers is newer than every version that the tests ran on."""
+    """Whether this transformers is newer than all versions that were tested."""
     return _UNTESTED
 
 
 def advice() -> str:
-    """What helps when transformers does what this package does not expect."""
+    """The remedy when transformers does something unexpected."""
     return (
         f"this is transformers {INSTALLED}, and {OLDEST_TESTED} to {NEWEST_TESTED} were tested: "
         f'pip install "transformers<={NEWEST_TESTED}", or a newer hf_gpt_scratch'
@@ -45,7 +45,7 @@ def advice() -> str:
 
 @contextmanager
 def explained():
-    """Has an import that fails say which versions do not."""
+    """Adds the tested versions to the message of an ImportError."""
     try:
         yield
     except ImportError as error:
@@ -58,15 +58,15 @@ def is_cache(value: Any) -> bool:
 
 
 def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any], attention_mask: Any = None) -> Any:
-    """The cache that a forward pass was given, by either name.
+    """The cache that was passed to a forward pass, under either name.
 
-    Before 5.24 `cache` was the paged cache of continuous batching, which goes to the attention function.
+    Before 5.24, `cache` is the paged cache of continuous batching, which is passed on to the attention function.
 
     Raises:
-        TypeError: two caches, one under a name that would not be looked at, or what is none.
+        TypeError: there are two caches, one under a name that would be ignored, or something that is not a cache.
     """
     if is_cache(attention_mask):
-        raise TypeError(f"got a cache in the place of attention_mask; give it by its name, {CACHE}=…")
+        raise TypeError(f"got a cache as attention_mask; pass it by name, {CACHE}=…")
     if CACHE == "past_key_values" and cache is not None and not isinstance(cache, Cache):
         kwargs["cache"] = cache
         cache = None
@@ -79,16 +79,16 @@ def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any], attentio
             )
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise TypeError(
-            "got both `past_key_values` and `cache`, two names of one argument; give one of them. PEFT's prefix tuning "
-            "gives both, and would lose one: generate with use_cache=False"
+            "got both `past_key_values` and `cache`, two names of one argument; pass one of them. PEFT's prefix tuning "
+            "passes both, of which one would be lost: generate with use_cache=False"
         )
     found = past_key_values if cache is None else cache
     if found is not None and not is_cache(found):
-        raise TypeError(f"got a {type(found).__name__} as the cache; give one of transformers', such as DynamicCache()")
+        raise TypeError(f"got a {type(found).__name__} as the cache; pass one of transformers', such as DynamicCache()")
     return found
 
 
-# Tensors that forward passes are given by keyword, and hand on to attention functions and losses.
+# Tensors that forward passes get by keyword and pass on to attention functions and losses.
 READ_ELSEWHERE = re.compile(
     r"cache|cache_position|labels|shift_labels|num_items_in_batch|seq_idx|block_table|logits_indices|logits_processor_args|"
     r"(cu_seq_lens|max_length|max_seqlen|cu_seqlens)(_[qk])?|(read|write)_index|[kv]_cache|s_aux"
@@ -96,10 +96,10 @@ READ_ELSEWHERE = re.compile(
 
 
 def refuse_unread(kwargs: dict[str, Any]) -> None:
-    """Raises TypeError for a tensor by a keyword that neither this model nor what it calls is known to read."""
+    """Raises TypeError for a tensor under a keyword that neither this model nor what it calls is known to read."""
     for name, value in kwargs.items():
         if isinstance(value, torch.Tensor) and not READ_ELSEWHERE.fullmatch(name):
-            raise TypeError(f"got the tensor {name!r}, which nothing here reads; {advice()}")
+            raise TypeError(f"got the tensor {name!r}, which would be ignored; {advice()}")
 
 
 def check_mask(attention_mask: torch.Tensor, num_past: int, num_new: int) -> None:
@@ -107,8 +107,8 @@ def check_mask(attention_mask: torch.Tensor, num_past: int, num_new: int) -> Non
     if attention_mask.shape[-1] != num_past + num_new:
         raise ValueError(
             f"attention_mask has {attention_mask.shape[-1]} columns, but there are {num_past + num_new} tokens, "
-            f"{num_past} in the cache and {num_new} new ones; give one column a token, and the cache as "
-            f"`{CACHE}` ({advice()})"
+            f"{num_past} in the cache and {num_new} new ones; give one column per token, and pass the cache "
+            f"as `{CACHE}` ({advice()})"
         )
 
 
@@ -116,4 +116,4 @@ def check_growth(cache: Any, expected: int) -> None:
     """Raises RuntimeError unless a cache holds `expected` tokens after a forward pass."""
     length = cache.get_seq_length()
     if isinstance(length, int) and length != expected:
-        raise RuntimeError(f"the cache holds {length} tokens after a forward pass, but {expected} went in; {advice()}")
+        raise RuntimeError(f"the cache holds {length} tokens after a forward pass instead of {expected}; {advice()}")

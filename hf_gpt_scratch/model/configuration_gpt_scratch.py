@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0  # trf-ignore: TRF028 as this line says it
-"""Configuration in the book's names, and its translation from and to `GPT2Config`."""
+"""The config under the book's names, and its translation from and to `GPT2Config`."""
 
 import difflib
 import re
@@ -16,7 +16,7 @@ from .parallel import FSDP_PLAN, PP_PLAN, TP_PLAN
 
 # The book's cfg
 
-# What a config may say beyond the book's seven keys; None means "follow the rule beside it".
+# Keys beyond the book's seven, with their defaults; None means the value in the comment.
 DEFAULTS = {
     "drop_rate": 0.1,
     "drop_rate_emb": None,  # drop_rate
@@ -32,7 +32,7 @@ DEFAULTS = {
 
 SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 
-# What other programs call them. Beside the book's name, with the same value, such a key does no harm.
+# Other programs' names. Beside the book's name, with the same value, such a key does no harm.
 OTHER_NAMES = {
     **dict.fromkeys(("n_vocab", "vocabulary_size"), "vocab_size"),
     **dict.fromkeys(
@@ -56,7 +56,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("activation", "act", "act_fn", "afn", "hidden_activation"), "activation_function"),
 }
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
-# Change nothing that GPTModel computes from given weights; of `activation_function` FeedForward sees to that.
+# Keys that do not change what GPTModel computes from given weights; FeedForward checks `activation_function`.
 HARMLESS = (
     "activation_function",
     "initializer_range",
@@ -68,36 +68,37 @@ HARMLESS = (
 )
 
 
-# What other models have, and what to do about it.
+# Keys of other models, and the remedy.
 FOREIGN = {
-    "(torch_)?dtype": "weights keep the dtype that they have; call .to(dtype) on the model",
-    ".*kv_(heads|groups)|num_key_value_heads": "here each head has its own keys and values; groups are another model",
-    ".*rope.*|.*rotary.*": "here positions are learned, in pos_emb; a model with rotary ones is another model",
-    ".*window.*": "here a token sees all before it; take it out if the context is no longer than the window",
+    "(torch_)?dtype": "weights keep their dtype; call .to(dtype) on the model",
+    ".*kv_(heads|groups)|num_key_value_heads": "here each head has its own keys and values; a model with groups is "
+    "another model",
+    ".*rope.*|.*rotary.*": "here positions are learned, in pos_emb; a model with rotary embeddings is another model",
+    ".*window.*": "here a token attends to all tokens before it; remove it if the context is no longer than the window",
     ".*experts?.*|.*moe.*": "here a layer has one feed-forward network; a mixture of experts is another model",
 }
 
 
 def what_to_do(name, known):
-    """About a key that means nothing here: its right name, or why there is none; None if nothing can be said."""
+    """The remedy for an unknown key: its right name, or why there is none; None if nothing is known about it."""
     meant = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
     if meant:
-        return f"here it is {meant}: rename it, or take it out"
+        return f"here it is {meant}: rename it, or remove it"
     return next((words for pattern, words in FOREIGN.items() if re.fullmatch(pattern, name)), None)
 
 
 def settings(cfg):
-    """`cfg`, a dict or a config object, as one dict with nothing left open.
+    """`cfg`, a dict or a config object, as a complete dict.
 
     Raises:
         KeyError: a size is missing.
-        ValueError: a key of a dict means nothing here, or a value is none that it can have.
+        ValueError: a key of a dict is unknown, or a value is not allowed.
     """
     if not hasattr(cfg, "__dict__") and not isinstance(cfg, dict):
         raise ValueError(f"got {type(cfg).__name__} as the cfg; give the book's dict, such as GPT_CONFIG_124M")
     if isinstance(cfg, dict) and "model_type" not in cfg:
         check_keys(cfg)
-    else:  # a config, or its `to_dict`: it has checked its keys, and has many of transformers
+    else:  # a config or its `to_dict`: its keys are checked, and many are transformers'
         cfg = cfg if isinstance(cfg, dict) else vars(cfg)
         cfg = {name: cfg[name] for name in (*SIZES, *DEFAULTS, *HARMLESS) if name in cfg}
     cfg = {**DEFAULTS, **cfg}
@@ -114,7 +115,7 @@ def settings(cfg):
 
 
 def check_values(cfg):
-    """Raises ValueError for a value that a size, a switch or a dropout rate cannot have."""
+    """Raises ValueError for a size, a switch or a dropout rate with a value that is not allowed."""
     switches = ("qkv_bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
     for names, fits, rule in (
         (SIZES, lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
@@ -131,10 +132,10 @@ def check_values(cfg):
 
 
 def book_cfg(cfg):
-    """`settings` of a cfg for the book's layers, which do only what the book does.
+    """`settings` of a cfg for the book's layers, which support only what the book has.
 
     Raises:
-        KeyError, ValueError: as `settings`; or the cfg says what only a GPTScratch model does.
+        KeyError, ValueError: as `settings`; or only a GPTScratch model supports the cfg.
     """
     cfg = settings(cfg)
     books = {"n_inner": 4 * cfg["emb_dim"], "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
@@ -142,28 +143,28 @@ def book_cfg(cfg):
     for name, value in books.items():
         if cfg.get(name, value) != value and not (name == "activation_function" and cfg[name] in TANH_GELU):
             raise ValueError(
-                f"got {name}={cfg[name]!r}, but the book's layers have {value!r}; GPTScratchForCausalLM takes it: "
-                "GPTScratchForCausalLM(GPTScratchConfig(…)), or from_book for weights of yours"
+                f"got {name}={cfg[name]!r}, but the book's layers have {value!r}; GPTScratchForCausalLM supports it: "
+                "use GPTScratchForCausalLM(GPTScratchConfig(…)), or from_book for weights of your own"
             )
     return cfg
 
 
 def check_keys(cfg):
-    """Raises ValueError when a dict has a key that would be ignored, though it may say what the model computes."""
+    """Raises ValueError if a dict has an unknown key, since it may change what the model computes."""
     for name, value in cfg.items():
         same = OTHER_NAMES.get(name)
         if name in (*SIZES, *DEFAULTS, *HARMLESS) or (same in cfg and cfg[same] == value):
             continue
-        if name == "bias" and value is True:  # nanoGPT's: on all layers, as here, where qkv_bias says which are not
+        if name == "bias" and value is True:  # nanoGPT's: biases in all layers, as here; qkv_bias is a key of its own
             continue
         raise ValueError(
             f"the model config has {name}={str(value)[:80]}, which GPTModel does not know; "
-            f"{what_to_do(name, (*SIZES, *DEFAULTS)) or 'take it out if it says nothing about the model'}"
+            f"{what_to_do(name, (*SIZES, *DEFAULTS)) or 'remove it if it says nothing about the model'}"
         )
 
 
 def check_length(num_tokens, context_length):
-    """Raises ValueError when a sequence asks for positions that the model does not have."""
+    """Raises ValueError if a sequence needs more positions than the model has."""
     if num_tokens > context_length:
         raise ValueError(
             f"the sequence has {num_tokens} tokens, but the model has only context_length={context_length} positions; "
@@ -183,10 +184,10 @@ FROM_GPT2 = {
 }
 TO_GPT2 = {ours: theirs for theirs, ours in FROM_GPT2.items()}
 
-# What names the class and not the model, and is therefore never carried from one config to the other.
+# Keys that describe the class and not the model, and so are never copied from one config to the other.
 IDENTITY = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "name_or_path")
 
-# What a transformers config may have beside its fields; says nothing about what the model computes, or is read by name.
+# Keys beside its fields that a transformers config may have: they do not change the model, or are read by name.
 COMMON = {
     *vars(GenerationConfig()),
     *("num_labels", "torch_dtype", "attn_implementation", "experts_implementation", "output_attentions"),
@@ -204,7 +205,7 @@ COMMON = {
     *("gradient_checkpointing", "pruned_heads", "prefix", "is_decoder", "cross_attention_hidden_size"),
     *("tie_encoder_decoder", "tf_legacy_loss", "use_bfloat16", "tie_last_hidden_states"),
 }
-# A number or a switch under such a name says what a model computes.
+# A number or a switch under such a name changes what a model computes.
 OF_ARCHITECTURE = re.compile(
     r"(.*_)?(heads?|groups?|layers?|blocks?|depth|width|hidden|emb\w*|dims?|inner|ffn?|mlp|ctx|context|positions?|seq"
     r"|drop|dropout|pdrop|bias|qkv|attn|attention|norm|eps|epsilon|vocab|rope|rotary|window|experts?|moe|tied?)(_.*)?"
@@ -237,18 +238,18 @@ def spread(value):
 
 def activation(value):
     if value not in ACT2FN:
-        raise ValueError(f"got {value!r}, but transformers' activations are {', '.join(sorted(ACT2FN))}; name one")
+        raise ValueError(f"got {value!r}, but must be one of transformers' activations: {', '.join(sorted(ACT2FN))}")
 
 
-# What to do about a config.json of another type, or of none.
+# The remedy for a config.json of another type, or without one.
 OF_ANOTHER_TYPE = (
-    'AutoModelForCausalLM loads other models; if it is one of these and lacks its type, write "model_type" into its '
+    'AutoModelForCausalLM loads other models; if it is one of these and only lacks its type, add "model_type" to its '
     "config.json"
 )
 
 
 def model_type_of(values: Mapping[str, Any]) -> str | None:
-    """What a config.json says it is of; files of the first years are GPT-2's without saying so."""
+    """The model type of a config.json; early files of GPT-2 do not state it."""
     model_type = values.get("model_type")
     if model_type is None:
         named = values.get("architectures") or ["GPT2"]
@@ -258,14 +259,14 @@ def model_type_of(values: Mapping[str, Any]) -> str | None:
     return model_type
 
 
-def told(values: dict[str, Any]) -> str:
+def listed(values: dict[str, Any]) -> str:
     """Keys and values in one line of bounded length."""
     more = f" and {len(values) - 10} more" if len(values) > 10 else ""
     return ", ".join(f"{name[:80]}={str(value)[:80]}" for name, value in list(values.items())[:10]) + more
 
 
 def ignored(name: str, value: Any, config_class: type[PreTrainedConfig]) -> str | None:
-    """Why a key that is no field must not be taken and ignored, and what to do; None if it may."""
+    """Why a key that is not a field is refused, and the remedy; None if it may be ignored."""
     if name in COMMON or name.startswith("_") or name.endswith(("_token", "_token_id")):
         return None
     if name in FROM_GPT2:
@@ -280,12 +281,12 @@ def ignored(name: str, value: Any, config_class: type[PreTrainedConfig]) -> str 
     if remedy is None:
         if not isinstance(value, (bool, int, float)) or not OF_ARCHITECTURE.fullmatch(name):
             return None
-        remedy = "take it out if it says nothing about the model"
-    return f"got {told({name: value})}, which {config_class.__name__} does not know; {remedy}"
+        remedy = "remove it if it says nothing about the model"
+    return f"got {listed({name: value})}, which {config_class.__name__} does not know; {remedy}"
 
 
 def ignored_by_gpt2(config: GPT2Config) -> dict[str, Any]:
-    """What a `GPT2Config` has been given and ignores, though GPTScratch would obey or refuse it."""
+    """The keys of a `GPT2Config` that GPT-2 ignores, but GPTScratch would use or refuse."""
     theirs = {field.name for field in fields(config)}
     unused = {name: value for name, value in config.to_dict().items() if name not in theirs and name not in IDENTITY}
     if unused.get("n_ctx") == config.n_positions:
@@ -297,7 +298,7 @@ def ignored_by_gpt2(config: GPT2Config) -> dict[str, Any]:
 # trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers
 @strict
 class GPTScratchConfig(PreTrainedConfig):
-    """What the model is, in the book's names; the defaults are the book's `GPT_CONFIG_124M`.
+    """The model's config, under the book's names; the defaults are the book's `GPT_CONFIG_124M`.
 
     transformers' names (`hidden_size`, `num_hidden_layers`, …) read and write the same fields.
 
@@ -307,20 +308,20 @@ class GPTScratchConfig(PreTrainedConfig):
         emb_dim: width of the model; a multiple of `n_heads`.
         n_heads: attention heads per layer.
         n_layers: transformer blocks.
-        drop_rate: dropout probability wherever the three below do not say otherwise.
+        drop_rate: dropout probability where none of the next three is set.
         drop_rate_emb: after the embeddings (the book's exercise 4.3). None: `drop_rate`.
         drop_rate_attn: on the attention weights. None: `drop_rate`.
         drop_rate_shortcut: before each shortcut addition. None: `drop_rate`.
         qkv_bias: biases on W_query, W_key and W_value. Official checkpoints have them.
         n_inner: width of the feed-forward network. None: 4 · emb_dim.
-        activation_function: a name that transformers' `ACT2FN` knows; `gelu_new` is the book's GELU.
+        activation_function: a name in transformers' `ACT2FN`; `gelu_new` is the book's GELU.
         layer_norm_epsilon: added to the variance.
         initializer_range: standard deviation of new weights.
         scale_attn_weights: multiply attention scores by 1/√(head size).
         scale_attn_by_inverse_layer_idx: and by 1/(layer index + 1).
         reorder_and_upcast_attn: compute the scores of `eager` attention in float32.
         tie_word_embeddings: one matrix for `tok_emb` and `out_head`. The book has two; official checkpoints one.
-        add_cross_attention: layers that look at an encoder's states, as `EncoderDecoderModel` wants of a decoder.
+        add_cross_attention: layers that attend to an encoder's states, as `EncoderDecoderModel` requires of a decoder.
         summary_type, summary_use_proj, summary_activation, summary_proj_to_labels, summary_first_dropout: the second
             head of `GPTScratchDoubleHeadsModel`, as in `GPT2Config`.
         use_cache: return the key-value cache.
@@ -381,20 +382,21 @@ class GPTScratchConfig(PreTrainedConfig):
             ours = self.attribute_map.get(name)
             if ours and getattr(self, ours) not in (value, defaults[ours]):
                 raise ValueError(
-                    f"got {ours}={getattr(self, ours)!r} and {name}={value!r}, which are one; leave one of them out"
+                    f"got {ours}={getattr(self, ours)!r} and {name}={value!r}, which are the same setting; leave one "
+                    "of them out"
                 )
-            if ours or (name == "n_ctx" and value == self.context_length):  # as every old config of GPT-2 has it
+            if ours or (name == "n_ctx" and value == self.context_length):  # old configs of GPT-2 have both
                 continue
             if reason := ignored(name, value, type(self)):
                 raise ValueError(reason)
             if name not in COMMON and not name.startswith("_"):
-                logger.warning_once(f"{told({name: value})} is kept, but {type(self).__name__} does nothing with it")
+                logger.warning_once(f"{listed({name: value})} is stored, but {type(self).__name__} does not use it")
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name, value):
         if name in FROM_GPT2:
-            raise ValueError(f"got {told({name: value})}, which is GPT-2's name; here it is {FROM_GPT2[name]}")
-        # The alias is resolved before @strict looks at it; else `hidden_size="768"` would pass unchecked.
+            raise ValueError(f"got {listed({name: value})}, which is GPT-2's name; here it is {FROM_GPT2[name]}")
+        # The alias is resolved before @strict checks the value; otherwise `hidden_size="768"` would pass unchecked.
         if name in type(self).attribute_map:
             setattr(self, type(self).attribute_map[name], value)
         else:
@@ -406,8 +408,8 @@ class GPTScratchConfig(PreTrainedConfig):
         if self.emb_dim % self.n_heads != 0:
             fitting = max(self.emb_dim // self.n_heads, 1) * self.n_heads
             raise ValueError(
-                f"got emb_dim={self.emb_dim} and n_heads={self.n_heads}, but every head needs emb_dim / n_heads whole "
-                f"dimensions; take emb_dim={fitting} or another number of heads"
+                f"got emb_dim={self.emb_dim} and n_heads={self.n_heads}, but emb_dim must be a multiple of n_heads; "
+                f"use emb_dim={fitting} or another number of heads"
             )
 
     @classmethod
@@ -427,18 +429,18 @@ class GPTScratchConfig(PreTrainedConfig):
 
     @classmethod
     def from_gpt2(cls, config: GPT2Config) -> "GPTScratchConfig":
-        """The same model in the book's names. Options that are no part of the architecture are carried along.
+        """The config of the same model under the book's names. Options outside the architecture are kept, too.
 
         Raises:
             ValueError: `config` is not a `GPT2Config`.
-            StrictDataclassError: an option that GPTScratch refuses.
+            StrictDataclassError: GPTScratch does not support an option.
         """
         if config.model_type != "gpt2":
             raise ValueError(f"got a config of model type {config.model_type!r}, but only 'gpt2' can be translated")
         ours, theirs = ({field.name: field.default for field in fields(either)} for either in (cls, config))
         unused = ignored_by_gpt2(config)
         if unused:
-            logger.warning_once(f"GPT-2 ignores {told(unused)} of its config, so GPTScratch does without, too")
+            logger.warning_once(f"GPT-2 ignores {listed(unused)} of its config, so GPTScratch leaves it out")
         values = {}
         for name, value in config.to_dict().items():
             translated = FROM_GPT2.get(name, name)
@@ -446,9 +448,9 @@ class GPTScratchConfig(PreTrainedConfig):
                 continue
             if name not in theirs or translated in ours:
                 values[translated] = value
-            elif value != theirs[name]:  # an option of another version, or of a class of one's own
+            elif value != theirs[name]:  # an option of another version or of a subclass
                 raise ValueError(
-                    f"got {told({name: value})}, an option of {type(config).__name__} that GPTScratch does not know; "
+                    f"got {listed({name: value})}, an option of {type(config).__name__} that GPTScratch does not know; "
                     "only a model without it can be translated"
                 )
         rates = [values["drop_rate_emb"], values["drop_rate_attn"], values["drop_rate_shortcut"]]
@@ -469,21 +471,21 @@ class GPTScratchConfig(PreTrainedConfig):
 
     @classmethod
     def from_book(cls, cfg: dict[str, Any], **defaults: Any) -> "GPTScratchConfig":
-        """The book's dict as a config; `defaults` are for keys that it lacks.
+        """The config of the book's dict; `defaults` are for keys that it lacks.
 
         Raises:
             KeyError: a size is missing.
-            ValueError: a key means nothing here; the message says what to do about it.
+            ValueError: a key is unknown; the message has the remedy.
         """
         known = {field.name for field in fields(cls)} - {"dtype"} | {"num_labels"}
         settings({name: value for name, value in cfg.items() if name not in known or name in (*SIZES, *DEFAULTS)})
-        if "model_type" not in cfg:  # else it is of a config's `to_dict`
+        if "model_type" not in cfg:  # otherwise it is the `to_dict` of a config
             cfg = {name: value for name, value in cfg.items() if name in known}
         return cls(**{**defaults, **cfg})
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers, but an official GPT-2 config is translated on the way.
+        """As in transformers, but an official GPT-2 config is translated.
 
         Raises:
             ValueError: the config is of another model type.

@@ -1,4 +1,4 @@
-"""What makes a token of `.generate()` cheap and changes none: a cache with room to grow.
+"""A cache with room to grow, which makes each token of `.generate()` cheaper and changes none.
 
 Shapes: B batch, H heads, T new tokens, S tokens so far, D head dimension.
 """
@@ -9,17 +9,17 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 128  # tokens that a layer of the cache has room for beyond those that it was made for
+ROOM = 128  # tokens for which a layer of the cache allocates memory in advance
 
 
 class GrowingLayer(DynamicLayer):
-    """transformers' growing layer of a cache, with room for later tokens, so that adding one does not copy the others.
+    """transformers' `DynamicLayer` with room for later tokens, so that adding one does not copy the others.
 
-    What else transformers does with a layer (crop, reorder, repeat) replaces `keys`; the next update then makes room
-    anew. With gradients, or compiled, it is the plain layer.
+    Other operations of transformers (crop, reorder, repeat) replace `keys`; the next update then allocates new room.
+    With gradients, or compiled, it is the plain layer.
     """
 
-    keys: Any  # (B, H, S, D), as `values`: the filled part of the room
+    keys: Any  # (B, H, S, D), like `values`: the filled part of the room
     values: Any
     room: Any = (None, None)
     handed_out: Any = (None, None)  # keys and values after the last update
@@ -43,7 +43,7 @@ class GrowingLayer(DynamicLayer):
         self.handed_out = self.keys, self.values = keys[:, :, :total], values[:, :, :total]
         return self.handed_out
 
-    def __reduce__(self):  # a copy, or what another program reads, is transformers' layer without the room
+    def __reduce__(self):  # copied or pickled, it becomes transformers' layer, without the room
         state = {name: value for name, value in vars(self).items() if name not in ("room", "handed_out")}
         if self.is_initialized:
             state["keys"], state["values"] = self.keys.clone(), self.values.clone()

@@ -1,9 +1,9 @@
-"""Linear layers with int8 weights, by torch's packed product on CPUs and through transformers' quantization config.
+"""Linear layers with int8 weights, through transformers' quantization config; on CPUs by torch's packed product.
 
     GPTScratchForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, quantization_config=Int8Config())
 
-Weights only, one scale for each output: w ≈ scale · q with q in [-127, 127], scale = max |w| / 127. What is saved loads
-as it is. A tied output head gets an int8 matrix of its own; the embedding stays as it was.
+Weights only, one scale for each output: w ≈ scale · q with q in [-127, 127], scale = max |w| / 127. A saved
+int8 model loads as one. A tied output head gets an int8 matrix of its own; the embedding is not quantized.
 """
 
 import torch
@@ -18,9 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "gpt_scratch_int8"
-FEW_ROWS = 16  # up to so many the packed product is faster than one with the weight converted
-PACKED = 32  # inputs that the packed product takes at once; with others it reads beyond them
-ALIGNMENT = 64  # bytes; it crashes on weights that lie across, as those of mapped files may
+FEW_ROWS = 16  # up to this number the packed product is faster than converting the weight
+PACKED = 32  # `in_features` must be a multiple of this; otherwise the packed product reads out of bounds
+ALIGNMENT = 64  # bytes; it crashes on weights that are not aligned, as in mapped files
 
 
 def _align(layer, _):
@@ -42,7 +42,7 @@ class Int8Linear(nn.Module):
         self.register_load_state_dict_post_hook(_align)
 
     def align(self) -> None:
-        """Moves the weight to where the packed product can read it."""
+        """Copies the weight to aligned memory, which the packed product needs."""
         if self.int8_weight.device.type == "cpu" and self.int8_weight.data_ptr() % ALIGNMENT:
             self.int8_weight = self.int8_weight.clone()
 
@@ -57,7 +57,9 @@ class Int8Linear(nn.Module):
         weight = linear.weight.float()
         largest = weight.abs().amax(dim=1)
         if not largest.isfinite().all():
-            raise ValueError("the weight of a layer has NaN or infinite values, which int8 has not; repair it first")
+            raise ValueError(
+                "the weight of a layer has NaN or infinite values, which int8 does not have; repair it first"
+            )
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype)
         layer.scales = (largest / 127).clamp(min=torch.finfo(linear.weight.dtype).tiny).to(linear.weight.dtype)
         layer.int8_weight = (weight / layer.scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
@@ -74,7 +76,7 @@ class Int8Linear(nn.Module):
         else:
             weight = self.int8_weight
             if torch.compiler.is_compiling():
-                weight = weight.float()  # else inductor would recognize the product, and take the packed one
+                weight = weight.float()  # otherwise inductor would recognize the product and use the packed one
             out = F.linear(x, weight.to(x.dtype)) * self.scales.to(x.dtype)
         return out if self.bias is None else out + self.bias  # (..., out)
 
@@ -86,16 +88,16 @@ class Int8Config(QuantizationConfigMixin):
     """Int8 weights for all linear layers.
 
     Args:
-        modules_to_not_convert: names, or ends of names, of layers to leave, such as `["out_head"]`.
+        modules_to_not_convert: names, or ends of names, of layers to leave out, such as `["out_head"]`.
     """
 
     def __init__(self, modules_to_not_convert: list[str] | None = None, **_):
-        self.quant_method = METHOD  # type: ignore[assignment]  # one that transformers does not list
+        self.quant_method = METHOD  # type: ignore[assignment]  # not in transformers' enum
         self.modules_to_not_convert = modules_to_not_convert
 
 
 class Int8Quantizer(HfQuantizer):
-    """What transformers' loader does with an `Int8Config`: float weights are quantized after they are loaded."""
+    """Carries out an `Int8Config` in transformers' loader: float weights are quantized after loading."""
 
     quantization_config: Int8Config
     requires_calibration = False
@@ -133,6 +135,6 @@ def _empty(linear: nn.Linear) -> Int8Linear:
         return Int8Linear(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype)
 
 
-if METHOD not in AUTO_QUANTIZER_MAPPING:  # else by the package, or by another copy that came with saved weights
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # unless the package, or a copy shipped with saved weights, has registered it
     register_quantization_config(METHOD)(Int8Config)
     register_quantizer(METHOD)(Int8Quantizer)

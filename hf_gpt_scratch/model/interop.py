@@ -1,7 +1,7 @@
-"""From the book's and the official model, and to the official one, in memory; and what makes sure that it is the same.
+"""Translation in memory from the book's model, and from and to the official one, with checks that nothing changes.
 
-A translation is weights and a config. So before a model is translated or saved, its modules must be those that its
-config describes, and what was translated is run beside it.
+A translation consists of weights and a config. So before a model is translated or saved, its modules must be those that
+its config describes, and the outputs of a translated model are compared with its own.
 """
 
 import copy
@@ -25,24 +25,24 @@ logger = logging.get_logger(__name__)
 
 
 class Interop(PreTrainedModel):
-    """The ways from and to the book and GPT-2, and saving only what loads as the same model."""
+    """Translation from and to the book and GPT-2; `save_pretrained` refuses what would load as another model."""
 
     config_class: type[GPTScratchConfig]
     gpt2_class: type[GPT2PreTrainedModel]  # the official model of the same kind
 
     @classmethod
     def kinds(cls) -> "tuple[type[Interop], ...]":
-        """The classes that compute what their official ones do, and nothing of their own."""
+        """The classes that compute the same as their official ones."""
         raise NotImplementedError
 
     def auto_map(self) -> dict[str, str]:
-        """The classes that the Auto classes are to open of what is saved, each with its module."""
+        """For a saved model: the class that each Auto class loads, with its module."""
         raise NotImplementedError
 
-    def save_pretrained(  # type: ignore[override]  # by keyword, and another default
+    def save_pretrained(  # type: ignore[override]  # keyword-only, with another default
         self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs
     ):
-        """As in transformers, but in our names unless `save_original_format=True`; see `save_as_gpt2` for GPT-2's."""
+        """As in transformers, but by our names unless `save_original_format=True`; for GPT-2's see `save_as_gpt2`."""
         _refuse_file(save_directory)
         if save_original_format:
             _refuse_quantized(self)
@@ -63,17 +63,17 @@ class Interop(PreTrainedModel):
     def from_book(cls, state_dict: Mapping[str, torch.Tensor], cfg: dict | GPTScratchConfig) -> Self:
         """A copy of the book's `GPTModel` as a Transformers model, in evaluation mode.
 
-        If `out_head` and `tok_emb` share their memory, as in a model that was tied, so do those of the copy.
+        If `out_head` and `tok_emb` share memory, as in a tied model, the copy is tied, too.
 
         Args:
-            state_dict: of a `GPTModel`, by this package or by the book's code, mask buffers and all; also of a compiled
-                or a data-parallel one.
-            cfg: the dict or config that it was built with. `n_heads` must be right: no tensor tells it.
+            state_dict: of a `GPTModel` from this package or from the book's code, which has mask buffers; also of a
+                compiled or a data-parallel one.
+            cfg: the dict or config that it was built with. `n_heads` must be right: no tensor shows it.
 
         Raises:
             KeyError: `cfg` lacks a size.
-            ValueError: `cfg` has a key that means nothing here, or the state dict is not that of a model with this
-                config; the message names the tensors.
+            ValueError: `cfg` has an unknown key, or the state dict is not that of a model with this config; the message
+                names the tensors.
         """
         if not isinstance(state_dict, Mapping):
             whole = isinstance(state_dict, nn.Module)
@@ -102,7 +102,7 @@ class Interop(PreTrainedModel):
             for name in SIZES:
                 if name in cfg and type(cfg[name]) is not int:
                     raise ValueError(
-                        f"the cfg has {name}={str(cfg[name])[:80]!r}, but it is a whole number; convert it"
+                        f"the cfg has {name}={str(cfg[name])[:80]!r}, but it must be a whole number; convert it"
                     )
             end = 50256 if cfg.get("vocab_size", 0) > 50256 else None  # a smaller vocabulary is not GPT-2's
             tied = len(pair) == 2 and len({(tensor.data_ptr(), tensor.shape) for tensor in pair}) == 1
@@ -110,7 +110,7 @@ class Interop(PreTrainedModel):
         if config.tie_word_embeddings and len(pair) == 2 and not torch.equal(*pair):
             raise ValueError(
                 "the config says tie_word_embeddings=True, but out_head.weight is not equal to tok_emb.weight; set it "
-                "to False if both are meant"
+                "to False if both are to be kept"
             )
         _check_fit(cls, config, weights)
         weights = {name: tensor.clone() for name, tensor in weights.items()}
@@ -118,32 +118,32 @@ class Interop(PreTrainedModel):
 
     @classmethod
     def from_gpt2(cls, gpt2: GPT2PreTrainedModel) -> Self:
-        """A copy of an official model of this kind that is in memory, in evaluation mode.
+        """A copy of an official model of this kind in memory, in evaluation mode.
 
         Raises:
-            ValueError: it is quantized, or no official model as its config says; the message names what is not.
+            ValueError: it is quantized, or not the official model of its config; the message names the difference.
         """
         if not hasattr(gpt2, "config"):
             raise ValueError(
-                f"got a {type(gpt2).__name__}, but an official model is wanted; give the model inside it, such as its "
-                ".module"
+                f"got a {type(gpt2).__name__}, but an official model is expected; pass the model inside it, such as "
+                "its .module"
             )
         _refuse_quantized(gpt2)
         official = _official_class(cls)
         _refuse_other_code(gpt2, official)
         model = _build(cls, cls.config_class.from_gpt2(gpt2.config), gpt2.state_dict(), gpt2)
-        if cls in cls.kinds():  # another class may compute something of its own with these weights
+        if cls in cls.kinds():  # a subclass may compute something else with these weights
             _refuse_other_outputs(gpt2, model)
         return model
 
     def to_gpt2(self) -> GPT2PreTrainedModel:
         """The official model with a copy of these weights, in evaluation mode.
 
-        What both compute of a few tokens is compared, unless the weights are not all on one device.
+        The outputs of both for a few tokens are compared, unless the weights are on several devices.
 
         Raises:
             ValueError: the weights are quantized, or this model computes something else than an official one: its
-                modules are not those of its config, it has adapters, hooks or a forward pass of its own.
+                modules are not those of its config, or it has adapters, hooks or a forward pass of its own.
         """
         _refuse_quantized(self)
         official = _official_class(type(self))
@@ -163,8 +163,10 @@ class Interop(PreTrainedModel):
 
 
 def _refuse_file(save_directory):
-    if os.path.isfile(save_directory):  # transformers would log that, and save nothing
-        raise NotADirectoryError(f"{save_directory} is a file, but a model is saved as a directory; name another")
+    if os.path.isfile(save_directory):  # transformers would only log an error, and save nothing
+        raise NotADirectoryError(
+            f"{save_directory} is a file, but a model is saved as a directory; choose another name"
+        )
 
 
 def _refuse_quantized(model):
@@ -178,12 +180,12 @@ def _refuse_quantized(model):
 
 
 def _build(model_class, config, state_dict, like):
-    """A `model_class` with these weights; dtype, device, attention and generation settings are those of `like`."""
+    """A `model_class` with these weights, and with dtype, device, attention and generation settings of `like`."""
     attention = like.config._attn_implementation
     # Activations may have a dtype of their own, as transformers' xIELU does.
     weights = (p for name, p in like.named_parameters() if not re.search(r"\.(act|ff\.layers\.1)\.", name))
     if len(dtypes := {str(p.dtype) for p in weights}) > 1:
-        raise ValueError(f"the weights are of {', '.join(sorted(dtypes))}, but a copy has one dtype; cast them first")
+        raise ValueError(f"the weights are {', '.join(sorted(dtypes))}, but a copy has one dtype; cast them first")
     model = model_class.from_pretrained(
         None, config=config, state_dict=state_dict, dtype=like.dtype, attn_implementation=attention
     )
@@ -197,7 +199,7 @@ def _build(model_class, config, state_dict, like):
 
 
 def _refuse_weights(weights, state_dict):
-    """Raises ValueError for tensors of a state dict that no model can be made of."""
+    """Raises ValueError for tensors that no model can have."""
     if len(weights) < len(state_dict):
         raise ValueError(
             "the state dict has a tensor twice, with and without a prefix such as 'module.'; keep one of them"
@@ -206,16 +208,16 @@ def _refuse_weights(weights, state_dict):
         if tensor.device.type == "meta":
             raise ValueError(f"{name} is on the meta device, so it has no values; load them first")
         if tensor.is_floating_point() and not name.endswith("mask") and not tensor.isfinite().all():
-            raise ValueError(f"{name} has NaN or infinite values; take a checkpoint of before the training diverged")
+            raise ValueError(f"{name} has NaN or infinite values; use a checkpoint from before training diverged")
     dtypes = sorted({str(tensor.dtype) for name, tensor in weights.items() if not name.endswith("mask")})
     if len(dtypes) > 1:
-        raise ValueError(f"the weights are of {', '.join(dtypes)}, but a model has one dtype; cast them first")
+        raise ValueError(f"the weights are {', '.join(dtypes)}, but a model has one dtype; cast them first")
 
 
-# Two models with the same weights and modules, in float32: 4e-7 on a CPU; a GPU may compute float32 in TF32.
+# Bounds for two models with the same weights, in float32: 4e-7 on a CPU; a GPU may compute float32 in TF32.
 SAME_OUTPUTS, SAME_OUTPUTS_ELSEWHERE = 1e-4, 1e-2
 
-# What does not change the output, and shapes of weights, which are compared themselves: resizing leaves old numbers.
+# Attributes that do not change the output, and sizes, which are stale after resizing: the weights' shapes are compared.
 NO_DIFFERENCE = ("training", "gradient_checkpointing", "in_features", "out_features", "num_embeddings")
 
 
@@ -229,10 +231,10 @@ def _check_fit(model_class, config, weights):
     found["n_layers"] = max(layers, default=-1) + 1
     other = [name for name, value in found.items() if value != getattr(config, name)]
     if layers and other:
-        told = [", ".join(f"{name}={value(name)}" for name in other) for value in (found.get, config.__getattribute__)]
+        values = [", ".join(f"{n}={value(n)}" for n in other) for value in (found.get, config.__getattribute__)]
         raise ValueError(
-            f"the state dict is of a model with {told[0]}, but the config says {told[1]}; give the cfg that this model "
-            "was built with"
+            f"the state dict is of a model with {values[0]}, but the config says {values[1]}; give the cfg that this "
+            "model was built with"
         )
     with torch.device("meta"):
         expected = {name.removeprefix("model."): w for name, w in model_class(copy.copy(config)).state_dict().items()}
@@ -250,8 +252,8 @@ def _check_fit(model_class, config, weights):
     ][:5]
     if wrong:
         raise ValueError(
-            f"the state dict does not fit the config ({'; '.join(wrong)}); give the whole state dict of a GPTModel and "
-            "the cfg that it was built with"
+            f"the state dict does not fit the config ({'; '.join(wrong)}); give the complete state dict of a GPTModel "
+            "and the cfg that it was built with"
         )
 
 
@@ -263,44 +265,44 @@ def _official_class(model_class):
     found = getattr(model_class, "gpt2_class", None)
     if found is None:
         raise ValueError(
-            f"there is no official model of the kind of {model_class.__name__}; its base model has one: translate "
-            "`model.model`, or load an official checkpoint by from_pretrained"
+            f"{model_class.__name__} has no official counterpart, but its base model has: translate `model.model`, or "
+            "load an official checkpoint with from_pretrained"
         )
     return found
 
 
 def _differences(model, kind):
-    """What is not as `kind` builds it from the model's config, in words; what a dropout rate is does not count."""
+    """How the model differs from what `kind` builds from its config, as texts; dropout rates are ignored."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
     with torch.device("meta"):
         built = kind(config)
     expected, found = dict(built.named_modules()), dict(model.named_modules())
-    told = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    told += [f"{name} is an unknown {_class_name(found[name])}" for name in found.keys() - expected.keys()]
+    differences = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    differences += [f"{name} is an unknown {_class_name(found[name])}" for name in found.keys() - expected.keys()]
     for name in expected.keys() & found.keys():
         ours, theirs = expected[name], found[name]
         if _computes_otherwise(theirs, ours):
-            told.append(f"{name or 'the model'} is a {_class_name(theirs)} instead of a {_class_name(ours)}")
-        elif "forward" in vars(theirs) and not hasattr(theirs, "_hf_hook"):  # accelerate's hooks move tensors only
-            told.append(f"{name or 'the model'} has a forward pass of its own")
+            differences.append(f"{name or 'the model'} is a {_class_name(theirs)} instead of a {_class_name(ours)}")
+        elif "forward" in vars(theirs) and not hasattr(theirs, "_hf_hook"):  # accelerate's hooks only move tensors
+            differences.append(f"{name or 'the model'} has a forward pass of its own")
         elif not isinstance(ours, PreTrainedModel | nn.Dropout):
-            told += [
+            differences += [
                 f"{name}.{key} is {getattr(theirs, key, None)!r} instead of {value!r}"
                 for key, value in _settings(ours).items()
                 if getattr(theirs, key, None) != value
             ]
     shapes = ({name: tuple(p.shape) for name, p in m.named_parameters(remove_duplicate=False)} for m in (built, model))
     expected_shapes, found_shapes = shapes
-    told += [f"{name} is an unknown parameter" for name in found_shapes.keys() - expected_shapes.keys()]
+    differences += [f"{name} is an unknown parameter" for name in found_shapes.keys() - expected_shapes.keys()]
     for name in expected_shapes.keys() & found_shapes.keys():
         if found_shapes[name] != expected_shapes[name]:
-            told.append(f"{name} has shape {found_shapes[name]} instead of {expected_shapes[name]}")
-    return sorted(told, key=lambda text: (not text.startswith("the model is"), text.count("."), text))
+            differences.append(f"{name} has shape {found_shapes[name]} instead of {expected_shapes[name]}")
+    return sorted(differences, key=lambda text: (not text.startswith("the model is"), text.count("."), text))
 
 
 def _computes_otherwise(theirs, ours):
-    """Whether a module's class has other methods than ours; of a whole model only the forward pass counts."""
+    """Whether a module's class has other methods than ours; for a whole model only the forward pass counts."""
     if type(theirs) is type(ours):
         return False
     if isinstance(ours, PreTrainedModel):
@@ -310,7 +312,7 @@ def _computes_otherwise(theirs, ours):
 
 
 def _settings(module):
-    """What a module and its class say of how it computes: numbers, switches, names."""
+    """Attributes of a module and its class that can change what it computes: numbers, switches, names."""
     names = {*vars(module), *dir(type(module))}
     values = {name: getattr(module, name) for name in names if not name.startswith("_") and name not in NO_DIFFERENCE}
     return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
@@ -320,8 +322,8 @@ def _class_name(module):
     return f"{type(module).__module__.rpartition('.')[2]}.{type(module).__qualname__}"
 
 
-def _few(told):
-    return "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "")
+def _few(texts):
+    return "; ".join(texts[:4]) + (f"; and {len(texts) - 4} more" if len(texts) > 4 else "")
 
 
 def _refuse_other_code(model, kind):
@@ -330,18 +332,18 @@ def _refuse_other_code(model, kind):
             f"the weights of this {type(model).__name__} are on the meta device, or offloaded, so there is nothing to "
             "translate; load the model without device_map"
         )
-    if told := _differences(model, kind):
+    if differences := _differences(model, kind):
         raise ValueError(
-            f"this {type(model).__name__} is not the {kind.__name__} that its config describes: {_few(told)}. Such a "
-            "model cannot be translated: merge adapters first (PEFT's merge_and_unload), put the modules back, and "
-            "build a new model to change its config"
+            f"this {type(model).__name__} is not the {kind.__name__} that its config describes: {_few(differences)}. "
+            "Such a model cannot be translated: merge adapters first (PEFT's merge_and_unload), restore the modules, "
+            "and build a new model to change its config"
         )
 
 
 def _refuse_to_save_other_code(model):
-    """Saved, a model of our own classes is their code and its config, so it must be what these two make."""
-    adapted = getattr(model, "_hf_peft_config_loaded", False)  # then the adapter is saved, and nothing else
-    # What is spread over processes has modules around its own.
+    """A saved model consists of our code, its config and its weights, so code and config must describe it."""
+    adapted = getattr(model, "_hf_peft_config_loaded", False)  # then only the adapter is saved
+    # A distributed model has modules around its own.
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if adapted or distributed or getattr(model, "hf_quantizer", None) is not None:
         return
@@ -349,25 +351,25 @@ def _refuse_to_save_other_code(model):
     kind = max(own, key=lambda kind: len(kind.__mro__), default=None)  # the nearest
     if kind is None or (type(model) is not kind and model.config.model_type != GPTScratchConfig.model_type):
         return
-    told = _differences(model, kind)
-    if told and type(model) is not kind:
+    differences = _differences(model, kind)
+    if differences and type(model) is not kind:
         logger.warning(
-            f"{type(model).__name__} computes something else than {kind.__name__} ({_few(told)}), but has its "
+            f"{type(model).__name__} computes something else than {kind.__name__} ({_few(differences)}), but has its "
             f"model_type {kind.config_class.model_type!r}: {type(model).__name__}.from_pretrained loads what is saved "
             f"here, and Auto classes without trust_remote_code=True load a {kind.__name__}. Give its config class a "
             "model_type of its own."
         )
-    elif told:
+    elif differences:
         raise ValueError(
-            f"saved, this {kind.__name__} would load as another model: {_few(told)}. Merge adapters first (PEFT's "
-            "merge_and_unload), put the modules back, build a new model to change its config; or write a class of your "
-            "own that builds these modules, with a model_type of its own"
+            f"saved, this {kind.__name__} would load as another model: {_few(differences)}. Merge adapters first "
+            "(PEFT's merge_and_unload), restore the modules, build a new model to change its config; or write a class "
+            "of your own that builds these modules, with a model_type of its own"
         )
 
 
 @torch.no_grad()
 def _outputs(model, input_ids, **inputs):
-    """The tensors that a model computes in float32 and without dropout; it is left as it was."""
+    """A model's outputs in float32 and without dropout; the model is left unchanged."""
     modes = {module: module.training for module in model.modules()}
     attention = model.config._attn_implementation
     parameters = dict(model.named_parameters())
@@ -391,9 +393,8 @@ def _refuse_other_outputs(model, translated):
     devices = {p.device for one in (model, translated) for p in one.parameters()}
     if len(devices) > 1:
         logger.warning(
-            f"The weights of this {type(model).__name__} are not all on one device, so it was not run: that its "
-            "translation computes the same is known of its modules and its config, but not of hooks or of methods that "
-            "were replaced."
+            f"The weights of this {type(model).__name__} are not all on one device, so its outputs were not compared "
+            "with its translation's: modules and config were checked, but not hooks or replaced methods."
         )
         return
     [device] = devices
@@ -410,6 +411,7 @@ def _refuse_other_outputs(model, translated):
         error = (output - theirs[name]).abs().max().item() / max(output.abs().max().item(), torch.finfo().tiny)
         if not error <= bound:  # False for NaN, as it must be
             raise ValueError(
-                f"this {type(model).__name__} computes other {name} than its translation, relative error {error:.1e}: "
-                "hooks, a replaced forward pass, methods of its class or NaN are not translated; take them out"
+                f"this {type(model).__name__} and its translation compute different {name}, relative error "
+                f"{error:.1e}: hooks, a replaced forward pass, methods of its class or NaN are not translated; remove "
+                "them"
             )

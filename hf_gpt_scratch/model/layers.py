@@ -1,11 +1,11 @@
 """The GPT of *Build a Large Language Model (From Scratch)*, chapters 3 to 5, in plain PyTorch.
 
 Read it from top to bottom: normalisation, activation, feed-forward network, attention, block, model, text.
-Names of classes and parameters are the book's. `cfg` is the book's dict or a `GPTScratchConfig` that says no more;
+Names of classes and parameters are the book's. `cfg` is the book's dict, or a `GPTScratchConfig` for such a model;
 beside the book's keys it may set the dropout rates one by one (exercise 4.3) and tie the head, as GPT-2 does.
-Otherwise the text differs from the book's in its checks, in GELU's constant, which is exact in float64 too, and in the
-mask, which is made in the forward pass, so that a model whose memory is filled later has it right.
-`modeling_gpt_scratch.py` has siblings of these classes that are faster, have caches and know padding.
+Other differences from the book: the checks; GELU's constant, which is exact in float64 too; and the mask, which is
+made in the forward pass, so it is right even in a model that is built on the meta device and filled later.
+`modeling_gpt_scratch.py` has siblings of these classes that are faster and support caches and padding.
 
 Shapes: B batch, T tokens, E emb_dim, H heads, D = E / H, V vocabulary.
 """
@@ -56,7 +56,7 @@ class GELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear from E to 4E, GELU, Linear back to E; each token by itself (section 4.3)."""
+    """Linear from E to 4E, GELU, Linear back to E, for each token by itself (section 4.3)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -81,7 +81,9 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
         super().__init__()
         if d_out % num_heads != 0:
-            raise ValueError(f"d_out={d_out} must be a multiple of num_heads={num_heads}, so that all heads are equal")
+            raise ValueError(
+                f"d_out={d_out} must be a multiple of num_heads={num_heads}, so that all heads have the same size"
+            )
         self.d_out = d_out
         self.num_heads = num_heads
         self.head_dim = d_out // num_heads
@@ -95,7 +97,7 @@ class MultiHeadAttention(nn.Module):
         self.register_load_state_dict_pre_hook(drop_mask)
 
     def forward(self, x):  # (B, T, d_in)
-        """Context vectors (B, T, d_out): for each token, the values of the tokens it may see, weighted."""
+        """Context vectors (B, T, d_out): for each token, the weighted values of the tokens it may attend to."""
         b, num_tokens, _ = x.shape
         check_length(num_tokens, self.context_length)
         queries = self.W_query(x)  # (B, T, d_out)
@@ -108,7 +110,7 @@ class MultiHeadAttention(nn.Module):
         values = values.view(heads).transpose(1, 2)
 
         attn_scores = queries @ keys.transpose(2, 3)  # (B, H, T, T)
-        # True where a token (row) must not see another (column): a later one.
+        # True where a token (row) must not attend to another (column): a later one.
         mask = torch.triu(torch.ones(num_tokens, num_tokens, device=x.device), diagonal=1).bool()
         attn_scores = attn_scores.masked_fill(mask, -torch.inf)
         attn_weights = torch.softmax(attn_scores / self.head_dim**0.5, dim=-1)
@@ -120,7 +122,7 @@ class MultiHeadAttention(nn.Module):
 
 
 def drop_mask(module, state_dict, prefix, *_):
-    """Leaves out the mask, which the book's code saves: 4 MiB a layer at 1024 tokens."""
+    """Drops the mask, which the book's code saves: 4 MiB per layer at 1024 tokens."""
     state_dict.pop(prefix + "mask", None)
 
 
@@ -161,11 +163,11 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """Token and position embeddings, `n_layers` blocks, final norm, output head (section 4.6).
 
-    Its state dict has parameters only. It also loads one of the book's code, mask buffers and all.
+    Its state dict has parameters only. It also loads one from the book's code, which has mask buffers.
 
     Raises:
         KeyError: `cfg` lacks a size.
-        ValueError: `cfg` says what this model does not do.
+        ValueError: this model does not support `cfg`.
     """
 
     def __init__(self, cfg):
@@ -199,7 +201,7 @@ class GPTModel(nn.Module):
 
 
 def tie_head(module, state_dict, prefix, *_):
-    """A tied checkpoint stores the shared matrix once; raises ValueError if there are two that differ."""
+    """Adds the head, which a tied checkpoint stores once with the embedding; raises ValueError if they differ."""
     if prefix + "tok_emb.weight" in state_dict:
         shared = state_dict[prefix + "tok_emb.weight"]
         head = state_dict.setdefault(prefix + "out_head.weight", shared)

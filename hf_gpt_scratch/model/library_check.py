@@ -1,7 +1,7 @@
-"""A check of the library that is there: before the first use in a process, it generates with a tiny model.
+"""Checks the installed transformers: before the first use in a process, it generates with a tiny model.
 
-What transformers does between a prompt and a model changes from release to release. Whether all of it still fits
-together is tried here on weights and prompts whose right ids are known, which takes a fifth of a second.
+What transformers does between a prompt and a model changes from release to release. This check runs it on weights and
+prompts whose right ids are known, which takes a fifth of a second.
 """
 
 import os
@@ -25,39 +25,39 @@ logger = logging.get_logger(__name__)
 
 
 class LibraryCheck:
-    """Has transformers generate with a tiny model before the first use in a process, and refuses to go on if the ids
-    are not those of the book's layers and of the official class.
+    """Generates with a tiny model before the first use in a process, and raises an error if the ids are not those of
+    the book's layers and of the official class.
 
     Args:
-        model_class: gives the language model's class.
+        model_class: returns the language model's class.
     """
 
     def __init__(self, model_class: Callable[[], type[PreTrainedModel]]):
         self.model_class = model_class
         self.passed: set[str] = set()
-        self.told = False
+        self.warned = False
         self._make_lock()
-        if hasattr(os, "register_at_fork"):  # a process that is forked meanwhile would wait for ever
+        if hasattr(os, "register_at_fork"):  # a process that is forked during a check would wait forever
             os.register_at_fork(after_in_child=self._make_lock)
 
     def _make_lock(self) -> None:
         self.lock, self.running = threading.RLock(), False
 
     def __call__(self, what: str = "generate") -> None:
-        """Checks `generate`, forward passes among it, or `generate_batch`, once in a process.
+        """Checks `generate`, including forward passes, or `generate_batch`, once in a process.
 
-        Not within what traces or counts operations: the check would be traced and counted.
+        It does not run while operations are traced or counted, since it would be traced and counted, too.
 
         Raises:
-            RuntimeError: this transformers does something else; the message names version and remedy.
+            RuntimeError: this transformers gives other results; the message names version and remedy.
         """
         if what in self.passed or self.running or _is_traced():
             return
         with self.lock:
             if what in self.passed:
                 return
-            if is_untested() and not self.told:
-                self.told = True
+            if is_untested() and not self.warned:
+                self.warned = True
                 logger.warning(
                     f"transformers {INSTALLED} is newer than {NEWEST_TESTED}, the newest that "
                     "hf_gpt_scratch was tested with; a tiny model is checked first."
@@ -65,7 +65,7 @@ class LibraryCheck:
             self.running = True
             try:
                 with _undisturbed():
-                    # What does not come again came from elsewhere: a time limit of the user's, another thread.
+                    # An error that does not recur has another cause: a time limit of the user's, another thread.
                     first = self._failure(what)
                     failure = first and self._failure(what)
             finally:
@@ -77,7 +77,7 @@ class LibraryCheck:
             self.passed.add(what)
 
     def _failure(self, what: str) -> tuple[str, Exception | None] | None:
-        """What is wrong, and the exception that it ended in, if it did."""
+        """What is wrong, and the exception that it raised, if any."""
         model_class = self.model_class()
         try:
             for models, modes in self._trials(what, model_class):
@@ -87,12 +87,12 @@ class LibraryCheck:
                     if name in BY_THE_BOOK:
                         right = given[BOOK] = BY_THE_BOOK[name](models[BOOK])
                     elif isinstance(right, Exception):
-                        continue  # this version does not have it
+                        continue  # not in this version
                     if not all(_same(right, result) for result in given.values()):
-                        told = "; ".join(f"{who}: {_short(result)}" for who, result in given.items())
+                        results = "; ".join(f"{who}: {_short(result)}" for who, result in given.items())
                         error = given[OURS] if isinstance(given[OURS], Exception) else None
-                        return f"{what} ({name}) of a tiny model does not give what it should. {told}", error
-        except Exception as error:  # whatever it is, it is a reason not to go on
+                        return f"{what} ({name}) of a tiny model gives wrong results. {results}", error
+        except Exception as error:  # any error is a reason to stop
             return f"{what} of a tiny model failed with {type(error).__name__}: {error!s:.300}", error
         return None
 
@@ -101,7 +101,7 @@ class LibraryCheck:
             yield _tiny_models(model_class), BATCH_MODES
             return
         yield _tiny_models(model_class), MODES
-        if is_untested():  # what cannot change between two releases is left to the tests
+        if is_untested():  # for tested versions the tests have shown this
             yield _tiny_models(model_class, attn_implementation="eager"), MODES
             yield _tiny_models(model_class, from_files=True), FORWARD_MODES
             yield _tiny_models(model_class, add_cross_attention=True), CROSS_MODES
@@ -118,7 +118,7 @@ def _is_traced() -> bool:
 
 @contextmanager
 def _undisturbed():
-    """The check neither sees nor leaves anything: default device, autocast, gradients, logs."""
+    """Isolates the check from the user's default device, autocast, gradient mode and logging."""
     progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -143,7 +143,7 @@ OURS, OFFICIAL, BOOK = "this model", "GPT2LMHeadModel", "the book's layers"
 
 
 def _tiny_models(model_class, attn_implementation="sdpa", from_files=False, add_cross_attention=False):
-    """This model, the official one that it was loaded from, and the book's, with the same weights."""
+    """Our model, the official one from which it was made, and the book's, with the same weights."""
     config = model_class.config_class(
         vocab_size=23,
         context_length=16,
@@ -152,7 +152,7 @@ def _tiny_models(model_class, attn_implementation="sdpa", from_files=False, add_
         n_layers=2,
         drop_rate=0.0,
         qkv_bias=True,
-        scale_attn_by_inverse_layer_idx=True,  # a scaling that attention functions do not have by default
+        scale_attn_by_inverse_layer_idx=True,  # not the default scaling of attention functions
         tie_word_embeddings=True,
         add_cross_attention=add_cross_attention,
         bos_token_id=None,
@@ -160,7 +160,7 @@ def _tiny_models(model_class, attn_implementation="sdpa", from_files=False, add_
         pad_token_id=PAD,
     )
     theirs, official_class = config.to_gpt2(), model_class.gpt2_class
-    # Of these weights the ids vary, and are far from ties. The user's random numbers are left alone.
+    # With these weights the ids vary and are far from ties. The user's random state is not touched.
     generator = torch.Generator().manual_seed(16)
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in official_class(theirs).named_parameters()}
@@ -185,7 +185,7 @@ def _tiny_models(model_class, attn_implementation="sdpa", from_files=False, add_
         state_dict = to_scratch_state_dict(weights, config.n_layers)
         state_dict["out_head.weight"] = state_dict["tok_emb.weight"]
         for name, tensor in state_dict.items():
-            if ".W_query." in name:  # the book does not divide its scores by the layer's number
+            if ".W_query." in name:  # the book's layers do not divide scores by the layer's number
                 state_dict[name] = tensor / (int(name.split(".")[1]) + 1)
         book.load_state_dict(state_dict, assign=True)
     return {OURS: ours, OFFICIAL: official, BOOK: book}
@@ -199,7 +199,7 @@ def _attempt(mode, model):
 
 
 def _same(expected, got):
-    """Ids and logits are compared alike: ids differ by 1 at least, logits by rounding at most."""
+    """Whether ids or logits agree: different ids differ by at least 1, equal logits only by rounding."""
     return (
         torch.is_tensor(got)
         and got.shape == expected.shape
@@ -244,7 +244,7 @@ def _prompt_lookup(model):
 
 
 def _forward(*parts):
-    """The logits of what is not padding, of passes over so many tokens each."""
+    """The logits of all tokens that are not padding, in passes over `parts` tokens each."""
 
     def mode(model):
         ids, mask = _padded()
@@ -269,7 +269,9 @@ def _forward(*parts):
 
 def _batch(model):
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
-    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)  # not all of the memory
+    small = transformers.ContinuousBatchingConfig(
+        num_blocks=16, max_batch_tokens=32
+    )  # otherwise it takes all of the memory
     outputs = model.generate_batch(
         PROMPTS, generation_config=config, continuous_batching_config=small, progress_bar=False
     )
@@ -277,7 +279,7 @@ def _batch(model):
 
 
 def _cross(model):
-    """Logits of tokens that look at an encoder's states, one of them padding."""
+    """The logits of tokens that attend to an encoder's states, one of which is padding."""
     ids, _ = _padded()
     states = torch.linspace(-1, 1, 2 * 3 * 8).sin().view(2, 3, 8)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])

@@ -1,7 +1,7 @@
-"""The language model's loss without its logits: head and cross-entropy a few tokens at a time.
+"""The language model's loss without all its logits: head and cross-entropy for a few tokens at a time.
 
-At GPT-2's 50,257 tokens the logits and their gradients are the peak of a training step's memory. Here each chunk of
-them lives only until its part of the loss and of the gradients is known, so nothing is computed twice.
+With GPT-2's 50,257 tokens, the logits and their gradients are the peak of a training step's memory. Here each chunk is
+kept only until its part of the loss and of the gradients has been computed; nothing is computed twice.
 
 Shapes: N tokens of all sequences together, E emb_dim, V vocabulary.
 """
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-CHUNK = 256  # tokens whose logits are in memory together: 51 MB at V = 50257 in float32
-CHUNK_ON_GPU = 2048  # where products of few rows leave most of the device idle
-PART = 8192  # tokens of the vocabulary whose gradients are in memory together in another dtype than the weight's
+CHUNK = 256  # tokens whose logits are in memory at once: 51 MB at V = 50257 in float32
+CHUNK_ON_GPU = 2048  # on GPUs, products of few rows leave most of the device idle
+PART = 8192  # rows of the weight whose gradients are in memory at once if their dtype is not the weight's
 
 
 def product_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -29,13 +29,13 @@ def product_dtype(tensor: torch.Tensor) -> torch.dtype:
 class HeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies of `x @ weight.T` (N, V) and the targets, ÷ `num_items`.
 
-    The gradients are made beside the loss, while a chunk's logits are there; backward scales them.
+    The gradients are computed with the loss, while a chunk's logits are in memory; backward scales them.
 
     Args:
         x: (N, E).
         weight: (V, E).
-        targets: (N,), the right tokens; `ignore_index` for none.
-        num_items: number, or tensor of one, that the sum is divided by.
+        targets: (N,), the right tokens; `ignore_index` where there is none.
+        num_items: the divisor of the sum, a number or a tensor of one.
     """
 
     @staticmethod
@@ -63,7 +63,7 @@ class HeadLoss(torch.autograd.Function):
                     grad_x[rows] = grad_logits @ head
                 if grad_weight is not None and grad_weight.dtype == dtype:
                     grad_weight.addmm_(grad_logits.T, x[rows])
-                elif grad_weight is not None:  # a part at a time: a product of this dtype needs memory of its own
+                elif grad_weight is not None:  # in parts, since a product in this dtype needs memory of its own
                     for grad, part in zip(grad_weight.split(PART), grad_logits.split(PART, dim=1), strict=True):
                         grad += part.T @ x[rows]
         ctx.save_for_backward(grad_x, grad_weight)
@@ -73,25 +73,25 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         grads = ctx.saved_tensors
-        # Not to be looked at in a compiled graph, and a GPU would have to be waited for.
+        # Reading the value would break a compiled graph, and would wait for a GPU.
         if torch.compiler.is_compiling() or grad_loss.device.type != "cpu" or grad_loss != 1:
             grads = [None if grad is None else grad * grad_loss for grad in grads]
         return *grads, None, None, None
 
 
 def shifted(labels, ignore_index):
-    """What each token is to predict: the label one further on, nothing for the last."""
+    """The target of each token: the next label, and `ignore_index` for the last token."""
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
 def head_loss(x, weight, labels, *, num_items_in_batch=None, ignore_index=-100, shift_labels=None):
-    """`ForCausalLMLoss` of the logits `x @ weight.T`, exact but for the order of summation.
+    """`ForCausalLMLoss` of the logits `x @ weight.T`, exact except for the order of summation.
 
     Args:
         x: (B, T, E).
         weight: (V, E).
-        labels: (B, T); `shift_labels`, (B, T), are ready targets instead.
-        num_items_in_batch: what the sum is divided by; default: the number of labels that count.
+        labels: (B, T); or `shift_labels` (B, T), which are already shifted.
+        num_items_in_batch: the divisor of the sum; default: the number of labels that are not ignored.
     """
     targets = (shifted(labels, ignore_index) if shift_labels is None else shift_labels).reshape(-1).to(x.device)
     if num_items_in_batch is None:
@@ -101,33 +101,33 @@ def head_loss(x, weight, labels, *, num_items_in_batch=None, ignore_index=-100, 
     return HeadLoss.apply(x.flatten(0, -2), weight, targets, num_items_in_batch, ignore_index)
 
 
-# Of the keywords of a forward pass, those that `head_loss` takes.
+# The keywords of a forward pass that `head_loss` takes.
 LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 def can_skip_logits(model: nn.Module) -> bool:
-    """Whether `head_loss` computes what the model's own head and loss function would, hooks and wrappers and all."""
+    """Whether `head_loss` computes the same as the model's own head and loss function, with all hooks and wrappers."""
     head: Any = model.out_head
     weight = head.weight
     return (
         type(head) is nn.Linear
         and head.bias is None
         and type(weight) is nn.Parameter
-        and weight.shape == (head.out_features, head.in_features)  # not when its shards are elsewhere
+        and weight.shape == (head.out_features, head.in_features)  # not sharded
         and "forward" not in vars(head)
         and not (head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
         and not (head._backward_hooks or head._backward_pre_hooks or torch.nn.modules.module._has_any_global_hook())
-        and torch.float16 not in (weight.dtype, product_dtype(weight))  # gradients that need scaling first
+        and torch.float16 not in (weight.dtype, product_dtype(weight))  # its gradients need loss scaling
         and model.loss_function is ForCausalLMLoss
         and not torch._C._are_functorch_transforms_active()
     )
 
 
 class LazyLogitsOutput(CausalLMOutputWithCrossAttentions):
-    """An output whose `logits` are a function until they are asked for, by whatever route; gradients flow.
+    """An output that computes its `logits` when they are first read, in whatever way; gradients flow through them.
 
     Raises:
-        RuntimeError: the head's weights have changed since the forward pass, so those logits cannot be had any more.
+        RuntimeError: the head's weights have changed since the forward pass, so its logits cannot be computed any more.
     """
 
     @property
@@ -144,7 +144,7 @@ class LazyLogitsOutput(CausalLMOutputWithCrossAttentions):
     def logits(self, value):
         self.__dict__["logits"] = value
 
-    def __reduce__(self):  # what another program reads is transformers' output
+    def __reduce__(self):  # pickled, it becomes transformers' output
         return CausalLMOutputWithCrossAttentions(**{name: self[name] for name in self}).__reduce__()
 
     def __getitem__(self, k):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0  # trf-ignore: TRF028 as this line says it
-"""The book's layers as a Transformers model: masks, caches, losses and loading are transformers', the maths is ours.
+"""The book's layers as a Transformers model: transformers provides masks, caches, losses and loading.
 
 Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V vocabulary.
 """
@@ -49,7 +49,7 @@ with explained():
 
     from .configuration_gpt_scratch import GPTScratchConfig, check_length
     from .decoding import growing_cache
-    from .int8 import Int8Config  # noqa: F401  # trf-ignore: TRF035 a quantized model brings its quantizer along
+    from .int8 import Int8Config  # noqa: F401  # trf-ignore: TRF035 a quantized model ships its quantizer
     from .interop import Interop, some
     from .layers import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
     from .library_check import LibraryCheck
@@ -61,7 +61,7 @@ logger = logging.get_logger(__name__)
 
 
 def register_conversions(model_type: str = GPTScratchConfig.model_type) -> None:
-    """Has transformers' own loader read official GPT-2 checkpoints by our table."""
+    """Makes transformers' own loader read official GPT-2 checkpoints by our table."""
     register_checkpoint_conversion_mapping(model_type, conversions(), overwrite=True)
 
 
@@ -70,7 +70,7 @@ check_library = LibraryCheck(lambda: GPTScratchForCausalLM)
 
 
 class FusedLayerNorm(LayerNorm):
-    """The book's `LayerNorm` in one operation; in half precision it is as exact as the official one, too."""
+    """The book's `LayerNorm` in one operation, which is as exact as the official one in half precision, too."""
 
     def forward(self, x):
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, self.eps)
@@ -102,14 +102,14 @@ def eager_attention(module, queries, keys, values, attention_mask=None, *, scali
 
     Args:
         queries: (B, H, T, D); keys and values: (B, H, S, D).
-        attention_mask: broadcasts to (B, H, T, S); bool (True: may see) or added to the scores.
+        attention_mask: broadcasts to (B, H, T, S); bool (True: may attend) or added to the scores.
 
     Returns:
         context vectors (B, T, H, D) and attention weights (B, H, T, S).
     """
     attn_scores = queries @ keys.transpose(2, 3) * scaling  # (B, H, T, S)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        # The smallest number, not -inf: a row of nothing but padding must not become NaN.
+        # The smallest number, not -inf: a row that is all padding must not become NaN.
         attn_scores = attn_scores.masked_fill(~attention_mask, torch.finfo(attn_scores.dtype).min)
     elif attention_mask is not None:
         attn_scores = attn_scores + attention_mask
@@ -125,17 +125,17 @@ def upcast_attention(module, queries, keys, values, attention_mask=None, **kwarg
 
 
 class CachedAttention(MultiHeadAttention):
-    """The book's `MultiHeadAttention` with a cache, masks from outside, and transformers' attention functions."""
+    """The book's `MultiHeadAttention` with a cache, given masks, and transformers' attention functions."""
 
-    is_causal = True  # what attention functions ask for
+    is_causal = True  # read by attention functions
 
     def __init__(self, config: GPTScratchConfig, layer_idx: int):
         rate = config.drop_rate if config.drop_rate_attn is None else config.drop_rate_attn
         width = config.emb_dim
         super().__init__(width, width, config.context_length, rate, config.n_heads, config.qkv_bias)
-        self.config = config  # attention functions may look into it
+        self.config = config  # attention functions may read it
         self.layer_idx = layer_idx
-        # CODEPATH: official checkpoints scale by 1/√D alone; Stanford's Mistral models have the other options
+        # CODEPATH: official checkpoints scale by 1/√D alone; Stanford's Mistral models use the other options
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         # CODEPATH: as above
         if config.scale_attn_by_inverse_layer_idx:
@@ -149,30 +149,30 @@ class CachedAttention(MultiHeadAttention):
         return heads
 
     def keys_and_values(self, x, past_key_values, kwargs):
-        """Those of x (B, T, E), after those that are cached: (B, H, S, D) each."""
+        """Keys and values of x (B, T, E), after those in the cache: (B, H, S, D) each."""
         keys, values = self.at_positions(self.heads(self.W_key(x)), **kwargs), self.heads(self.W_value(x))
         if past_key_values is None:
             return keys, values
         return past_key_values.update(keys, values, self.layer_idx, kwargs=kwargs)
 
-    def forward(  # type: ignore[override]  # a sibling, which is told more
+    def forward(  # type: ignore[override]  # a sibling with more arguments
         self, x, attention_mask=None, past_key_values=None, states=None, **kwargs
     ):
-        """Context vectors (B, T, E), and attention weights (B, H, T, S) or None where the function has none.
+        """Context vectors (B, T, E), and attention weights (B, H, T, S) or None if the attention function returns none.
 
-        vLLM reads the source of this method for the look-up and its one call.
+        vLLM parses the source of this method for the look-up of the attention function and its only call.
 
         Args:
             x: (B, T, E).
-            attention_mask: as the attention function that the config names wants it.
+            attention_mask: in the form that the config's attention function needs.
             past_key_values: anything with `update(keys, values, layer_idx, kwargs=kwargs)` that returns all keys and
-                values so far; a paged cache also writes into `kwargs` what the attention function is to know.
-            states: (B, S, E), what the keys and values are made of; default: x.
-            kwargs: handed to the attention function.
+                values so far; a paged cache also adds arguments of the attention function to `kwargs`.
+            states: (B, S, E), which keys and values are computed from; default: x.
+            kwargs: passed to the attention function.
         """
         queries = self.at_positions(self.heads(self.W_query(x)), **kwargs)  # (B, H, T, D)
         keys, values = self.keys_and_values(x if states is None else states, past_key_values, kwargs)
-        # CODEPATH: no official checkpoint has it, but Stanford's Mistral models do
+        # CODEPATH: no official checkpoint uses it, but Stanford's Mistral models do
         eager = upcast_attention if self.config.reorder_and_upcast_attn else eager_attention
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         context_vec, attn_weights = attention_function(
@@ -189,12 +189,12 @@ class CachedAttention(MultiHeadAttention):
 
 
 class CrossAttention(CachedAttention):
-    """Attention from the tokens to an encoder's states: queries from the ones, keys and values from the others."""
+    """Attention from the tokens to an encoder's states: queries from the tokens, keys and values from the states."""
 
     is_causal = False
 
     def keys_and_values(self, x, past_key_values, kwargs):
-        """Those of the encoder's states x (B, S, E): an `EncoderDecoderCache` keeps them from the first call on."""
+        """Those of the encoder's states x (B, S, E); an `EncoderDecoderCache` stores those of the first call."""
         if past_key_values is None:
             return super().keys_and_values(x, None, kwargs)
         if past_key_values.is_updated.get(self.layer_idx):
@@ -205,7 +205,7 @@ class CrossAttention(CachedAttention):
 
 
 class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
-    """The book's `TransformerBlock` of these siblings, and with cross-attention if the config says so."""
+    """The book's `TransformerBlock` with these siblings, and with cross-attention if the config says so."""
 
     def __init__(self, config: GPTScratchConfig, layer_idx: int):
         nn.Module.__init__(self)
@@ -221,7 +221,7 @@ class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
             self.norm_cross = FusedLayerNorm(config.emb_dim, config.layer_norm_epsilon)
             adding.append(self.cross_att.out_proj)
         for projection in adding:
-            projection.adds_to_shortcut = True  # type: ignore[assignment]  # a mark, no module
+            projection.adds_to_shortcut = True  # type: ignore[assignment]  # a flag, not a module
 
     def forward(
         self,
@@ -232,7 +232,7 @@ class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
         encoder_attention_mask=None,
         **kwargs,
     ):
-        """As in the book, and between its two parts norm, cross-attention, dropout, shortcut if there are states."""
+        """As in the book; with an encoder's states, norm, cross-attention, dropout and shortcut between its halves."""
         both = isinstance(past_key_values, EncoderDecoderCache)
         cache = past_key_values.self_attention_cache if both else past_key_values
         shortcut = x
@@ -250,11 +250,11 @@ class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
 
 
 class GPTScratchPreTrainedModel(Interop):
-    """What all models here share: initialisation, loading, and by `Interop` the ways from and to the book and GPT-2."""
+    """The base of all models here: initialisation, loading, and `Interop` with the book and GPT-2."""
 
     config_class = GPTScratchConfig
     config: GPTScratchConfig
-    block_class = GPTScratchBlock  # a class of one's own may have another
+    block_class = GPTScratchBlock  # which a subclass may replace
     base_model_prefix = "model"
     _input_embed_layer = "tok_emb"
     supports_gradient_checkpointing = True
@@ -275,9 +275,9 @@ class GPTScratchPreTrainedModel(Interop):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # accelerate keeps each block on one device, whatever its class is called.
+        # accelerate keeps modules of these classes on one device.
         cls._no_split_modules = [cls.block_class.__name__]
-        # A class with a model type of its own reads official checkpoints too.
+        # A class with a model type of its own loads official checkpoints, too.
         register_conversions(cls.config_class.model_type)
 
     @torch.no_grad()
@@ -292,18 +292,18 @@ class GPTScratchPreTrainedModel(Interop):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Self:
-        """As in transformers, but a model some of whose base weights were not in the checkpoint is refused.
+        """As in transformers, but raises an error if base weights are missing from the checkpoint.
 
-        Heads and cross-attention may be new; they are initialised, and transformers says so.
+        Heads and cross-attention may be missing; they are initialised, and transformers warns about it.
 
         Raises:
-            ValueError: weights are missing; the message names them. Or tensor parallelism is asked of a transformers
-                before 5.22.
+            ValueError: weights are missing; the message names them. Or the options ask for tensor parallelism, and
+                transformers is older than 5.22.
         """
         refuse_tensor_parallel_loading(kwargs)
         if is_untested():
             check_library()
-        # Under the name of a subclass's config too; and again, since a second copy of this module may have come since.
+        # For a subclass's model type, too; and again, as a second copy of this module may have been loaded meanwhile.
         register_conversions(cls.config_class.model_type)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -311,7 +311,7 @@ class GPTScratchPreTrainedModel(Interop):
         missing = sorted(name for name in info["missing_keys"] if is_base_weight(name, exactly=own_block))
         if missing and not output_loading_info:
             raise ValueError(
-                f"the checkpoint has no weights for {some(missing)}, which would be random; give a "
+                f"the checkpoint has no weights for {some(missing)}, which would be random; use a "
                 f"complete GPT-2 or GPTScratch checkpoint. If it is one, {advice()}"
             )
         if cls in cls.kinds():
@@ -319,20 +319,20 @@ class GPTScratchPreTrainedModel(Interop):
             others = [name for name in model.config.architectures or [] if name not in known]
             if others:
                 logger.warning(
-                    f"the checkpoint is of the class {str(others[0])[:100]!r}, and is loaded as {cls.__name__}, which "
-                    f"may compute something else; load it by its own class, or with trust_remote_code=True"
+                    f"the checkpoint is of the class {str(others[0])[:100]!r}, but is loaded as {cls.__name__}, which "
+                    f"may compute something else; load it with its own class, or with trust_remote_code=True"
                 )
         return (model, info) if output_loading_info else model  # type: ignore[return-value]  # as transformers does
 
     @classmethod
     def kinds(cls) -> "tuple[type[GPTScratchPreTrainedModel], ...]":
-        """The classes of this file, one for each official one."""
+        """The classes in this file, one for each official one."""
         return MODELS
 
     def auto_map(self) -> dict[str, str]:
-        """What each Auto class opens of a saved model, as of an official one; nothing for a class of one's own."""
-        room = GPTScratchPreTrainedModel.__module__.rpartition(".")[2]
-        every = {name: f"{room}.{kind.__name__}" for name, kind in AUTO_CLASSES.items()}
+        """The class that each Auto class loads from a saved model; empty for a class outside this file."""
+        module = GPTScratchPreTrainedModel.__module__.rpartition(".")[2]
+        every = {name: f"{module}.{kind.__name__}" for name, kind in AUTO_CLASSES.items()}
         return every if type(self) in MODELS and self._auto_class is not None else {}
 
 
@@ -374,30 +374,30 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
 
         Args:
             input_ids: (B, T), or give `inputs_embeds` (B, T, E).
-            attention_mask: (B, S), 1 for tokens and 0 for padding, also over what is cached; or a ready 4-D mask.
-            position_ids: (B, T) or (1, T); default: on from the end of the cache.
-            past_key_values, cache: the cache of the tokens before, by its old name or that of transformers 5.24.
+            attention_mask: (B, S), 1 for tokens and 0 for padding, including cached tokens; or a complete 4-D mask.
+            position_ids: (B, T) or (1, T); default: continue from the end of the cache.
+            past_key_values, cache: the cache, under its old name or its name since transformers 5.24.
             token_type_ids: (B, T), embedded by `tok_emb` as in GPT-2.
             encoder_hidden_states: (B, S, E), for a model with `add_cross_attention`.
-            encoder_attention_mask: (B, S), 1 for states that count.
+            encoder_attention_mask: (B, S), 1 for states and 0 for padding.
 
         Returns:
             `last_hidden_state` (B, T, E).
 
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds`, more tokens than `context_length`, a mask
-                over more or fewer tokens than there are, or an encoder's states for a model without cross-attention.
-            TypeError: a cache under a name that is not looked at.
-            RuntimeError: this transformers hands over its cache in a way that was not foreseen.
+                for more or fewer tokens than there are, or an encoder's states for a model without cross-attention.
+            TypeError: a cache under a name that would be ignored.
+            RuntimeError: this transformers passes its cache in an unexpected way.
         """
         cache = one_cache(past_key_values, cache, kwargs, attention_mask)
         if is_untested():
             check_library()
-            if "paged" in self.config._attn_implementation:  # trf-ignore: TRF051 only what is checked first
+            if "paged" in self.config._attn_implementation:  # trf-ignore: TRF051 chooses only a check
                 check_library("generate_batch")
             refuse_unread(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if encoder_hidden_states is not None and not self.config.add_cross_attention:
             raise ValueError(
                 "got encoder_hidden_states, but the model has no cross-attention layers; build it with "
@@ -406,11 +406,11 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.tok_emb(input_ids)  # (B, T, E)
-        # transformers always makes a mask for a compiled model, and with one sdpa computes all pairs of tokens.
+        # transformers always makes a mask for a compiled model, and with a mask sdpa computes all pairs of tokens.
         needs_no_mask = (
             torch.compiler.is_compiling()
             and not torch.compiler.is_exporting()
-            and self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051 of the mask, not of the products
+            and self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051 concerns the mask alone
             and attention_mask is None
             and position_ids is None
             and cache is None
@@ -448,9 +448,8 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             )
 
         x = inputs_embeds
-        if not isinstance(
-            self.pos_emb, nn.Identity
-        ):  # it is one in a later stage of a pipeline, which continues from x
+        # In a later stage of a pipeline it is an Identity, and x already has the positions.
+        if not isinstance(self.pos_emb, nn.Identity):
             x = x + self.pos_emb(position_ids)
         if token_type_ids is not None:
             x = x + self.tok_emb(token_type_ids)
@@ -473,13 +472,13 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, **output)
 
     def _has_first_block(self):
-        """Whether this is no later stage of a pipeline: a cache counts the tokens of its first layer."""
+        """Whether the first block is in this stage of a pipeline: a cache counts the tokens of its first layer."""
         first = self.trf_blocks[0]
         return isinstance(first, GPTScratchBlock) and first.att.layer_idx == 0
 
     def _check_positions(self, position_ids, num_tokens):
-        # Padding takes no position, so that more than context_length tokens may still fit: the positions themselves
-        # count. A GPU would have to be waited for, so there they are looked at only when there are too many tokens.
+        # Padding takes no position, so more than context_length tokens may still fit: the positions decide. On a GPU
+        # reading them has to wait, so there they are checked only if there are more tokens than positions.
         if torch.compiler.is_compiling() or position_ids.device.type == "meta":
             return
         too_many = isinstance(num_tokens, int) and num_tokens > self.config.context_length
@@ -489,11 +488,11 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
 
 # trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers
 class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
-    """`GPTScratchModel` and the output head: the book's `GPTModel`, with everything transformers does with one."""
+    """`GPTScratchModel` and the output head: the book's `GPTModel`, with everything that transformers offers."""
 
     gpt2_class = GPT2LMHeadModel
     _tied_weights_keys = {"out_head.weight": "model.tok_emb.weight"}
-    chunked_loss = True  # set it to False on a model whose loss is to be differentiated twice
+    chunked_loss = True  # set to False on a model to differentiate its loss twice
     _tp_plan: Any = HEAD_TP_PLAN
     _pp_plan: Any = HEAD_PP_PLAN
 
@@ -505,13 +504,13 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
-        # transformers ties after it has distributed; FSDP would by then hold two matrices, of which one is not trained.
+        # transformers ties weights after distributing; FSDP would then hold two matrices, and one would not be trained.
         if mesh_manager is not None and distributed_config.tp_size == 1 and model.config.tie_word_embeddings:
             model.out_head.weight = model.model.tok_emb.weight
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def generate(self, *args, **kwargs):
-        """As in transformers, once a tiny model has been checked to generate the right ids; see `compat.py`.
+        """As in transformers, after a check that a tiny model generates the right ids; see `library_check.py`.
 
         Raises:
             RuntimeError: it does not.
@@ -526,7 +525,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get(CACHE)
-        super()._prepare_cache_for_generation(  # type: ignore[misc]  # declared for a protocol
+        super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` is declared as a protocol
             generation_config, model_kwargs, *args, **kwargs
         )
         made = model_kwargs.get(CACHE)
@@ -561,11 +560,11 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T), usually `input_ids`: the shift by one happens inside; -100 is ignored.
-            logits_to_keep: compute the logits of the last so many tokens, or of these indices; 0 is all.
+            logits_to_keep: the number of last tokens, or the indices, whose logits are computed; 0 means all.
 
         Returns:
             `logits` (B, T, V), and `loss`, the mean over the labels, if there are any. In training, with labels, the
-            loss does without the logits (`loss.py`), which are computed when somebody asks for them.
+            loss is computed without the logits (`loss.py`), which are computed when they are read.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -611,14 +610,14 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 
 # trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers
 class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
-    """`GPTScratchForCausalLM` with a second head that scores each of several continuations; one of them is right."""
+    """`GPTScratchForCausalLM` with a second head that scores several continuations, one of which is right."""
 
-    gpt2_class = GPT2DoubleHeadsModel  # type: ignore[assignment]  # as its parent's is
+    gpt2_class = GPT2DoubleHeadsModel  # type: ignore[assignment]  # like its parent's
 
     def __init__(self, config: GPTScratchConfig):
         config.num_labels = 1
         super().__init__(config)
-        self.multiple_choice_head = GPT2SequenceSummary(cast(Any, config))  # which has the options that it reads
+        self.multiple_choice_head = GPT2SequenceSummary(cast(Any, config))  # it has all options that are read here
         self.loss_type = "ForCausalLM"
         self.post_init()
 
@@ -639,15 +638,15 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
         cache: Cache | None = None,
         **kwargs,
     ) -> GPT2DoubleHeadsModelOutput:
-        """The logits of the next tokens, and a score of each choice; C is the number of choices.
+        """The logits of the next tokens, and a score for each choice; C is the number of choices.
 
         Args:
-            input_ids: (B, C, T) or (B, T), and so the masks, positions, types and labels.
-            mc_token_ids: (B, C), the token of each choice that stands for all of it; default: the last.
+            input_ids: (B, C, T) or (B, T), like the masks, positions, types and labels.
+            mc_token_ids: (B, C), the token that represents each choice; default: the last.
             mc_labels: (B,), the right choice.
 
         Returns:
-            `logits` (B, C, T, V), `mc_logits` (B, C), and `loss` and `mc_loss` for the labels there are.
+            `logits` (B, C, T, V), `mc_logits` (B, C), and `loss` and `mc_loss` if their labels are given.
         """
 
         def flat(tensor, last_dims=1):
@@ -665,7 +664,7 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
             **kwargs,
         )
         given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-        shape = given.shape  # type: ignore[union-attr]  # the base model has refused neither of the two
+        shape = given.shape  # type: ignore[union-attr]  # the base model has checked that one of them is given
         x = outputs.last_hidden_state.view(*shape, -1)  # (B, C, T, E)
         logits = self.out_head(x)  # (B, C, T, V)
         mc_logits = self.multiple_choice_head(x, mc_token_ids).squeeze(-1)  # (B, C)
@@ -685,12 +684,12 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
         )
 
 
-# The forward passes of the three below are transformers' own. Their constructors are not: those find the base model
-# through AutoModel, which does not know a copy of this module that came along with saved weights.
+# The forward passes of the next three classes are transformers' own. Their constructors are not: transformers' find the
+# base model through AutoModel, which does not know a copy of this module that is shipped with saved weights.
 
 
 class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTScratchPreTrainedModel):
-    """One label for each sequence, from its last token that is not padding."""
+    """One label per sequence, from its last token that is not padding."""
 
     gpt2_class = GPT2ForSequenceClassification
 
@@ -703,7 +702,7 @@ class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTS
 
 
 class GPTScratchForTokenClassification(GenericForTokenClassification, GPTScratchPreTrainedModel):
-    """One label for each token."""
+    """One label per token."""
 
     gpt2_class = GPT2ForTokenClassification
 
@@ -717,8 +716,8 @@ class GPTScratchForTokenClassification(GenericForTokenClassification, GPTScratch
         self.post_init()
 
     @property
-    def score(self) -> nn.Module:  # type: ignore[override]  # an attribute there
-        """What the generic forward pass calls the head; in files `score` heads a sequence classifier."""
+    def score(self) -> nn.Module:  # type: ignore[override]  # an attribute in transformers
+        """The head's name in the generic forward pass; in files, `score` is a sequence classifier's."""
         return self.classifier
 
 
@@ -736,9 +735,9 @@ class GPTScratchForQuestionAnswering(GenericForQuestionAnswering, GPTScratchPreT
         self.post_init()
 
 
-# Each Auto class, transformers' table of it, and what it opens. Trainer and the pipelines look class names up in the
-# tables; Trainer's label smoothing shifts the labels of those it finds. The language model first: it is what a config
-# that names no architecture is of.
+# Each Auto class, transformers' table for it, and our class. Trainer and the pipelines look up class names in these
+# tables; Trainer's label smoothing shifts the labels of the language models there. The language model comes first: it
+# is the default for a config that names no architecture.
 _AUTO: tuple[tuple[str, dict, type[GPTScratchPreTrainedModel]], ...] = (
     ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GPTScratchForCausalLM),
     ("AutoModel", modeling_auto.MODEL_MAPPING_NAMES, GPTScratchModel),

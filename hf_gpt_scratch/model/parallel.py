@@ -1,7 +1,7 @@
-"""How the model is spread over processes: plans for tensor, data and pipeline parallelism, and loading into them.
+"""Distribution over processes: plans for tensor, data and pipeline parallelism, and sharded loading.
 
-transformers and engines such as vLLM carry the plans out. transformers does tensor parallelism from 5.22 on; before,
-the plan is for engines alone, which match its names as regular expressions, and `from_pretrained` refuses it.
+transformers and engines such as vLLM execute the plans. Tensor parallelism in transformers itself needs 5.22; before,
+only engines use that plan, matching its names as regular expressions, and `from_pretrained` refuses it.
 """
 
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from transformers.core_model_loading import ConversionOps
 
 SHARDED_LOADING = find_spec("transformers.distributed.parallel_utils") is not None
 
-# Of the base model, by the names of its modules; "*" is any number. The language model's head follows.
+# For the base model, by module name; "*" stands for any number. The language model's head is below.
 TP_PLAN = {
     "tok_emb": "embedding_rowwise",
     "trf_blocks.*.att.W_query": "colwise",
@@ -20,8 +20,8 @@ TP_PLAN = {
     "trf_blocks.*.att.W_value": "colwise",
     "trf_blocks.*.att.out_proj": "rowwise",
 }
-# What has no rule is one group with the whole model, the head among it: in a group of its own, a tied head would not
-# follow the training of tok_emb.
+# Modules without a rule form one group with the whole model, including the head: in a group of its own, a tied head
+# would not be trained with tok_emb.
 FSDP_PLAN = {"tok_emb": "free_full_weight", "trf_blocks.*": "free_full_weight"}
 # Each module's inputs and outputs, in the order of execution.
 PP_PLAN = {
@@ -40,9 +40,9 @@ if SHARDED_LOADING:
     from transformers.distributed.tensor_parallel import TensorParallelLayer
 
     class FeedForwardParallel(TensorParallelLayer):
-        """The first layer by columns, the last by rows, the activation on what each process has.
+        """The first layer by columns, the last by rows, the activation on each process's part.
 
-        One style for all of `ff.layers`, since transformers' plans cannot tell one number in a name from another.
+        One style for all of `ff.layers`, since transformers' plans cannot distinguish numbers in names.
         """
 
         def style(self, module: nn.Module) -> TensorParallelLayer:
@@ -63,10 +63,10 @@ else:
 
 
 def refuse_tensor_parallel_loading(options: dict) -> None:
-    """Before 5.22, transformers would cut official tensors as if their rows were ours, which gives wrong logits.
+    """Before 5.22, transformers would shard official tensors as if their rows were ours, and compute wrong logits.
 
     Raises:
-        ValueError: `options` of `from_pretrained` ask for it; the message says what to do.
+        ValueError: `options` of `from_pretrained` ask for it.
     """
     asked = [name for name in ("tp_plan", "tp_size", "distributed_config") if options.get(name) is not None]
     if asked and not SHARDED_LOADING:
@@ -77,14 +77,14 @@ def refuse_tensor_parallel_loading(options: dict) -> None:
 
 
 class Gather(ConversionOps):
-    """The whole of GPT-2's tensor, of which the loader of a distributed model reads a part on each process.
+    """Gathers GPT-2's whole tensor, of which the loader of a distributed model reads a part on each process.
 
-    The loader cuts a source as its target is sharded, before any operation; but the rows of the one are not the rows
-    of the other. So the parts are put together here, and `Scatter` cuts the results. Both leave tensors as they are
-    where nothing is sharded, and on the way back to GPT-2's layout.
+    The loader shards the source tensor like its target, before any operation; but their rows do not correspond. So the
+    parts are gathered here, and `Scatter` shards the results. Both leave tensors unchanged if nothing is sharded, and
+    in the conversion back to GPT-2's layout.
 
     Args:
-        transposed, parts: of the row in the weight map.
+        transposed, parts: whether the weight map's row is transposed, and the number of our tensors in it.
     """
 
     def __init__(self, transposed: bool, parts: int):
@@ -110,7 +110,7 @@ class Gather(ConversionOps):
 
 
 class Scatter(ConversionOps):
-    """Of each of our tensors the part that belongs to this process; see `Gather`."""
+    """Keeps this process's part of each of our tensors; see `Gather`."""
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
@@ -129,7 +129,7 @@ class Scatter(ConversionOps):
 
 
 class Unchanged(ConversionOps):
-    """Tensors as they are."""
+    """Returns tensors unchanged."""
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         return input_dict
@@ -140,7 +140,7 @@ class Unchanged(ConversionOps):
 
 
 def sharded_target(full_layer_name=None, model=None, **_):
-    """The parameter that a conversion is for, if it is spread over processes, else None."""
+    """The target parameter of a conversion if it is sharded, else None."""
     if not SHARDED_LOADING or model is None:
         return None
     target = model.get_parameter(full_layer_name)

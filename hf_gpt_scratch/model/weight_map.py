@@ -1,7 +1,7 @@
-"""The one table of GPT-2's parameter names and ours, in both directions.
+"""The table of GPT-2's parameter names and ours, for both directions.
 
-GPT-2 keeps query, key and value in one matrix and stores its matrices as Conv1D does, `[in, out]`; the book has three
-`nn.Linear`s, and `nn.Linear` stores `[out, in]`. Everything that moves a weight or pairs a name reads `TABLE`.
+GPT-2 has query, key and value in one matrix and stores its matrices like Conv1D, `[in, out]`; the book has three
+`nn.Linear`s, which store `[out, in]`. Everything that moves weights or pairs names uses `TABLE`.
 """
 
 import re
@@ -13,15 +13,15 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from .parallel import SHARDED_LOADING, Gather, Scatter
 
-# Where a base model sits inside its head model: transformers' `GPT2LMHeadModel.transformer` and ours.
+# The base model's name in a model with a head: transformers' `GPT2LMHeadModel.transformer`, and ours.
 GPT2_PREFIX, SCRATCH_PREFIX = "transformer.", "model."
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of another program, GPT-2 in `TABLE`, and the tensors of ours that hold it.
+    """One tensor of another program (of GPT-2 in `TABLE`), and our tensors that hold it.
 
-    `{n}` in a name is the layer. With several names of ours, their tensor is ours one after the other along our
+    `{n}` in a name is the layer. If we have several tensors, the other program's is their concatenation along our
     dimension 0, the output.
     """
 
@@ -31,7 +31,7 @@ class Row:
     meaning: str
 
     def to_ours(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """GPT-2's tensor as ours, one per name; views."""
+        """GPT-2's tensor as ours, one for each name; views."""
         return (tensor.T if self.transposed else tensor).chunk(len(self.ours), dim=0)
 
     def to_theirs(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -47,13 +47,13 @@ class Row:
 
     @property
     def zeros_for(self) -> str | None:
-        """GPT-2's weight whose bias this is, if GPT-2 has zeros there where ours, without `qkv_bias`, has none."""
+        """GPT-2's weight to this bias, if the bias is zeros for a model of ours without `qkv_bias`, which has none."""
         name = self.theirs.removesuffix("bias")
         return name + "weight" if self.theirs.endswith(("c_attn.bias", "q_attn.bias")) else None
 
     @property
     def layout(self) -> str:
-        """What becomes of GPT-2's tensor, in words."""
+        """How GPT-2's tensor is converted, for tables."""
         words = ["transposed"] if self.transposed else []
         words += [f"split in {len(self.ours)}"] if len(self.ours) > 1 else []
         return ", ".join(words) or "same"
@@ -111,7 +111,7 @@ BASE = (
     Row("ln_f.bias", ("final_norm.shift",), False, "norm after the last block"),
 )
 
-# Outside the base model, so without its prefix.
+# Outside the base model, and so without its prefix.
 HEADS = (
     Row("lm_head.weight", ("out_head.weight",), False, "logits; tied checkpoints store `wte.weight` alone"),
     Row("score.weight", ("score.weight",), False, "sequence classification"),
@@ -125,7 +125,7 @@ HEADS = (
 LM_HEAD = HEADS[0]
 TABLE = BASE + HEADS
 
-# In official files, but no weights: the causal mask and the number it once filled in.
+# Buffers in official files that are not weights: the causal mask, and the number that masked scores were set to.
 DROPPED = (
     "h.{n}.attn.bias",
     "h.{n}.attn.masked_bias",
@@ -136,18 +136,18 @@ DROPPED_PATTERNS = [re.escape(name.removeprefix("h.{n}")) + "$" for name in DROP
 
 
 def rows(n_layers: int, table: Iterable[Row] = TABLE) -> Iterator[Row]:
-    """The table's rows for a model of `n_layers`, layer by layer where a row has one."""
+    """The table's rows for a model of `n_layers`; a row with `{n}` is repeated for each layer."""
     for row in table:
         yield from (row.at(n) for n in range(n_layers)) if "{n}" in row.theirs else (row,)
 
 
 def is_base_weight(name: str, exactly: bool = False) -> bool:
-    """Whether a parameter, with or without the prefix, is of a module that every base model has.
+    """Whether a parameter, with or without the prefix, quantized or not, belongs to a module of every base model.
 
-    A quantized head counts too: unlike a float one it is never new.
+    A quantized head counts, too: unlike a float one, it is never newly initialised.
 
     Args:
-        exactly: only by the name that GPT-2 has it under, so no quantized one, nor the scale of another kind of norm.
+        exactly: count only GPT-2's own parameters, not others of these modules: a quantized weight, or an RMSNorm's.
     """
     name = re.sub(r"(?<=^trf_blocks\.)\d+", "{n}", name.removeprefix(SCRATCH_PREFIX))
     if exactly:
@@ -160,22 +160,22 @@ def is_base_weight(name: str, exactly: bool = False) -> bool:
 
 
 def without_prefix(state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The same tensors under the names that the table uses, whether or not they had the base model's prefix."""
+    """The tensors under the table's names, whether or not they had the base model's prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
 
 
 def to_gpt2_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, torch.Tensor]:
-    """Our state dict, with or without the prefix, as that of the official model with the same head.
+    """Our state dict, with or without the prefix, as the official model's with the same head.
 
     Raises:
-        ValueError: a tensor that no row knows, or a row whose tensors are not all there.
+        ValueError: a tensor has no row, or some tensors of a row are missing.
     """
     ours = without_prefix(state_dict, SCRATCH_PREFIX)
     theirs = {}
     for row in rows(n_layers):
         found = [ours.pop(name) for name in row.ours if name in ours]
         if len(found) not in (0, len(row.ours)):
-            raise ValueError(f"{row.theirs} needs all of {', '.join(row.ours)}, but only {len(found)} are there")
+            raise ValueError(f"{row.theirs} needs all of {', '.join(row.ours)}, but only {len(found)} are given")
         if found:
             theirs[row.theirs if row in HEADS else GPT2_PREFIX + row.theirs] = row.to_theirs(found)
     if ours:
@@ -188,10 +188,10 @@ def to_gpt2_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) ->
 
 
 def to_scratch_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, torch.Tensor]:
-    """GPT-2's state dict, with or without the prefix, in the book's names; mask buffers are dropped.
+    """GPT-2's state dict, with or without the prefix, under the book's names; mask buffers are dropped.
 
     Raises:
-        ValueError: a tensor that no row knows.
+        ValueError: a tensor has no row.
     """
     theirs = without_prefix(state_dict, GPT2_PREFIX)
     for n in range(n_layers):
@@ -207,7 +207,7 @@ def to_scratch_state_dict(state_dict: Mapping[str, torch.Tensor], n_layers: int)
 
 
 def only(tensors):
-    """The one tensor that an operation of the loader is given under a name."""
+    """The only tensor that the loader passes to an operation under a name."""
     return tensors[0] if isinstance(tensors, list) else tensors
 
 
@@ -230,7 +230,7 @@ class ToScratch(ConversionOps):
 
 
 class ToGPT2(ConversionOps):
-    """`Row.to_theirs` for the loader, which saves by the reverse of what it loads by."""
+    """`Row.to_theirs` for the loader, which saves by the reverse of its loading operations."""
 
     def __init__(self, row: Row):
         self.row = row
@@ -246,10 +246,10 @@ class ToGPT2(ConversionOps):
 
 
 class QuantizableConverter(WeightConverter):
-    """A converter whose targets are each quantized on load.
+    """A converter that quantizes each of its targets on loading.
 
-    transformers hands all targets of a converter to one quantizer operation, and most of those take the first only:
-    W_key and W_value would be left without their weights.
+    transformers passes all targets of a converter to one quantizer operation, and most operations use only the first:
+    W_key and W_value would not get their weights.
     """
 
     quantization_operation: ConversionOps | None
@@ -277,10 +277,10 @@ class QuantizableConverter(WeightConverter):
 
 
 def conversions() -> list[WeightRenaming | WeightConverter]:
-    """The table as transformers' loader wants it.
+    """The table in the form of transformers' loader.
 
-    The loader searches each pattern in a name, renames by every renaming that fits, then converts by at most one
-    converter; to save, it swaps the patterns. So they are escaped on both sides and match whole dotted parts only.
+    The loader searches for each pattern in a name, applies every renaming that matches, then at most one converter; to
+    save, it swaps the patterns. So they are escaped on both sides and match only whole parts between dots.
     """
     renamings: list[WeightRenaming | WeightConverter] = [
         WeightRenaming(rf"^{re.escape(GPT2_PREFIX)}", rf"^{re.escape(SCRATCH_PREFIX)}"),
@@ -288,7 +288,7 @@ def conversions() -> list[WeightRenaming | WeightConverter]:
     ]
     converters: list[WeightRenaming | WeightConverter] = []
     for row in TABLE:
-        # Behind the layer's number; a name without one stands alone or behind the prefix.
+        # It follows the layer's number; without one, it is the whole name or follows the prefix.
         source = re.escape(row.theirs.removeprefix("h.{n}"))
         targets = [re.escape(name.removeprefix("trf_blocks.{n}")) for name in row.ours]
         operations: list[ConversionOps] = [ToScratch(row)] if row.transposed or len(targets) > 1 else []

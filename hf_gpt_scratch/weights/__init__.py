@@ -1,1 +1,1 @@
-"""All that moves weights: files of every format, conversion, publishing, parity."""
+"""Everything that moves weights: files of every format, conversion, publishing, parity."""

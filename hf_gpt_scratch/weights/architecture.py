@@ -1,4 +1,4 @@
-"""Which model a config.json means: one of ours or the official one of the same kind, and nothing else."""
+"""The class that a config.json names: one of our models or the official one of the same kind, and no other."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from ..errors import UnknownArchitecture, shortened
 from ..model.configuration_gpt_scratch import GPTScratchConfig, model_type_of
 from ..model.modeling_gpt_scratch import MODELS, GPTScratchPreTrainedModel
 
-# What our own saved models name as their code.
+# The code that our own saved models name.
 _CONFIG_CODE = f"configuration_gpt_scratch.{GPTScratchConfig.__name__}"
 _MODEL_CODE = {f"modeling_gpt_scratch.{kind.__name__}": kind for kind in MODELS}
 
@@ -24,45 +24,48 @@ def architecture(values: Mapping[str, Any], directory: str | os.PathLike) -> typ
 
     Args:
         values: the content of config.json.
-        directory: where it lies, or its name on the hub.
+        directory: its directory, or its name on the hub.
 
     Raises:
         UnknownArchitecture: the model is of another class, by its name or by its code, or has an adapter beside it.
     """
     if not isinstance(values, Mapping):
-        raise UnknownArchitecture(f"config.json of {directory} is no map of settings; take the weights' own")
+        raise UnknownArchitecture(
+            f"config.json of {directory} is not a map of settings; use the one that came with the weights"
+        )
     official = model_type_of(values) == "gpt2"
     known = {(kind.gpt2_class if official else kind).__name__: kind for kind in MODELS}
     named = values.get("architectures") or [next(iter(known))]
     names = list(dict.fromkeys(str(name) for name in (named if isinstance(named, list) else [named])))
-    strangers = [name for name in names if name not in known]
-    if strangers or len(names) > 1:
+    unknown = [name for name in names if name not in known]
+    if unknown or len(names) > 1:
         raise UnknownArchitecture(
-            f"config.json of {directory} names the architecture {_short(strangers or names)}, but known are "
-            f"{', '.join(known)}, one at a time; {_remedy(strangers, directory)}"
+            f"config.json of {directory} names the architecture {_short(unknown or names)}, but must "
+            f"name one of {', '.join(known)}; {_remedy(unknown, directory)}"
         )
     codes = values.get("auto_map") or {}
     if not isinstance(codes, Mapping):
-        raise UnknownArchitecture(f"config.json of {directory} has an auto_map that is no map; take it out")
+        raise UnknownArchitecture(f"config.json of {directory} has an auto_map that is not a map; remove it")
     for auto_class, code in codes.items():
         ours = {_CONFIG_CODE} if auto_class == "AutoConfig" else _MODEL_CODE.keys()
         is_ours = isinstance(code, str) and code.rpartition("--")[2] in ours and not official
         if auto_class.startswith(("AutoModel", "AutoConfig")) and not is_ours:
             name = str(code).rpartition(".")[2]
             raise UnknownArchitecture(
-                f"config.json of {directory} says by auto_map that the code of its {auto_class} is {_short([code])}, "
-                f"which is not {'the official' if official else 'our'} one; {_remedy([name], directory)}"
+                f"config.json of {directory} has an auto_map in which {auto_class} is {_short([code])}, which is not "
+                f"{'an official' if official else 'our'} class; {_remedy([name], directory)}"
             )
     if (Path(directory) / "adapter_config.json").is_file():
         raise UnknownArchitecture(
-            f"{directory} has an adapter beside the weights, which changes what the model computes; merge it by PEFT's "
-            "merge_and_unload and save the model, or move adapter_config.json and the adapter's weights elsewhere"
+            f"{directory} has an adapter beside the weights, which changes what the model computes; merge it with "
+            "PEFT's merge_and_unload and save the model, or move adapter_config.json and the adapter's weights "
+            "elsewhere"
         )
     return known[names[0]]
 
 
 def kind_of(module: nn.Module) -> type[GPTScratchPreTrainedModel] | None:
-    """Our class of a model in memory, which may be official, ours, or of a class that inherits from one; else None."""
+    """Our class for a model in memory that is official, ours, or of a class that inherits from one; else None."""
     for base in type(module).__mro__:
         for kind in MODELS:
             if base in (kind, kind.gpt2_class):
@@ -73,7 +76,7 @@ def kind_of(module: nn.Module) -> type[GPTScratchPreTrainedModel] | None:
 def _remedy(names: list[str], directory: str | os.PathLike) -> str:
     name = names[0] if names and re.fullmatch(r"\w{1,60}", names[0]) else "MyModel"
     return (
-        f"a class of your own is compared by its code: compare REFERENCE my.py:{name} --weights {directory}. Correct "
+        f"to compare a class of your own, give its code: compare REFERENCE my.py:{name} --weights {directory}. Correct "
         "config.json only if the weights are those of a known class"
     )
 

@@ -1,6 +1,6 @@
-"""The files of a checkpoint, whose tensors are read and written one at a time, so that memory holds a few of them.
+"""The files of a checkpoint; tensors are read and written one at a time, so that few are in memory together.
 
-Nothing in a file is believed before it has been checked, and no code in one is run.
+Nothing in a file is trusted before it has been checked, and no code in it is run.
 """
 
 import codecs
@@ -27,11 +27,11 @@ from . import torch_archive
 from .tensors import LazyTensor
 from .torch_archive import Stored, Unbuilt
 
-# By safetensors' names, in the order in which a file has them: widest first.
+# By safetensors' names, in the order in which it stores them: widest first.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MASK_DTYPES = {"U8": torch.uint8, "BOOL": torch.bool, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-# What a config.json can say of these without changing what a model is or gives back.
+# Settings of config.json, and the values with which they change neither the model nor its outputs.
 SETTINGS: dict[str, tuple] = {
     "return_dict": (True,),
     "is_encoder_decoder": (False,),
@@ -42,31 +42,31 @@ SETTINGS: dict[str, tuple] = {
     "output_attentions": (None, False, True),
 }
 ADAPTER = "adapter_config.json"  # PEFT's
-# Of what is not read in a directory with a config.json: other names, other libraries, half a download.
+# Suffixes of weights that are not read: those of other names, other libraries, or half a download.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".ckpt", ".incomplete", ".part")
-# Bytes; a shard index of 1558M has 50 kB, a header too.
+# Bytes; the shard index of 1558M has 50 kB, and so has a header.
 LARGEST_JSON = LARGEST_HEADER = 1 << 24
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MASK = re.compile("|".join(DROPPED_PATTERNS))
 
 
 def shown(value: Any) -> str:
-    """A value out of a file, for a message: cut short, and not taken deeper than a few levels."""
+    """A value from a file, for messages: shortened, and only a few levels deep."""
     return reprlib.repr(value)
 
 
 class Progress:
-    """Hears how far a conversion is; this one says nothing."""
+    """Receives the progress of a conversion; this class ignores it."""
 
     def step(self, what: str, total: int | None = None) -> None:
-        """A new step begins; `total` bytes if they are known."""
+        """A new step begins, of `total` bytes if that is known."""
 
     def advance(self, done: int) -> None:
-        """So many bytes more are done."""
+        """`done` more bytes of the step are done."""
 
 
 class Bar(Progress):
-    """A tqdm bar, or another with its methods, that shows one step after the other."""
+    """Shows one step after the other in a tqdm bar, or in another one with its methods."""
 
     def __init__(self, bar: Any):
         self.bar = bar
@@ -80,18 +80,18 @@ class Bar(Progress):
         self.bar.update(done)
 
 
-def heard_by(progress: Any) -> Progress:
-    """What the caller gave to hear how far it is: nothing, a `Progress`, or a bar as tqdm's."""
+def as_progress(progress: Any) -> Progress:
+    """The `Progress` for what the caller passed: None, a `Progress`, or a bar such as tqdm's."""
     if progress is None:
         return Progress()
     return progress if hasattr(progress, "step") else Bar(progress)
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, which is UTF-8 without a byte-order mark, as transformers wants it.
+    """The content of a JSON file, which must be UTF-8 without a byte-order mark, as transformers requires.
 
     Raises:
-        ConversionError: it cannot be read, is no valid JSON, or has a key twice.
+        ConversionError: it cannot be read, is not valid JSON, or has a key twice.
     """
     try:
         with path.open("rb") as file:
@@ -103,50 +103,48 @@ def read_json(path: Path) -> Any:
             f"{path} has more than {LARGEST_JSON:,} bytes, but such files are small; download it again"
         )
     if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ConversionError(f"{path} begins with a byte-order mark, but JSON has none; save it as UTF-8 without it")
+        raise ConversionError(f"{path} begins with a byte-order mark, but JSON has none; save it as UTF-8 without one")
     try:
         return parse_json(data)
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is no valid JSON ({error}); download it again") from error
+        raise ConversionError(f"{path} is not valid JSON ({error}); download it again") from error
 
 
 def parse_json(data: bytes) -> Any:
-    """As `json.loads`, but a key that occurs twice is an error: which of the two is meant?"""
+    """Like `json.loads`, but a key that occurs twice is an error: either value may be meant."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"the key {Counter(names).most_common(1)[0][0]!r} is there twice")
+            raise ValueError(f"the key {Counter(names).most_common(1)[0][0]!r} occurs twice")
         return values
 
     return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
 
 
 def check_settings(path: Path, values: Mapping[str, Any]) -> None:
-    """Refuses what a config.json may say and no model of ours, or of the official classes here, can obey.
+    """Refuses settings of a config.json that neither our models nor the official ones support here.
 
-    Types that the config classes check themselves are left to them.
+    The types that the config classes check themselves are left to them.
 
     Raises:
-        ConversionError: a setting, by its name.
+        ConversionError: there is such a setting; the message names it.
     """
     for name, value in values.items():
         rule = None
         if name in SETTINGS and not any(value == one and type(value) is type(one) for one in SETTINGS[name]):
-            rule = f"can be {' or '.join(json.dumps(one) for one in SETTINGS[name])} here"
+            rule = f"must be {' or '.join(json.dumps(one) for one in SETTINGS[name])} here"
         elif name in ("dtype", "torch_dtype") and value not in (None, *FLOATS, *(f"torch.{one}" for one in FLOATS)):
-            rule = f"is one of {', '.join(FLOATS)}"
+            rule = f"must be one of {', '.join(FLOATS)}"
         elif name == "architectures" and not _all_of(str, [] if value is None else value):
-            rule = "is a list of names"
+            rule = "must be a list of names"
         elif name in ("id2label", "label2id") and not isinstance(value, dict | None):
-            rule = "maps numbers and names"
+            rule = "must map numbers to names, or names to numbers"
         elif not all(math.isfinite(number) and abs(number) < 1 << 63 for number in _numbers(value)):
-            rule = "has finite numbers of at most 64 bits"
+            rule = "must have finite numbers of at most 64 bits"
         if rule is not None:
-            raise ConversionError(
-                f"{path} is not usable: {name}={shown(value)}, but it {rule}; correct it, or delete it"
-            )
+            raise ConversionError(f"{path} is not usable: {name}={shown(value)}, but it {rule}; correct or delete it")
 
 
 def _all_of(kind: type, values: Any) -> bool:
@@ -154,7 +152,7 @@ def _all_of(kind: type, values: Any) -> bool:
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-    """All numbers in it, however deep."""
+    """All numbers in a value, however deeply nested."""
     if isinstance(value, int | float):
         yield value
     elif isinstance(value, dict | list):
@@ -163,26 +161,26 @@ def _numbers(value: Any) -> Iterator[int | float]:
 
 
 def check_files(directory: Path) -> None:
-    """Refuses what a checkpoint's directory has no use for: pipes, sockets, devices, and a PEFT adapter.
+    """Refuses a directory with a pipe, a socket, a device or a PEFT adapter.
 
     Links are followed, as `from_pretrained` follows them.
 
     Raises:
-        ConversionError: there is such a thing.
+        ConversionError: it has one of these.
     """
     for path in directory.iterdir():
-        refuse_no_file(path)
+        refuse_special_file(path)
     refuse_adapter(directory)
 
 
-def refuse_no_file(path: Path) -> None:
-    """Refuses what would be waited for without an end.
+def refuse_special_file(path: Path) -> None:
+    """Refuses a path that a read could wait for forever.
 
     Raises:
         ConversionError: it is a pipe, a socket or a device.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise ConversionError(f"{str(path)!r} is no file, but a pipe or a device; put a copy of its content in a file")
+        raise ConversionError(f"{str(path)!r} is not a file but a pipe or a device; copy its content into a file")
 
 
 def refuse_adapter(directory: Path) -> None:
@@ -193,18 +191,18 @@ def refuse_adapter(directory: Path) -> None:
     """
     if (directory / ADAPTER).exists():
         raise ConversionError(
-            f"{directory} holds a PEFT adapter ({ADAPTER}), which is no model but a change to one; merge it into its "
-            f"model and convert that: PeftModel.from_pretrained(model, {str(directory)!r}).merge_and_unload()"
+            f"{directory} holds a PEFT adapter ({ADAPTER}), which is not a model but a change to one; merge it into "
+            f"its model and convert the result: PeftModel.from_pretrained(model, {str(directory)!r}).merge_and_unload()"
             ".save_pretrained(another directory)"
         )
 
 
 class Checkpoint:
-    """The weights in a directory: `tensors` by their names there, of which `read` gets one that is finite.
+    """The weights in a directory: `tensors` by their stored names; `read` returns one that is finite.
 
     Raises:
-        ConversionError: a file is missing, truncated or corrupt, holds anything but floating-point tensors, or has a
-            name that another has too; an index leads elsewhere.
+        ConversionError: a file is missing, truncated or corrupt, or holds anything but floating-point tensors; two
+            files hold the same name; or an index contradicts its files.
     """
 
     def __init__(self, directory: Path):
@@ -224,8 +222,8 @@ class Checkpoint:
         for name, path in promised.items():
             if places.get(name) != path:
                 raise ConversionError(
-                    f"the shard index of {directory} names {name!r} in {path.name!r}, but it is not there; download "
-                    "index and shards again"
+                    f"the shard index of {directory} names {name!r} in {path.name!r}, which does not hold it; "
+                    "download index and shards again"
                 )
         for name in sorted(places.keys() - promised.keys()) if promised else ():
             if not MASK.search(name):
@@ -235,7 +233,7 @@ class Checkpoint:
                 )
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor; not to be written to.
+        """The tensor, which must not be modified.
 
         Raises:
             ConversionError: it cannot be read, or a value is NaN or infinite.
@@ -244,7 +242,7 @@ class Checkpoint:
 
 
 def checked_finite(tensor: torch.Tensor, name: str, place: str) -> torch.Tensor:
-    """The tensor itself.
+    """The tensor, unchanged.
 
     Raises:
         ConversionError: a value is NaN or infinite.
@@ -252,17 +250,17 @@ def checked_finite(tensor: torch.Tensor, name: str, place: str) -> torch.Tensor:
     if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # reads once and makes no copy
         bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(1 << 20))
         raise ConversionError(
-            f"{name!r} in {place} has {bad} values that are NaN or infinite, but weights are finite; take an earlier "
-            "checkpoint"
+            f"{name!r} in {place} has {bad} values that are NaN or infinite, but weights must be finite; use an "
+            "earlier checkpoint"
         )
     return tensor
 
 
 def read_part(path: Path, offset: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor whose values lie in a file from `offset` on, as they are in memory.
+    """A tensor whose values are stored in a file from byte `offset` on.
 
     Raises:
-        ConversionError: the file ends before them.
+        ConversionError: the file is too short.
     """
     size = shape.numel() * dtype.itemsize
     try:
@@ -275,7 +273,7 @@ def read_part(path: Path, offset: int, shape: torch.Size, dtype: torch.dtype) ->
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files with the weights, and which tensors an index promises in them."""
+    """The files with the weights, and the file of each tensor that an index names."""
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (directory / single).is_file():
             return [directory / single], {}
@@ -288,7 +286,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
 
 
 def _instead(directory: Path) -> str:
-    """What lies where weights were looked for, and what to do."""
+    """The end of the message: which weights there are instead, and the remedy."""
     names = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_WEIGHTS)
     whole = [name for name in names if re.fullmatch(r"(pytorch_)?model\.[\w.-]+\.(safetensors|bin)", name)]
     if any(re.search(r"-\d+-of-\d+\.", name) for name in names):
@@ -296,31 +294,31 @@ def _instead(directory: Path) -> str:
     if len(whole) == 1:
         suffix = Path(whole[0]).suffix
         right = WEIGHTS_NAME if suffix == Path(WEIGHTS_NAME).suffix else SAFE_WEIGHTS_NAME
-        return f" under a name that is read; if {whole[0]!r} is all of it, rename it to {right}"
-    told = f" that can be read, but {', '.join(repr(name[:200]) for name in names[:5])}" if names else ""
-    return f"{told}; give a whole checkpoint"
+        return f" under a known name; if {whole[0]!r} is the whole model, rename it to {right}"
+    others = f" that can be read, but {', '.join(repr(name[:200]) for name in names[:5])}" if names else ""
+    return f"{others}; give a complete checkpoint"
 
 
 def _shards(index: Path, suffix: str) -> tuple[list[Path], dict[str, Path]]:
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{index} is no valid shard index: it maps no weights to files; download it again")
+        raise ConversionError(f"{index} is not a valid shard index: it maps no weights to files; download it again")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.isprintable():
             raise ConversionError(
-                f"{index} names the shard {name!r}, but a shard lies beside its index; do not trust it"
+                f"{index} names the shard {name!r}, but shards must be beside their index; do not trust it"
             )
         if not name.endswith(suffix):
-            raise ConversionError(f"{index} names the shard {name!r}, but its shards end in {suffix}; do not trust it")
+            raise ConversionError(
+                f"{index} names the shard {name!r}, but its shards must end in {suffix}; do not trust it"
+            )
         if (index.parent / name).is_symlink() and not (index.parent / name).is_file():
             raise _broken_link(index.parent / name)
         if not (index.parent / name).is_file():
             raise ConversionError(f"{index} names the shard {name!r}, which is missing; download it again")
     if not isinstance(content.get("metadata"), dict):
-        raise ConversionError(
-            f'{index} has no "metadata", without which transformers does not read it; write "metadata": {{}} into it'
-        )
+        raise ConversionError(f'{index} has no "metadata", which transformers requires; add "metadata": {{}} to it')
     places = {name: index.parent / file for name, file in weight_map.items()}
     return sorted(set(places.values())), places
 
@@ -329,16 +327,16 @@ def safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        ConversionError: it is truncated or corrupt, or has a tensor of a dtype that weights do not have.
+        ConversionError: it is truncated or corrupt, or has a tensor of an unsupported dtype.
     """
     try:
         refuse_pointer(path)
-        with path.open("rb") as file:  # safetensors itself takes the last of equal names
+        with path.open("rb") as file:  # safetensors itself takes the last of duplicate names
             length = int.from_bytes(file.read(8), "little")
             if length > LARGEST_HEADER:
                 raise ValueError(f"a header of {length:,} bytes, but none needs more than {LARGEST_HEADER:,}")
             header = parse_json(file.read(length))
-        opened = safe_open(path, framework="pt")  # which checks the header
+        opened = safe_open(path, framework="pt")  # this checks the header
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise _corrupt(path, error) from error
 
@@ -349,7 +347,7 @@ def safetensors(path: Path) -> dict[str, LazyTensor]:
         if dtype is None:
             raise _wrong_dtype(name, path, found.get_dtype())
         shape, start = torch.Size(found.get_shape()), 8 + length + header[name]["data_offsets"][0]
-        # Not `opened.get_tensor`, which maps the file: one that is cut short meanwhile would end the process.
+        # Not `opened.get_tensor`, which maps the file: if it were truncated meanwhile, the process would crash.
         tensors[name] = LazyTensor(shape, dtype, partial(read_part, path, start, shape, dtype))
     return tensors
 
@@ -363,19 +361,19 @@ def pickled(path: Path) -> dict[str, LazyTensor]:
     content = read_pickle(path)
     if not isinstance(content, dict):
         raise ConversionError(
-            f"{path} holds a {type(content).__name__}, but weights are a dict of tensors; save model.state_dict()"
+            f"{path} holds a {type(content).__name__}, but weights must be a dict of tensors; save model.state_dict()"
         )
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Stored):
             raise ConversionError(
-                f"{path.name} holds {name!r}: {kind_of(tensor)}, but weights are dense tensors by name; save "
+                f"{path.name} holds {name!r}: {kind_of(tensor)}, but weights must be dense tensors by name; save "
                 "model.state_dict()"
             )
     return {name: lazy(tensor) for name, tensor in content.items()}
 
 
 def lazy(stored: Stored) -> LazyTensor:
-    """A tensor in a file of `torch.save`."""
+    """The lazy tensor for one in a file of `torch.save`."""
     return LazyTensor(stored.shape, stored.dtype, partial(read_stored, stored))
 
 
@@ -383,24 +381,24 @@ def read_pickle(path: Path) -> Any:
     """The content of a file of `torch.save`; nothing in it runs.
 
     Raises:
-        ConversionError: it is damaged, or a pickle of more than weights.
+        ConversionError: it is damaged, or its pickle refers to more than weights.
     """
     try:
         refuse_pointer(path)
         return torch_archive.load(path)
     except torch_archive.ForbiddenName as error:
         raise ConversionError(
-            f"{path} is a pickle that asks for {error}, and such a file can run any program; do not trust it. If it is "
-            "your own, save model.state_dict() alone"
+            f"{path} is a pickle that refers to {error}, and loading such a file can run any program; do not trust it. "
+            "If it is your own, save model.state_dict() alone"
         ) from error
     except ValueError as error:
         raise ConversionError(
-            f"{path} is truncated, corrupt or no weights ({error}); save or download it again"
+            f"{path} is truncated, corrupt or not a file of weights ({error}); save or download it again"
         ) from error
 
 
 def read_stored(tensor: Stored) -> torch.Tensor:
-    """Its values.
+    """The values of a stored tensor.
 
     Raises:
         ConversionError: the file has changed since it was opened.
@@ -412,20 +410,20 @@ def read_stored(tensor: Stored) -> torch.Tensor:
 
 
 def kind_of(value: Any) -> str:
-    """What it is, in words."""
+    """The kind of a value, for messages."""
     return f"a {value.what if isinstance(value, Unbuilt) else type(value).__name__}"
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuses the text that lies where weights were not fetched.
+    """Refuses a text file in the place of weights.
 
     Raises:
-        ConversionError: it is a pointer of Git LFS, or a web page.
+        ConversionError: it is a Git LFS pointer or a web page.
     """
     with path.open("rb") as file:
         start = file.read(100).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
-        raise ConversionError(f"{path} is no weights, but Git LFS's pointer to them; fetch them first: git lfs pull")
+        raise ConversionError(f"{path} is a Git LFS pointer instead of weights; fetch them first: git lfs pull")
     if start.startswith((b"<!doctype", b"<html")):
         raise ConversionError(
             f"{path} is a web page instead of weights; download it again, from the file's own address"
@@ -434,8 +432,8 @@ def refuse_pointer(path: Path) -> None:
 
 def _broken_link(path: Path) -> ConversionError:
     return ConversionError(
-        f"{path} is a link to {os.readlink(path)!r}, where no file lies; fetch it first (git annex get, dvc pull), or "
-        "put the file in the link's place"
+        f"{path} is a link to {os.readlink(path)!r}, which does not exist; fetch it first (git annex get, dvc pull), "
+        "or replace the link by the file"
     )
 
 
@@ -445,15 +443,15 @@ def _corrupt(path: Path, error: Exception) -> ConversionError:
 
 def _wrong_dtype(name: str, path: Path, found: str) -> ConversionError:
     return ConversionError(
-        f"{name!r} in {path.name} is {found}, but weights are dense and {', '.join(DTYPES)}; take a checkpoint that "
-        "is not quantized"
+        f"{name!r} in {path.name} is {found}, but weights must be dense and {', '.join(DTYPES)}; use a checkpoint "
+        "that is not quantized"
     )
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], progress: Progress) -> str:
-    """Writes the file that `safetensors.torch.save_file` would, with one tensor in memory at a time; nothing is synced.
+    """Writes the same file as `safetensors.torch.save_file`, with one tensor in memory at a time; does not sync it.
 
-    That function takes the data of all tensors at once, so the header is made here, before any of them is there.
+    `save_file` needs all tensors at once, so the header is made here, before any of them is read.
 
     Returns:
         the file's sha256.
@@ -477,7 +475,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], progress: P
             tensor, promised = tensors[name].read(), tensors[name]
             if (tensor.shape, tensor.dtype) != (promised.shape, promised.dtype):
                 raise AssertionError(
-                    f"{name} is {tensor.dtype} {list(tensor.shape)}, the header says {promised.dtype} "
+                    f"{name} is {tensor.dtype} {list(tensor.shape)}, but the header says {promised.dtype} "
                     f"{list(promised.shape)}"
                 )
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,6 +1,6 @@
-"""`convert` and `export`: checked, streamed through the weight map, verified, published.
+"""`convert` and `export`: check, convert one tensor at a time, verify, publish.
 
-A conversion either ends with the complete, verified target under its final name or leaves things as they were.
+A conversion either publishes the complete, verified target or changes nothing.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..errors import ConversionError, ParityError
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM
-from .checkpoint import Progress, heard_by
+from .checkpoint import Progress, as_progress
 from .formats import FORMATS, Format, Found, Source, detect, open_source, read, writable, write
 from .formats.directory import GPT2, NATIVE
 from .formats.format import MAX_SHARD_SIZE, Contents, Options
@@ -20,20 +20,20 @@ from .parity import same_bits, verify_models
 from .publish import (
     RECEIPT,
     Stamps,
+    errors_explained,
     local_path,
     new_receipt,
     publishing,
     refuse_overlap,
     seal,
     target_path,
-    told_while,
     verify_receipt,
 )
 from .tensors import LazyTensor, all_zero, with_qkv_biases
 from .tokenizer_files import carry_tokenizer, left_behind, tokenizer_beside
 from .trust import strip_code
 
-__all__ = [  # with what 0.1.0 had in `conversion` and `formats`
+__all__ = [  # including the names of 0.1.0's `conversion` and `formats`
     "RECEIPT",
     "ConversionError",
     "Progress",
@@ -51,7 +51,7 @@ __all__ = [  # with what 0.1.0 had in `conversion` and `formats`
     "write",
 ]
 
-# Whether the result is compared with the source: as models in float32, or the weights alone, or not.
+# How the result is compared with the source: True as models in float32, "weights" by the weights alone, False not.
 Check = bool | Literal["weights"]
 
 
@@ -66,19 +66,19 @@ def convert(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Converts a checkpoint of any format, or of the hub, into a native directory, weights unchanged.
+    """Converts a checkpoint of any format, local or on the hub, into a native directory, weights unchanged.
 
-    Memory holds about two of the largest tensors, unless `check` is True. Other programs' models are compared by their
-    weights alone, unless `check` is False.
+    Memory use is about two of the largest tensors, unless `check` is True. Other programs' models are compared by
+    their weights alone, unless `check` is False.
 
     Args:
         source: file, directory or hub id.
-        target: directory to be; must not exist unless `overwrite`.
-        n_heads: for "book" and "mingpt", whose files do not say it. A wrong number that divides emb_dim cannot be
-            noticed: the model loads and computes something else.
+        target: directory to create; must not exist unless `overwrite`.
+        n_heads: for "book" and "mingpt", whose files do not store it. A wrong number that divides emb_dim cannot be
+            detected: the model loads and computes something else.
         revision: branch, tag or commit of a hub id.
-        check: before the result is published, compare it with the official model in float32, for which both models
-            are in memory; "weights": compare only the weights, bit for bit, streaming; False: compare nothing.
+        check: before the result is published, compare it with the official model in float32, with both models in
+            memory; "weights": compare only the weights, bit for bit, streaming; False: compare nothing.
         overwrite: replace a target that a conversion has written.
         max_shard_size: as in `save_pretrained`: bytes, or a string such as "5GB".
         progress: a tqdm bar, or an object whose `step` and `advance` are called as the conversion proceeds.
@@ -87,8 +87,8 @@ def convert(
         the receipt, which also lies in the target: files with their sha256, parity figures, versions.
 
     Raises:
-        ConversionError: source or target is not as it must be, or `n_heads` is missing where no file says it.
-        ParityError: what was written is not what was read.
+        ConversionError: the source or the target is not usable, or `n_heads` is needed and missing.
+        ParityError: the result differs from the source.
     """
     options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
     return _convert(source, target, NATIVE, n_heads=n_heads, revision=revision, **options)
@@ -109,16 +109,16 @@ def export(
 ) -> dict[str, Any]:
     """Converts a native checkpoint, or one of any other format, into `format`, weights unchanged.
 
-    The target is a directory: it holds `model.pth`, `ckpt.pt` or `model.gguf`, or is the checkpoint, and the receipt.
-    For the first two the disk must have room for the weights twice.
+    The target is a directory with `model.pth`, `ckpt.pt` or `model.gguf`, or with the files of a checkpoint; and with
+    the receipt. The first two need disk space for the weights twice.
 
     Args:
         source: file, directory or hub id.
-        target: directory to be; must not exist unless `overwrite`.
+        target: directory to create; must not exist unless `overwrite`.
         format: "gpt2", "book", "nanogpt", "gguf" or "native".
         n_heads: as in `convert`.
         revision: branch, tag or commit of a hub id.
-        bias: for "nanogpt", its `bias`; None: unless all biases are zero and `qkv_bias` is off.
+        bias: for "nanogpt": whether to store biases; None: unless all are zero and `qkv_bias` is off.
         check: as in `convert`.
         overwrite: replace a target that a conversion has written.
         max_shard_size: as in `save_pretrained`: bytes, or a string such as "5GB".
@@ -128,8 +128,8 @@ def export(
         the receipt, which also lies in the target.
 
     Raises:
-        ConversionError: source or target is not as it must be, or the format cannot express what the model does.
-        ParityError: what was written is not what was read.
+        ConversionError: the source or the target is not usable, or the format cannot express the model.
+        ParityError: the result differs from the source.
     """
     options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
     return _convert(source, target, writable(format), n_heads=n_heads, revision=revision, bias=bias, **options)
@@ -163,22 +163,24 @@ def _convert(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The one way from any format to any other.
+    """Converts any format into any other.
 
     Args:
-        only: the one format that is read; None: whichever lies there.
+        only: the only format that is accepted; None: any.
     """
     if check not in (True, False, "weights"):
-        raise ConversionError(f"got check={str(check)[:80]!r}, but it is True, False or 'weights'; give one of them")
-    place, options = target_path(target), Options(heard_by(progress), max_shard_size, bias)
+        raise ConversionError(
+            f"got check={str(check)[:80]!r}, but it must be True, False or 'weights'; give one of them"
+        )
+    place, options = target_path(target), Options(as_progress(progress), max_shard_size, bias)
     options.progress.step(f"Finding {name}")
-    with told_while("reading the source", place):
+    with errors_explained("reading the source", place):
         path = find_source(name, revision) if only else _find(name, revision)
         refuse_overlap(place, path, overwrite)
         stamps = Stamps(path)
         source = only.open(Found(path)) if only else open_source(path)
         if source.format is wanted:
-            raise ConversionError(f"{path} has the format {wanted.name!r} already; export takes another --format")
+            raise ConversionError(f"{path} already has the format {wanted.name!r}; export it with another --format")
         contents = source.format.read(source, n_heads)
         wanted.check(contents, options)
     needed = wanted.copies * sum(tensor.nbytes for tensor in contents.tensors.values())
@@ -212,7 +214,7 @@ def _convert(
 
 
 def _zero_biases(contents: Contents, wanted: Format) -> list[str]:
-    """What who expects the book's model back should know: other formats have biases where it has none."""
+    """A note on zero biases, which other formats store even for a model of the book that was trained without them."""
     if not wanted.plain or wanted.layout.stores_qkv_biases:
         return []
     kinds = (".W_query.bias", ".W_key.bias", ".W_value.bias")
@@ -220,13 +222,13 @@ def _zero_biases(contents: Contents, wanted: Format) -> list[str]:
     if not biases or not all(all_zero(bias.read()) for bias in biases):
         return []
     return [
-        "the biases of W_query, W_key and W_value are all zero, and are kept: a cfg for these weights has "
-        "'qkv_bias': True, also if the model was trained without them"
+        "the biases of W_query, W_key and W_value are all zero, and are kept: use a cfg with 'qkv_bias': True "
+        "for these weights, even if the model was trained without them"
     ]
 
 
 def _find(name: str | os.PathLike, revision: str | None) -> Path:
-    """A file or directory that is here, or a hub id's; a name that ends as a file's does is no hub id."""
+    """A local file or directory, or that of a hub id; a name with the suffix of a file is not a hub id."""
     path = local_path(name)
     files = {suffix for format in FORMATS.values() if format.mark is None for suffix in format.suffixes}
     is_here = os.path.exists(path) or path.suffix in {*files, ".safetensors", ".bin"}
@@ -236,25 +238,25 @@ def _find(name: str | os.PathLike, revision: str | None) -> Path:
 def _verify(
     source: Source, contents: Contents, written: Path, wanted: Format, check: Check, progress: Progress
 ) -> dict[str, Any]:
-    """The figures of a comparison of what was written, read again, with what was read.
+    """The figures of a comparison of the written result with the source.
 
     Raises:
-        ParityError: it is not the same.
+        ParityError: they differ.
     """
     result = open_source(written)
     if result.format is not wanted:
         raise ParityError(
-            f"what was written as {wanted.name!r} is taken for {result.format.name!r}; please report this"
+            f"the result was written as {wanted.name!r} but is recognised as {result.format.name!r}; please report this"
         )
     config, layout = contents.config, source.format.layout
     back = wanted.read(result, config.n_heads).tensors
     there = source.tensors
     head = layout.head if contents.kind is GPTScratchForCausalLM else None
-    if head and (head in there) != ("out_head.weight" in back):  # a tied one, which one of them has twice
+    if head and (head in there) != ("out_head.weight" in back):  # a tied head, which only one of the two stores
         back.setdefault("out_head.weight", back["tok_emb.weight"])
         there = {head: there[layout.named("tok_emb.weight")], **there}
     back = layout.from_scratch(with_qkv_biases(back, config.n_layers), config.n_layers)
-    verify_weights(there, back, progress)  # in their own dtype, as below they are not
+    verify_weights(there, back, progress)  # in their own dtype; below, as models in float32
     if check == "weights" or not (source.format.loads and wanted.loads):
         return {"passed": True, "tensors": len(source.tensors), "weights_equal": True}
     official = contents.kind.gpt2_class
@@ -267,7 +269,7 @@ def _verify(
 
 
 def verify_weights(source: Mapping[str, LazyTensor], back: Mapping[str, LazyTensor], progress: Progress) -> None:
-    """Compares the source's tensors with the result's that were mapped back to their names.
+    """Compares the source's tensors with the result's, mapped back to the source's names.
 
     Raises:
         ParityError: one is different; the message names it.
@@ -275,12 +277,12 @@ def verify_weights(source: Mapping[str, LazyTensor], back: Mapping[str, LazyTens
 
     def equal(name: str) -> bool:
         both = [tensors[name].read() for tensors in (source, back) if name in tensors]
-        # A bias that only one of them has.
+        # A bias that only one of them has must be zero.
         return same_bits(*both) if len(both) == 2 else all_zero(both[0])
 
     progress.step("Verifying the weights", sum(lazy.nbytes for lazy in source.values()))
     for name in sorted(source.keys() | back.keys()):
         if not equal(name):
-            raise ParityError(f"{name!r} is not the source's, bit for bit; please report this")
+            raise ParityError(f"{name!r} is not equal to the source's bit for bit; please report this")
         if name in source:
             progress.advance(source[name].nbytes)

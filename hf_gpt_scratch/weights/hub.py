@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a directory here, or a repository of the hub, which is downloaded."""
+"""Finds a checkpoint: a local directory, or a repository on the hub, which is downloaded."""
 
 import os
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
     """The directory of a checkpoint; a hub id is downloaded into the hub's cache.
 
     Raises:
-        ConversionError: it does not exist, or cannot be had.
+        ConversionError: it does not exist, or cannot be downloaded.
     """
     path = local_path(source)
     if path.is_dir():
@@ -35,7 +35,7 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
     if path.exists():
         if revision is not None:
             raise ConversionError(f"{source} is a file, so --revision {revision} has no meaning; leave it out")
-        raise ConversionError(f"{source} is a file, but a checkpoint is a directory; give the directory it lies in")
+        raise ConversionError(f"{source} is a file, but a checkpoint is a directory; give its directory, {path.parent}")
     name = str(source)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ConversionError(f"there is no directory {shortened(name)}; check the path")
@@ -48,7 +48,7 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
         return directory
     except GatedRepoError as error:
         raise ConversionError(
-            f"{name} asks for access that you do not have; request it, then `hf auth login`"
+            f"{name} is gated, and you do not have access; request it, then run `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
         raise ConversionError(f"{name} has no revision {revision!r}; check its branches and tags") from error
@@ -56,14 +56,14 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
         raise ConversionError(f"there is neither a directory nor a hub repository {name!r}; check the name") from error
     except (OSError, ConnectionError) as error:
         raise ConversionError(
-            f"{name!r} is no directory here, and the hub cannot be reached ({error.__cause__ or error}); connect to "
-            "the network, or give the directory of a downloaded checkpoint"
+            f"{name!r} is not a local directory, and the hub cannot be reached ({error.__cause__ or error}); connect "
+            "to the network, or give the directory of a downloaded checkpoint"
         ) from error
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Our own progress is shown instead of transformers' bars."""
+    """Hides transformers' progress bars, since our own progress is shown."""
     shown = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""The README.md of a saved model: what it is, how near the official one it was measured, how to load it."""
+"""The README.md of a saved model: what it is, its measured parity with the official one, how to load it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,15 +33,15 @@ ARCHITECTURE = {
 TEXT = """\
 # {title}
 
-GPT-2 in the layers of the book *Build a Large Language Model (From Scratch)*, as a Transformers model,
+GPT-2 with the layers of the book *Build a Large Language Model (From Scratch)*, as a Transformers model,
 {made_of}.
 
 {parameters:,} parameters ({dtype}).
 
 ## How to load it
 
-`here` is this repository's id, or the directory that you downloaded it to. Without any package but Transformers, by the
-code that lies beside the weights:
+`here` is this repository's id, or the directory that you downloaded it to. With Transformers alone, through the code
+beside the weights:
 
 ```python
 from transformers import {auto_class}
@@ -49,7 +49,7 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained(here, trust_remote_code=True)
 ```
 
-With the package `hf_gpt_scratch`, whose code it is:
+With the package `hf_gpt_scratch`, from which this code comes:
 
 ```python
 from hf_gpt_scratch import {model_class}
@@ -90,9 +90,9 @@ def model_card(
 
     Args:
         model: with or without its weights: one on the meta device will do.
-        receipt: of the conversion it came from; its parity figures are shown, if they were measured and are good.
+        receipt: of the conversion it came from; its parity figures are shown, if they were measured and passed.
         source: hub id of the checkpoint that the weights come from.
-        license: of the weights, by the hub's names; default: "mit" for OpenAI's own, else the card leaves it open.
+        license: of the weights, by the hub's names; default: "mit" for OpenAI's own, else the card does not state it.
     """
     license = license or OPENAI_GPT2.get(source or "")
     auto_class = type(model)._auto_class or "AutoModel"
@@ -110,7 +110,7 @@ def model_card(
         made_of = f"with the weights of {_origin(receipt)}" if receipt else "with weights of its own"
         weights = f"`{license}`" if license else "not stated"
     text = TEXT.format(
-        title=f"{source.rpartition('/')[2]} in the layers of the book" if source else "GPT-2 in the layers of the book",
+        title=f"{(source or 'GPT-2').rpartition('/')[2]} with the layers of the book",
         made_of=made_of,
         parameters=model.num_parameters(),
         dtype=str(model.config.dtype or model.dtype).removeprefix("torch."),
@@ -135,7 +135,7 @@ def _parity(receipt: Mapping[str, Any] | None, official: str) -> str:
     if not figures or not figures["passed"]:
         return ""
     rows = [f"weights | {figures['tensors']} of {figures['tensors']} tensors equal bit for bit"]
-    if logits := figures.get("logits"):  # the models were run, and not the weights alone compared
+    if logits := figures.get("logits"):  # the models were run; otherwise only the weights were compared
         rows = [
             "logits, max \\|error\\| of max \\|logit\\| | "
             f"{logits['max_abs_error']:.1e} of {logits['max_abs_logit']:.4g}",

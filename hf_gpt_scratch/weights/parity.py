@@ -1,4 +1,4 @@
-"""How far a model is from the official one, and the bounds that this project holds itself to.
+"""How close a model is to the official one, and the bounds of this project.
 
 Errors of logits and gradients are relative to the largest value of the reference: max|a − b| / max|a|.
 """
@@ -25,13 +25,13 @@ FP32_LOGITS = 1e-5
 FP32_LOSS = 2e-6
 # Sums over all tokens; measured at most 1.2e-6 on the same pairs, 1.0e-6 at 355M.
 FP32_GRADIENTS = 2e-5
-# Our RMS error against a float64 reference ÷ the official model's own, same weights: 1 but for the order of sums.
+# Our RMS error against a float64 reference ÷ the official model's own, same weights: 1 except for the order of sums.
 # Measured 0.98 to 1.02 in float32, 0.96 to 1.02 in bfloat16.
 FLOAT64_RATIO = 1.05
-# One stage of two models, in the lab. In float64: a healthy one has 1e-13 at most, or 1e-7 where it multiplies by a
-# constant of float32; eps=1e-6 instead of 1e-5 moves the first norm of a tiny random pair by 3e-5.
+# One stage of two models, in the lab. In float64, a correct one has 1e-13 at most, or 1e-7 where it multiplies by a
+# float32 constant; eps=1e-6 instead of 1e-5 moves the first norm of a tiny random pair by 3e-5.
 FLOAT64_STAGE = 1e-6
-# Where float64 cannot be had. Measured at most 2e-6 on the same pairs; a wrong eps is at its edge.
+# For models that do not run in float64. Measured at most 2e-6 on the same pairs; a wrong eps is only just above it.
 FP32_STAGE = 1e-5
 
 
@@ -51,7 +51,7 @@ class LogitParity:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify_models` measured: float32 logits, greedy continuations and the weights themselves."""
+    """The measurements of `verify_models`: float32 logits, greedy continuations and the weights themselves."""
 
     logits: LogitParity
     logit_bound: float
@@ -82,7 +82,7 @@ class Verification:
 
 
 def finite(value: Any) -> Any:
-    """The value as JSON has it, which knows neither NaN nor infinity."""
+    """The value for JSON, which has neither NaN nor infinity: these become strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -113,8 +113,8 @@ def probe_ids(vocab_size: int, context_length: int, batch: int = 2, length: int 
 def warm_up() -> None:
     """Runs the elementwise functions once on several threads.
 
-    The very first such call of a process has been seen, about once in a few hundred processes, to compute tanh with
-    errors of up to 1e-4 in the part of the second thread; it is in torch, and touches the official model's GELU only.
+    In about one of a few hundred processes, the very first such call has been seen to compute tanh with errors of up
+    to 1e-4 in the part of the second thread. The fault is in torch, and affects only the official model's GELU.
     """
     torch.tanh(torch.zeros(1 << 20))
 
@@ -129,7 +129,7 @@ def compare_logits(reference, candidate, input_ids: torch.Tensor, **inputs) -> L
 
 @torch.no_grad()
 def compare_outputs(reference, candidate, input_ids: torch.Tensor) -> LogitParity:
-    """As `compare_logits`, of that output of two models with whatever heads that is furthest off."""
+    """Like `compare_logits`, for models with any heads: the figures of the output with the largest error."""
     warm_up()
     theirs, ours = (model(input_ids) for model in (reference, candidate))
     names = [name for name, value in theirs.items() if isinstance(value, torch.Tensor)]
@@ -161,7 +161,7 @@ def gradient_errors(gpt2, scratch) -> dict[str, float]:
     """The relative error of the gradient of each parameter that has one, by GPT-2's names.
 
     Raises:
-        ValueError: other parameters have gradients here than there.
+        ValueError: different parameters have gradients in the two models.
     """
     theirs = {name: p.grad for name, p in gpt2.named_parameters() if p.grad is not None}
     ours = {name: p.grad for name, p in scratch.named_parameters() if p.grad is not None}
@@ -171,11 +171,11 @@ def gradient_errors(gpt2, scratch) -> dict[str, float]:
 def relative_errors(reference: Mapping[str, torch.Tensor], candidate: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """The relative error of each of a model's gradients.
 
-    Gradients below a hundredth of the model's largest count as that large: a key bias, for one, moves all scores of a
-    query alike, which softmax ignores, so that its gradient is rounding noise.
+    The error is divided by no less than a hundredth of the model's largest gradient: a key bias, for example, shifts
+    all scores of a query alike, which softmax ignores, so its gradient is rounding noise.
 
     Raises:
-        ValueError: other names here than there.
+        ValueError: the names differ.
     """
     if reference.keys() != candidate.keys():
         raise ValueError(f"only one of the models has gradients of {sorted(reference.keys() ^ candidate.keys())}")
@@ -193,12 +193,12 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class Readable(Protocol):
-    """A tensor that is read when it is needed, such as a `Lazy`."""
+    """A tensor that is read when it is needed, such as a `LazyTensor`."""
 
     def read(self) -> torch.Tensor: ...
 
 
-# GPT-2 has zeros for them where ours, without `qkv_bias`, has no tensors.
+# Biases that a model of ours without `qkv_bias` does not have, and that are zeros in GPT-2.
 _ZEROS = tuple({name.removeprefix("trf_blocks.{n}") for row in TABLE if row.zeros_for for name in row.ours})
 
 
@@ -208,7 +208,7 @@ def differing(reference: Mapping[str, Readable], candidate: Mapping[str, Readabl
     A missing bias of a query, key or value is equal to zeros.
 
     Args:
-        reference: tensors by the book's names; so `candidate`.
+        reference: tensors by the book's names, like `candidate`.
     """
 
     def equal(name: str) -> bool:
@@ -221,10 +221,10 @@ def differing(reference: Mapping[str, Readable], candidate: Mapping[str, Readabl
 
 
 def differing_settings(reference: PreTrainedModel, candidate: PreTrainedModel) -> list[str]:
-    """What two models of one kind make of the same weights, where it differs: in words, with both values.
+    """The settings by which two models of one kind use the same weights differently, as text with both values.
 
     The end token says where `generate` stops, the padding token which token of a padded sequence is classified, and
-    labels what the classes are.
+    the labels what the classes are.
     """
     names = {"score": ("pad_token_id", "id2label"), "classifier": ("id2label",)}
     of_kind = [setting for head, settings in names.items() if hasattr(reference, head) for setting in settings]
@@ -249,10 +249,10 @@ def weights_equal(gpt2: GPT2PreTrainedModel, scratch: GPTScratchPreTrainedModel)
 def measure(
     gpt2: GPT2PreTrainedModel, scratch: GPTScratchPreTrainedModel, same_weights: bool | None = None
 ) -> Verification:
-    """Compares two models that should be one, in float32: weights, all outputs, and a language model's greedy ids.
+    """Compares two models that should be the same, in float32: weights, all outputs, and a language model's greedy ids.
 
     Args:
-        same_weights: whether the weights are equal, where that is known of the files; default: as they are in memory.
+        same_weights: whether the weights are equal, if the files have shown it; default: compare them in memory.
     """
     language = isinstance(gpt2, GPT2LMHeadModel)
     # A classifier takes several sequences only if its config names a padding token.
@@ -271,7 +271,7 @@ def measure(
 
 
 def verify_models(gpt2: GPT2PreTrainedModel, scratch: GPTScratchPreTrainedModel) -> Verification:
-    """What `measure` finds.
+    """The result of `measure`.
 
     Raises:
         ParityError: they are not the same model; the message has the figures.

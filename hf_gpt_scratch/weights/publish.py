@@ -1,6 +1,6 @@
-"""A directory that appears complete or not at all, and the receipt by which it can be checked later.
+"""Publishes a directory completely or not at all, with a receipt by which it can be checked later.
 
-Nothing is deleted but what a conversion has written: `--overwrite` replaces a directory that is as its receipt says.
+Only what a conversion has written is ever deleted: `--overwrite` replaces a directory only if it matches its receipt.
 """
 
 import ctypes
@@ -30,64 +30,62 @@ from rich.filesize import decimal
 from safetensors import SafetensorError
 
 from ..errors import ConversionError, shortened, some
-from .checkpoint import Progress, heard_by, read_json
+from .checkpoint import Progress, as_progress, read_json
 
 RECEIPT = "conversion_receipt.json"
 _CHUNK = 1 << 20
-# What renameat2 answers where the kernel or the file system does not have it.
+# The errors of renameat2 if the kernel or the file system does not support it.
 _NO_RENAMEAT2 = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100  # linux/fs.h, fcntl.h
-_SECONDS_FOR_THE_LOCK = 0.5  # a holder that has just let go of it removes its file
+_SECONDS_FOR_THE_LOCK = 0.5  # a process that has just released it still removes its file
 
 
 # Targets
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """A path with `~` in its place.
+    """A path, with `~` expanded.
 
     Raises:
-        ConversionError: it is empty, or no path can be so.
+        ConversionError: it is empty or not a valid path.
     """
     text = os.fspath(path)
     if not text:
         raise ConversionError("got an empty path; give the name of a directory or file")
     if "\0" in text:
-        raise ConversionError(f"the path {shortened(text)!r} has a null character in it, which no path has; correct it")
+        raise ConversionError(f"the path {shortened(text)!r} contains a null character, which no path can; correct it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConversionError(
-            f"the path {shortened(text)!r} is not UTF-8, which safetensors neither reads nor writes; rename it"
+            f"the path {shortened(text)!r} is not UTF-8, which safetensors cannot read or write; rename it"
         ) from error
     try:
         expanded = Path(text).expanduser()
         expanded.lstat()
     except RuntimeError as error:  # ~nosuch
         raise ConversionError(
-            f"{shortened(text)!r} begins with no user's home directory; write out the path"
+            f"{shortened(text)!r} begins with the home directory of an unknown user; write out the path"
         ) from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise ConversionError(
-                f"{shortened(text)!r} is longer than a path can be here; correct it, or choose a shorter one"
-            ) from error
+            raise ConversionError(f"{shortened(text)!r} is too long for a path here; correct or shorten it") from error
     return expanded
 
 
 def target_path(target: str | os.PathLike) -> Path:
-    """Where a target will lie when all links are followed.
+    """The path of a target, with all links followed.
 
     Raises:
-        ConversionError: no directory can be made there, or none that could be replaced as a whole.
+        ConversionError: no directory can be created there, or it could not be replaced as a whole.
     """
     path = local_path(target)
     shown = shortened(str(path))
     try:
         if path.is_symlink() and not path.exists():
             raise ConversionError(
-                f"the target {shown} is a link to {shortened(os.readlink(path))}, which is not there; remove the link, "
-                "or choose another target"
+                f"the target {shown} is a link to {shortened(os.readlink(path))}, which does not exist; remove the "
+                "link, or choose another target"
             )
         real = Path(os.path.realpath(path))
         real.lstat()
@@ -95,12 +93,14 @@ def target_path(target: str | os.PathLike) -> Path:
         pass
     except NotADirectoryError as error:
         raise ConversionError(
-            f"the target {shown} would lie in a file; choose a target whose parents are directories"
+            f"the target {shown} would be inside a file; choose a target whose parents are directories"
         ) from error
     except OSError as error:
-        raise ConversionError(f"the target {shown} cannot be ({error.strerror}); choose another target") from error
+        raise ConversionError(
+            f"the target {shown} cannot be created ({error.strerror}); choose another target"
+        ) from error
     if real.exists() and not real.is_dir():
-        raise ConversionError(f"{shown} is a file, but the target is a directory; choose another name")
+        raise ConversionError(f"{shown} is a file, but the target must be a directory; choose another name")
     if os.path.ismount(real):
         raise ConversionError(
             f"the target {shown} is the root of a file system, which cannot be replaced as a whole; choose a directory "
@@ -108,16 +108,16 @@ def target_path(target: str | os.PathLike) -> Path:
         )
     if real.exists() and os.path.samefile(real, os.curdir):
         raise ConversionError(
-            f"the target {shown} is the working directory, but a target comes into being under its final name at once; "
-            "choose a directory within it"
+            f"the target {shown} is the working directory, which cannot be replaced as a whole; choose a directory "
+            "within it"
         )
     return real
 
 
 def refuse_overlap(target: Path, source: Path, overwrite: bool) -> None:
-    """Lets no target through that is the source, holds it or lies in it, by whatever names and links.
+    """Refuses a target that is the source, contains it or is inside it, under whatever names and links.
 
-    A new name in the source's directory is let through unless something may be overwritten: nothing can be lost.
+    A new directory inside the source is allowed unless `overwrite` is set, since nothing can be lost.
 
     Raises:
         ConversionError: it is one of these.
@@ -126,7 +126,7 @@ def refuse_overlap(target: Path, source: Path, overwrite: bool) -> None:
     def same(a: Path, b: Path) -> bool:
         try:
             return os.path.samefile(a, b)
-        except OSError:  # one of them is not there
+        except OSError:  # one of them does not exist
             return a == b
 
     source = Path(os.path.realpath(source))
@@ -134,36 +134,36 @@ def refuse_overlap(target: Path, source: Path, overwrite: bool) -> None:
     for path in (source, *(Path(os.path.realpath(path)) for path in inside)):
         for place in (target, *_beside(target)):
             if any(same(place, parent) for parent in (path, *path.parents)):
-                raise ConversionError(f"the target {place} is or holds the source {path}; choose another target")
+                raise ConversionError(f"the target {place} is or contains the source {path}; choose another target")
     fresh = not overwrite and not os.path.lexists(target)
     if source.is_dir() and not fresh and any(same(source, place) for place in target.parents):
-        raise ConversionError(f"the target {target} lies in the source {source}; choose a target outside of it")
+        raise ConversionError(f"the target {target} is inside the source {source}; choose a target outside it")
 
 
 @contextmanager
-def told_while(doing: str, target: str | os.PathLike) -> Iterator[None]:
-    """Tells what the system refuses as an error of the conversion.
+def errors_explained(doing: str, target: str | os.PathLike) -> Iterator[None]:
+    """Turns errors of the system into ConversionErrors.
 
     Raises:
         ConversionError: a file cannot be read or written.
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says RuntimeError to a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
         raise ConversionError(
-            f"failed while {doing}: {shortened(str(error), 500)}; {shortened(str(target))} is as it was before; free "
+            f"failed while {doing}: {shortened(str(error), 500)}; {shortened(str(target))} is unchanged; free "
             "disk space, check permissions or choose another target, then run again"
         ) from error
 
 
 @contextmanager
 def publishing(target: Path, overwrite: bool, needed: int) -> Iterator[Path]:
-    """`atomic_directory` on a disk with room for `needed` bytes.
+    """`atomic_directory`, on a disk that has room for `needed` bytes.
 
     Raises:
-        ConversionError: as `atomic_directory`; or the disk is too full, or the system refuses something else.
+        ConversionError: as `atomic_directory`; or the disk is too full, or the system reports another error.
     """
-    with told_while("writing the target", target):
+    with errors_explained("writing the target", target):
         check_space(target, needed)
         with atomic_directory(target, overwrite) as staging:
             yield staging
@@ -171,16 +171,16 @@ def publishing(target: Path, overwrite: bool, needed: int) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` when the block ends well and disappears when it does not.
+    """A directory to fill, which becomes `target` if the block succeeds and is removed if it fails.
 
-    An old target is exchanged for the new one in one step, so that one of them is there whenever the process is killed.
-    Where the system cannot (any but Linux, and some network file systems), the old one is first moved aside: after a
-    kill in that moment it lies beside the target, under the name that ends in `.replaced`, until the next run puts it
-    back. What else a killed process has left there is cleared away first. A lock keeps a second process off for as long
-    as the first lives.
+    An old target is exchanged for the new one in one step, so that one of them exists whenever the process is killed.
+    Where the system does not support this (outside Linux, and on some network file systems), the old one is renamed
+    first: after a kill at that moment it lies beside the target, under a name that ends in `.replaced`, until the next
+    run restores it. Anything else that a killed process has left there is removed first. A lock keeps other processes
+    away from the target while this one runs.
 
     Raises:
-        ConversionError: there is something at `target` that may not be replaced; or another process is writing it.
+        ConversionError: `target` exists and may not be replaced, or another process is writing it.
     """
     lock, staging, replaced = _beside(target)
     held = filelock.FileLock(lock)
@@ -202,7 +202,7 @@ def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
             else:
                 if old is not None:
                     target.rmdir()
-                _rename_to_nothing(staging, target)
+                _rename_without_replacing(staging, target)
             _fsync(target.parent)
     finally:
         with _uninterrupted():
@@ -212,19 +212,19 @@ def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
             finally:
                 _release(held, lock)
                 if not target.exists():
-                    with suppress(OSError):  # another's files have come into it
+                    with suppress(OSError):  # not empty: another program has put files there
                         for parent in missing:
                             parent.rmdir()
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """SIGINT and SIGTERM are heeded when the block is left, so that an interruption leaves nothing half done."""
+    """Delays SIGINT and SIGTERM until the end of the block, so that it is never interrupted half done."""
     came: list[int] = []
     usual: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not None:  # None: it is not Python's
+            if signal.getsignal(number) is not None:  # None: the handler is not Python's
                 usual[number] = signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield
@@ -236,13 +236,13 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _beside(target: Path) -> tuple[Path, Path, Path]:
-    """Lock, unfinished target, and old target that was moved aside; runs that end take them away."""
+    """The paths of the lock, the unfinished target and the renamed old target; each run removes them at its end."""
     lock, staging, replaced = (f".{target.name}.hf_gpt_scratch.{what}" for what in ("lock", "incomplete", "replaced"))
     return target.with_name(lock), target.with_name(staging), target.with_name(replaced)
 
 
 def _replaceable(target: Path, overwrite: bool) -> dict[str, tuple] | None:
-    """What lies at `target` and will be replaced; None if nothing does.
+    """The entries of an old target, which will be replaced; None if there is none.
 
     Raises:
         ConversionError: it may not be replaced.
@@ -250,7 +250,7 @@ def _replaceable(target: Path, overwrite: bool) -> dict[str, tuple] | None:
     if not os.path.lexists(target):
         return None
     if target.is_symlink() or not target.is_dir():
-        raise ConversionError(f"{target} is a file, but the target is a directory; choose another name")
+        raise ConversionError(f"{target} is a file, but the target must be a directory; choose another name")
     if not any(target.iterdir()):
         return {}
     if not overwrite and _has_receipt(target):
@@ -260,26 +260,26 @@ def _replaceable(target: Path, overwrite: bool) -> dict[str, tuple] | None:
         )
     if not _has_receipt(target):
         raise ConversionError(
-            f"{target} exists already and has no {RECEIPT}, so no conversion has written it, and --overwrite would not "
-            "delete it; move it away yourself, or choose another target"
+            f"{target} exists already and has no {RECEIPT}, so no conversion has written it, and --overwrite does not "
+            "replace it; move it away yourself, or choose another target"
         )
     entries = _entries(target)
-    if told := _differences(target, read_receipt(target), entries, Progress()):
+    if changes := _differences(target, read_receipt(target), entries, Progress()):
         raise ConversionError(
-            f"{target} is not as its conversion left it ({told}), and --overwrite deletes nothing else; move away what "
-            "you want to keep and delete the rest yourself, or choose another target"
+            f"{target} has changed since its conversion ({changes}), so --overwrite does not replace it; move away "
+            "what you want to keep and delete the rest yourself, or choose another target"
         )
     return entries
 
 
 def _replace(target: Path, staging: Path, replaced: Path, old: Mapping[str, tuple]) -> None:
-    """Puts `staging` in the place of `target`, which holds `old`.
+    """Replaces `target`, whose entries are `old`, by `staging`.
 
     Raises:
-        ConversionError: `target` has changed meanwhile, and stays.
+        ConversionError: `target` has changed meanwhile, and is left alone.
     """
     changed = ConversionError(
-        f"another program has changed {target} while its replacement was written, so it was left alone; look at it, "
+        f"another program has changed {target} while its replacement was written, so it was left alone; check it, "
         "then run again"
     )
     if _rename2(staging, target, _EXCHANGE):
@@ -287,20 +287,20 @@ def _replace(target: Path, staging: Path, replaced: Path, old: Mapping[str, tupl
             _rename2(staging, target, _EXCHANGE)
             raise changed
         return
-    _rename_to_nothing(target, replaced)
+    _rename_without_replacing(target, replaced)
     if _entries(replaced) != old:
-        _rename_to_nothing(replaced, target)
+        _rename_without_replacing(replaced, target)
         raise changed
-    _rename_to_nothing(staging, target)
+    _rename_without_replacing(staging, target)
 
 
-def _rename_to_nothing(path: Path, target: Path) -> None:
-    """Renames a directory, and replaces nothing.
+def _rename_without_replacing(path: Path, target: Path) -> None:
+    """Renames a directory without replacing another one.
 
     Where the system has no such call, an empty directory that another program makes at the last moment is replaced.
 
     Raises:
-        ConversionError: there is something at `target`.
+        ConversionError: `target` exists.
     """
     try:
         if _rename2(path, target, _NOREPLACE):
@@ -311,17 +311,17 @@ def _rename_to_nothing(path: Path, target: Path) -> None:
     except OSError as error:
         if os.path.lexists(target):
             raise ConversionError(
-                f"another program has made {target} meanwhile, and it was left alone; choose another target, or move "
-                "that away"
+                f"another program has created {target} meanwhile, so it was left alone; choose another target, or move "
+                "it away"
             ) from error
         raise
 
 
 def _rename2(path: Path, target: Path, flag: int) -> bool:
-    """Linux's renameat2; False where there is none.
+    """Linux's renameat2; False where it is not supported.
 
     Raises:
-        OSError: it is there, and refuses.
+        OSError: it fails.
     """
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if function is None:
@@ -335,7 +335,7 @@ def _rename2(path: Path, target: Path, flag: int) -> bool:
 
 
 def _acquire(lock: filelock.BaseFileLock, target: Path) -> None:
-    """Takes a lock that the system takes back when the process ends, however it ends."""
+    """Acquires a lock, which the system releases when the process ends, however it ends."""
     try:
         lock.acquire(timeout=_SECONDS_FOR_THE_LOCK)
     except filelock.Timeout as error:
@@ -347,27 +347,29 @@ def _acquire(lock: filelock.BaseFileLock, target: Path) -> None:
 def _release(held: filelock.BaseFileLock, lock: Path) -> None:
     if not held.is_locked:
         return
-    if sys.platform == "win32":  # which removes no open file
+    if sys.platform == "win32":  # Windows cannot remove an open file
         held.release()
         with suppress(OSError):
             lock.unlink()
-    else:  # who waits for it finds that it is another file by then, and tries again
+    else:  # a process that waits for it notices the removal, and tries again
         lock.unlink(missing_ok=True)
         held.release()
 
 
 def _clear(target: Path, staging: Path, replaced: Path) -> None:
-    """Removes what a run has left beside its target, and puts an old target back that had been moved aside."""
+    """Removes what a run has left beside its target, and restores an old target that it had renamed."""
     if os.path.lexists(replaced) and not os.path.lexists(target):
-        _rename_to_nothing(replaced, target)
+        _rename_without_replacing(replaced, target)
     for rest in (replaced, staging):
         if not os.path.lexists(rest):
             continue
         if rest.is_symlink() or not rest.is_dir():
-            raise ConversionError(f"{rest} is in the way, and no conversion has made it; move it away, then run again")
+            raise ConversionError(
+                f"{rest} is in the way, and no conversion has created it; move it away, then run again"
+            )
         if _has_receipt(rest):
-            _remove_what_was_received(rest)
-        elif rest == staging:  # a receipt is the last that is written
+            _remove_by_receipt(rest)
+        elif rest == staging:  # the receipt is written last
             shutil.rmtree(rest, ignore_errors=True)
         elif any(rest.iterdir()):
             raise ConversionError(f"{rest} is in the way, and has no {RECEIPT}; move it away, then run again")
@@ -375,14 +377,14 @@ def _clear(target: Path, staging: Path, replaced: Path) -> None:
             rest.rmdir()
 
 
-def _remove_what_was_received(directory: Path) -> None:
-    """Removes a directory by its receipt: what that does not name stays, and so does the receipt."""
+def _remove_by_receipt(directory: Path) -> None:
+    """Removes a directory's files that its receipt names; if there are others, they and the receipt stay."""
     named = _named(read_receipt(directory))
     entries = _entries(directory)
     folders = [name for name in entries if name.endswith("/")]
     for name in entries.keys() & named.keys():
         (directory / name).unlink()
-    with suppress(OSError):  # not empty, which is told below
+    with suppress(OSError):  # not empty, which is reported below
         for name in sorted(folders, key=len, reverse=True):
             (directory / name).rmdir()
     if rest := sorted(_entries(directory).keys() - {RECEIPT}):
@@ -396,7 +398,7 @@ def _remove_what_was_received(directory: Path) -> None:
 def _fsync(path: Path) -> None:
     if path.is_dir() and os.name != "posix":
         return
-    # Windows flushes only what may be written.
+    # Windows flushes only files that are open for writing.
     descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -405,10 +407,10 @@ def _fsync(path: Path) -> None:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Tells before anything is written that the disk is too full for `needed` bytes.
+    """Checks, before anything is written, that the disk has room for `needed` bytes.
 
     Raises:
-        ConversionError: it is.
+        ConversionError: it has not.
     """
     existing = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -425,9 +427,9 @@ def check_space(target: Path, needed: int) -> None:
 def digests(
     paths: Iterable[Path], progress: Progress | None = None, stop: threading.Event | None = None
 ) -> dict[Path, dict[str, Any]]:
-    """sha256 and size of each file; of none once `stop` is set."""
+    """sha256 and size of each file; nothing if `stop` is set meanwhile."""
     figures = {}
-    buffer = memoryview(bytearray(_CHUNK))  # one for all: new memory costs as much as the reading
+    buffer = memoryview(bytearray(_CHUNK))  # one for all files: allocating memory costs as much as reading
     for path in paths:
         digest, size = hashlib.sha256(), 0
         with path.open("rb", buffering=0) as file:
@@ -443,17 +445,17 @@ def digests(
 
 
 class Stamps:
-    """The files of a source as they were before the first of them was opened, so that a later change is noticed."""
+    """The state of a source's files before the first of them was opened, by which a later change is noticed."""
 
     def __init__(self, source: Path):
         self.stamps = {path: _stamp(path) for path in (source.iterdir() if source.is_dir() else [source])}
 
     @contextmanager
     def hashed_meanwhile(self, paths: Iterable[Path]) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
-        """Hashes files in a thread beside the block, and stops when the block is left.
+        """Hashes files in another thread during the block, and stops at its end.
 
-        Gives a function to call when all has been read: sha256 and size by the files' names. They are of the bytes that
-        were read, since it raises ConversionError if a file has changed since the stamps were taken.
+        Yields a function to call when everything has been read, which returns sha256 and size by file name. They are
+        those of the bytes that were read: it raises ConversionError if a file has changed since the stamps were taken.
         """
         stop = threading.Event()
         with ThreadPoolExecutor(1) as pool:
@@ -464,7 +466,7 @@ class Stamps:
                 for path in found:
                     if path not in self.stamps or self.stamps[path] != _stamp(path):
                         raise ConversionError(
-                            f"{path} has changed while it was read; run again when no other program writes it"
+                            f"{path} has changed while it was read; run again when no other program is writing it"
                         )
                 return by_name(found)
 
@@ -475,7 +477,7 @@ class Stamps:
 
 
 def _stamp(path: Path) -> tuple | None:
-    """What is different once a file has been written to or replaced; None if there is no file."""
+    """What changes when a file is written to or replaced; None if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -500,7 +502,7 @@ def program_version() -> str:
 
 
 def new_receipt(what: str, **entries: Any) -> dict[str, Any]:
-    """What was converted, when, and with which versions; `entries` in between."""
+    """A receipt: what was converted, when, and with which versions; `entries` come in between."""
     versions = {"hf_gpt_scratch": program_version(), "torch": torch.__version__}
     return {
         "what": f"{what} by hf_gpt_scratch",
@@ -511,7 +513,7 @@ def new_receipt(what: str, **entries: Any) -> dict[str, Any]:
 
 
 def seal(directory: Path, receipt: dict[str, Any], known: Mapping[str, dict[str, Any]]) -> None:
-    """Adds sha256 and size of every file to the receipt, and puts it beside them.
+    """Adds sha256 and size of every file to the receipt, and writes it beside them.
 
     Args:
         known: the figures of files that were hashed when they were written, by name.
@@ -521,7 +523,7 @@ def seal(directory: Path, receipt: dict[str, Any], known: Mapping[str, dict[str,
     hashed = digests(path for path in files if names[path] not in known)
     figures = {**known, **{names[path]: figures for path, figures in hashed.items()}}
     receipt["target"] = {"files": dict(sorted(figures.items()))}
-    # Whole or not at all: without one, what a killed run has left is known to be incomplete.
+    # Completely or not at all: what a killed run has left is known to be incomplete by the missing receipt.
     part = directory / f"{RECEIPT}.part"
     part.write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
     part.replace(directory / RECEIPT)
@@ -531,7 +533,7 @@ def read_receipt(directory: Path) -> dict[str, Any]:
     """The receipt in a directory.
 
     Raises:
-        ConversionError: there is none, or it is none.
+        ConversionError: there is none, or it is not valid.
     """
     path = directory / RECEIPT
     if not directory.is_dir():
@@ -540,7 +542,7 @@ def read_receipt(directory: Path) -> dict[str, Any]:
         raise ConversionError(f"{directory} has no {RECEIPT}; give a directory that a conversion has written")
     receipt = read_json(path)
     if problem := _problem(receipt):
-        raise ConversionError(f"{path} is no receipt of a conversion: {problem}; convert the checkpoint again")
+        raise ConversionError(f"{path} is not a valid receipt: {problem}; convert the checkpoint again")
     return receipt
 
 
@@ -553,7 +555,7 @@ def _problem(receipt: Any) -> str | None:
         return f"it is a {type(receipt).__name__}, but must be an object"
     for name in ("what", "created"):
         if not isinstance(receipt.get(name), str):
-            return f"{name!r} is {shortened(repr(receipt.get(name)))}, but must be a text"
+            return f"{name!r} is {shortened(repr(receipt.get(name)))}, but must be a string"
     try:
         datetime.datetime.fromisoformat(receipt["created"])
     except ValueError:
@@ -566,7 +568,7 @@ def _problem(receipt: Any) -> str | None:
         return f"'target' is {shortened(repr(receipt.get('target')))}, but must have 'files'"
     for name, figures in files.items():
         if not _is_below(name):
-            return f"it names the file {shortened(repr(name))}, but its files lie below its own directory"
+            return f"it names the file {shortened(repr(name))}, but its files must be inside its own directory"
         sha256, size = (figures.get(key) if isinstance(figures, dict) else None for key in ("sha256", "bytes"))
         if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
             shown = shortened(repr(sha256))
@@ -577,7 +579,7 @@ def _problem(receipt: Any) -> str | None:
 
 
 def _is_below(name: str) -> bool:
-    """Whether a receipt may give a file such a name: relative, without detours, and not the receipt's own."""
+    """Whether a receipt may name such a file: by a relative path without detours, and not the receipt itself."""
     plain = PurePosixPath(name)
     parts_are_plain = not plain.is_absolute() and ".." not in plain.parts and str(plain) == name
     return parts_are_plain and name not in (".", RECEIPT) and "\0" not in name and "\\" not in name
@@ -588,31 +590,32 @@ def _named(receipt: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def verify_receipt(directory: str | os.PathLike, progress: Progress | None = None) -> dict[str, Any]:
-    """Compares a converted directory with its receipt: every file, and whatever else lies in it.
+    """Compares a converted directory with its receipt: every file, and anything extra.
 
-    The receipt tells accidents, not forgers: who can change a file can change the receipt.
+    The receipt detects accidents, not forgery: whoever can change a file can change the receipt.
 
     Returns:
         the receipt.
 
     Raises:
-        ConversionError: there is no receipt; or something is missing, extra or changed, each of which is named.
+        ConversionError: there is no receipt; or files are missing, extra or changed; the message names them.
     """
     directory = local_path(directory)
     try:
         receipt = read_receipt(directory)
-        told = _differences(directory, receipt, _entries(directory), heard_by(progress))
+        changes = _differences(directory, receipt, _entries(directory), as_progress(progress))
     except OSError as error:
         raise ConversionError(f"{directory} cannot be read ({error}); check its permissions") from error
-    if told:
+    if changes:
         raise ConversionError(
-            f"{directory} is not as its conversion left it ({told}); convert the checkpoint again, or restore the files"
+            f"{directory} has changed since its conversion ({changes}); convert the checkpoint again, or restore the "
+            "files"
         )
     return receipt
 
 
 def _differences(directory: Path, receipt: Mapping[str, Any], entries: Mapping[str, tuple], progress: Progress) -> str:
-    """What is missing, extra or changed, in words; nothing if all is as it was."""
+    """What is missing, extra or changed, for messages; empty if nothing is."""
     named = _named(receipt)
     folders = {f"{parent}/" for name in named for parent in PurePosixPath(name).parents if parent.name}
     plain = {name for name in named.keys() & entries.keys() if stat.S_ISREG(entries[name][0])}
@@ -629,12 +632,12 @@ def _differences(directory: Path, receipt: Mapping[str, Any], entries: Mapping[s
 
 
 def _entries(directory: Path) -> dict[str, tuple]:
-    """Everything in a directory, by name from there, with kind, inode, size and time of change; no link is followed.
+    """Everything in a directory, by relative path: mode, inode, size and modification time; links are not followed.
 
     The names of directories end in a slash.
     """
     found, folders = {}, [""]
-    while folders:  # no recursion, which a directory can be too deep for
+    while folders:  # no recursion, since a directory can be too deep for it
         below = folders.pop()
         with os.scandir(f"{directory}/{below}") as entries:
             for entry in entries:

@@ -1,6 +1,6 @@
-"""Tensors that are read when they are needed, and their way through the weight map.
+"""Tensors that are read when they are needed, and their conversion by the weight map.
 
-Memory holds the tensors that are being read, and not the model.
+Only the tensors in use are in memory, never the whole model.
 """
 
 import functools
@@ -16,10 +16,10 @@ from .parity import same_bits
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """What a tensor is, and how to get it.
+    """A tensor's shape and dtype, and a function that reads it.
 
     Args:
-        read: gives its values, which are not to be written to.
+        read: returns its values, which must not be modified.
     """
 
     shape: torch.Size
@@ -32,14 +32,14 @@ class LazyTensor:
 
 
 def held(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
-    """Tensors that are in memory already."""
+    """Lazy tensors for tensors that are already in memory."""
     return {name: LazyTensor(t.shape, t.dtype, functools.partial(_itself, t)) for name, t in tensors.items()}
 
 
 def to_scratch(tensors: Mapping[str, LazyTensor], table: Iterable[Row]) -> dict[str, LazyTensor]:
-    """GPT-2's tensors as ours, made one at a time; those that no row knows are left out."""
+    """GPT-2's tensors under our names, converted one at a time; those without a row are left out."""
 
-    @functools.lru_cache(maxsize=2)  # weight and bias of one layer, of which three tensors in a row are made
+    @functools.lru_cache(maxsize=2)  # one layer's fused weight and bias, from each of which three tensors are made
     def parts(row: Row) -> tuple[torch.Tensor, ...]:
         return row.to_ours(tensors[row.theirs].read())
 
@@ -56,10 +56,10 @@ def to_scratch(tensors: Mapping[str, LazyTensor], table: Iterable[Row]) -> dict[
 
 
 def from_scratch(tensors: Mapping[str, LazyTensor], table: Iterable[Row]) -> dict[str, LazyTensor]:
-    """Our tensors as GPT-2's, made one at a time; the inverse of `to_scratch`.
+    """Our tensors under GPT-2's names, converted one at a time; the inverse of `to_scratch`.
 
     Raises:
-        ConversionError: tensors that become one have several dtypes.
+        ConversionError: tensors that are fused into one have different dtypes.
     """
 
     def whole(row: Row) -> torch.Tensor:
@@ -75,8 +75,8 @@ def from_scratch(tensors: Mapping[str, LazyTensor], table: Iterable[Row]) -> dic
         dtypes = {name: tensors[name].dtype for name in row.ours}
         if len(set(dtypes.values())) > 1:
             raise ConversionError(
-                f"{', '.join(f'{name!r} is {dtype}' for name, dtype in dtypes.items())}, but they become one tensor; "
-                "convert them to one dtype first"
+                f"{', '.join(f'{name!r} is {dtype}' for name, dtype in dtypes.items())}, but they are fused into one "
+                "tensor; cast them to one dtype first"
             )
         meta = row.to_theirs(_meta(tensors[name]) for name in row.ours)
         theirs[row.theirs] = LazyTensor(meta.shape, meta.dtype, functools.partial(whole, row))
@@ -84,7 +84,7 @@ def from_scratch(tensors: Mapping[str, LazyTensor], table: Iterable[Row]) -> dic
 
 
 def with_qkv_biases(tensors: Mapping[str, LazyTensor], n_layers: int) -> dict[str, LazyTensor]:
-    """With zeros for the biases that a model without `qkv_bias` does not have, and GPT-2 does."""
+    """The tensors, with zeros for the biases that GPT-2 has and a model without `qkv_bias` does not."""
     zeros = {}
     for name in (name for row in rows(n_layers) if row.zeros_for for name in row.ours):
         weight = tensors.get(name.removesuffix("bias") + "weight")
@@ -98,7 +98,7 @@ def zero(shape: torch.Size, dtype: torch.dtype) -> LazyTensor:
 
 
 def all_zero(tensor: torch.Tensor) -> bool:
-    """Whether every bit is; −0 is not 0."""
+    """Whether every bit is zero; −0 does not count as zero."""
     return same_bits(tensor, torch.zeros_like(tensor))
 
 

@@ -1,8 +1,8 @@
-"""What `torch.save` wrote, read without running, importing or building anything that a pickle asks for.
+"""Reads files of `torch.save` without running, importing or building anything that a pickle refers to.
 
-torch.load's own `weights_only` runs no foreign code either, but a file of some hundred bytes can keep it busy for ever,
-and from mapped memory it takes the bytes behind a record that is too short. Here a pickle is a list of steps on plain
-values, and a tensor is the place of its values in the file; `pickletools` explains the steps.
+`torch.load(weights_only=True)` runs no foreign code either, but a file of a few hundred bytes can keep it busy forever,
+and with mapped memory it reads beyond the end of a record that is too short. Here a pickle is a list of opcodes on
+plain values, and a tensor is the place of its values in the file; `pickletools` explains the opcodes.
 """
 
 import math
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 MOST_STEPS = 1 << 19  # a checkpoint of 1558M with its optimizer takes 70,000
-LARGEST_KEY = 1 << 60  # beyond it different whole numbers have the same hash
+LARGEST_KEY = 1 << 60  # different whole numbers beyond it have the same hash
 MOST_DIMENSIONS = 8
-# Of files from before 2020, which are no zip archives.
+# Of files from before 2020, which are not zip archives.
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 END_OF_ZIP = b"PK\5\6"
 STORAGES = {
@@ -39,11 +39,11 @@ STORAGES = {
     "torch.ComplexFloatStorage": torch.complex64,
     "torch.ComplexDoubleStorage": torch.complex128,
     "torch.storage.UntypedStorage": torch.uint8,
-    "torch.QInt8Storage": torch.int8,  # and of these the sizes are right, which is all that is needed
+    "torch.QInt8Storage": torch.int8,  # quantized: only the size of their values is needed
     "torch.QUInt8Storage": torch.uint8,
     "torch.QInt32Storage": torch.int32,
 }
-# What else lies in checkpoints: it is passed over, or refused by this name where a tensor is wanted.
+# Other values in checkpoints: ignored, or refused under this name where a tensor is expected.
 UNBUILT = {
     "torch._utils._rebuild_sparse_tensor": "torch.sparse tensor",
     "torch._utils._rebuild_qtensor": "quantized tensor",
@@ -67,7 +67,7 @@ UNBUILT = {
     "numpy._core.multiarray.scalar": "number of numpy",
     "numpy.dtype": "dtype of numpy",
     "argparse.Namespace": "Namespace",
-    # In Python 3.13, and there alone, pathlib is a package whose classes say so.
+    # In Python 3.13, and only there, pathlib is a package, which shows in the names of its classes.
     **dict.fromkeys(
         [f"{pathlib}.{os}Path" for pathlib in ("pathlib", "pathlib._local") for os in ("Posix", "Windows")], "path"
     ),
@@ -78,19 +78,19 @@ UNBUILT |= {f"torch.per_{what}_symmetric": "torch.qscheme" for what in ("tensor"
 
 
 class ForbiddenName(ValueError):
-    """The name of something that a pickle asks for and no weights need; any program could be run by one."""
+    """The name of something that a pickle refers to and no weights need, and that could run any program."""
 
 
 @dataclass(frozen=True, eq=False)
 class Unbuilt:
-    """A value that was not built, by what it is."""
+    """A value that was not built; `what` describes it."""
 
     what: str
 
 
 @dataclass(frozen=True, eq=False)
 class _Name:
-    """A function or class that a pickle asks for; it is never looked up."""
+    """A function or class that a pickle refers to; it is never looked up."""
 
     name: str
 
@@ -99,12 +99,12 @@ class _Name:
 class _Storage:
     dtype: torch.dtype
     numel: int
-    offset: int = -1  # in bytes; of files from before 2020 it is known last
+    offset: int = -1  # in bytes; in files from before 2020 it is known only at the end
 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A dense tensor, by the place of its values in a file; `start` and `stride` in values."""
+    """A dense tensor, as the place of its values in a file; `start` and `stride` count values."""
 
     path: Path
     storage: _Storage
@@ -121,7 +121,7 @@ class Stored:
         return self.shape.numel() * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """The values, one behind the other, in memory of their own.
+        """The values, contiguous, in memory of their own.
 
         Raises:
             EOFError: the file is shorter than it was.
@@ -140,15 +140,15 @@ def load(path: Path) -> Any:
     """The content: dicts, lists, tuples, numbers, strings, None, `Stored` and `Unbuilt`.
 
     Raises:
-        ForbiddenName: it asks for more than weights.
-        ValueError: it is damaged, or no such file.
+        ForbiddenName: it refers to more than weights.
+        ValueError: it is damaged, or not a file of `torch.save`.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _load_archive(path, data) if zipfile.is_zipfile(path) else _load_legacy(path, data)
     except ValueError:
         raise
-    except (  # of zipfile and struct, and of steps that do not fit together
+    except (  # from zipfile and struct, and from opcodes that do not fit together
         zipfile.BadZipFile,
         struct.error,
         LookupError,
@@ -174,14 +174,16 @@ def _load_archive(path: Path, data: mmap.mmap) -> Any:
         raise ValueError("it is a TorchScript program; save model.state_dict() instead")
     begin, size = records.get(f"{place}byteorder", (0, 0))
     if size and data[begin : begin + size] != b"little":
-        raise ValueError(f"its byte order is {data[begin : begin + min(size, 20)]!r}, but only b'little' is read")
+        raise ValueError(f"its byte order is {data[begin : begin + min(size, 20)]!r}, but only b'little' can be read")
 
     def storage(key: str, dtype: torch.dtype, numel: int) -> _Storage:
         if f"{place}data/{key}" not in records:
-            raise ValueError(f"it has no record {key!r}, for which its pickle asks")
+            raise ValueError(f"it has no record {key!r}, to which its pickle refers")
         offset, size = records[f"{place}data/{key}"]
         if size != numel * dtype.itemsize:
-            raise ValueError(f"the record {key!r} has {size} bytes, but by the pickle {numel * dtype.itemsize}")
+            raise ValueError(
+                f"the record {key!r} has {size} bytes, but according to the pickle {numel * dtype.itemsize}"
+            )
         return _Storage(dtype, numel, offset)
 
     begin, size = records[pickles[0]]
@@ -195,21 +197,21 @@ def _load_archive(path: Path, data: mmap.mmap) -> Any:
 def _records(archive: zipfile.ZipFile, data: mmap.mmap) -> dict[str, tuple[int, int]]:
     """Where each record's bytes lie: offset and size."""
     if data[-22:-18] != END_OF_ZIP:
-        raise ValueError("something follows its end")
+        raise ValueError("there are bytes after its end")
     records: dict[str, tuple[int, int]] = {}
     extents = []
     for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-            raise ValueError(f"the record {entry.filename!r} is compressed or encrypted, which torch does to none")
+            raise ValueError(f"the record {entry.filename!r} is compressed or encrypted, which torch never does")
         if entry.filename in records:
-            raise ValueError(f"the record {entry.filename!r} is there twice")
+            raise ValueError(f"the record {entry.filename!r} occurs twice")
         name, extra = struct.unpack("<HH", data[entry.header_offset + 26 : entry.header_offset + 30])
         begin = entry.header_offset + 30 + name + extra
         records[entry.filename] = (begin, entry.file_size)
         extents.append((entry.header_offset, begin + entry.file_size))
     extents = [(0, 0), *sorted(extents), (archive.start_dir, len(data))]
     if extents[1][0] != 0 or any(end > begin for (_, end), (begin, _) in pairwise(extents)):
-        raise ValueError("its records overlap, or do not begin at its beginning")
+        raise ValueError("its records overlap, or do not start at the beginning of the file")
     return records
 
 
@@ -226,36 +228,38 @@ def _load_legacy(path: Path, data: mmap.mmap) -> Any:
     for wanted in (LEGACY_MAGIC, LEGACY_PROTOCOL):
         found = steps.run()
         if type(found) is not int or found != wanted:
-            raise ValueError("it does not begin as torch.save begins")
+            raise ValueError("it does not begin like a file of torch.save")
     system = steps.run()
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise ValueError("its byte order is not little-endian, and no other is read")
+        raise ValueError("its byte order is not little-endian, and no other can be read")
     content, keys = steps.run(), steps.run()
     if not isinstance(keys, list) or not all(type(key) is str for key in keys) or sorted(keys) != sorted(storages):
-        raise ValueError("its list of storages is not that of its pickle")
+        raise ValueError("its list of storages does not match its pickle")
     at = steps.at
     for key in keys:
         (numel,) = struct.unpack("<q", data[at : at + 8])
         if numel != storages[key].numel:
-            raise ValueError(f"the storage {key!r} has {numel} values, but by the pickle {storages[key].numel}")
+            raise ValueError(
+                f"the storage {key!r} has {numel} values, but according to the pickle {storages[key].numel}"
+            )
         storages[key].offset = at + 8
         at += 8 + numel * storages[key].dtype.itemsize
     if at != len(data):
-        raise ValueError(f"it has {len(data)} bytes, but by its pickle {at}")
+        raise ValueError(f"it has {len(data)} bytes, but according to its pickle {at}")
     return content
 
 
 def _span(shape: torch.Size, stride: tuple[int, ...]) -> int:
-    """How many values lie from a tensor's first to its last."""
+    """The number of values from a tensor's first to its last."""
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
 
 
 class _Steps:
-    """Pickles of protocol 2, which torch.save writes, one behind the other, step by step.
+    """Reads pickles of protocol 2, which torch.save writes, one after the other.
 
     Args:
         data: bytes, or mapped memory.
-        storage: checks what a pickle says of a storage: key, dtype, number of values.
+        storage: returns the storage of a key, dtype and number of values, after checking them.
     """
 
     def __init__(self, path: Path, data: Any, storage: Callable[[str, torch.dtype, int], _Storage]):
@@ -275,13 +279,13 @@ class _Steps:
     def line(self) -> str:
         end = self.data.find(b"\n", self.at, self.at + 1000)
         if end < 0:
-            raise ValueError("it has a name without an end")
+            raise ValueError("a name in it does not end")
         line = self.take(end - self.at)
         self.at += 1
         return line.decode()
 
     def run(self) -> Any:
-        """The value of the pickle that begins here; the next one begins behind it."""
+        """The value of the pickle at the current position, which then moves to its end."""
         stack: list[Any] = []
         marks: list[list[Any]] = []
         memo: dict[int, Any] = {}
@@ -294,7 +298,7 @@ class _Steps:
         while True:
             self.count += 1
             if self.count > MOST_STEPS:
-                raise ValueError(f"its pickle has more than {MOST_STEPS:,} steps; save model.state_dict() alone")
+                raise ValueError(f"its pickle has more than {MOST_STEPS:,} opcodes; save model.state_dict() alone")
             step = self.take(1)
             if step in (p.BINGET, p.LONG_BINGET):
                 stack.append(memo[self.number("B" if step == p.BINGET else "<I")])
@@ -356,24 +360,24 @@ class _Steps:
                 stack.pop()  # attributes, such as a state dict's _metadata
             elif step == p.PROTO:
                 if (protocol := self.number("B")) > 2:
-                    raise ValueError(f"its pickle is of protocol {protocol}; save it with torch.save's own, which is 2")
+                    raise ValueError(f"its pickle is of protocol {protocol}; save it with torch.save's default, 2")
             elif step == p.STOP:
                 return stack.pop()
             else:
-                raise ValueError(f"its pickle has the step {step!r}, which torch.save does not write")
+                raise ValueError(f"its pickle has the opcode {step!r}, which torch.save does not write")
 
     def persistent(self, value: Any) -> _Storage:
-        """What torch.save puts in a storage's place."""
+        """The storage that a persistent id of torch.save stands for."""
         about = _the(tuple, value)
         if len(about) not in (5, 6) or about[0] != "storage" or about[5:] not in ((), (None,)):
-            raise ValueError("its pickle asks for something that is no storage")
+            raise ValueError("its pickle refers to something that is not a storage")
         kind = _the(_Name, about[1]).name.replace("torch.cuda.", "torch.")
         if kind not in STORAGES:
-            raise ValueError(f"its pickle asks for a {kind}, but known are {', '.join(STORAGES)}")
+            raise ValueError(f"its pickle refers to a {kind}, but the known storages are {', '.join(STORAGES)}")
         return self.storage(_the(str, about[2]), STORAGES[kind], _size(about[4]))
 
     def call(self, name: str, arguments: tuple) -> Any:
-        """What a function would make; only those that make weights are known here."""
+        """The result of a function; only those that make weights are known here."""
         if name == "collections.OrderedDict":
             ordered: dict[Any, Any] = {}
             for pair in _the(list, arguments[0]) if arguments else ():
@@ -389,13 +393,13 @@ class _Steps:
             if math.prod(shape) > storage.numel:
                 return Unbuilt(f"tensor that repeats {storage.numel} values, of shape {list(shape)}")
             if start + _span(torch.Size(shape), stride) > storage.numel:
-                raise ValueError(f"its pickle has a tensor of shape {list(shape)} that ends behind its storage")
+                raise ValueError(f"its pickle has a tensor of shape {list(shape)} that ends beyond its storage")
             return Stored(self.path, storage, start, torch.Size(shape), stride)
         return Unbuilt(UNBUILT.get(name, name))
 
 
 def _the(kind: type, value: Any) -> Any:
-    """The value itself, of just this type."""
+    """The value, which must be of exactly this type."""
     if type(value) is not kind:
         raise ValueError(f"its pickle has a {type(value).__name__} where a {kind.__name__.strip('_').lower()} belongs")
     return value
@@ -403,7 +407,7 @@ def _the(kind: type, value: Any) -> Any:
 
 def _size(value: Any) -> int:
     if not 0 <= _the(int, value) < 1 << 48:
-        raise ValueError(f"its pickle has {value} for a size")
+        raise ValueError(f"its pickle has {value} as a size")
     return value
 
 
@@ -411,9 +415,9 @@ def _set(target: Any, items: list[Any]) -> None:
     if isinstance(target, Unbuilt):
         return
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Of a tuple of tuples the hash can take for ever, and of large numbers many have the same.
+        # Hashing a tuple of tuples can take forever, and many large numbers have the same hash.
         if type(key) not in (str, int, float, bool) or (type(key) is int and abs(key) > LARGEST_KEY):
-            raise ValueError(f"its pickle has a {type(key).__name__} as a key, but keys are names and small numbers")
+            raise ValueError(f"its pickle has a {type(key).__name__} as a key, but keys must be names or small numbers")
         _the(dict, target)[key] = value
 
 

@@ -1,4 +1,4 @@
-"""What of a source would make code run, and so never comes into a target: its card says `trust_remote_code=True`."""
+"""Keeps code in a source out of the target, whose model card says `trust_remote_code=True`."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ConversionError
 from .checkpoint import read_json
 
-# Keys by which transformers finds code: of classes, pipelines, `generate`, attention and other kernels.
+# Settings by which transformers finds code: of classes, pipelines, `generate`, attention and other kernels.
 CODE_KEYS = (
     "auto_map",
     "custom_code",
@@ -22,7 +22,7 @@ KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implement
 
 
 def refuse_kernels(path: Path, values: Mapping[str, Any]) -> None:
-    """Refuses a config whose attention is a program on the hub: transformers fetches it where a model is built.
+    """Refuses a config whose attention is code on the hub, which transformers fetches when it builds a model.
 
     Raises:
         ConversionError: it is such a config.
@@ -30,22 +30,22 @@ def refuse_kernels(path: Path, values: Mapping[str, Any]) -> None:
     for key in KERNEL_KEYS:
         if "/" in str(values.get(key)):
             raise ConversionError(
-                f"{path} has {key}={str(values[key])[:200]!r}, a program on the hub, which no conversion runs; remove "
+                f"{path} has {key}={str(values[key])[:200]!r}, which is code on the hub and is not run here; remove "
                 "the key"
             )
 
 
 def code_beside(directory: Path) -> list[str]:
-    """What of a source is code and was left behind, in sentences."""
+    """Notes that name the code in a source, which is left behind."""
     names = [path.name for path in directory.iterdir() if path.suffix == ".py" or path.name == "custom_generate"]
     return [f"left behind, since it is code: {name!r}" for name in sorted(names)]
 
 
 def strip_code(directory: Path) -> list[str]:
-    """Takes what makes code run out of the settings in a directory that is being written, but for our own classes.
+    """Removes settings that make code run from a directory that is being written, except for our own classes.
 
     Returns:
-        what was taken out, in sentences.
+        notes on what was removed.
     """
     notes = []
     for path in sorted(directory.glob("*config.json")):
@@ -60,7 +60,7 @@ def strip_code(directory: Path) -> list[str]:
 
 
 def _is_ours(path: Path, key: str, value: Any) -> bool:
-    """Whether a config's `auto_map` names nothing but the files that `save_pretrained` has put beside it."""
+    """Whether a config's `auto_map` names only files that `save_pretrained` has written beside it."""
     if (path.name, key) != ("config.json", "auto_map") or not isinstance(value, dict):
         return False
     return all(

@@ -1,4 +1,4 @@
-"""Whether two checkpoints, an official one and ours, are one model."""
+"""Whether an official checkpoint and one of ours are the same model."""
 
 import os
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from .parity import Verification, differing, differing_settings, measure
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found; `figures` is None where the two models have tensors of other shapes."""
+    """The result of `verify`; `figures` is None if the two models have tensors of different shapes."""
 
     figures: Verification | None
     different_tensors: list[str] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether they are one model: the same logits and greedy ids, equal weights, the same settings."""
+        """Whether they are the same model: the same logits and greedy ids, equal weights, the same settings."""
         return self.figures is not None and self.figures.passed and not self.different_settings
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,13 +52,13 @@ def verify(reference: str | os.PathLike, candidate: str | os.PathLike) -> Verdic
         candidate: directory or hub id of ours.
 
     Raises:
-        ConversionError: one of them cannot be read, or they are models of two kinds.
+        ConversionError: one of them cannot be read, or they are models of different kinds.
     """
     try:
         official, ours = Weights(find_source(reference), "gpt2"), Weights(find_source(candidate), "gpt_scratch")
         if official.ours is not ours.ours:
             kinds = f"{reference} is a {official.ours.gpt2_class.__name__}, but {candidate} is a {ours.ours.__name__}"
-            raise ConversionError(f"{kinds}; give two checkpoints of one kind")
+            raise ConversionError(f"{kinds}; give two checkpoints of the same kind")
         theirs, own = official.in_our_names(), ours.tensors()
         different = differing(theirs, own)
         if any(theirs[name].shape != own[name].shape for name in theirs.keys() & own.keys()):

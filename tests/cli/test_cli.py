@@ -134,7 +134,7 @@ def test_verify_tells_the_same_from_another(pair, tmp_path):
 
 def test_verify_says_which_checkpoint_cannot_be_read(pair):
     official, ours = pair
-    assert "'gpt_scratch', but 'gpt2' is wanted" in run("verify", ours, official, status=1).output
+    assert "'gpt_scratch', but 'gpt2' is expected" in run("verify", ours, official, status=1).output
     assert "there is no directory" in run("verify", official, "./missing", status=1).output
 
 

@@ -31,7 +31,7 @@ def model():
 @pytest.fixture
 def unchecked(monkeypatch):
     monkeypatch.setattr(modeling.check_library, "passed", set())
-    monkeypatch.setattr(modeling.check_library, "told", False)
+    monkeypatch.setattr(modeling.check_library, "warned", False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +90,7 @@ def test_a_cache_that_did_not_take_what_it_was_given_is_noticed(model):
         def update(self, keys, values, *args, **kwargs):
             return keys, values
 
-    with pytest.raises(RuntimeError, match=r"holds 0 tokens after a forward pass, but 20 went in; this is transf"):
+    with pytest.raises(RuntimeError, match=r"holds 0 tokens after a forward pass instead of 20; this is transf"):
         model(random_ids(), **{CACHE: Forgetful()})
     full = DynamicCache(config=model.config)
     model(random_ids(), **{CACHE: full})
@@ -201,13 +201,13 @@ def test_a_process_that_is_forked_during_the_check_has_a_lock_of_its_own(uncheck
 def test_an_unread_tensor_is_refused_on_an_untested_version(monkeypatch, model):
     model(random_ids(), something=torch.ones(2))
     monkeypatch.setattr(modeling, "is_untested", lambda: True)
-    with pytest.raises(TypeError, match="the tensor 'something', which nothing here reads"):
+    with pytest.raises(TypeError, match="the tensor 'something', which would be ignored"):
         model(random_ids(), something=torch.ones(2))
     model(random_ids(), labels=random_ids(), num_items_in_batch=torch.tensor(7))
 
 
 def test_a_cache_in_another_place_and_what_is_no_cache_are_refused(model):
-    with pytest.raises(TypeError, match=f"in the place of attention_mask; give it by its name, {CACHE}="):
+    with pytest.raises(TypeError, match=f"got a cache as attention_mask; pass it by name, {CACHE}="):
         model(random_ids(), DynamicCache())
     with pytest.raises(TypeError, match="got a tuple as the cache"):
         model(random_ids(), **{CACHE: ((torch.ones(2), torch.ones(2)),)})

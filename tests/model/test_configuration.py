@@ -26,7 +26,7 @@ def test_transformers_names_read_and_write_the_same_fields():
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"emb_dim": 770, "n_heads": 12}, r"emb_dim=770 and n_heads=12.*take emb_dim=768"),
+        ({"emb_dim": 770, "n_heads": 12}, r"emb_dim=770 and n_heads=12.*use emb_dim=768"),
         ({"emb_dim": "768"}, r"emb_dim.*expected int, got str \(value: '768'\)"),
         ({"hidden_size": "768"}, r"emb_dim.*expected int, got str \(value: '768'\)"),
         ({"n_layers": -1}, r"n_layers.*got -1.*at least 1"),
@@ -151,12 +151,12 @@ def test_equal_dropout_rates_become_the_books_one_rate():
         ({"activation": "relu"}, "activation=relu.*activation_function"),
         ({"n_kv_groups": 2}, "n_kv_groups=2.*keys and values"),
         ({"rope_theta": 1e4}, "rope_theta=10000.0.*positions are learned"),
-        ({"sliding_window_size": 64}, "sliding_window_size=64.*sees all before it"),
+        ({"sliding_window_size": 64}, "sliding_window_size=64.*attends to all tokens before it"),
         ({"num_experts": 8}, "num_experts=8.*mixture of experts"),
         ({"post_norm": True}, "post_norm=True.*does not know"),
         ({"encoder_layers": 3}, "encoder_layers=3.*does not know"),
         ({"n_embd": "9" * 10_000}, "n_embd=9{80},"),
-        ({"emb_dim": 48, "hidden_size": 96}, "emb_dim=48 and hidden_size=96, which are one"),
+        ({"emb_dim": 48, "hidden_size": 96}, "emb_dim=48 and hidden_size=96, which are the same setting"),
     ],
 )
 def test_a_key_that_would_be_ignored_is_refused_by_name_with_what_to_do(values, told):
@@ -235,7 +235,7 @@ def test_what_any_transformers_config_may_have_is_taken(tmp_path):
 
 def test_what_says_nothing_about_the_model_is_kept_and_said(caplog, tmp_path):
     config = GPTScratchConfig(owner="me", kernel_of_tomorrow={"a": 1})
-    assert "owner=me is kept, but GPTScratchConfig does nothing with it" in caplog.text
+    assert "owner=me is stored, but GPTScratchConfig does not use it" in caplog.text
     config.save_pretrained(tmp_path)
     assert GPTScratchConfig.from_pretrained(tmp_path).owner == "me"
 
@@ -323,7 +323,7 @@ def test_a_config_of_the_first_years_is_gpt2s_without_saying_so(tmp_path, values
 )
 def test_a_config_of_unknown_type_is_refused_and_the_type_that_is_told_to_write_works(tmp_path, values):
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match='write "model_type"'):
+    with pytest.raises(ValueError, match='add "model_type"'):
         GPTScratchConfig.from_pretrained(tmp_path)
     told = "gpt_scratch" if "emb_dim" in values else "gpt2"
     (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": told}))

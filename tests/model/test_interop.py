@@ -131,7 +131,7 @@ def test_what_no_module_shows_is_found_by_running_both(change, dtype):
     model = random_pair()[1].to(dtype)
     model.to_gpt2()
     change(model)
-    with pytest.raises(ValueError, match="computes other logits than its translation"):
+    with pytest.raises(ValueError, match="and its translation compute different logits"):
         model.to_gpt2()
 
 
@@ -139,7 +139,10 @@ def test_official_models_are_looked_at_too():
     for change, message in (
         (lambda gpt2: setattr(gpt2.config, "n_head", 6), r"attn\.head_dim is 12 instead of 8"),
         (lambda gpt2: setattr(gpt2.transformer.h[0].mlp, "act", nn.GELU()), r"h\.0\.mlp\.act is a"),
-        (lambda gpt2: gpt2.transformer.h[0].register_forward_hook(lambda *args: 2 * args[2]), "computes other logits"),
+        (
+            lambda gpt2: gpt2.transformer.h[0].register_forward_hook(lambda *args: 2 * args[2]),
+            "compute different logits",
+        ),
     ):
         gpt2 = random_gpt2()
         GPTScratchForCausalLM.from_gpt2(gpt2)
@@ -157,7 +160,7 @@ def test_models_of_another_kind_are_refused():
     class Reward(GPTScratchPreTrainedModel):
         pass
 
-    with pytest.raises(ValueError, match="no official model of the kind of Reward"):
+    with pytest.raises(ValueError, match="Reward has no official counterpart"):
         Reward.from_gpt2(random_gpt2())
 
 

@@ -164,7 +164,7 @@ def test_missing_size_is_named():
         ({"n_kv_groups": 2}, "n_kv_groups=2.*keys and values"),
         ({"rope_base": 10_000}, "rope_base=10000.*positions are learned"),
         ({"bias": False}, "bias=False.*does not know"),
-        ({"anything": "x" * 10_000}, "anything=x{80},.*take it out"),
+        ({"anything": "x" * 10_000}, "anything=x{80},.*remove it"),
     ],
 )
 def test_a_key_that_means_nothing_here_is_refused_by_name_with_what_to_do(key, told):
@@ -202,7 +202,7 @@ def test_what_only_the_transformers_model_does_is_refused_by_name(other):
     [name] = other
     for cfg in ({**TINY, **other}, GPTScratchConfig(**TINY, **other)):
         for build in (GPTModel, FeedForward, TransformerBlock):
-            with pytest.raises(ValueError, match=f"got {name}=.*GPTScratchForCausalLM takes it"):
+            with pytest.raises(ValueError, match=f"got {name}=.*GPTScratchForCausalLM supports it"):
                 build(cfg)
         assert getattr(GPTScratchForCausalLM(GPTScratchConfig(**TINY, **other)).config, name) == other[name]
 

@@ -243,7 +243,7 @@ def test_minus_zero_is_not_zero():
         verify_weights(held(one), held(other), Progress())
 
     zero, one = torch.tensor([0.0]), torch.ones(3)
-    with pytest.raises(ParityError, match="'a' is not the source's"):
+    with pytest.raises(ParityError, match="'a' is not equal to the source's"):
         compare({"a": zero}, {"a": -zero})
     with pytest.raises(ParityError):
         compare({"a": torch.randn(4, 6).T}, {"a": torch.randn(4, 6).T})
@@ -298,7 +298,7 @@ def test_nanogpt_without_biases_is_refused_to_a_model_that_has_some(tmp_path):
 )
 def test_what_a_format_cannot_say_is_refused_by_name(tmp_path, changes, format, named):
     ours = random_pair(**changes)[1]
-    with pytest.raises(ConversionError, match=rf"{named}.*{format} knows only.*export to 'gpt2'"):
+    with pytest.raises(ConversionError, match=rf"{named}.*{format} supports only.*export to 'gpt2'"):
         write(ours, ours.config, tmp_path / "file", format)
     assert not (tmp_path / "file").exists()
 
@@ -454,7 +454,7 @@ def test_every_row_carries_its_own_tensor(tmp_path):
 
 def test_n_heads_is_asked_for_where_no_file_tells_it(tmp_path):
     torch.save(book_model().state_dict(), tmp_path / "model.pth")
-    with pytest.raises(ConversionError, match=r"does not tell n_heads.*pass n_heads.*cannot be noticed"):
+    with pytest.raises(ConversionError, match=r"does not store n_heads.*pass n_heads.*cannot be detected"):
         read(tmp_path / "model.pth")
     for wrong in (5, 0, -4, True, 4.0):
         with pytest.raises(ConversionError, match=rf"got n_heads={wrong}, but.*divides emb_dim=48"):
@@ -489,7 +489,7 @@ def test_hostile_pickle_runs_nothing(tmp_path, place):
         path.write_bytes(pickle.dumps({"tok_emb.weight": evil}, protocol=int(place[-1])))
     else:
         torch.save(evil if place == "alone" else {**book_model().state_dict(), "tok_emb.weight": evil}, path)
-    message = r"is a pickle that asks for .*open, and .*do not trust it|no weights \(its pickle is of protocol 4"
+    message = r"is a pickle that refers to .*open, and .*do not trust it|weights \(its pickle is of protocol 4"
     for function in (detect, read, lambda path: import_checkpoint(path, tmp_path / "target", n_heads=HEADS)):
         with pytest.raises(ConversionError, match=message):
             function(path)
@@ -510,7 +510,7 @@ BAD_STATE_DICTS = {
     r"'trf_blocks\.2\.norm1\.shift'.*NaN or inf": lambda s: s["trf_blocks.2.norm1.shift"].__setitem__(0, float("nan")),
     r"'tok_emb\.weight'.*NaN or inf": lambda s: s["tok_emb.weight"].__setitem__((210, 47), -float("inf")),
     r"mixes torch\.float16, torch\.float32": lambda s: s.update({"final_norm.scale": torch.ones(48).half()}),
-    r"is torch\.int64, but weights are floats": lambda s: s.update({"final_norm.scale": torch.ones(48).long()}),
+    r"is torch\.int64, but weights must be floats": lambda s: s.update({"final_norm.scale": torch.ones(48).long()}),
     r"got the layers \[0, 2\].*without a gap": lambda s: [s.pop(n) for n in list(s) if n.startswith("trf_blocks.1.")],
     r"holds 'final_norm\.scale' twice": lambda s: s.update({"module.final_norm.scale": torch.ones(48)}),
     r"holds 'final_norm\.scale': a list": lambda s: s.update({"final_norm.scale": [1.0] * 48}),
@@ -535,7 +535,7 @@ def test_model_args_that_contradict_the_weights_are_refused(tmp_path):
         ({"block_size": 65}, "context_length=65, but its tensors say 64"),
         ({"n_layer": 4}, "n_layers=4, but its tensors say 3"),
         ({"use_rmsnorm": True}, "model_args use_rmsnorm, which nanoGPT itself does not have"),
-        ({"n_head": "4"}, "a str for n_head in its model_args, but they are numbers"),
+        ({"n_head": "4"}, "a str for n_head in its model_args, but it must be a number"),
         ({"dropout": 7.0}, "dropout rate"),
     ):
         torch.save({"model": state_dict, "model_args": {**model_args(), **change}}, tmp_path / "ckpt.pt")
@@ -563,7 +563,7 @@ def test_unknown_content_is_refused_with_what_is_known(tmp_path):
     torch.save(gpt2.state_dict(), tmp_path / "pytorch_model.bin")
     gpt2.save_pretrained(tmp_path / "gpt2")
     for name in ("pytorch_model.bin", "gpt2/model.safetensors"):
-        with pytest.raises(ConversionError, match="give the directory it lies in"):
+        with pytest.raises(ConversionError, match="give its directory"):
             detect(tmp_path / name)
     write(ours, ours.config, tmp_path / "empty/model.pth", "book")
     with pytest.raises(ConversionError, match=r"give the file, .*empty/model\.pth"):

@@ -171,7 +171,7 @@ def of(records, end):
 
 
 DAMAGED_ARCHIVES = {
-    r"record '0' has 4\d+ bytes, but by the pickle": lambda r: r.update({of(r, "/data/0"): r[of(r, "/data/0")][:-8]}),
+    r"record '0' has 4\d+ bytes, but according to": lambda r: r.update({of(r, "/data/0"): r[of(r, "/data/0")][:-8]}),
     r"record '0' has 0 bytes": lambda r: r.update({of(r, "/data/0"): b""}),
     r"record '1' has \d+ bytes": lambda r: r.update({of(r, "/data/1"): r[of(r, "/data/1")] + bytes(4)}),
     r"no record '2'": lambda r: r.pop(of(r, "/data/2")),
@@ -197,7 +197,7 @@ def test_bytes_that_belong_to_nothing_are_refused(tmp_path, where):
     torch.save(book_model().state_dict(), tmp_path / "model.pth")
     data = (tmp_path / "model.pth").read_bytes()
     (tmp_path / "model.pth").write_bytes(data + b"x" if where == "behind" else b"PK12" + data)
-    with pytest.raises(ConversionError, match=r"something follows its end|do not begin at its beginning"):
+    with pytest.raises(ConversionError, match=r"bytes after its end|do not start at the beginning"):
         read(tmp_path / "model.pth", n_heads=HEADS)
 
 
@@ -205,7 +205,7 @@ def test_tensor_beyond_its_storage_is_refused(tmp_path):
     torch.save({"a": torch.randn(4, 6)}, tmp_path / "a")
     # 24 values from the 0th on, then from the 1st on
     recut(tmp_path / "a", lambda r: r.update({of(r, ".pkl"): r[of(r, ".pkl")].replace(b"QK\0K\4K\6", b"QK\1K\4K\6")}))
-    with pytest.raises(ValueError, match=r"shape \[4, 6\] that ends behind its storage"):
+    with pytest.raises(ValueError, match=r"shape \[4, 6\] that ends beyond its storage"):
         torch_archive.load(tmp_path / "a")
 
 
@@ -271,10 +271,10 @@ def test_gguf_tensors_that_overlap_or_leave_a_hole_are_refused(gguf_file, move):
 def test_other_damage_to_gguf_is_refused_by_what_it_is(gguf_file):
     whole = gguf_file.read_bytes()
     for old, new, message in (
-        (b"blk.1.attn_norm.weight", b"blk.0.attn_norm.weight", "'blk.0.attn_norm.weight' is there twice"),
-        (b"gpt2.block_count", b"gpt2.bloke_count", r"says gpt2\.bloke_count=3, but GPT-2's are"),
-        (b"gpt2.block_count\4", b"gpt2.block_count\6", r"says gpt2\.block_count=\d.*whole numbers"),
-        (b"general.file_type", b"general.alignment", r"general\.alignment=0, which is no power of two"),
+        (b"blk.1.attn_norm.weight", b"blk.0.attn_norm.weight", "'blk.0.attn_norm.weight' occurs twice"),
+        (b"gpt2.block_count", b"gpt2.bloke_count", r"has gpt2\.bloke_count=3, but a GPT-2 has only"),
+        (b"gpt2.block_count\4", b"gpt2.block_count\6", r"has gpt2\.block_count=\d.*whole numbers"),
+        (b"general.file_type", b"general.alignment", r"general\.alignment=0, which is not a power of two"),
     ):
         assert old in whole
         gguf_file.write_bytes(whole.replace(old, new))
@@ -282,7 +282,7 @@ def test_other_damage_to_gguf_is_refused_by_what_it_is(gguf_file):
             read(gguf_file)
     for spoiled in (whole[:-40], whole + bytes(32)):
         gguf_file.write_bytes(spoiled)
-        with pytest.raises(ConversionError, match=r"it has \d+ bytes, but by its header"):
+        with pytest.raises(ConversionError, match=r"it has \d+ bytes, but according to its header"):
             read(gguf_file)
 
 
@@ -356,18 +356,18 @@ def test_links_are_followed_as_from_pretrained_follows_them(tmp_path, source, na
     gpt2_to_scratch(source, tmp_path / "target")
     assert not (tmp_path / "target" / name).is_symlink()
     (tmp_path / "elsewhere/blob").unlink()
-    with pytest.raises(ConversionError, match=r"link to '\.\./elsewhere/blob', where no file lies|no config\.json"):
+    with pytest.raises(ConversionError, match=r"link to '\.\./elsewhere/blob', which does not exist|no config\.json"):
         gpt2_to_scratch(source, tmp_path / "other")
 
 
 def test_pipes_devices_and_sockets_are_refused(tmp_path, source):
     os.mkfifo(source / "pipe")
-    with pytest.raises(ConversionError, match="no file, but a pipe or a device"):
+    with pytest.raises(ConversionError, match="not a file but a pipe or a device"):
         gpt2_to_scratch(source, tmp_path / "target")
     (source / "pipe").unlink()
     (source / "model.safetensors").unlink()
     (source / "model.safetensors").symlink_to("/dev/zero")
-    with pytest.raises(ConversionError, match="no file, but a pipe or a device"):
+    with pytest.raises(ConversionError, match="not a file but a pipe or a device"):
         gpt2_to_scratch(source, tmp_path / "target")
 
 
@@ -401,7 +401,7 @@ def test_index_without_metadata_is_refused_and_the_advice_works(tmp_path, shards
     del index["metadata"]
     path = shards / "model.safetensors.index.json"
     path.write_text(json.dumps(index))
-    with pytest.raises(ConversionError, match=r'has no "metadata".*write "metadata": \{\} into it'):
+    with pytest.raises(ConversionError, match=r'has no "metadata".*add "metadata": \{\} to it'):
         gpt2_to_scratch(shards, tmp_path / "target")
     path.write_text(json.dumps({"metadata": {}, **index}))
     assert gpt2_to_scratch(shards, tmp_path / "target")["parity"]["passed"]
@@ -413,8 +413,8 @@ def test_index_that_names_other_tensors_than_the_shards_hold_is_refused(tmp_path
     without = {key: file for key, file in index["weight_map"].items() if key != name}
     for weight_map, message in (
         (without, rf"holds '{name}', which the shard index does not name"),
-        ({**index["weight_map"], "x": index["weight_map"][name]}, r"names 'x' in .*but it is not there"),
-        ({**index["weight_map"], name: "../other.safetensors"}, r"a shard lies beside its index"),
+        ({**index["weight_map"], "x": index["weight_map"][name]}, r"names 'x' in .*which does not hold it"),
+        ({**index["weight_map"], name: "../other.safetensors"}, r"shards must be beside their index"),
         ({**index["weight_map"], other: "absent.safetensors"}, r"'absent\.safetensors', which is missing"),
     ):
         path.write_text(json.dumps({**index, "weight_map": weight_map}))

@@ -115,7 +115,7 @@ def test_the_source_is_never_replaced(way):
     source, go = way
     before = everything(source.parent)
     for target in (source if source.is_dir() else source.parent, source.parent):
-        with pytest.raises(ConversionError, match="is or holds the source"):
+        with pytest.raises(ConversionError, match="is or contains the source"):
             go(target, overwrite=True)
     assert everything(source.parent) == before
 
@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_things_as_they_were(way, tmp_path
         raise error  # torch.save says RuntimeError
 
     monkeypatch.setattr(written, "save", fail)
-    with pytest.raises(ConversionError, match=r"failed while writing the target.*as it was before.*free disk space"):
+    with pytest.raises(ConversionError, match=r"failed while writing the target.*is unchanged.*free disk space"):
         go(target, overwrite=True)
     assert everything(tmp_path) == before
 
@@ -201,7 +201,7 @@ def test_what_was_written_wrong_is_not_published(way, tmp_path, monkeypatch):
 def test_there_and_back_is_the_same_file(sources, tmp_path, format):
     native, heads = sources / "native", {"n_heads": 4} if format == "book" else {}
     if format == "native":
-        with pytest.raises(ConversionError, match="has the format 'native' already"):
+        with pytest.raises(ConversionError, match="already has the format 'native'"):
             export(native, tmp_path / "out", format)
         return
     export(native, tmp_path / "out", format, check="weights")
@@ -220,7 +220,7 @@ def test_every_file_is_on_the_disk_before_the_target_has_its_name(way, tmp_path,
 
         return wrapper
 
-    rename = publish._rename_to_nothing
+    rename = publish._rename_without_replacing
 
     def renamed(path, target):
         published.append(set(synced))
@@ -228,7 +228,7 @@ def test_every_file_is_on_the_disk_before_the_target_has_its_name(way, tmp_path,
 
     for name in ("fsync", "fdatasync"):
         monkeypatch.setattr(os, name, told(getattr(os, name)))
-    monkeypatch.setattr(publish, "_rename_to_nothing", renamed)
+    monkeypatch.setattr(publish, "_rename_without_replacing", renamed)
     _, go = way
     target = tmp_path / "target"
     go(target)

@@ -103,7 +103,7 @@ def test_the_command_knows_it(toy, native, tmp_path):
 
 def test_messages_name_it(toy, native, tmp_path):
     (tmp_path / "text.txt").write_text("hello")
-    with pytest.raises(ConversionError, match=r"what can be read is .*the toy's file"):
+    with pytest.raises(ConversionError, match=r"these formats can be read: .*the toy's file"):
         detect(tmp_path / "text.txt")
     with pytest.raises(ConversionError, match=r"no such|cannot be read \(No such file"):
         convert(tmp_path / "nowhere.toy", tmp_path / "out")  # its suffix says that it is no hub id
@@ -112,13 +112,13 @@ def test_messages_name_it(toy, native, tmp_path):
         detect(tmp_path / "there")
     with pytest.raises(ConversionError, match=r"got format 'toys'.*gguf, toy"):
         export(native, tmp_path / "out", "toys")
-    with pytest.raises(ConversionError, match="has the format 'toy' already"):
+    with pytest.raises(ConversionError, match="already has the format 'toy'"):
         export(tmp_path / "there/model.toy", tmp_path / "out", "toy")
 
 
 def test_what_it_cannot_express_is_refused_before_anything_is_written(toy, tmp_path):
     ours = random_pair(activation_function="relu")[1]
-    with pytest.raises(ConversionError, match=r"activation_function='relu'.*toy knows only"):
+    with pytest.raises(ConversionError, match=r"activation_function='relu'.*toy supports only"):
         write(ours, ours.config, tmp_path / "model.toy", "toy")
     GPT2ForSequenceClassification(gpt2_config()).save_pretrained(tmp_path / "head")
     with pytest.raises(ConversionError, match=r"'score\.weight', which this model does not have"):
@@ -190,5 +190,5 @@ def test_it_is_asked_before_those_that_would_refuse_its_files(toy, tmp_path):
 
 
 def test_a_name_that_is_taken_is_refused(toy):
-    with pytest.raises(ValueError, match="there is a format 'toy' already"):
+    with pytest.raises(ValueError, match="there already is a format 'toy'"):
         register(Toy())

@@ -82,7 +82,7 @@ CHANGED = {
         rf"missing: '{SHARD}'; extra: 'other'; changed: 'config\.json'",
     ),
     "no receipt": (lambda d: (d / RECEIPT).unlink(), r"has no conversion_receipt\.json"),
-    "receipt is no JSON": (lambda d: (d / RECEIPT).write_text("{"), r"no valid JSON"),
+    "receipt is no JSON": (lambda d: (d / RECEIPT).write_text("{"), r"not valid JSON"),
     "link to a folder": (lambda d: (d / "code").symlink_to(d.parent), r"\(extra: 'code'\)"),
     "link to nothing": (lambda d: (d / "code.py").symlink_to("nowhere"), r"\(extra: 'code\.py'\)"),
     "link to itself": (lambda d: (d / "loop").symlink_to("loop"), r"\(extra: 'loop'\)"),
@@ -106,14 +106,14 @@ CHANGED = {
         lambda d: ((d / RECEIPT).rename(d / "other"), (d / RECEIPT).symlink_to("other")),
         r"has no conversion_receipt\.json",
     ),
-    "receipt is a list": (lambda d: (d / RECEIPT).write_text("[]"), r"no receipt .* it is a list"),
+    "receipt is a list": (lambda d: (d / RECEIPT).write_text("[]"), r"not a valid receipt.* it is a list"),
 }
 WRONG_RECEIPTS = {
     "nothing converted": (lambda r: r.pop("target"), "'target' is None"),
     "no files": (lambda r: r["target"].pop("files"), r"'target' is \{\}"),
     "files in a list": (lambda r: r["target"].update(files=["a"]), r"'target' is .* must have 'files'"),
-    "no what": (lambda r: r.pop("what"), "'what' is None, but must be a text"),
-    "number for a date": (lambda r: r.update(created=20261127), "'created' is 20261127, but must be a text"),
+    "no what": (lambda r: r.pop("what"), "'what' is None, but must be a string"),
+    "number for a date": (lambda r: r.update(created=20261127), "'created' is 20261127, but must be a string"),
     "no date": (lambda r: r.update(created="yesterday"), "'created' is 'yesterday', but must be a date"),
     "parity in words": (lambda r: r.update(parity="good"), "'parity' is 'good'"),
     "short sha256": (
@@ -128,7 +128,7 @@ WRONG_RECEIPTS = {
     **{
         f"file named {name!r}": (
             lambda r, name=name: r["target"]["files"].update({name: {"sha256": "0" * 64, "bytes": 0}}),
-            "it names the file .* lie below its own directory",
+            "it names the file .* must be inside its own directory",
         )
         for name in ("../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "a\0b", "a\\b", RECEIPT)
     },
@@ -151,7 +151,7 @@ def test_every_change_is_named(copy, case):
 def test_receipt_that_no_conversion_writes_is_told_in_one_line(copy, case):
     change, told = WRONG_RECEIPTS[case]
     edit_receipt(change)(copy)
-    with pytest.raises(ConversionError, match=rf"is no receipt of a conversion: {told}") as error:
+    with pytest.raises(ConversionError, match=rf"is not a valid receipt: {told}") as error:
         verify_receipt(copy)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
@@ -201,7 +201,7 @@ def test_overwrite_replaces_only_what_is_as_its_receipt_says(copy, case):
     change, _ = CHANGED[case]
     change(copy)
     before = publish_module._entries(copy)
-    with pytest.raises(ConversionError, match=r"--overwrite (deletes nothing else|would not delete)|no receipt of"):
+    with pytest.raises(ConversionError, match=r"--overwrite does not replace it|not a valid receipt"):
         publish(copy, "new", overwrite=True)
     assert publish_module._entries(copy) == before
     assert leftovers(copy) == []
@@ -221,7 +221,7 @@ def test_an_empty_target_needs_no_overwrite(tmp_path, exchange):
 @pytest.mark.parametrize("what", ["directory", "file", "link"])
 def test_what_appears_under_the_targets_name_meanwhile_is_left_alone(tmp_path, exchange, what):
     target = tmp_path / "target"
-    with pytest.raises(ConversionError, match="another program has made"), atomic_directory(target) as staging:
+    with pytest.raises(ConversionError, match="another program has created"), atomic_directory(target) as staging:
         (staging / "new").touch()
         if what == "directory":
             target.mkdir()
@@ -237,7 +237,7 @@ def test_what_appears_under_the_targets_name_meanwhile_is_left_alone(tmp_path, e
 
 def test_an_empty_directory_that_appears_meanwhile_is_left_alone(tmp_path):
     """Only where the system can rename without replacing."""
-    with pytest.raises(ConversionError, match="another program has made"), atomic_directory(tmp_path / "target"):
+    with pytest.raises(ConversionError, match="another program has created"), atomic_directory(tmp_path / "target"):
         (tmp_path / "target").mkdir()
     assert names(tmp_path) == ["target"]
 
@@ -314,7 +314,7 @@ def test_target_that_is_holds_or_lies_in_the_source_is_refused(family, case):
     model = GPTScratchForCausalLM.from_pretrained(family / "source")
     write(model, model.config, family / "source" / "model.pth", "book")
     before = publish_module._entries(family)
-    with pytest.raises(ConversionError, match=r"is or holds the source|lies in the source"):
+    with pytest.raises(ConversionError, match=r"is or contains the source|is inside the source"):
         import_checkpoint(source, target, n_heads=4 if source.suffix else None, check=False, overwrite=True)
     assert publish_module._entries(family) == before
 
@@ -323,7 +323,7 @@ def test_target_that_is_holds_or_lies_in_the_source_is_refused(family, case):
 def test_no_export_goes_over_or_into_its_source(copy, format):
     before = publish_module._entries(copy.parent)
     for target in (copy, copy.parent, copy / "target"):
-        with pytest.raises(ConversionError, match=r"is or holds the source|lies in the source"):
+        with pytest.raises(ConversionError, match=r"is or contains the source|is inside the source"):
             export_checkpoint(copy, target, format, overwrite=True)
     assert publish_module._entries(copy.parent) == before
 
@@ -332,7 +332,7 @@ def test_a_new_name_in_the_source_takes_nothing_from_it(copy):
     before = publish_module._entries(copy)
     export_checkpoint(copy, copy / "target", "gpt2")
     assert {name: entry for name, entry in publish_module._entries(copy).items() if "target" not in str(name)} == before
-    with pytest.raises(ConversionError, match=r"is or holds the source|lies in the source"):
+    with pytest.raises(ConversionError, match=r"is or contains the source|is inside the source"):
         export_checkpoint(copy, copy / "target", "gpt2")
 
 
@@ -343,7 +343,7 @@ def test_files_that_a_source_links_to_are_part_of_it(copy, tmp_path):
     copy.rename(tmp_path / "blobs")
     for path in (tmp_path / "blobs").iterdir():
         (snapshot / path.name).symlink_to(path)
-    with pytest.raises(ConversionError, match="is or holds the source"):
+    with pytest.raises(ConversionError, match="is or contains the source"):
         export_checkpoint(snapshot, tmp_path / "blobs", "gpt2", overwrite=True)
 
 

@@ -120,9 +120,9 @@ def test_a_source_that_does_not_say_what_it_is_keeps_its_tokenizer(tmp_path, sou
 def test_a_vocabulary_that_transformers_would_not_read_is_refused_and_the_way_told_works(tmp_path, source):
     bert(source)
     (source / "tokenizer_config.json").unlink()
-    with pytest.raises(ConversionError, match=r"\(vocab\.txt\) is taken by AutoTokenizer for a GPT2Tokenizer") as error:
+    with pytest.raises(ConversionError, match=r"\(vocab\.txt\) is loaded by AutoTokenizer as a GPT2Tokenizer") as error:
         gpt2_to_scratch(source, tmp_path / "native")
-    assert '"tokenizer_class" into tokenizer_config.json' in str(error.value)
+    assert '"tokenizer_class" in tokenizer_config.json' in str(error.value)
     write_json(source / "tokenizer_config.json", tokenizer_class="BertTokenizer")
     gpt2_to_scratch(source, tmp_path / "native", check="weights")
     assert_same_tokenizer(source, tmp_path / "native")
@@ -175,7 +175,7 @@ def test_one_that_gives_other_ids_beside_the_model_is_not_published(tmp_path, so
             target.write_text(target.read_text().replace("cat", "dog"))
 
     monkeypatch.setattr(shutil, "copyfile", wrong)
-    with pytest.raises(ConversionError, match="gives other ids beside the converted model"):
+    with pytest.raises(ConversionError, match="gives different ids beside the converted model"):
         gpt2_to_scratch(source, tmp_path / "native")
     assert not (tmp_path / "native").exists()
 

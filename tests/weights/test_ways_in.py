@@ -81,7 +81,7 @@ def test_the_advice_for_a_config_of_no_type_works(tmp_path, official):
     gpt2, source = official
     change_config(source, model_type=None, architectures=["MyGPT"])
     for convert in (gpt2_to_scratch, import_checkpoint):
-        with pytest.raises(ConversionError, match=r'write "model_type" into its config\.json'):
+        with pytest.raises(ConversionError, match=r'add "model_type" to its config\.json'):
             convert(source, tmp_path / "out")
     change_config(source, model_type="gpt2", architectures=["GPT2LMHeadModel"])
     import_checkpoint(source, tmp_path / "out")
@@ -183,7 +183,7 @@ def test_the_way_told_for_a_classifier_of_chapter_6_works(tmp_path, book, bias):
     state_dict = {n: t for n, t in book.state_dict().items() if n != "out_head.weight"}
     classifier = state_dict | {f"out_head.{name}": t.detach() for name, t in head.named_parameters()}
     message = refusal(saved(tmp_path / "review_classifier.pth", classifier), n_heads=3)
-    assert "chapter 6, a classifier's" in message and "GPTScratchModel.from_book" in message
+    assert "a classifier's head, as in chapter 6" in message and "GPTScratchModel.from_book" in message
     body = GPTScratchModel.from_book(state_dict, CFG)
     book.out_head = head
     with torch.no_grad():
@@ -293,7 +293,7 @@ def from_einsum(state_dict):
         (fast, from_fast, "query, key and value fused"),
         (with_lora, merged, "LoRA.*linear.weight \\+ alpha"),
         (heads_in_a_list, joined, "heads in a list"),
-        (einsum, from_einsum, "bare matrices"),
+        (einsum, from_einsum, r"without nn\.Linear"),
         (
             lambda tensors: {"model." + name: tensor for name, tensor in tensors.items()},
             lambda tensors: {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
@@ -345,7 +345,7 @@ def test_an_activation_that_no_file_tells_is_noted_and_can_be_corrected_as_told(
     gpt2, _ = random_pair(activation_function=activation)
     path = saved(tmp_path / "model.pt", linears(gpt2, masks))
     [note] = import_checkpoint(path, tmp_path / "out", n_heads=4)["notes"]
-    assert ("build-nanogpt" in note) != masks and f"write {other!r} as activation_function" in note
+    assert ("build-nanogpt" in note) != masks and f"set activation_function to {other!r}" in note
     if activation != taken:
         change_config(tmp_path / "out", activation_function=other)
     assert_same(tmp_path / "out", lambda ids: gpt2(ids).logits)

@@ -41,26 +41,26 @@ for _known in (NATIVE, GPT2, BOOK, NANOGPT, MINGPT, TENSORFLOW, GGUF):
 
 
 def open_source(path: str | os.PathLike) -> Source:
-    """A checkpoint of whatever format; no tensor is read yet.
+    """The checkpoint at a path, whatever its format; no tensor is read yet.
 
     Raises:
-        ConversionError: nothing there is of a known format, or it is damaged.
+        ConversionError: it is of no known format, or damaged.
     """
     found = Found(Path(path).expanduser())
-    for format in reversed(FORMATS.values()):  # what was added last may be a special case of another
+    for format in reversed(FORMATS.values()):  # a format registered later may be a special case of an earlier one
         if format.matches(found):
             return format.open(found)
     raise ConversionError(_unknown(found))
 
 
 def _unknown(found: Found) -> str:
-    """Why nobody takes it, in words."""
+    """Why no format matches, and the remedy."""
     if not found.is_directory:
         refuse_pointer(found.path)
-    told = next(filter(None, (format.near(found) for format in FORMATS.values())), None)
-    if told is not None:
-        return told
-    remedy = f"what can be read is {readable()}"
+    hint = next(filter(None, (format.near(found) for format in FORMATS.values())), None)
+    if hint is not None:
+        return hint
+    remedy = f"these formats can be read: {readable()}"
     if not found.is_directory:
         return f"{found.begins}; {remedy}"
     suffixes = {suffix for format in FORMATS.values() for suffix in format.suffixes}
@@ -75,27 +75,27 @@ def detect(path: str | os.PathLike) -> str:
     """The format of a checkpoint, by its content: "native", "gpt2", "book", "nanogpt", "mingpt", "tensorflow", "gguf".
 
     Raises:
-        ConversionError: none of them.
+        ConversionError: it is none of these.
     """
     return open_source(path).format.name
 
 
 def read(path: str | os.PathLike, n_heads: int | None = None) -> tuple[GPTScratchConfig, dict[str, torch.Tensor]]:
-    """The config and the state dict of a checkpoint in any format, in the book's names; a tied head is left out.
+    """The config and state dict of a checkpoint in any format, under the book's names; a tied head is left out.
 
     Args:
-        n_heads: for "book" and "mingpt", whose files do not say it. A wrong number that divides emb_dim cannot be
-            noticed: the model loads and computes something else.
+        n_heads: for "book" and "mingpt", whose files do not store it. A wrong number that divides emb_dim cannot be
+            detected: the model loads and computes something else.
 
     Raises:
-        ConversionError: not a whole, finite GPT-2 of a known format.
+        ConversionError: it is not a complete, finite GPT-2 of a known format.
     """
     source = open_source(path)
     contents = source.format.read(source, n_heads)
     contents.check_plain()
     for note in source.notes:
         logger.warning(f"{path}: {note}")
-    # In memory of their own, whatever becomes of the file.
+    # Copies, so that later changes to the file do not matter.
     return contents.config, {name: tensor.read().clone() for name, tensor in contents.tensors.items()}
 
 
@@ -112,14 +112,14 @@ def write(
 
     Args:
         target: a directory for "native" and "gpt2", else a file.
-        bias: for "nanogpt", its `bias`; None: unless all biases are zero and `qkv_bias` is off.
-        tokenizer: goes along in "native", "gpt2" and "gguf".
+        bias: for "nanogpt": whether to store biases; None: unless all are zero and `qkv_bias` is off.
+        tokenizer: saved too, for "native", "gpt2" and "gguf".
 
     Returns:
-        what the reader of the file should know, in sentences.
+        sentences that users of the file should know.
 
     Raises:
-        ConversionError: the weights are not those of `config`, or the format has no place for what the model does.
+        ConversionError: the weights are not those of `config`, or the format cannot express the model.
     """
     wanted, options = writable(format), Options(bias=bias, tokenizer=tokenizer)
     if isinstance(model_or_state_dict, nn.Module):

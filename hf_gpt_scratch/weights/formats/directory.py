@@ -1,4 +1,4 @@
-"""Directories as `save_pretrained` writes them, official and native: checked, streamed through the weight map."""
+"""Directories of `save_pretrained`, official and native: checked, and converted one tensor at a time."""
 
 import copy
 import json
@@ -14,11 +14,11 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrain
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ...errors import ConversionError, UnknownArchitecture, some
-from ...model.configuration_gpt_scratch import OF_ANOTHER_TYPE, GPTScratchConfig, ignored_by_gpt2, model_type_of, told
+from ...model.configuration_gpt_scratch import OF_ANOTHER_TYPE, GPTScratchConfig, ignored_by_gpt2, listed, model_type_of
 from ...model.modeling_gpt_scratch import GPTScratchPreTrainedModel
 from ...model.weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, TABLE, Row
 from ..architecture import architecture
-from ..checkpoint import Checkpoint, Progress, check_files, check_settings, heard_by, read_json, write_safetensors
+from ..checkpoint import Checkpoint, Progress, as_progress, check_files, check_settings, read_json, write_safetensors
 from ..model_card import model_card
 from ..parity import same_bits
 from ..publish import by_name, digests
@@ -28,9 +28,9 @@ from .format import Contents, Format, Found, Layout, Options, Source, Written, r
 from .torch_file import holds_conv1d, state_dict
 
 CARD = "README.md"
-# Of what is read beside the weights: config, generation settings, tokenizer, templates.
+# Suffixes of the files that are read beside the weights: config, generation settings, tokenizer, templates.
 SETTINGS = (".json", ".txt", ".model", ".spm", ".tiktoken", ".bpe", ".codes", ".jinja")
-# transformers makes a name for each label of a classifier; no checkpoint has more.
+# transformers makes a name for each label of a classifier; no real checkpoint has more.
 MAX_LABELS = 1_000_000
 MAX_LAYERS = 1000
 
@@ -39,16 +39,16 @@ _PREFIXES = {"gpt2": GPT2_PREFIX, "gpt_scratch": SCRATCH_PREFIX}
 
 
 def config_of(directory: Path) -> Any:
-    """What its config.json holds; None if there is none."""
+    """The content of its config.json; None if there is none."""
     path = directory / Directory.mark
     return read_json(path) if path.is_file() else None
 
 
 class Directory(Format):
-    """A directory with config.json; it has settings and heads that no other format has, and no limits.
+    """A directory with config.json, which can store every setting and every head.
 
     Args:
-        model_type: as config.json says it.
+        model_type: as in config.json.
     """
 
     file = ""
@@ -72,18 +72,19 @@ class Directory(Format):
             if values is None:
                 return None
             model_type = model_type_of(values) if isinstance(values, dict) else None
-            known = f"what can be read is {readable()}. {OF_ANOTHER_TYPE}"
+            known = f"these formats can be read: {readable()}. {OF_ANOTHER_TYPE}"
             return f"{path} holds a model of type {model_type!r}; {known}"
         there = state_dict(found)
         if there is not None and holds_conv1d(there):
-            return f"{path} is the weights file of an official checkpoint; give the directory it lies in"
+            return f"{path} is the weights file of an official checkpoint; give its directory, {path.parent}"
         if path.suffix == ".safetensors" and not (path.parent / self.mark).is_file():
             return (
-                f"{path} has no config.json beside it, without which safetensors are not read; if it is the book's "
-                f"state dict, torch.save(safetensors.torch.load_file({str(path)!r}), 'model.pth') makes a file that is"
+                f"{path} has no config.json beside it, which a safetensors file needs; if it is the book's state dict, "
+                f"save it as a file that can be read: torch.save(safetensors.torch.load_file({str(path)!r}), "
+                "'model.pth')"
             )
         if path.suffix in (".safetensors", ".json"):
-            return f"{found.begins}; give the directory it lies in, {path.parent}"
+            return f"{found.begins}; give its directory, {path.parent}"
         return None
 
     def open(self, found: Found) -> Source:
@@ -119,7 +120,7 @@ class Directory(Format):
                 model.generation_config = GenerationConfig.from_pretrained(settings.parent)
         except (OSError, ConversionError):
             raise
-        except Exception as error:  # as many kinds as there are settings
+        except Exception as error:  # wrong settings raise errors of many types
             raise ConversionError(f"{settings} is not usable: {error}; correct it") from error
         if options.tokenizer is not None:
             options.tokenizer.save_pretrained(path)
@@ -130,7 +131,7 @@ class Directory(Format):
 
 
 class Native(Directory):
-    """What `save_pretrained` of this package writes; a converted one has a card."""
+    """A directory of this package's `save_pretrained`; a converted one also has a model card."""
 
     def finish(self, directory: Path, contents: Contents, receipt: Mapping[str, Any], hub_id: str | None) -> None:
         model: Any = meta_model(contents.kind, GPTScratchConfig.from_pretrained(directory))
@@ -138,11 +139,11 @@ class Native(Directory):
 
 
 class Official(Directory):
-    """What the official classes read and write."""
+    """A directory that the official classes read and write."""
 
     def read(self, source: Source, n_heads: int | None = None) -> Contents:
         contents = super().read(source, n_heads)
-        source.notes += code_beside(source.path)  # in native ones it is our own
+        source.notes += code_beside(source.path)  # in native directories it is our own
         return contents
 
     def model(self, contents: Contents) -> PreTrainedModel:
@@ -164,16 +165,16 @@ GPT2 = Official("gpt2", "gpt2", "GPT-2's directory with config.json", Layout(TAB
 
 
 def check_checkpoint(directory: Path, model_type: str, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
-    """Reads all of a checkpoint, one tensor at a time, before anything trusts it.
+    """Reads and checks a whole checkpoint, one tensor at a time, before it is used.
 
     Returns:
         sha256 and size of each file that was read.
 
     Raises:
-        ConversionError: another kind of model; a file that is missing, truncated or corrupt; a tensor that is missing,
+        ConversionError: it is another kind of model; a file is missing, truncated or corrupt; a tensor is missing,
             unexpected, of the wrong shape or dtype, or not finite.
     """
-    progress = heard_by(progress)
+    progress = as_progress(progress)
     weights = Weights(directory, model_type)
     progress.step("Checking the tensors", sum(tensor.nbytes for tensor in weights.checkpoint.tensors.values()))
     for name in weights.names:
@@ -183,11 +184,11 @@ def check_checkpoint(directory: Path, model_type: str, progress: Progress | None
 
 
 class Weights:
-    """A checkpoint whose names, shapes and dtypes are what its config promises, by the names of the weight map.
+    """A checkpoint whose names, shapes and dtypes match its config; its tensors have the weight map's names.
 
     Raises:
-        ConversionError: another kind of model; a file that is missing, truncated or corrupt; a tensor that is missing,
-            unexpected or of the wrong shape or dtype; a second copy of a tied tensor that is not equal.
+        ConversionError: it is another kind of model; a file is missing, truncated or corrupt; a tensor is missing,
+            unexpected or of the wrong shape or dtype; or two copies of a tied tensor differ.
     """
 
     def __init__(self, directory: Path, model_type: str):
@@ -198,14 +199,16 @@ class Weights:
         self.config = _config(directory, model_type, values, len(self.checkpoint.tensors))
         self.notes = []
         if isinstance(self.config, GPT2Config) and (unused := ignored_by_gpt2(self.config)):
-            self.notes.append(f"left out of config.json, since GPT-2 ignores it: {told(unused)}")
+            self.notes.append(f"left out of config.json, since GPT-2 ignores it: {listed(unused)}")
         self.ours = _architecture(directory, values)
         self.model = meta_model(self.ours.gpt2_class if model_type == "gpt2" else self.ours, self.config)
         self.names = self._match()
         dtypes = [self.checkpoint.tensors[name].dtype for name in self.names.values()]
         dtype = self.config.dtype or dtypes[0]
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ConversionError(f"{directory} has dtype {dtype} in its config.json, but weights are floats")
+            raise ConversionError(
+                f"{directory} has dtype {dtype} in its config.json, but weights are floats; correct it"
+            )
         self.dtype = dtype
 
     def files(self) -> list[Path]:
@@ -230,7 +233,7 @@ class Weights:
             if name == "lm_head.decoder.weight" and "lm_head.weight" in tied:  # of pytorch-pretrained-bert
                 bare = "lm_head.weight"
             if bare in names:
-                raise ConversionError(f"{file} holds {name!r}, which is there already as {names[bare]!r}; keep one")
+                raise ConversionError(f"{file} holds {name!r}, which is the same tensor as {names[bare]!r}; keep one")
             if bare not in shapes:
                 old = bare == "lm_head.decoder.weight"
                 remedy = "rename it to 'lm_head.weight'" if old else self._about(name, shapes)
@@ -240,8 +243,8 @@ class Weights:
                 )
             if tensor.shape != shapes[bare]:
                 raise ConversionError(
-                    f"{name!r} in {file} has shape {list(tensor.shape)}, but by config.json it must be "
-                    f"{list(shapes[bare])}; take weights and config from the same model"
+                    f"{name!r} in {file} has shape {list(tensor.shape)}, but according to config.json it must "
+                    f"be {list(shapes[bare])}; use weights and config of the same model"
                 )
             names[bare] = name
         if left_behind:  # by trl, from training
@@ -250,47 +253,48 @@ class Weights:
             )
         if missing := sorted(shapes.keys() - names.keys() - tied.keys()):
             raise ConversionError(
-                f"{self.directory} lacks {some(missing)}, which config.json promises; take weights and config from the "
+                f"{self.directory} lacks {some(missing)}, which config.json requires; use weights and config of the "
                 "same model, and all shards"
             )
         for second, first in tied.items():
             if second in names and not same_bits(*(self.checkpoint.read(names[name]) for name in (first, second))):
                 raise ConversionError(
                     f"{names[second]!r} is not equal to {names[first]!r}, to which config.json ties it; set "
-                    "tie_word_embeddings to false if both are meant"
+                    "tie_word_embeddings to false if both are to be kept"
                 )
             names.pop(second, None)
         return names
 
     def _about(self, name: str, shapes: Mapping[str, torch.Size]) -> str:
-        """What to do about a name that is unknown."""
+        """The remedy for an unknown name."""
         if any("lora_" in there for there in self.checkpoint.tensors):
             return (
-                "it is of a model with LoRA adapters: merge them, model.merge_and_unload(), and save what that returns"
+                "it belongs to a model with LoRA adapters: merge them with model.merge_and_unload() and save the model "
+                "that this returns"
             )
         for bare in sorted(shapes, key=len, reverse=True):
             for known in (_PREFIXES[self.model_type] + bare, bare):
                 if name.endswith(f".{known}"):
                     prefix = name.removesuffix(known)[:200]
-                    return f"save it with names without {prefix!r}, name.removeprefix({prefix!r})"
-        return "take weights and config from the same model"
+                    return f"remove the prefix {prefix!r} from the names, with name.removeprefix({prefix!r})"
+        return "use weights and config of the same model"
 
     def read(self, name: str) -> torch.Tensor:
         return self.checkpoint.read(self.names[name])
 
     def tensors(self) -> dict[str, LazyTensor]:
-        """All of them, by the names of the table; a value that is NaN or infinite is an error when it is read."""
-        there = {name: self.checkpoint.tensors[inside] for name, inside in self.names.items()}
-        return {name: LazyTensor(one.shape, one.dtype, partial(self.read, name)) for name, one in there.items()}
+        """All tensors under the table's names; reading one raises an error if a value is NaN or infinite."""
+        stored = {name: self.checkpoint.tensors[inside] for name, inside in self.names.items()}
+        return {name: LazyTensor(one.shape, one.dtype, partial(self.read, name)) for name, one in stored.items()}
 
     def in_our_names(self) -> dict[str, LazyTensor]:
-        """The same in the book's names."""
+        """The same under the book's names."""
         layout = (GPT2 if self.model_type == "gpt2" else NATIVE).layout
         return layout.to_scratch(self.tensors(), self.config.num_hidden_layers)
 
 
 def _tied_names(model: PreTrainedModel) -> Mapping[str, str]:
-    """Second names of tensors, and the first."""
+    """The second name of each tied tensor, and its first."""
     return (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
 
 
@@ -305,12 +309,14 @@ def _config_values(directory: Path, model_type: str) -> dict[str, Any]:
         remedy = OF_ANOTHER_TYPE
         if other:
             remedy = f"hf-gpt-scratch {other} converts such a model; for verify, name the official one first"
-        raise ConversionError(f"{directory} holds a model of type {found!r}, but {model_type!r} is wanted; {remedy}")
+        raise ConversionError(f"{directory} holds a model of type {found!r}, but {model_type!r} is expected; {remedy}")
     refuse_kernels(path, values)
     check_settings(path, values)
     labels = values.get("num_labels")
     if isinstance(labels, int) and labels > MAX_LABELS:
-        raise ConversionError(f"{path} is not usable: num_labels={labels}, but at most {MAX_LABELS} can be; correct it")
+        raise ConversionError(
+            f"{path} is not usable: num_labels={labels}, but the largest number is {MAX_LABELS}; correct it"
+        )
     return values
 
 
@@ -319,20 +325,19 @@ def _config(directory: Path, model_type: str, values: dict[str, Any], tensors: i
     try:
         if model_type == "gpt2":
             official = GPT2Config.from_dict(values)
-            GPTScratchConfig.from_gpt2(official)  # refuses what our model does not do
+            GPTScratchConfig.from_gpt2(official)  # refuses what our model does not support
             config: GPT2Config | GPTScratchConfig = official
         else:
             config = GPTScratchConfig.from_dict(values)
-    except Exception as error:  # transformers takes what it finds there in many ways, and fails in as many
-        raise ConversionError(f"{path} is not usable: {error}; take the config.json that came with the weights") from (
+    except Exception as error:  # wrong values make transformers raise errors of many types
+        raise ConversionError(f"{path} is not usable: {error}; use the config.json that came with the weights") from (
             error
         )
-    # Each layer has 12 tensors and more, and takes some memory even without weights.
+    # A layer has at least 12 tensors, and takes some memory even without weights.
     if config.num_hidden_layers > min(tensors, MAX_LAYERS):
         raise ConversionError(
-            f"{path} promises {config.num_hidden_layers} layers, but {directory} lacks them: it holds {tensors} "
-            f"tensors in all, and {MAX_LAYERS} layers are the most that are read; take weights and config from the "
-            "same model"
+            f"{path} requires {config.num_hidden_layers} layers, but {directory} lacks them: it holds {tensors} "
+            f"tensors in all, and at most {MAX_LAYERS} layers can be read; use weights and config of the same model"
         )
     return config
 
@@ -350,8 +355,8 @@ def meta_model(model_class: type[PreTrainedModel], config: GPT2Config | GPTScrat
     try:
         with torch.device("meta"):
             return model_class(config)
-    except Exception as error:  # sizes that overflow, options of the heads that do not exist, and what else there is
-        raise ConversionError(f"no {model_class.__name__} can be built from its config: {error}; correct it") from error
+    except Exception as error:  # sizes that overflow, unknown options of the heads, and others
+        raise ConversionError(f"cannot build a {model_class.__name__} from its config: {error}; correct it") from error
 
 
 def write_model(
@@ -361,11 +366,11 @@ def write_model(
     max_shard_size: int | str,
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
-    """Writes a model as its `save_pretrained` would, with one tensor in memory at a time.
+    """Writes a model like its `save_pretrained`, with one tensor in memory at a time.
 
     Args:
         model: an official one or ours, on the meta device.
-        tensors: its weights, by the names of the table, theirs or ours as the model is.
+        tensors: its weights, under the table's official names or ours, like the model's.
 
     Returns:
         sha256 and size of the files with the weights.
@@ -374,7 +379,7 @@ def write_model(
         model.save_pretrained(directory, state_dict={})  # config, generation config and code, but no weights
     except OSError:
         raise
-    except Exception as error:  # as many kinds as there are settings
+    except Exception as error:  # wrong settings raise errors of many types
         raise ConversionError(f"the model's settings cannot be saved: {error}; correct them") from error
     prefix = _PREFIXES[model.config.model_type]
     names = [name for name in model.state_dict() if name not in _tied_names(model)]

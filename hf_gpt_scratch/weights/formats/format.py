@@ -1,6 +1,6 @@
-"""What a format is: how a checkpoint is recognised, read and written. Each file beside this one has one, or two twins.
+"""The base class of formats: how a checkpoint is recognised, read and written.
 
-`FORMATS` has those that are registered; nothing here knows any of them.
+Each file beside this one defines one or two formats; nothing here depends on them. `FORMATS` lists the registered ones.
 """
 
 import re
@@ -18,25 +18,25 @@ from ...errors import ConversionError, some
 from ...model.configuration_gpt_scratch import PRESETS, TANH_GELU, GPTScratchConfig
 from ...model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchPreTrainedModel
 from ...model.weight_map import BASE, LM_HEAD, SCRATCH_PREFIX, Row, rows, without_prefix
-from ..checkpoint import Progress, check_files, checked_finite, refuse_no_file
+from ..checkpoint import Progress, check_files, checked_finite, refuse_special_file
 from ..parity import same_bits
 from ..tensors import LazyTensor, from_scratch, held, to_scratch, with_qkv_biases
 
-MAX_SHARD_SIZE = "50GB"  # what `save_pretrained` takes too
+MAX_SHARD_SIZE = "50GB"  # as in `save_pretrained`
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# The rows that every GPT-2 has.
+# The rows of tensors that every GPT-2 has.
 PLAIN = tuple(row for row in BASE if not re.search(r"cross|\.act\.", row.theirs))
 T = TypeVar("T")
 
 
 class Found:
-    """What lies at a path, looked at once, however many formats ask.
+    """A path whose format is to be recognised; it is read once, however many formats ask.
 
     Args:
         path: a file or a directory.
 
     Raises:
-        ConversionError: it is not there, or a pipe or a device, or a directory that holds one.
+        ConversionError: it does not exist, or it is or holds a pipe or a device.
     """
 
     def __init__(self, path: Path):
@@ -45,22 +45,22 @@ class Found:
         if self.is_directory:
             check_files(path)
             return
-        refuse_no_file(path)
+        refuse_special_file(path)
         try:
             with path.open("rb") as file:
                 self.start = file.read(4)
         except OSError as error:
             raise ConversionError(
-                f"{path} cannot be read ({error.strerror}); what can be read is {readable()}"
+                f"{path} cannot be read ({error.strerror}); these formats can be read: {readable()}"
             ) from error
 
     @property
     def begins(self) -> str:
-        """That nobody knows what the file is, for a message."""
-        return f"{self.path} begins with {self.start!r}, which no known file does"
+        """For messages: how the file begins, and that no format begins so."""
+        return f"{self.path} begins with {self.start!r}, which is not the beginning of a known format"
 
     def once(self, read: Callable[[Path], T]) -> T:
-        """What `read` makes of the path."""
+        """The result of `read(path)`, computed once."""
         if read not in self._known:
             self._known[read] = read(self.path)
         return self._known[read]
@@ -71,10 +71,10 @@ class Layout:
     """How a program names and lays out GPT-2's tensors.
 
     Args:
-        table: rows of the weight map, whose `theirs` is the program's name here.
-        dropped: pattern of names that are no weights of the model.
-        stores_tied_head: the file has the output head even when it is the token embedding.
-        stores_qkv_biases: the file has zeros for the biases that a model without `qkv_bias` does not have.
+        table: rows of the weight map, with the program's names as `theirs`.
+        dropped: pattern of the names of tensors that are not weights.
+        stores_tied_head: the file stores the output head even if it is tied to the token embedding.
+        stores_qkv_biases: the file stores zeros for the biases that a model without `qkv_bias` does not have.
     """
 
     table: tuple[Row, ...]
@@ -83,19 +83,19 @@ class Layout:
     stores_qkv_biases: bool = True
 
     def named(self, ours: str) -> str:
-        """The program's name of the tensor that holds ours; `{n}` stands for the layer in both."""
+        """The program's name of the tensor that holds `ours`; `{n}` stands for the layer in both."""
         return next(row.theirs for row in self.table if ours in row.ours)
 
     @cached_property
     def head(self) -> str | None:
-        """The program's name of the output head, if it has one."""
+        """The program's name of the output head; None if it has none."""
         return next((row.theirs for row in self.table if row.ours == LM_HEAD.ours), None)
 
     def count_layers(self, names: Iterable[str]) -> int:
-        """How many layers the names have.
+        """The number of layers, from the tensors' names.
 
         Raises:
-            ValueError: a number between them is left out.
+            ValueError: there are none, or a number is missing.
         """
         norm = re.escape(self.named("trf_blocks.{n}.norm1.scale")).replace(r"\{n\}", "(0|[1-9][0-9]*)")
         numbers = sorted(int(found[1]) for found in (re.fullmatch(norm, name) for name in names) if found)
@@ -104,11 +104,11 @@ class Layout:
         return len(numbers)
 
     def to_scratch(self, tensors: Mapping[str, LazyTensor], n_layers: int) -> dict[str, LazyTensor]:
-        """The program's tensors in the book's names; those that the table does not know are left out."""
+        """The program's tensors under the book's names; those without a row are left out."""
         return to_scratch(tensors, rows(n_layers, self.table))
 
     def from_scratch(self, tensors: Mapping[str, LazyTensor], n_layers: int) -> dict[str, LazyTensor]:
-        """The book's tensors as the program has them; the inverse of `to_scratch`."""
+        """The book's tensors under the program's names; the inverse of `to_scratch`."""
         return from_scratch(tensors, rows(n_layers, self.table))
 
 
@@ -116,8 +116,8 @@ def renamed(names: Callable[[Row], str], transposed: bool, head: Row | None = LM
     """The rows of a plain GPT-2 under other names.
 
     Args:
-        names: gives a row's name in the other program.
-        transposed: matrices are `[in, out]` there, as in GPT-2; otherwise `[out, in]`, as in `nn.Linear`.
+        names: returns a row's name in the other program.
+        transposed: matrices are stored `[in, out]`, as in GPT-2; otherwise `[out, in]`, as in `nn.Linear`.
         head: the row of the output head, if the program has one.
     """
     plain = (replace(row, theirs=names(row), transposed=row.transposed and transposed) for row in PLAIN)
@@ -126,17 +126,17 @@ def renamed(names: Callable[[Row], str], transposed: bool, head: Row | None = LM
 
 @dataclass
 class Source:
-    """A checkpoint as it lies there: tensors in their own names, and what the file tells, in our names.
+    """A checkpoint as it is stored: its tensors under their own names, and its metadata under ours.
 
     Args:
-        notes: what its reader should know, in sentences.
-        files: those that are read.
+        notes: sentences about what was assumed or left out.
+        files: the files that are read.
     """
 
     format: "Format"
     path: Path
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 
@@ -147,14 +147,14 @@ class Source:
 
 @dataclass
 class Contents:
-    """What a checkpoint holds, whatever its format.
+    """The content of a checkpoint, whatever its format.
 
     Args:
-        name: the checkpoint's, for messages.
-        tensors: in the book's names; a tied head is left out.
-        dtype: the model's; its tensors may have others.
+        name: of the checkpoint, for messages.
+        tensors: under the book's names; a tied head is left out.
+        dtype: of the model; single tensors may have others.
         kind: our class of the model.
-        directory: where the settings for `generate` lie, if it has any.
+        directory: the directory with the settings for `generate`, if there are any.
     """
 
     name: str
@@ -165,22 +165,22 @@ class Contents:
     directory: Path | None = None
 
     def check_plain(self, whose: str = "config.json") -> None:
-        """Raises ConversionError for all but a language model of one dtype, with the tensors of its config.
+        """Raises ConversionError unless these are the tensors of a language model of this config, all of one dtype.
 
         Args:
-            whose: what says how large they are, for the message.
+            whose: where the expected shapes come from, for the message.
         """
         check_tensors(self.tensors, plain_tensors(self.config), self.name, whose)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to write.
+    """Options for writing.
 
     Args:
-        max_shard_size: largest file of weights, bytes or a string such as "5GB", where there can be several.
-        bias: whether biases are stored, where the format has the choice; None: if there are any.
-        tokenizer: goes into the file, where the format has a place for one.
+        max_shard_size: largest size of a weights file, in bytes or such as "5GB", if the format can have several.
+        bias: whether biases are stored, if the format has the choice; None: if there are any.
+        tokenizer: stored in the file, if the format has a place for one.
     """
 
     progress: Progress = field(default_factory=Progress)
@@ -191,12 +191,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Written:
-    """What came of writing.
+    """The result of writing.
 
     Args:
-        notes: what the reader of the file should know, in sentences.
-        hashes: sha256 and size of the files that were hashed on the way, by name.
-        tokenizer: class of the tokenizer that went into the file.
+        notes: sentences that users of the file should know.
+        hashes: sha256 and size of the files that were hashed while they were written, by name.
+        tokenizer: class of the tokenizer that is stored in the file.
     """
 
     notes: list[str] = field(default_factory=list)
@@ -205,20 +205,20 @@ class Written:
 
 
 class Format:
-    """A kind of checkpoint. One that is only read has no `file`, and leaves `save` alone.
+    """A kind of checkpoint. A read-only format has no `file` and does not implement `save`.
 
     Attributes:
-        name: as `export` takes it and the receipt says it.
-        what: what can be read, for messages.
-        layout: its tensors' names.
-        file: what it is called within the directory of a target; "" if it is that directory.
-        mark: the file by which a directory of this format is known.
-        suffixes: of files of this format, for advice; what is told by its content is not told by its name.
-        copies: how often the disk must have room for the weights while they are written.
-        tokenizer: "beside" the weights, "inside" the file, or nowhere.
-        plain: it holds language models alone, all of whose tensors have one dtype.
-        loads: `load` gives a model to run.
-        has_bias_choice: `Options.bias` is heeded.
+        name: in `export` and in the receipt.
+        what: a description, for messages.
+        layout: the names and layout of its tensors.
+        file: its file name in the target directory; "" if it is the directory itself.
+        mark: the file by which a directory of this format is recognised.
+        suffixes: of its files, for hints in messages; the format itself is recognised by content.
+        copies: how many copies of the weights must fit on the disk while they are written.
+        tokenizer: "beside" the weights, "inside" the file, or None.
+        plain: it stores only language models, all of whose tensors have one dtype.
+        loads: `load` returns a model that can be run.
+        has_bias_choice: `Options.bias` has an effect.
     """
 
     name: str
@@ -234,15 +234,15 @@ class Format:
     has_bias_choice = False
 
     def matches(self, found: Found) -> bool:
-        """Whether what lies there is of this format."""
+        """Whether the path is of this format."""
         raise NotImplementedError
 
     def near(self, found: Found) -> str | None:
-        """What is wrong with what no format matches, and the remedy, if this format can tell."""
+        """For a path that no format matches: what is wrong and the remedy, or None if this format does not know."""
         return None
 
     def open(self, found: Found) -> Source:
-        """What lies there, no tensor of which is read yet.
+        """The checkpoint at the path; no tensor is read yet.
 
         Raises:
             ConversionError: it is damaged.
@@ -250,12 +250,12 @@ class Format:
         raise NotImplementedError
 
     def read(self, source: Source, n_heads: int | None = None) -> Contents:
-        """What a source holds, tensors still to be read; `source.tensors` has those that were used, in their own names.
+        """The content of a source, whose tensors are read later; `source.tensors` keeps only those that are used.
 
         Raises:
-            ConversionError: no whole, finite GPT-2, or `n_heads` is missing or wrong.
+            ConversionError: it is not a complete, finite GPT-2, or `n_heads` is missing or wrong.
         """
-        path, layout, told = source.path, self.layout, source.told
+        path, layout = source.path, self.layout
         tensors = source.tensors = {
             name: finite(tensor, name, path)
             for name, tensor in source.tensors.items()
@@ -265,7 +265,7 @@ class Format:
         n_layers, emb_dim, n_inner = sizes["n_layers"], sizes["emb_dim"], sizes["n_inner"]
         tied = layout.head not in tensors
         end = 50256 if sizes["vocab_size"] > 50256 else None  # a smaller vocabulary is not GPT-2's
-        given: dict[str, Any] = told | sizes
+        given: dict[str, Any] = source.metadata | sizes
         given |= {"n_heads": heads(source, emb_dim, n_heads), "n_inner": None if n_inner == 4 * emb_dim else n_inner}
         try:
             config = GPTScratchConfig(
@@ -285,21 +285,21 @@ class Format:
         return Contents(str(path), config, ours, ours["tok_emb.weight"].dtype)
 
     def _sizes(self, source: Source) -> dict[str, int]:
-        """What the tensors' shapes say, where the file does not say otherwise."""
+        """The sizes, from the tensors' shapes; raises ConversionError if the metadata say otherwise."""
         tensors, path = source.tensors, source.path
 
         def shape(ours: str) -> torch.Size:
             name = self.layout.named(ours).replace("{n}", "0")
             if name not in tensors:
-                raise ConversionError(f"{path} lacks {name!r}; take the whole state dict")
+                raise ConversionError(f"{path} lacks {name!r}; give the complete state dict")
             if len(tensors[name].shape) != 2:
-                raise ConversionError(f"{name!r} in {path} has shape {list(tensors[name].shape)}, but it is a matrix")
+                raise ConversionError(f"{name!r} in {path} has shape {list(tensors[name].shape)}, but must be a matrix")
             return tensors[name].shape
 
         try:
             n_layers = self.layout.count_layers(tensors)
         except ValueError as error:
-            raise ConversionError(f"{path}: {error}; take the whole state dict") from error
+            raise ConversionError(f"{path}: {error}; give the complete state dict") from error
         vocab_size, emb_dim = shape("tok_emb.weight")
         sizes = {
             "vocab_size": vocab_size,
@@ -308,10 +308,11 @@ class Format:
             "n_layers": n_layers,
             "n_inner": shape("trf_blocks.{n}.ff.layers.0.weight").numel() // max(emb_dim, 1),
         }
-        for name in sizes.keys() & source.told.keys():
-            if source.told[name] != sizes[name]:
+        for name in sizes.keys() & source.metadata.keys():
+            if source.metadata[name] != sizes[name]:
                 raise ConversionError(
-                    f"{path} says {name}={source.told[name]!r}, but its tensors say {sizes[name]}; one is wrong"
+                    f"{path} says {name}={source.metadata[name]!r}, but its tensors say {sizes[name]}; correct its "
+                    "metadata"
                 )
         return sizes
 
@@ -320,11 +321,11 @@ class Format:
         return True
 
     def expected(self, config: GPTScratchConfig, names: Iterable[str]) -> dict[str, LazyTensor]:
-        """The tensors, without values, that a model of this config has, in the format's names."""
+        """The tensors of a model of this config, without values, under the format's names."""
         return self.layout.from_scratch(plain_tensors(config), config.n_layers)
 
     def limits(self, config: GPTScratchConfig) -> dict[str, tuple]:
-        """The settings that the format cannot express, and the values that it means."""
+        """The settings that the format does not store, with the values that it implies."""
         return {
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
@@ -335,7 +336,7 @@ class Format:
         }
 
     def check(self, contents: Contents, options: Options) -> None:
-        """Raises ConversionError for what the model does and the format cannot say, before anything is written."""
+        """Raises ConversionError, before anything is written, if the format cannot express the model."""
         if options.bias is not None and not self.has_bias_choice:
             having = ", ".join(repr(name) for name, format in FORMATS.items() if format.has_bias_choice)
             raise ConversionError(
@@ -346,18 +347,18 @@ class Format:
         for name, allowed in self.limits(contents.config).items():
             if getattr(contents.config, name) not in allowed:
                 raise ConversionError(
-                    f"the model has {name}={getattr(contents.config, name)!r}, but {self.name} knows only "
-                    f"{' or '.join(map(repr, allowed))} and cannot say otherwise; export to 'gpt2' instead"
+                    f"the model has {name}={getattr(contents.config, name)!r}, but {self.name} supports only "
+                    f"{' or '.join(map(repr, allowed))}; export to 'gpt2' instead"
                 )
 
     def write(self, contents: Contents, path: Path, options: Options) -> Written:
-        """Writes what `check` has let through, one tensor at a time.
+        """Writes contents that `check` has accepted, one tensor at a time.
 
         Args:
             path: the file, or the directory.
 
         Raises:
-            ConversionError: the weights cannot be written so.
+            ConversionError: the weights cannot be written in this format.
         """
         tensors, n_layers = contents.tensors, contents.config.n_layers
         if self.layout.stores_tied_head and contents.config.tie_word_embeddings:
@@ -367,7 +368,7 @@ class Format:
         return self.save(self.layout.from_scratch(tensors, n_layers), contents, path, options)
 
     def save(self, tensors: dict[str, LazyTensor], contents: Contents, path: Path, options: Options) -> Written:
-        """Writes tensors that have the format's names already; see `write`."""
+        """Writes tensors that already have the format's names; see `write`."""
         raise NotImplementedError
 
     def load(self, directory: Path, kind: type[GPTScratchPreTrainedModel]) -> PreTrainedModel:
@@ -375,10 +376,10 @@ class Format:
         raise NotImplementedError
 
     def finish(self, directory: Path, contents: Contents, receipt: Mapping[str, Any], hub_id: str | None) -> None:
-        """Adds to what was written what can be told only at the end.
+        """Adds what is known only at the end, such as the model card.
 
         Args:
-            hub_id: where the source lies on the hub, if it does.
+            hub_id: of the source, if it is on the hub.
         """
 
 
@@ -392,12 +393,12 @@ def register(format: Format) -> None:
         ValueError: its name is taken.
     """
     if format.name in FORMATS:
-        raise ValueError(f"there is a format {format.name!r} already; choose another name")
+        raise ValueError(f"there already is a format {format.name!r}; choose another name")
     FORMATS[format.name] = format
 
 
 def readable() -> str:
-    """What can be read, for messages."""
+    """The formats that can be read, for messages."""
     return ", ".join(dict.fromkeys(format.what for format in FORMATS.values()))
 
 
@@ -409,36 +410,35 @@ def writable(name: str) -> Format:
     """
     known = {format.name: format for format in FORMATS.values() if format.file is not None}
     if name not in known:
-        raise ConversionError(f"got format {name!r}, but what can be written is {', '.join(known)}; choose one")
+        raise ConversionError(f"got format {name!r}, but it must be one of {', '.join(known)}; choose one of them")
     return known[name]
 
 
 def finite(tensor: LazyTensor, name: str, path: Path) -> LazyTensor:
-    """The same, but an error when a value is NaN or infinite."""
+    """The tensor, which raises an error when it is read if a value is NaN or infinite."""
     return replace(tensor, read=lambda: checked_finite(tensor.read(), name, path.name))
 
 
 def heads(source: Source, emb_dim: int, given: int | None) -> int:
-    """The number of attention heads, which no tensor tells.
+    """The number of attention heads, which no tensor shows.
 
     Raises:
-        ConversionError: nobody says it, or it does not divide `emb_dim`, or two say two numbers.
+        ConversionError: it is unknown, does not divide `emb_dim`, or is given and differs from the file's.
     """
-    told = source.told.get("n_heads")
-    if told is not None and given not in (None, told):
-        raise ConversionError(f"got n_heads={given}, but {source.path} says {told}; leave n_heads out")
-    n_heads = given if told is None else told
+    stored = source.metadata.get("n_heads")
+    if stored is not None and given not in (None, stored):
+        raise ConversionError(f"got n_heads={given}, but {source.path} says {stored}; leave n_heads out")
+    n_heads = given if stored is None else stored
     official = {width: heads for width, _, heads in PRESETS.values()}.get(emb_dim)
     advice = (
         f"the official model of emb_dim={emb_dim} has {official}"
         if official
-        else "look at the config it was trained with"
+        else "see the config that it was trained with"
     )
     if n_heads is None:
         raise ConversionError(
-            f"{source.path} does not tell n_heads, and no tensor does; pass n_heads, in a command --n-heads "
-            f"({advice}). A wrong number "
-            f"that divides emb_dim={emb_dim} cannot be noticed: the model would load and compute something else"
+            f"{source.path} does not store n_heads; pass n_heads, or --n-heads on the command line ({advice}). A wrong "
+            f"number that divides emb_dim={emb_dim} cannot be detected: the model would load and compute something else"
         )
     if not isinstance(n_heads, int) or isinstance(n_heads, bool) or n_heads < 1 or emb_dim % n_heads:
         raise ConversionError(
@@ -457,30 +457,32 @@ def plain_tensors(config: GPTScratchConfig) -> dict[str, LazyTensor]:
 
 
 def check_tensors(tensors: Mapping[str, LazyTensor], expected: Mapping[str, LazyTensor], what: str, whose: str) -> None:
-    """Compares names and shapes with what is expected, and wants one dtype.
+    """Checks that names and shapes are as expected, and that all dtypes are the same.
 
     Args:
         what: where the tensors are, for messages.
-        whose: what says how they should be.
+        whose: where the expected shapes come from.
 
     Raises:
-        ConversionError: they are otherwise.
+        ConversionError: they are not.
     """
     missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unknown:
         lacks = f"lacks {some(sorted(missing))}" if missing else ""
         has = f"has {some(sorted(unknown))}, which this model does not have" if unknown else ""
         raise ConversionError(
-            f"{what} {' and '.join(filter(None, (lacks, has)))}; only the whole state dict of a plain GPT-2 is taken"
+            f"{what} {' and '.join(filter(None, (lacks, has)))}; give the complete state dict of a plain GPT-2"
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ConversionError(
-                f"{name!r} of {what} has shape {list(tensor.shape)}, but by {whose} it must be "
-                f"{list(expected[name].shape)}; take weights and sizes from the same model"
+                f"{name!r} of {what} has shape {list(tensor.shape)}, but according to {whose} it must "
+                f"be {list(expected[name].shape)}; use weights and sizes of the same model"
             )
         if tensor.dtype not in DTYPES:
-            raise ConversionError(f"{name!r} of {what} is {tensor.dtype}, but weights are floats of 16 bits or more")
+            raise ConversionError(
+                f"{name!r} of {what} is {tensor.dtype}, but weights must be floats of 16 bits or more; cast it"
+            )
     dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
     if len(dtypes) > 1:
-        raise ConversionError(f"{what} mixes {', '.join(dtypes)}, but a checkpoint has one dtype; cast it")
+        raise ConversionError(f"{what} mixes {', '.join(dtypes)}, but a checkpoint has one dtype; cast them")

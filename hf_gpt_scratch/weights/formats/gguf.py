@@ -39,7 +39,7 @@ NAMES = {
     "ln_f.weight": "output_norm.weight",
     "ln_f.bias": "output_norm.bias",
 }
-# Our name of what the metadata say under `gpt2.…`.
+# Keys of the metadata, without the prefix `gpt2.`, and our names for them.
 METADATA = {
     "context_length": "context_length",
     "embedding_length": "emb_dim",
@@ -53,10 +53,10 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 QUANTISED = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0"}
 QUANTISED |= {10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
-# Kinds of metadata, in struct's letters.
+# Types of metadata values, as format characters of struct.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-LARGEST_HEADER = 1 << 24  # bytes; GPT-2's has 2 MB, most of it its tokens
+LARGEST_HEADER = 1 << 24  # bytes; GPT-2's header has 2 MB, mostly the tokenizer
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 
 
@@ -74,9 +74,9 @@ class Gguf(Format):
         return found.start == b"GGUF"
 
     def open(self, found: Found) -> Source:
-        tensors, told = read_gguf(found.path)
-        notes = ["left behind: the tokenizer inside the file"] if told.pop("tokenizer") else []
-        return Source(self, found.path, tensors, told, notes)
+        tensors, metadata = read_gguf(found.path)
+        notes = ["left behind: the tokenizer inside the file"] if metadata.pop("tokenizer") else []
+        return Source(self, found.path, tensors, metadata, notes)
 
     def limits(self, config: GPTScratchConfig) -> dict[str, tuple]:
         limits = super().limits(config)
@@ -103,14 +103,16 @@ def write_gguf(
     tokenizer: PreTrainedTokenizerBase | None,
     progress: Progress,
 ) -> list[str]:
-    """Writes tensors in GGUF's names, and says what did not go along.
+    """Writes tensors under GGUF's names, and returns notes on what was left out.
 
-    llama.cpp computes with norms, biases and positions in float32, so these are widened, which changes no value.
+    llama.cpp needs norms, biases and positions in float32, so these are cast, which changes no value.
     """
     gguf = _gguf()
     dtype = tensors["token_embd.weight"].dtype
     if dtype not in DTYPES:
-        raise ConversionError(f"the weights are {dtype}, but GGUF has {', '.join(map(str, DTYPES))}; cast them first")
+        raise ConversionError(
+            f"the weights are {dtype}, but GGUF supports {', '.join(map(str, DTYPES))}; cast them first"
+        )
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.emb_dim)
@@ -126,7 +128,7 @@ def write_gguf(
         for name, tensor in tensors.items()
     }
     for name, tensor in tensors.items():
-        # numpy has no bfloat16: gguf takes its bytes.
+        # numpy has no bfloat16, so gguf is given the bytes.
         bf16 = types[name] == torch.bfloat16
         shape = (*tensor.shape[:-1], 2 * tensor.shape[-1]) if bf16 else tensor.shape
         writer.add_tensor_info(
@@ -160,9 +162,9 @@ def _add_tokenizer(writer, config: GPTScratchConfig, tokenizer: PreTrainedTokeni
     if model["type"] != "BPE" or not as_gpt2 or backend["normalizer"] or max(tokens) >= config.vocab_size:
         return [
             f"the file has no tokenizer: the source's is a {type(tokenizer).__name__} ({model['type']}) of "
-            f"{max(tokens) + 1} tokens, and GPT-2's is a byte-level BPE of at most vocab_size={config.vocab_size}"
+            f"{max(tokens) + 1} tokens, but must be a byte-level BPE of at most vocab_size={config.vocab_size} tokens"
         ]
-    # llama.cpp wants a token for every row of the embedding.
+    # llama.cpp needs a token for every row of the embedding.
     types = dict.fromkeys(tokens, 1) | dict.fromkeys(tokenizer.all_special_ids, 3)  # normal, control
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -177,24 +179,24 @@ def _add_tokenizer(writer, config: GPTScratchConfig, tokenizer: PreTrainedTokeni
 
 
 def read_gguf(path: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
-    """A GGUF file's tensors in its own names, and what its metadata say, in our names.
+    """A GGUF file's tensors under their own names, and its metadata under ours.
 
-    All tensors have the dtype of the token embedding, or float32 if some would lose by it. The package's own reader
-    checks nothing, so the header is read here.
+    All tensors get the dtype of the token embedding, or float32 if that would change a value. The gguf package's own
+    reader checks nothing, so the header is parsed here.
 
     Raises:
-        ConversionError: no GPT-2, quantised, of another byte order, or corrupt.
+        ConversionError: it is not a GPT-2, or it is quantised, big-endian or corrupt.
     """
     try:
         with path.open("rb") as file:
             metadata, tensors = _Header(file.read(LARGEST_HEADER), path).read()
     except (ValueError, struct.error) as error:
         raise ConversionError(f"{path} is truncated or corrupt ({error}); download it again") from error
-    return _one_dtype(tensors), _told(path, metadata)
+    return _one_dtype(tensors), _in_our_names(path, metadata)
 
 
-def _told(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    told = {}
+def _in_our_names(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    ours_to_value: dict[str, Any] = {}
     for name, value in metadata.items():
         if not name.startswith("gpt2."):
             continue
@@ -202,18 +204,19 @@ def _told(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
         wanted = float if ours == "layer_norm_epsilon" else int
         if ours is None or type(value) is not wanted:
             raise ConversionError(
-                f"{path} says {name}={shown(value)}, but GPT-2's are {', '.join(METADATA)}: whole numbers, and an "
-                "epsilon; take a file of a plain GPT-2"
+                f"{path} has {name}={shown(value)}, but a GPT-2 has only {', '.join(METADATA)}: whole numbers, and an "
+                "epsilon; convert a plain GPT-2"
             )
-        told[ours] = value
-    told["tokenizer"] = "tokenizer.ggml.model" in metadata
-    if "layer_norm_epsilon" in told:
-        told["layer_norm_epsilon"] = float(str(np.float32(told["layer_norm_epsilon"])))  # 1e-5, not 9.99999974e-06
-    return told
+        ours_to_value[ours] = value
+    ours_to_value["tokenizer"] = "tokenizer.ggml.model" in metadata
+    if "layer_norm_epsilon" in ours_to_value:
+        epsilon = np.float32(ours_to_value["layer_norm_epsilon"])
+        ours_to_value["layer_norm_epsilon"] = float(str(epsilon))  # 1e-5, not 9.99999974e-06
+    return ours_to_value
 
 
 class _Header:
-    """What stands before a GGUF file's tensors, piece by piece; no length in it is believed before it is checked.
+    """The header of a GGUF file, parsed piece by piece; no length in it is trusted before it is checked.
 
     Raises, in all methods:
         ValueError, struct.error: it is corrupt.
@@ -229,7 +232,7 @@ class _Header:
 
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
-            raise ValueError(f"{size} bytes are promised at {self.at}, but its header ends before {len(self.data)}")
+            raise ValueError(f"a value of {size} bytes at {self.at}, but its header ends before {len(self.data)}")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -242,12 +245,12 @@ class _Header:
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
-            raise ValueError(f"a value of kind {kind} at {self.at}")
+            raise ValueError(f"a value of the unknown type {kind} at {self.at}")
         kind, count = self.number("I"), self.number("Q")
         if kind in SCALARS:
             return np.frombuffer(self.take(count * struct.calcsize(f"<{SCALARS[kind]}")), f"<{SCALARS[kind]}")
         if kind != STRING or count > (len(self.data) - self.at) // 8:
-            raise ValueError(f"an array of {count} values of kind {kind} at {self.at}")
+            raise ValueError(f"an array of {count} values of type {kind} at {self.at}")
         return [self.string() for _ in range(count)]
 
     def read(self) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
@@ -256,58 +259,58 @@ class _Header:
         version, count, pairs = self.number("I"), self.number("Q"), self.number("Q")
         if version & 0xFFFF == 0:
             raise ConversionError(
-                f"{self.path} is big-endian, but little-endian files are read; the package gguf turns it in its "
-                f"place: gguf-convert-endian {self.path} little"
+                f"{self.path} is big-endian, but only little-endian files can be read; convert it in place with "
+                f"the package gguf: gguf-convert-endian {self.path} little"
             )
         if version not in (2, 3):
-            raise ValueError(f"version {version}, but 2 and 3 are known")
+            raise ValueError(f"version {version}, but only 2 and 3 can be read")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
             name = self.string()
             if name in metadata:
-                raise ValueError(f"the key {name!r} is there twice")
+                raise ValueError(f"the key {name!r} occurs twice")
             metadata[name] = self.value(self.number("I"))
         architecture = metadata.get("general.architecture")
         if architecture != "gpt2":
             raise ConversionError(
-                f"{self.path} holds a model of architecture {shown(architecture)}, but only 'gpt2' is read"
+                f"{self.path} holds a model of architecture {shown(architecture)}, but only 'gpt2' can be read"
             )
         parts = metadata.get("split.count")
         if type(parts) is int and parts > 1:
             raise ConversionError(
-                f"{self.path} is one of {parts} parts of a model; join them first, as llama.cpp does: llama-gguf-split "
+                f"{self.path} is one of {parts} parts of a model; merge them first with llama.cpp: llama-gguf-split "
                 "--merge FIRST-PART WHOLE.gguf"
             )
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment < 1 << 20 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment={shown(alignment)}, which is no power of two")
+            raise ValueError(f"general.alignment={shown(alignment)}, which is not a power of two")
         infos = [self.info() for _ in range(count)]
         begin = self.at + -self.at % alignment
         return metadata, self.tensors(infos, begin, alignment)
 
     def info(self) -> tuple[str, torch.Size, int, int]:
-        """Of a tensor its name, shape, type and place behind the header."""
+        """A tensor's name, shape, type and offset after the header."""
         name, dimensions = self.string(), self.number("I")
         if not 0 < dimensions <= 4:
-            raise ValueError(f"{name!r} has {dimensions} dimensions, but 1 to 4 can be")
+            raise ValueError(f"{name!r} has {dimensions} dimensions, but must have 1 to 4")
         sizes = [self.number("Q") for _ in range(dimensions)]
         if not all(0 < size < 1 << 40 for size in sizes):
-            raise ValueError(f"{name!r} has the sizes {sizes}")
+            raise ValueError(f"{name!r} has the sizes {sizes}, which are out of range")
         return name, torch.Size(sizes[::-1]), self.number("I"), self.number("Q")
 
     def tensors(
         self, infos: list[tuple[str, torch.Size, int, int]], begin: int, alignment: int
     ) -> dict[str, LazyTensor]:
-        """They must fill the file, one behind the other, as llama.cpp demands."""
+        """The tensors, which must fill the file, one after the other, as llama.cpp requires."""
         tensors: dict[str, LazyTensor] = {}
         end = 0
         for name, shape, kind, offset in infos:
             if name in tensors:
-                raise ValueError(f"the tensor {name!r} is there twice")
+                raise ValueError(f"the tensor {name!r} occurs twice")
             if kind not in TYPES:
                 raise ConversionError(
                     f"{name!r} in {self.path} is quantised ({QUANTISED.get(kind, f'type {kind}')}), but only F64, F32, "
-                    "F16 and BF16 are read bit for bit; take the file that was not quantised"
+                    "F16 and BF16 can be read bit for bit; use a file that is not quantised"
                 )
             if offset != end + -end % alignment:
                 raise ValueError(f"{name!r} begins at {offset}, but the one before it ends at {end}")
@@ -316,7 +319,7 @@ class _Header:
             tensors[name] = LazyTensor(shape, TYPES[kind], read)
         size = self.path.stat().st_size
         if not begin + end <= size <= begin + end + -end % alignment:
-            raise ValueError(f"it has {size} bytes, but by its header {begin + end}")
+            raise ValueError(f"it has {size} bytes, but according to its header {begin + end}")
         return tensors
 
 

@@ -27,12 +27,12 @@ class NanoGPT(Format):
     suffixes = (".pt",)
     copies = 2  # see `save_tensors`
     has_bias_choice = True
-    # What the files do not tell: the activation that is taken, and when it is another.
+    # The activation is not stored in these files: the default, and which programs' models have another one.
     activation = (
         "gelu",
         "the exact GELU, as in today's nanoGPT",
         "gelu_new",
-        "build-nanogpt or a nanoGPT of before June 2023",
+        "build-nanogpt or nanoGPT before June 2023",
     )
 
     def matches(self, found: Found) -> bool:
@@ -41,18 +41,18 @@ class NanoGPT(Format):
 
     def open(self, found: Found) -> Source:
         there = state_dict(found) or StateDict({}, {})
-        source = Source(self, found.path, there.tensors, {**there.told})
-        if "activation_function" not in source.told:
-            source.told["activation_function"], what, other, whose = self.activation
+        source = Source(self, found.path, there.tensors, {**there.metadata})
+        if "activation_function" not in source.metadata:
+            source.metadata["activation_function"], what, other, whose = self.activation
             source.notes.append(
-                f"no file of its kind tells the activation; taken is {what}. If {whose} trained this model, it is "
-                f"another: write {other!r} as activation_function into the config.json that `convert` makes of it"
+                f"the file does not store the activation; this is assumed: {what}. If {whose} trained this model, "
+                f"set activation_function to {other!r} in the converted model's config.json"
             )
         return source
 
     def read(self, source: Source, n_heads: int | None = None) -> Contents:
         contents = super().read(source, n_heads)
-        for name, meta in plain_tensors(contents.config).items():  # of a model without biases
+        for name, meta in plain_tensors(contents.config).items():  # the biases of a model without them
             contents.tensors.setdefault(name, zero(meta.shape, contents.dtype))
         return contents
 
@@ -83,26 +83,26 @@ class NanoGPT(Format):
         if not bias:
             if biases:
                 raise ConversionError(
-                    f"bias=False was asked for, but {len(biases)} biases are not zero, first {biases[0]!r}; export "
+                    f"got bias=False, but {len(biases)} biases are not zero, the first of them {biases[0]!r}; export "
                     "with bias=True"
                 )
             tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
         about = {
             "model_args": {theirs: getattr(config, ours) for theirs, ours in MODEL_ARGS.items()} | {"bias": bias},
-            "config": {"activation_function": config.activation_function},  # nanoGPT ignores it, `open` does not
+            "config": {"activation_function": config.activation_function},  # nanoGPT ignores it; `open` reads it
         }
         hashes = save_tensors(tensors, about, "model", path, options.progress)
         if config.activation_function == "gelu":
             return Written(hashes=hashes)
         note = (
-            f"nanoGPT computes the exact GELU, this model {config.activation_function!r}, so its logits differ "
-            "slightly there, as those of nanoGPT's own GPT-2 do; read by this package, the file gives this model"
+            f"nanoGPT computes the exact GELU and this model {config.activation_function!r}, so the logits differ "
+            "slightly in nanoGPT, as they do for GPT-2 itself; this package reads the activation from the file"
         )
         return Written([note], hashes)
 
 
 class MinGPT(NanoGPT):
-    """It is only read."""
+    """Read-only: nothing is written in this format."""
 
     name = "mingpt"
     what = "minGPT's state dict"
@@ -112,7 +112,7 @@ class MinGPT(NanoGPT):
         "gelu_new",
         "the tanh GELU, as in minGPT",
         "gelu",
-        "a nanoGPT without flash attention, which saves masks too,",
+        "nanoGPT without flash attention, which also saves its masks,",
     )
 
     def matches(self, found: Found) -> bool:
@@ -129,8 +129,8 @@ def is_fused(there: StateDict) -> bool:
 
 
 def is_mingpt(there: StateDict) -> bool:
-    # minGPT always saves its mask; nanoGPT only where torch has no flash attention.
-    return is_fused(there) and not there.told and "transformer.h.0.attn.bias" in there.tensors
+    # minGPT always saves its mask; nanoGPT only if torch has no flash attention.
+    return is_fused(there) and not there.metadata and "transformer.h.0.attn.bias" in there.tensors
 
 
 NANOGPT, MINGPT = NanoGPT(), MinGPT()

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from ...errors import ConversionError
-from ...model.configuration_gpt_scratch import told as shown
+from ...model.configuration_gpt_scratch import listed
 from ..checkpoint import read_json, read_part
 from ..tensors import LazyTensor
 from .format import Format, Found, Layout, Source, renamed
 
 FOOTER_BYTES, MAGIC = 48, 0xDB4775248B80FB57
-# Bytes; the index of 1558M has 54 kB, and its names at most 30.
+# Bytes; the index of 1558M has 54 kB, and its longest name 30.
 LARGEST_INDEX, LONGEST_NAME = 1 << 22, 1000
 MOST_DIMENSIONS = 8
 DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}  # tensorflow.DataType
@@ -48,7 +48,7 @@ NAMES = {
     "ln_f.weight": "model/ln_f/g",
     "ln_f.bias": "model/ln_f/b",
 }
-# OpenAI's hparams.json, in our names.
+# Keys of OpenAI's hparams.json, and our names for them.
 HPARAMS = {
     "n_vocab": "vocab_size",
     "n_ctx": "context_length",
@@ -59,11 +59,11 @@ HPARAMS = {
 
 
 class TensorFlow(Format):
-    """It is only read."""
+    """Read-only: nothing is written in this format."""
 
     name = "tensorflow"
     what = "OpenAI's TensorFlow directory with hparams.json"
-    # The optimizer's moments lie beside the weights; the output head is always the token embedding.
+    # The optimizer's moments are stored with the weights; the output head is always the token embedding.
     layout = Layout(
         renamed(lambda row: NAMES[row.theirs], transposed=True, head=None), dropped=r"(?!model/).*|.*/Adam(_1)?"
     )
@@ -75,13 +75,13 @@ class TensorFlow(Format):
     def near(self, found: Found) -> str | None:
         if found.path.suffix != ".index":
             return None
-        return f"{found.begins}; give the directory it lies in, {found.path.parent}"
+        return f"{found.begins}; give its directory, {found.path.parent}"
 
     def open(self, found: Found) -> Source:
         path = found.path
         hparams = read_json(path / self.mark)
         try:
-            told = {ours: hparams[name] for name, ours in HPARAMS.items()}
+            metadata = {ours: hparams[name] for name, ours in HPARAMS.items()}
         except (LookupError, TypeError) as error:
             raise ConversionError(
                 f"{path / self.mark} must have {', '.join(HPARAMS)} ({error!r}); download it again"
@@ -90,8 +90,8 @@ class TensorFlow(Format):
         # OpenAI's matrices are those of a convolution of width 1, [1, in, out].
         tensors = {name: _first(tensor) if tensor.shape[:-2] == (1,) else tensor for name, tensor in tensors.items()}
         more = {name: value for name, value in hparams.items() if name not in HPARAMS}
-        notes = [f"left out, since OpenAI's hparams.json has no such keys: {shown(more)}"] if more else []
-        return Source(self, path, tensors, told, notes)
+        notes = [f"left out, since OpenAI's hparams.json has no such keys: {listed(more)}"] if more else []
+        return Source(self, path, tensors, metadata, notes)
 
 
 def _first(tensor: LazyTensor) -> LazyTensor:
@@ -102,40 +102,40 @@ def read_tensorflow(directory: Path) -> dict[str, LazyTensor]:
     """The floating-point tensors of the directory's checkpoint by name; reading one checks its checksum.
 
     Raises:
-        ConversionError: there is no checkpoint, or it is not whole.
+        ConversionError: there is no checkpoint, or it is incomplete.
     """
     prefix = directory / _checkpoint_name(directory)
     index = prefix.with_name(prefix.name + ".index")
     try:
         if index.stat().st_size > LARGEST_INDEX:
-            raise ValueError(f"it has {index.stat().st_size} bytes; the index of a GPT-2 has less than 100,000")
+            raise ValueError(f"it has {index.stat().st_size} bytes; the index of a GPT-2 has fewer than 100,000")
         entries = dict(_table(index.read_bytes()))
         if b"" not in entries:
             raise ValueError("its header is missing")
         header = _message(entries.pop(b""))
         if header.get(2, [0])[0] != 0:
-            raise ValueError("its tensors are big-endian, which only TensorFlow itself reads")
+            raise ValueError("its tensors are big-endian, which only TensorFlow itself can read")
         return _tensors(prefix, entries, num_shards=header.get(1, [1])[0])
     except (LookupError, OverflowError, TypeError, ValueError, struct.error) as error:
         raise ConversionError(
-            f"{index} and its data are no whole TensorFlow checkpoint ({error}); download them again"
+            f"{index} and its data are not a complete TensorFlow checkpoint ({error}); download them again"
         ) from error
 
 
 def _checkpoint_name(directory: Path) -> str:
-    """What stands before `.index`: as the file `checkpoint` says, else the only one there is."""
+    """The NAME in `NAME.index`: the one that the file `checkpoint` names, else the only one."""
     try:
         with (directory / "checkpoint").open(encoding="utf-8") as file:
-            told = re.search(r'^model_checkpoint_path: "(.*)"', file.read(1 << 16), re.M)
+            named = re.search(r'^model_checkpoint_path: "(.*)"', file.read(1 << 16), re.M)
     except (OSError, UnicodeDecodeError):
-        told = None
-    # A training run writes the absolute path it had on the machine of that time, with backslashes if that was Windows.
-    names = [PureWindowsPath(told[1]).name] if told else sorted(path.stem for path in directory.glob("*.index"))
+        named = None
+    # TensorFlow writes the absolute path on the machine of the training, with backslashes on Windows.
+    names = [PureWindowsPath(named[1]).name] if named else sorted(path.stem for path in directory.glob("*.index"))
     if len(names) == 1 and (directory / f"{names[0]}.index").is_file():
         return names[0]
     raise ConversionError(
-        f"{directory} has {len(names)} TensorFlow checkpoints ({', '.join(names)}), but exactly one `NAME.index` must "
-        "be there and be the one that the file `checkpoint` names; complete the download"
+        f"{directory} has {len(names)} TensorFlow checkpoints ({', '.join(names)}), but there must be "
+        "exactly one `NAME.index`, the one that the file `checkpoint` names; complete the download"
     )
 
 
@@ -145,12 +145,12 @@ def _tensors(prefix: Path, entries: dict[bytes, bytes], num_shards: int) -> dict
         name, entry = key.decode(), _message(value)
         number, shard, offset, size = (entry.get(field, [0])[0] for field in (1, 3, 4, 5))
         if 7 in entry:
-            raise ValueError(f"{name!r} is cut into slices, which only TensorFlow itself reads")
+            raise ValueError(f"{name!r} is stored in slices, which only TensorFlow itself can read")
         shape = [_message(dim).get(1, [0])[0] for dim in _message(entry.get(2, [b""])[0]).get(2, [])]
         if len(shape) > MOST_DIMENSIONS:
             raise ValueError(f"{name!r} has {len(shape)} dimensions")
         if shard >= num_shards:
-            raise ValueError(f"{name!r} lies in shard {shard} of {num_shards}")
+            raise ValueError(f"{name!r} is in shard {shard} of {num_shards}")
         path = prefix.with_name(f"{prefix.name}.data-{shard:05}-of-{num_shards:05}")
         if not path.is_file() or path.stat().st_size == 0:
             raise ValueError(f"{path.name} is missing or empty")
@@ -193,34 +193,34 @@ def _table(file: bytes) -> Iterator[tuple[bytes, bytes]]:
         end = offset + size
         for key, value in _block(file, offset, size):
             if last is not None and key <= last:
-                raise ValueError(f"the key {key!r} follows {last!r}, but keys are sorted")
+                raise ValueError(f"the key {key!r} follows {last!r}, but keys must be sorted")
             last = key
             yield key, value
 
 
 def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """A block's entries: each key is given by what it shares with the one before and the rest."""
+    """A block's entries; a key is stored as the length of the prefix shared with the one before, and the rest."""
     block = file[offset : offset + size + 5]  # and one byte for the compression, four for the checksum
     if len(block) != size + 5:
         raise ValueError("it is truncated")
     if masked_crc32c(np.frombuffer(block[:-4], dtype=np.uint8)) != struct.unpack("<I", block[-4:])[0]:
         raise ValueError("the checksum of a block of the index is wrong")
     if block[size] != 0:
-        raise ValueError(f"its blocks are compressed (type {block[size]}), which TensorFlow does not do to checkpoints")
+        raise ValueError(f"its blocks are compressed (type {block[size]}), which TensorFlow's checkpoints never are")
     (restarts,) = struct.unpack("<I", block[size - 4 : size])
     end = size - 4 - 4 * restarts
     key, at = b"", 0
     while at < end:
         shared, rest, value_size, at = _varints(block, 3, at, with_end=True)
         if shared > len(key) or shared + rest > LONGEST_NAME or at + rest + value_size > end:
-            raise ValueError("an entry is longer than its block, or its name than any")
+            raise ValueError("an entry is longer than its block, or its name is too long")
         key = key[:shared] + block[at : at + rest]
         yield key, block[at + rest : at + rest + value_size]
         at += rest + value_size
 
 
 def _varints(data: bytes, count: int, at: int = 0, with_end: bool = False) -> list[int]:
-    """`count` integers of 7 bits a byte, low bits first; with the position behind them if `with_end`."""
+    """`count` integers of 7 bits per byte, low bits first; and the position after them if `with_end`."""
     numbers = []
     for _ in range(count):
         number = shift = 0
@@ -235,7 +235,7 @@ def _varints(data: bytes, count: int, at: int = 0, with_end: bool = False) -> li
 
 
 def _message(data: bytes) -> dict[int, list]:
-    """A protocol buffer's values by field number: integers, or bytes for what is nested."""
+    """A protocol buffer's values by field number: integers, or bytes for nested messages."""
     fields: dict[int, list] = {}
     at = 0
     while at < len(data):
@@ -259,7 +259,7 @@ def _message(data: bytes) -> dict[int, list]:
 def masked_crc32c(data: np.ndarray) -> int:
     """CRC-32C of bytes, rotated and shifted as LevelDB stores it."""
     crc = 0
-    for start in range(0, len(data), CRC_PIECE):  # the library takes nothing that could be written to meanwhile
+    for start in range(0, len(data), CRC_PIECE):  # the library takes only immutable bytes
         crc = google_crc32c.extend(crc, data[start : start + CRC_PIECE].tobytes())
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 

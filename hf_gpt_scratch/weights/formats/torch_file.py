@@ -1,4 +1,4 @@
-"""State dicts in files of `torch.save`: never more of a pickle than its weights, and written a tensor at a time."""
+"""State dicts in files of `torch.save`: only weights are read from a pickle, and written one tensor at a time."""
 
 import hashlib
 import io
@@ -31,22 +31,22 @@ MODEL_ARGS = {
 
 @dataclass(frozen=True)
 class StateDict:
-    """What a file of `torch.save` holds.
+    """The content of a file of `torch.save`.
 
     Args:
-        tensors: by their names, without the prefixes of torch.compile and DataParallel.
-        told: what nanoGPT's `model_args` beside them say, in our names.
+        tensors: by name, without the prefixes of torch.compile and DataParallel.
+        metadata: nanoGPT's `model_args`, stored beside the tensors, under our names.
     """
 
     tensors: dict[str, LazyTensor]
-    told: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def state_dict(found: Found) -> StateDict | None:
-    """The state dict at a path; None if no file of `torch.save` lies there.
+    """The state dict in a file; None if the path is not a file of `torch.save`.
 
     Raises:
-        ConversionError: it is damaged, or a pickle of more than weights, of which nothing runs; or has no state dict.
+        ConversionError: it is damaged, has no state dict, or its pickle refers to more than weights (none of it runs).
     """
     if found.start[:2] != b"PK" and found.start[:1] != b"\x80":
         return None
@@ -55,22 +55,22 @@ def state_dict(found: Found) -> StateDict | None:
 
 def _read(path: Path) -> StateDict:
     content = read_pickle(path)
-    told: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     tensors = content
     for key in ("state_dict", "state", "model"):
         inside = content.get(key) if isinstance(content, dict) and "model_args" not in content else None
         if isinstance(inside, dict):
             raise ConversionError(
-                f"{path} has a dict under {key!r}, and beside it what says nothing about weights; if that is the state "
-                f"dict, save it alone: torch.save(torch.load(path, weights_only=True)[{key!r}], 'model.pth')"
+                f"{path} has a dict under {key!r}, in a layout that is not known; if that dict is the state dict, save "
+                f"it alone: torch.save(torch.load(path, weights_only=True)[{key!r}], 'model.pth')"
             )
     if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
         tensors = content["model_state_dict"]  # the book's model_and_optimizer.pth
     elif isinstance(content, dict) and isinstance(content.get("model"), dict):
-        tensors, told = content["model"], _model_args(path, content)
+        tensors, metadata = content["model"], _model_args(path, content)
     if not isinstance(tensors, dict) or not tensors:
         raise ConversionError(
-            f"{path} holds a {type(tensors).__name__}, but a state dict is wanted; what can be read is {readable()}"
+            f"{path} holds a {type(tensors).__name__} instead of a state dict; these formats can be read: {readable()}"
         )
     bare: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
@@ -82,14 +82,14 @@ def _read(path: Path) -> StateDict:
         if name in bare:
             raise ConversionError(f"{path} holds {name!r} twice, with different prefixes; keep one")
         bare[name] = lazy(tensor)
-    return StateDict(bare, told)
+    return StateDict(bare, metadata)
 
 
 def _model_args(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """What nanoGPT saves beside the weights, in our names.
+    """The metadata that nanoGPT saves beside the weights, under our names.
 
     Raises:
-        ConversionError: it is not nanoGPT's.
+        ConversionError: nanoGPT did not write it.
     """
     args, settings = content.get("model_args"), content.get("config")
     if not isinstance(args, dict):
@@ -98,20 +98,22 @@ def _model_args(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         )
     foreign = sorted(map(str, args.keys() - MODEL_ARGS.keys() - {"bias"}))
     if foreign:
-        raise ConversionError(f"{path} has the model_args {', '.join(foreign)}, which nanoGPT itself does not have")
-    told = {ours: args[name] for name, ours in MODEL_ARGS.items() if name in args}
+        raise ConversionError(
+            f"{path} has the model_args {', '.join(foreign)}, which nanoGPT itself does not have; convert a plain GPT-2"
+        )
+    metadata = {ours: args[name] for name, ours in MODEL_ARGS.items() if name in args}
     for name in MODEL_ARGS.keys() & args.keys():
         if not isinstance(args[name], int | float):
             raise ConversionError(
-                f"{path} has {kind_of(args[name])} for {name} in its model_args, but they are numbers; save it again"
+                f"{path} has {kind_of(args[name])} for {name} in its model_args, but it must be a number; correct it"
             )
-    if isinstance(settings, dict) and "activation_function" in settings:  # ours says which, nanoGPT's own does not
-        told["activation_function"] = settings["activation_function"]
-    return told
+    if isinstance(settings, dict) and "activation_function" in settings:  # only files of this package have it
+        metadata["activation_function"] = settings["activation_function"]
+    return metadata
 
 
 def holds_conv1d(there: StateDict) -> bool:
-    """Whether query, key and value are in one matrix `[in, out]`, as only the official model has them."""
+    """Whether query, key and value are in one matrix `[in, out]`, as in the official model alone."""
     names = ("transformer.h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight")
     fused = next((there.tensors[name] for name in names if name in there.tensors), None)
     return fused is not None and len(fused.shape) == 2 and fused.shape[1] == 3 * fused.shape[0]
@@ -120,15 +122,15 @@ def holds_conv1d(there: StateDict) -> bool:
 def save_tensors(
     tensors: Mapping[str, LazyTensor], about: Mapping[str, Any], place: str | None, target: Path, progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """`torch.save` of tensors that are made one at a time, alone or under the key `place` beside `about`.
+    """Writes lazy tensors with `torch.save`: a plain state dict, or a state dict under the key `place`, beside `about`.
 
-    It takes all tensors at once, and writes one after the other. So their values go into a nameless file first, and
-    what it takes are tensors in the mapped memory of that file, which the system can take back at any time.
+    `torch.save` needs all tensors at once. So the values are first written to a temporary file, one tensor at a time,
+    and `torch.save` is given tensors that are mapped from it, whose memory the system can reclaim at any time.
 
     Returns:
-        sha256 and size of the file, by its name.
+        sha256 and size of the file, by file name.
     """
-    distinct = dict.fromkeys(tensors.values())  # what is one tensor with two names is saved once
+    distinct = dict.fromkeys(tensors.values())  # a tensor that has two names is saved once
     progress.step(f"Writing {target.name}", 2 * sum(tensor.nbytes for tensor in distinct))
     with tempfile.TemporaryFile(dir=target.parent) as staged:
         for tensor in distinct:
@@ -148,7 +150,7 @@ def save_tensors(
 
 
 class Hashed(io.BufferedWriter):
-    """A file that is hashed while it is written."""
+    """A file that is hashed as it is written."""
 
     def __init__(self, path: Path, progress: Progress):
         super().__init__(io.FileIO(path, "w"))
