@@ -41,15 +41,15 @@ def greedy(model, ids, **options):
 
 def test_rotary_scores_depend_on_distances_alone(own):
     """Su et al., RoFormer: the product of a query at m and a key at n is a function of m - n."""
-    queries, keys = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+    queries, keys = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
 
     def score(m, n):
         at = [own.rotate(x, torch.tensor([[position]]), 500.0) for x, position in ((queries, m), (keys, n))]
         return (at[0] * at[1]).sum()
 
-    torch.testing.assert_close(score(7, 3), score(25, 21))
-    assert not torch.isclose(score(7, 3), score(7, 4))
-    torch.testing.assert_close(score(4, 4), (queries * keys).sum())
+    torch.testing.assert_close(score(7, 3), score(25, 21), rtol=1e-4, atol=1e-4)
+    assert (score(7, 3) - score(7, 4)).abs() > 1e-2
+    torch.testing.assert_close(score(4, 4), (queries * keys).sum(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
