@@ -109,13 +109,13 @@ def export(
 ) -> dict[str, Any]:
     """Converts a native checkpoint, or one of any other format, into `format`, weights unchanged.
 
-    The target is a directory: it holds `model.pth`, `ckpt.pt` or `model.gguf`, or is the checkpoint, and the receipt.
-    For the first two the disk must have room for the weights twice.
+    The target is a directory: it holds `model.pth`, `ckpt.pt`, `model.gguf` or `model.bin`, or is the checkpoint,
+    and the receipt. For the first two the disk must have room for the weights twice.
 
     Args:
         source: file, directory or hub id.
         target: directory to be; must not exist unless `overwrite`.
-        format: "gpt2", "book", "nanogpt", "gguf" or "native".
+        format: "gpt2", "book", "nanogpt", "gguf", "llmc" or "native".
         n_heads: as in `convert`.
         revision: branch, tag or commit of a hub id.
         bias: for "nanogpt", its `bias`; None: unless all biases are zero and `qkv_bias` is off.

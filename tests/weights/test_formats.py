@@ -187,6 +187,10 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path, format, dtype, tied):
         with pytest.raises(ConversionError, match=r"out_head\.weight differs.*one matrix.*export to"):
             write(ours, ours.config, tmp_path / "file", format)
         return
+    if format == "llmc" and (not tied or dtype == torch.float16):
+        with pytest.raises(ConversionError, match=r"llmc knows only True|llm\.c has float32 and bfloat16"):
+            write(ours, ours.config, tmp_path / "file", format)
+        return
     notes = write(ours, ours.config, tmp_path / "file", format)
     assert detect(tmp_path / "file") == format
     config, state_dict = read(tmp_path / "file", n_heads=HEADS)
@@ -415,7 +419,7 @@ def mutated(layout: Layout, i, j, first, second) -> Layout:
     return replace(layout, table=tuple(table))
 
 
-@pytest.mark.parametrize("format", ["book", "nanogpt", "tensorflow", "gguf"])
+@pytest.mark.parametrize("format", ["book", "nanogpt", "tensorflow", "gguf", "llmc"])
 def test_every_mistake_in_a_table_is_refused_or_shows_in_the_logits(tmp_path, format, monkeypatch):
     if format == "tensorflow":
         path, ids = TF, random_ids(length=12, vocab_size=19)
@@ -642,7 +646,7 @@ def test_every_damage_to_a_tensorflow_checkpoint_is_noticed(tmp_path, name):
     assert survived <= 30
 
 
-@pytest.mark.parametrize("format", ["book", "nanogpt", "gguf"])
+@pytest.mark.parametrize("format", ["book", "nanogpt", "gguf", "llmc"])
 def test_damaged_file_is_a_clear_error_or_a_whole_model(tmp_path, format):
     ours = random_pair()[1]
     write(ours, ours.config, tmp_path / "whole", format)
@@ -656,7 +660,7 @@ def test_damaged_file_is_a_clear_error_or_a_whole_model(tmp_path, format):
             refused += 1
         else:
             built(config, state_dict)
-            if format != "gguf":  # which has no checksums, so a weight may be another
+            if format not in ("gguf", "llmc"):  # which have no checksums, so a weight may be another
                 assert_equal(state_dict, whole)
     assert refused > 30
 

@@ -9,6 +9,7 @@
 | `mingpt` | minGPT's state dict | yes | no |
 | `tensorflow` | OpenAI's directory: `hparams.json`, `model.ckpt.*` | yes | no |
 | `gguf` | GGUF of architecture gpt2, not quantised | yes | `model.gguf` |
+| `llmc` | llm.c's `gpt2_124M.bin` or `model_*.bin` | yes | `model.bin` |
 """
 
 import os
@@ -29,6 +30,7 @@ from .book import BOOK
 from .directory import GPT2, NATIVE
 from .format import FORMATS, Contents, Format, Found, Options, Source, readable, register, writable
 from .gguf import GGUF
+from .llmc import LLM_C
 from .nanogpt import MINGPT, NANOGPT
 from .tensorflow import TENSORFLOW
 
@@ -36,7 +38,7 @@ __all__ = ["FORMATS", "Format", "Found", "Source", "detect", "open_source", "rea
 
 logger = logging.get_logger(__name__)
 
-for _known in (NATIVE, GPT2, BOOK, NANOGPT, MINGPT, TENSORFLOW, GGUF):
+for _known in (NATIVE, GPT2, BOOK, NANOGPT, MINGPT, TENSORFLOW, GGUF, LLM_C):
     register(_known)
 
 
@@ -72,7 +74,7 @@ def _unknown(found: Found) -> str:
 
 
 def detect(path: str | os.PathLike) -> str:
-    """The format of a checkpoint, by its content: "native", "gpt2", "book", "nanogpt", "mingpt", "tensorflow", "gguf".
+    """The format of a checkpoint by its content, as `FORMATS` names it: "native", "gpt2", "book", …
 
     Raises:
         ConversionError: none of them.
