@@ -5,6 +5,7 @@ Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V 
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Self, cast
 
 import torch
@@ -40,6 +41,7 @@ with explained():
     from transformers.modeling_outputs import (
         BaseModelOutputWithPastAndCrossAttentions,
         CausalLMOutputWithCrossAttentions,
+        SequenceClassifierOutputWithPast,
     )
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.auto import modeling_auto
@@ -694,12 +696,16 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
         )
 
 
-# The forward passes of the three below are transformers' own. Their constructors are not: those find the base model
-# through AutoModel, which does not know a copy of this module that came along with saved weights.
+# The forward passes of the three below are transformers' own, but for the book's classifier. Their constructors are
+# not: those find the base model through AutoModel, which does not know a copy of this module that came along with saved
+# weights.
 
 
 class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTScratchPreTrainedModel):
-    """One label for each sequence, from its last token that is not padding."""
+    """One label for each sequence, from its last token that is not padding.
+
+    With `book_classifier` it is chapter 6's: the head has a bias, and reads the last token, padding or not.
+    """
 
     gpt2_class = GPT2ForSequenceClassification
 
@@ -707,8 +713,37 @@ class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTS
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = GPTScratchModel(config)
-        self.score = nn.Linear(config.emb_dim, self.num_labels, bias=False)
+        self.score = nn.Linear(config.emb_dim, self.num_labels, bias=config.book_classifier)
         self.post_init()
+
+    # trf-ignore: TRF057 as above
+    @wraps(GenericForSequenceClassification.forward)
+    def forward(self, *args, **kwargs):  # type: ignore[override]  # of the same signature
+        # CODEPATH: official checkpoints read the last token that is not padding; classifiers of the book's, the last
+        if not self.config.book_classifier:
+            return super().forward(*args, **kwargs)
+        names = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "labels", "use_cache")
+        return self._score_last(**dict(zip(names, args, strict=False)), **kwargs)
+
+    @can_return_tuple
+    def _score_last(self, attention_mask=None, labels=None, **kwargs):
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError(
+                "got an attention_mask that hides tokens, but the book's classifier reads its padding, too; pad as in "
+                "training and leave attention_mask out, or give one text at a time without padding"
+            )
+        outputs = self.model(**kwargs)
+        logits = self.score(outputs.last_hidden_state)[:, -1]  # (B, labels)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
+        )
 
 
 class GPTScratchForTokenClassification(GenericForTokenClassification, GPTScratchPreTrainedModel):

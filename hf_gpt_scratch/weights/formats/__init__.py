@@ -4,8 +4,8 @@
 | --- | --- | --- | --- |
 | `native` | a directory that `save_pretrained` of this package wrote | yes | a directory |
 | `gpt2` | a directory of the official `GPT2LMHeadModel` | yes | a directory |
-| `book` | the book's `model.pth` or `model_and_optimizer.pth` | yes | `model.pth` |
-| `nanogpt` | nanoGPT's `ckpt.pt`, or its state dict alone | yes | `ckpt.pt` |
+| `book` | what the book's code saves | yes | `model.pth` |
+| `nanogpt` | nanoGPT's `ckpt.pt`, build-nanogpt's, or a state dict alone | yes | `ckpt.pt` |
 | `mingpt` | minGPT's state dict | yes | no |
 | `tensorflow` | OpenAI's directory: `hparams.json`, `model.ckpt.*` | yes | no |
 | `gguf` | GGUF of architecture gpt2, not quantised | yes | `model.gguf` |
@@ -82,17 +82,25 @@ def detect(path: str | os.PathLike) -> str:
     return open_source(path).format.name
 
 
-def read(path: str | os.PathLike, n_heads: int | None = None) -> tuple[GPTScratchConfig, dict[str, torch.Tensor]]:
+def read(
+    path: str | os.PathLike,
+    n_heads: int | None = None,
+    *,
+    activation_function: str | None = None,
+    lora_scale: float | None = None,
+) -> tuple[GPTScratchConfig, dict[str, torch.Tensor]]:
     """The config and the state dict of a checkpoint in any format, in the book's names; a tied head is left out.
 
     Args:
         n_heads: for "book" and "mingpt", whose files do not say it. A wrong number that divides emb_dim cannot be
             noticed: the model loads and computes something else.
+        activation_function, lora_scale: as in `convert`.
 
     Raises:
         ConversionError: not a whole, finite GPT-2 of a known format.
     """
     source = open_source(path)
+    source.answer(activation_function=activation_function, lora_scale=lora_scale)
     contents = source.format.read(source, n_heads)
     contents.check_plain()
     for note in source.notes:

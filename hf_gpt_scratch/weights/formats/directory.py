@@ -25,7 +25,7 @@ from ..publish import by_name, digests
 from ..tensors import LazyTensor
 from ..trust import code_beside, refuse_kernels
 from .format import Contents, Format, Found, Layout, Options, Source, Written, readable
-from .torch_file import holds_conv1d, state_dict
+from .torch_file import holds_conv1d, is_safetensors, state_dict
 
 CARD = "README.md"
 # Of what is read beside the weights: config, generation settings, tokenizer, templates.
@@ -77,12 +77,7 @@ class Directory(Format):
         there = state_dict(found)
         if there is not None and holds_conv1d(there):
             return f"{path} is the weights file of an official checkpoint; give the directory it lies in"
-        if path.suffix == ".safetensors" and not (path.parent / self.mark).is_file():
-            return (
-                f"{path} has no config.json beside it, without which safetensors are not read; if it is the book's "
-                f"state dict, torch.save(safetensors.torch.load_file({str(path)!r}), 'model.pth') makes a file that is"
-            )
-        if path.suffix in (".safetensors", ".json"):
+        if path.suffix in (".safetensors", ".json") and not is_safetensors(path):
             return f"{found.begins}; give the directory it lies in, {path.parent}"
         return None
 
@@ -144,6 +139,9 @@ class Official(Directory):
         contents = super().read(source, n_heads)
         source.notes += code_beside(source.path)  # in native ones it is our own
         return contents
+
+    def limits(self, config: GPTScratchConfig) -> dict[str, tuple]:
+        return {"book_classifier": (False,)}
 
     def model(self, contents: Contents) -> PreTrainedModel:
         return meta_model(contents.kind.gpt2_class, contents.config.to_gpt2())
