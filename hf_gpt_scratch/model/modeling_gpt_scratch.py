@@ -727,12 +727,13 @@ class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTS
 
     @can_return_tuple
     def _score_last(self, attention_mask=None, labels=None, **kwargs):
-        if attention_mask is not None and not attention_mask.all():
+        is_padding_mask = attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.is_meta
+        if is_padding_mask and not attention_mask.all():
             raise ValueError(
                 "got an attention_mask that hides tokens, but the book's classifier reads its padding, too; pad as in "
                 "training and leave attention_mask out, or give one text at a time without padding"
             )
-        outputs = self.model(**kwargs)
+        outputs = self.model(attention_mask=attention_mask, **kwargs)
         logits = self.score(outputs.last_hidden_state)[:, -1]  # (B, labels)
         loss = None
         if labels is not None:

@@ -419,3 +419,39 @@ def test_read_gives_what_convert_writes(tmp_path):
     config, state_dict = read(saved(tmp_path / "model.pth", model.state_dict()), n_heads=HEADS)
     assert isinstance(config, GPTScratchConfig)
     assert error_of(GPTScratchForCausalLM.from_book(state_dict, config), model) < BOUND
+
+
+# The other commands
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", ""])
+@pytest.mark.parametrize("place", ["state", "model", None])
+def test_compare_finds_a_classs_weights_where_convert_finds_them(tmp_path, prefix, place):
+    model = fast()
+    content = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    path = saved(tmp_path / "model.pth", {"epoch": 2, place: content} if place else content)
+    convert(path, tmp_path / "out", n_heads=HEADS)
+    (tmp_path / "fast.py").write_text("from book import fast\n\nmade = fast()\n")
+    with torch.no_grad():
+        own = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    torch.save(own, tmp_path / "zeros.pth")
+    command = ["compare", str(tmp_path / "out"), f"{tmp_path / 'fast.py'}:made", "--weights"]
+    assert CliRunner().invoke(app, [*command, str(path)]).exit_code == 0
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "zeros.pth")]).exit_code == 3
+
+
+def test_a_classifier_of_the_books_is_inspected_and_compared(tmp_path):
+    model = classifier()
+    convert(saved(tmp_path / "model.pth", model.state_dict()), tmp_path / "one", n_heads=HEADS)
+    with torch.no_grad():
+        model.out_head.bias += 1
+    convert(saved(tmp_path / "model.pth", model.state_dict()), tmp_path / "other", n_heads=HEADS)
+    for command, status in (
+        (["inspect", "one"], 0),
+        (["compare", "one", "one"], 0),
+        (["compare", "one", "other"], 3),
+        (["explain", "score.bias", "--model", "one"], 0),
+    ):
+        command = [str(tmp_path / word) if word in ("one", "other") else word for word in command]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == status, done.output
