@@ -32,7 +32,7 @@ def rotate(x, position_ids, theta):
 
 
 class RotaryAttention(CachedAttention):
-    def at_positions(self, heads, *, position_ids, **kwargs):  # of the queries, and of the keys before they are cached
+    def at_positions(self, heads, position_ids=None, **kwargs):  # of keys before they are cached
         return rotate(heads, position_ids, self.config.rope_theta)
 
 
@@ -58,9 +58,10 @@ AutoModelForCausalLM.register(RotaryConfig, RotaryForCausalLM, exist_ok=True)
 
 
 def main() -> None:
-    sizes = dict(vocab_size=64, context_length=64, emb_dim=64, n_heads=4, n_layers=2, drop_rate=0.0)
     torch.manual_seed(123)
-    model = RotaryForCausalLM(RotaryConfig(**sizes, rope_theta=1000.0, bos_token_id=None, eos_token_id=None))
+    sizes = RotaryConfig(vocab_size=64, context_length=64, emb_dim=64, n_heads=4, n_layers=2, rope_theta=1000.0)
+    sizes.drop_rate, sizes.bos_token_id, sizes.eos_token_id = 0.0, None, None
+    model = RotaryForCausalLM(sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(100):  # each token is the one before it plus 3
         batch = (torch.randint(64, (16, 1)) + 3 * torch.arange(32)) % 64

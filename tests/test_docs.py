@@ -70,7 +70,10 @@ def files(tmp_path_factory):
     cfg = {**GPT_CONFIG_124M, **model.config.to_dict()}
     own = module_of(DOCS / "my_gpt.py").GPTModel({name: cfg[name] for name in (*GPT_CONFIG_124M, "qkv_bias")})
     torch.save(own.state_dict(), there / "my_gpt.pth")
-    torch.save(GPTModel({**GPT_CONFIG_124M, **SMALL}).state_dict(), there / "model.pth")
+    book = GPTModel({**GPT_CONFIG_124M, **SMALL})
+    torch.save(book.state_dict(), there / "model.pth")
+    book.out_head = torch.nn.Linear(book.out_head.in_features, 2)
+    torch.save(book.state_dict(), there / "review_classifier.pth")
     export(official, there / "out", format="nanogpt")
     gpt2_tokenizer()  # whose vocabulary is fetched now, if it must be
     return there

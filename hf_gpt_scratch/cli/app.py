@@ -49,6 +49,12 @@ Format = Annotated[str, typer.Option(callback=_written, help=f"Whose checkpoint 
 Heads = Annotated[
     int | None, typer.Option(help="Attention heads, for files that do not store them, such as the book's.")
 ]
+Activation = Annotated[
+    str | None, typer.Option(help="Activation, for files that do not store it: gelu (nanoGPT) or gelu_new (tanh).")
+]
+LoraScale = Annotated[
+    float | None, typer.Option(help="For the adapters of the book's appendix E: alpha / rank, or alpha alone.")
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing target.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
 MODEL = "124M, 355M, 774M or 1558M; book for the book's GPT_CONFIG_124M; a directory, hub id or config.json."
@@ -62,14 +68,18 @@ def convert(
     weights_only: WeightsOnly = False,
     max_shard_size: ShardSize = MAX_SHARD_SIZE,
     n_heads: Heads = None,
+    activation: Activation = None,
+    lora_scale: LoraScale = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Converts a GPT-2 checkpoint into the book's layers; the weights stay the same.
 
-    Reads official checkpoints, the book's model.pth, nanoGPT's and minGPT's, OpenAI's TensorFlow directories and GGUF.
+    Reads official checkpoints, the files of the book, nanoGPT, minGPT and llm.c, OpenAI's TensorFlow directories and
+    GGUF.
     """
     check = _check(verify, weights_only)
     options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
+    options |= dict(activation_function=activation, lora_scale=lora_scale)
     convert_and_report(conversion.convert, source, target, max_shard_size=max_shard_size, **options)
 
 
@@ -82,11 +92,14 @@ def export(
     weights_only: WeightsOnly = False,
     max_shard_size: ShardSize = MAX_SHARD_SIZE,
     n_heads: Heads = None,
+    activation: Activation = None,
+    lora_scale: LoraScale = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Converts a GPTScratch checkpoint, or another program's, to an official GPT-2 checkpoint or another format."""
     check = _check(verify, weights_only)
     options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
+    options |= dict(activation_function=activation, lora_scale=lora_scale)
     options |= dict(format=format, max_shard_size=max_shard_size)
     convert_and_report(conversion.export, source, target, **options)
 

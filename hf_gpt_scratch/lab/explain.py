@@ -210,6 +210,8 @@ def _changes_for(name: str, config: GPTScratchConfig) -> dict[str, Any]:
         changes["qkv_bias"] = True
     if "cross" in name and not config.add_cross_attention:
         changes["add_cross_attention"] = True
+    if name == "score.bias" and not config.book_classifier:
+        changes["book_classifier"] = True
     if ".ff.layers.1." in name:
         own = name.rpartition(".")[2]
         if own not in ACT2FN[config.activation_function].state_dict():

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConversionError, LabError, few
+from ..model.book_files import bare, weights_in
 from ..model.configuration_gpt_scratch import SIZES, TO_GPT2, GPTScratchConfig
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
 from ..model.weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, Row, rows
@@ -388,6 +389,9 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
         raise LabError(f"there is no file {file} to read weights from; check the path")
     try:
         values = read_state_dict(file)
+        if not values.keys() & parameters(model).keys():  # with the prefix of torch.compile or DataParallel, then
+            names = bare(values)
+            values = {names[name]: tensor for name, tensor in values.items()}
     except ConversionError as error:
         raise LabError(f"cannot read weights: {error}") from error
     except Exception as error:  # OSError, SafetensorError, …: whatever a damaged file causes
@@ -400,7 +404,7 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
-    """A file's state dict, alone or in a training checkpoint, without torch.compile's prefix.
+    """A file's state dict, alone or in a training checkpoint.
 
     Raises:
         TypeError: it contains something else.
@@ -410,16 +414,11 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     values: Any = load_file(file) if file.suffix == ".safetensors" else read_pickle(file)
     if not isinstance(values, Mapping):
         raise TypeError(f"it contains a {type(values).__name__}, not a state dict; save model.state_dict()")
-    for key in ("model_state_dict", "state_dict", "model"):
-        if isinstance(values.get(key), Mapping):
-            values = values[key]
+    _, values = weights_in(values)
     for name, value in values.items():
         if not isinstance(value, torch.Tensor | Stored):
             raise TypeError(f"{name!r} is not a tensor, but a state dict has only tensors; save model.state_dict()")
-    return {
-        str(name).removeprefix("_orig_mod."): value.read() if isinstance(value, Stored) else value
-        for name, value in values.items()
-    }
+    return {str(name): value.read() if isinstance(value, Stored) else value for name, value in values.items()}
 
 
 def misfits(values: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], needed: Collection[str]) -> list[str]:

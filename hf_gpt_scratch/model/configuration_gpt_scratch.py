@@ -321,7 +321,9 @@ class GPTScratchConfig(PreTrainedConfig):
         scale_attn_by_inverse_layer_idx: and by 1/(layer index + 1).
         reorder_and_upcast_attn: compute the scores of `eager` attention in float32.
         tie_word_embeddings: one matrix for `tok_emb` and `out_head`. The book has two; official checkpoints one.
-        add_cross_attention: layers that attend to an encoder's states, as `EncoderDecoderModel` requires of a decoder.
+        add_cross_attention: layers that look at an encoder's states, as `EncoderDecoderModel` wants of a decoder.
+        book_classifier: `GPTScratchForSequenceClassification` is chapter 6's: its head has a bias and reads the last
+            token, padding or not. The official one has no bias and reads the last token that is not padding.
         summary_type, summary_use_proj, summary_activation, summary_proj_to_labels, summary_first_dropout: the second
             head of `GPTScratchDoubleHeadsModel`, as in `GPT2Config`.
         use_cache: return the key-value cache.
@@ -366,6 +368,7 @@ class GPTScratchConfig(PreTrainedConfig):
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = False
     add_cross_attention: bool = False
+    book_classifier: bool = False
     summary_type: str = "cls_index"
     summary_use_proj: bool = True
     summary_activation: str | None = None
@@ -460,12 +463,21 @@ class GPTScratchConfig(PreTrainedConfig):
         return cls(qkv_bias=True, **values)
 
     def to_gpt2(self) -> GPT2Config:
-        """The `GPT2Config` of the same model; the inverse of `from_gpt2`."""
+        """The `GPT2Config` of the same model; the inverse of `from_gpt2`.
+
+        Raises:
+            ValueError: it is of the book's classifier, which the official class does not compute.
+        """
+        if self.book_classifier:
+            raise ValueError(
+                "got book_classifier=True, but the official classifier has no bias and reads the last token that is "
+                "not padding; keep this model as it is, or train a new head with book_classifier=False"
+            )
         values = {TO_GPT2.get(k, k): v for k, v in self.to_dict().items() if k not in IDENTITY}
         for place in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             if values[place] is None:
                 values[place] = self.drop_rate
-        for ours_alone in ("drop_rate", "qkv_bias"):
+        for ours_alone in ("drop_rate", "qkv_bias", "book_classifier"):
             del values[ours_alone]
         return GPT2Config(**values)
 

@@ -10,13 +10,16 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from pickle import UnpicklingError
+from typing import Any, Self
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2PreTrainedModel, PreTrainedModel
 from transformers.utils import logging
 
+from .book_files import bare, heads_in_a_list, parts, shared, weights_in
 from .configuration_gpt_scratch import SIZES, GPTScratchConfig
 from .own_code import bring_package, own_files
 from .weight_map import to_gpt2_state_dict
@@ -60,40 +63,81 @@ class Interop(PreTrainedModel):
             bring_package(self, Path(save_directory))
 
     @classmethod
-    def from_book(cls, state_dict: Mapping[str, torch.Tensor], cfg: dict | GPTScratchConfig) -> Self:
+    def from_book(
+        cls,
+        source: str | os.PathLike | Mapping[str, Any] | nn.Module,
+        cfg: dict | GPTScratchConfig | None = None,
+        *,
+        n_heads: int | None = None,
+        lora_scale: float | None = None,
+    ) -> Self:
         """A copy of the book's `GPTModel` as a Transformers model, in evaluation mode.
 
-        If `out_head` and `tok_emb` share memory, as in a tied model, the copy is tied, too.
+        Also of `GPTModelFast`, of models whose attention has its heads in a list, one layer for query, key and value or
+        bare matrices, and of those with the adapters of appendix E. `GPTScratchForSequenceClassification` reads
+        chapter 6's classifier. A model in memory is run beside its copy.
+
+        If `out_head` and `tok_emb` share their memory, as in a model that was tied, so do those of the copy.
 
         Args:
-            state_dict: of a `GPTModel` from this package or from the book's code, which has mask buffers; also of a
-                compiled or a data-parallel one.
-            cfg: the dict or config that it was built with. `n_heads` must be right: no tensor shows it.
+            source: a file of `torch.save` or safetensors, what `torch.load` gives of it, a state dict, or the model.
+            cfg: the dict or config that it was built with. None: the sizes are those of the tensors, dropout is 0.1, or
+                what the model in memory has.
+            n_heads: without a `cfg`, the number of heads, which no tensor tells; a model in memory does. A wrong number
+                that divides emb_dim cannot be noticed: the model computes something else.
+            lora_scale: for adapters, what A @ B is multiplied by: alpha / rank, or alpha alone in the first printing.
 
         Raises:
             KeyError: `cfg` lacks a size.
-            ValueError: `cfg` has an unknown key, or the state dict is not that of a model with this config; the message
-                names the tensors.
+            ValueError: `cfg` has a key that means nothing here, or the state dict is not that of a model with this
+                config, or of another model than GPT-2; the message names the tensors.
         """
+        if isinstance(source, PreTrainedModel):
+            raise ValueError(
+                f"got a {type(source).__name__}, which is a Transformers model already; from_gpt2 copies official ones"
+            )
+        module = source if isinstance(source, nn.Module) else None
+        if isinstance(source, str | os.PathLike):
+            source = _read_file(source)
+        state_dict = source.state_dict() if isinstance(source, nn.Module) else source
         if not isinstance(state_dict, Mapping):
-            whole = isinstance(state_dict, nn.Module)
-            given = "model.state_dict()" if whole else "torch.load(path, weights_only=True)"
-            raise ValueError(f"got a {type(state_dict).__name__} as the state dict; pass {given}")
+            raise ValueError(
+                f"got a {type(source).__name__} as the state dict; give a path, model.state_dict() or the model"
+            )
         values = cfg.values() if isinstance(cfg, Mapping) else ()
-        if not isinstance(cfg, Mapping | GPTScratchConfig) or any(isinstance(v, torch.Tensor) for v in values):
+        if not isinstance(cfg, Mapping | GPTScratchConfig | None) or any(isinstance(v, torch.Tensor) for v in values):
             raise ValueError(
                 f"got a {type(cfg).__name__} as the cfg; the state dict comes first, then the dict that the model was "
                 "built with, such as GPT_CONFIG_124M"
             )
-        for name, tensor in state_dict.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ValueError(
-                    f"got {type(tensor).__name__} under {str(name)[:80]!r}, but a state dict has tensors only; if it "
-                    f"is the state dict, pass state_dict[{str(name)[:80]!r}]"
-                )
-        weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in state_dict.items()}
-        _refuse_weights(weights, state_dict)
+        given = _book_weights(state_dict)
+        shapes = {name: tensor.shape for name, tensor in given.items()}
+        try:
+            weights = {
+                name: part.make([given[one] for one in part.sources])
+                for name, part in parts(shapes, lora_scale).items()
+            }
+        except ValueError as error:
+            raise ValueError(f"the state dict {error}") from error
+        except (RuntimeError, IndexError) as error:  # of torch
+            raise ValueError(
+                f"tensors of the state dict do not fit each other: {error}; take those of one model"
+            ) from (error)
+        _refuse_weights(weights)
+        _refuse_head(cls, weights)
         pair = [weights[name] for name in ("tok_emb.weight", "out_head.weight") if name in weights]
+        tied = len(pair) == 2 and len({(tensor.data_ptr(), tensor.shape) for tensor in pair}) == 1
+        if cfg is None and not {"out_head.weight", "score.weight"} & weights.keys():
+            tied = True
+            logger.warning("there is one matrix for tok_emb and out_head, so the model is tied")
+        settings: dict[str, Any] = {"tie_word_embeddings": tied}
+        if "score.weight" in weights:
+            weights.setdefault("score.bias", weights["score.weight"].new_zeros(len(weights["score.weight"])))
+            settings |= {"book_classifier": True, "num_labels": len(weights["score.weight"])}
+        if cfg is None:
+            cfg = _inferred(weights, module, n_heads, heads_in_a_list(given))
+        elif n_heads is not None:
+            raise ValueError(f"got n_heads={n_heads} and a cfg, which has one too; leave n_heads out")
         if isinstance(cfg, GPTScratchConfig):
             config = cfg
         else:
@@ -105,16 +149,23 @@ class Interop(PreTrainedModel):
                         f"the cfg has {name}={str(cfg[name])[:80]!r}, but it must be a whole number; convert it"
                     )
             end = 50256 if cfg.get("vocab_size", 0) > 50256 else None  # a smaller vocabulary is not GPT-2's
-            tied = len(pair) == 2 and len({(tensor.data_ptr(), tensor.shape) for tensor in pair}) == 1
-            config = cls.config_class.from_book(cfg, bos_token_id=end, eos_token_id=end, tie_word_embeddings=tied)
+            config = cls.config_class.from_book(cfg, bos_token_id=end, eos_token_id=end, **settings)
         if config.tie_word_embeddings and len(pair) == 2 and not torch.equal(*pair):
             raise ValueError(
                 "the config says tie_word_embeddings=True, but out_head.weight is not equal to tok_emb.weight; set it "
                 "to False if both are to be kept"
             )
         _check_fit(cls, config, weights)
+        listed = heads_in_a_list(given)
+        if listed not in (None, config.n_heads):
+            raise ValueError(
+                f"the state dict has {listed} heads in a list, but the cfg says {config.n_heads}; correct it"
+            )
         weights = {name: tensor.clone() for name, tensor in weights.items()}
-        return cls.from_pretrained(None, config=config, state_dict=weights)
+        model = cls.from_pretrained(None, config=config, state_dict=weights)
+        if module is not None:
+            _refuse_other_logits(module, model)
+        return model
 
     @classmethod
     def from_gpt2(cls, gpt2: GPT2PreTrainedModel) -> Self:
@@ -198,12 +249,140 @@ def _build(model_class, config, state_dict, like):
     return model.to(like.device)
 
 
-def _refuse_weights(weights, state_dict):
-    """Raises ValueError for tensors that no model can have."""
-    if len(weights) < len(state_dict):
+def _read_file(path):
+    """What a file of weights holds."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory, but the book saves files; from_pretrained reads directories")
+    if path.suffix == ".safetensors":
+        return shared(load_file(path))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:  # of torch, which tells a lot
+        told = str(error).partition("\n")[0][:200]
         raise ValueError(
-            "the state dict has a tensor twice, with and without a prefix such as 'module.'; keep one of them"
+            f"{path} cannot be read as weights ({type(error).__name__}: {told}); `convert` says what it is, and reads "
+            "other programs' files"
+        ) from error
+
+
+def _book_weights(content):
+    """The tensors of a state dict, which may lie in what a training script saved, without prefixes."""
+    try:
+        _, state_dict = weights_in(content)
+    except ValueError as error:
+        raise ValueError(f"what was given {error}") from error
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
+            raise ValueError(
+                f"got {type(tensor).__name__} under {str(name)[:80]!r}, but a state dict has tensors only; if it "
+                f"is the state dict, pass state_dict[{str(name)[:80]!r}]"
+            )
+    try:
+        names = bare(state_dict)
+    except ValueError as error:
+        raise ValueError(f"the state dict {error}") from error
+    return {names[name]: tensor for name, tensor in state_dict.items()}
+
+
+def _refuse_head(model_class, weights):
+    """Raises ValueError for the head of another kind of model, by what it is."""
+    is_classifier, wants = "score.weight" in weights, "Classification" in model_class.__name__
+    if is_classifier and not wants:
+        raise ValueError(
+            f"out_head scores {len(weights['score.weight'])} labels, so this is chapter 6's classifier; "
+            "GPTScratchForSequenceClassification.from_book reads it"
         )
+    if wants and "out_head.weight" in weights:
+        raise ValueError(
+            "out_head scores the vocabulary, so this is a language model; GPTScratchForCausalLM.from_book reads it. "
+            "For a classifier with a new head, save that model, and load it by "
+            f"{model_class.__name__}.from_pretrained(directory, num_labels=2)"
+        )
+
+
+def _inferred(weights, module, n_heads, listed):
+    """The cfg that the tensors tell, and a model in memory beside them."""
+    sizes: dict[str, Any] = {}
+    for name, keys in (("tok_emb.weight", ("vocab_size", "emb_dim")), ("pos_emb.weight", ("context_length",))):
+        if name not in weights or weights[name].ndim != 2:
+            raise ValueError(f"the state dict lacks the matrix {name}, which tells the sizes; give all of it")
+        sizes |= zip(keys, weights[name].shape, strict=False)
+    layers = {int(found[1]) for found in (re.match(r"trf_blocks\.(\d+)\.", name) for name in weights) if found}
+    sizes |= {"n_layers": len(layers), "qkv_bias": "trf_blocks.0.att.W_query.bias" in weights}
+    first = weights.get("trf_blocks.0.ff.layers.0.weight")
+    if first is not None and len(first) != 4 * sizes["emb_dim"]:
+        sizes["n_inner"] = len(first)
+    told = _settings_in(module) if module is not None else {}
+    known = {count for count in (n_heads, listed, told.get("n_heads")) if count is not None}
+    if len(known) != 1:
+        raise ValueError(
+            f"got {' and '.join(map(str, sorted(known)))} heads; give the number that it was trained with"
+            if known
+            else "no tensor tells the number of heads; give n_heads=…, or the cfg that the model was built with. A "
+            f"wrong number that divides emb_dim={sizes['emb_dim']} cannot be noticed"
+        )
+    return {**sizes, **told, "n_heads": known.pop()}
+
+
+def _settings_in(module):
+    """What the modules of the book's model say and its tensors do not: heads and dropout."""
+    found: dict[str, Any] = {}
+    while not hasattr(module, "trf_blocks"):
+        inside = getattr(module, "module", None) or getattr(module, "_orig_mod", None) or getattr(module, "model", None)
+        if not isinstance(inside, nn.Module):
+            return found
+        module = inside
+    block = module.trf_blocks[0]
+    places = (
+        ("drop_rate_emb", module, ("drop_emb",)),
+        ("drop_rate_attn", block.att, ("dropout",)),
+        ("drop_rate_shortcut", block, ("drop_shortcut", "drop_resid")),
+    )
+    for name, owner, attributes in places:
+        rate = next((getattr(owner, one) for one in attributes if hasattr(owner, one)), None)
+        rate = getattr(rate, "p", rate)
+        if isinstance(rate, int | float):
+            found[name] = rate
+    if len(set(found.values())) == 1 and len(found) == len(places):
+        found = {"drop_rate": next(iter(found.values()))}
+    if isinstance(count := getattr(block.att, "num_heads", None), int):
+        found["n_heads"] = count
+    return found
+
+
+@torch.no_grad()
+def _refuse_other_logits(module, model):
+    """Raises ValueError unless the copy of a model of the book's computes what the model does."""
+    length = min(8, model.config.context_length)
+    ids = torch.linspace(0, model.config.vocab_size - 1, length).long().unsqueeze(0)  # (1, T)
+    parameters = {name: p.float() for name, p in module.named_parameters()}
+    device = next(iter(parameters.values())).device
+    modes = {one: one.training for one in module.modules()}
+    try:
+        module.eval()
+        theirs = torch.func.functional_call(module, parameters, (ids.to(device),)).double().cpu()
+    except Exception as error:  # whatever the class raises
+        raise ValueError(
+            f"this {type(module).__name__} does not run on token ids ({type(error).__name__}: {str(error)[:200]}); "
+            "give its state_dict() and its cfg instead"
+        ) from error
+    finally:
+        for one, mode in modes.items():
+            one.training = mode
+    ours = _outputs(model, ids.to(model.device))["logits"].cpu()
+    theirs = theirs[:, -1] if ours.ndim == 2 else theirs  # a classifier's
+    bound = SAME_AS_BOOK if device.type == "cpu" else SAME_OUTPUTS_ELSEWHERE
+    off = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), torch.finfo().tiny)
+    if not off <= bound:  # False for NaN, as it must be
+        raise ValueError(
+            f"this {type(module).__name__} computes other logits than GPT-2 with its weights, relative error "
+            f"{off:.1e}: another activation, number of heads, mask or norm, or hooks; `compare` names the mistake"
+        )
+
+
+def _refuse_weights(weights):
+    """Raises ValueError for tensors of a state dict that no model can be made of."""
     for name, tensor in weights.items():
         if tensor.device.type == "meta":
             raise ValueError(f"{name} is on the meta device, so it has no values; load them first")
@@ -216,6 +395,8 @@ def _refuse_weights(weights, state_dict):
 
 # Bounds for two models with the same weights, in float32: 4e-7 on a CPU; a GPU may compute float32 in TF32.
 SAME_OUTPUTS, SAME_OUTPUTS_ELSEWHERE = 1e-4, 1e-2
+# The book's classes and ours on a CPU: 3e-7; with the exact GELU instead of the tanh one: 6e-5.
+SAME_AS_BOOK = 1e-5
 
 # Attributes that do not change the output, and sizes, which are stale after resizing: the weights' shapes are compared.
 NO_DIFFERENCE = ("training", "gradient_checkpointing", "in_features", "out_features", "num_embeddings")
@@ -234,7 +415,7 @@ def _check_fit(model_class, config, weights):
         values = [", ".join(f"{n}={value(n)}" for n in other) for value in (found.get, config.__getattribute__)]
         raise ValueError(
             f"the state dict is of a model with {values[0]}, but the config says {values[1]}; give the cfg that this "
-            "model was built with"
+            "model was built with, or none, and n_heads=… alone"
         )
     with torch.device("meta"):
         expected = {name.removeprefix("model."): w for name, w in model_class(copy.copy(config)).state_dict().items()}

@@ -4,6 +4,7 @@
 Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V vocabulary.
 """
 
+from functools import wraps
 from typing import Any, Self, cast
 
 import torch
@@ -39,6 +40,7 @@ with explained():
     from transformers.modeling_outputs import (
         BaseModelOutputWithPastAndCrossAttentions,
         CausalLMOutputWithCrossAttentions,
+        SequenceClassifierOutputWithPast,
     )
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.auto import modeling_auto
@@ -144,8 +146,8 @@ class CachedAttention(MultiHeadAttention):
     def heads(self, x):  # (B, S, E)
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)  # (B, H, S, D)
 
-    def at_positions(self, heads, **kwargs):
-        """Queries or keys (B, H, T, D) of tokens at `kwargs["position_ids"]`; rotary positions are added here."""
+    def at_positions(self, heads, position_ids=None, **kwargs):
+        """Queries or keys (B, H, T, D) of tokens at `position_ids` (B or 1, T); a subclass may rotate them."""
         return heads
 
     def keys_and_values(self, x, past_key_values, kwargs):
@@ -207,6 +209,9 @@ class CrossAttention(CachedAttention):
 class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
     """The book's `TransformerBlock` with these siblings, and with cross-attention if the config says so."""
 
+    norm1: nn.Module  # type: ignore[assignment]  # a subclass may have another
+    norm2: nn.Module  # type: ignore[assignment]
+
     def __init__(self, config: GPTScratchConfig, layer_idx: int):
         nn.Module.__init__(self)
         self.att = CachedAttention(config, layer_idx)
@@ -254,7 +259,7 @@ class GPTScratchPreTrainedModel(Interop):
 
     config_class = GPTScratchConfig
     config: GPTScratchConfig
-    block_class = GPTScratchBlock  # which a subclass may replace
+    block_class: type[GPTScratchBlock] = GPTScratchBlock  # which a subclass may replace
     base_model_prefix = "model"
     _input_embed_layer = "tok_emb"
     supports_gradient_checkpointing = True
@@ -684,12 +689,16 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
         )
 
 
-# The forward passes of the next three classes are transformers' own. Their constructors are not: transformers' find the
-# base model through AutoModel, which does not know a copy of this module that is shipped with saved weights.
+# The forward passes of the three below are transformers' own, but for the book's classifier. Their constructors are
+# not: those find the base model through AutoModel, which does not know a copy of this module that came along with saved
+# weights.
 
 
 class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTScratchPreTrainedModel):
-    """One label per sequence, from its last token that is not padding."""
+    """One label for each sequence, from its last token that is not padding.
+
+    With `book_classifier` it is chapter 6's: the head has a bias, and reads the last token, padding or not.
+    """
 
     gpt2_class = GPT2ForSequenceClassification
 
@@ -697,8 +706,38 @@ class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTS
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = GPTScratchModel(config, self.block_class)
-        self.score = nn.Linear(config.emb_dim, self.num_labels, bias=False)
+        self.score = nn.Linear(config.emb_dim, self.num_labels, bias=config.book_classifier)
         self.post_init()
+
+    # trf-ignore: TRF057 as above
+    @wraps(GenericForSequenceClassification.forward)
+    def forward(self, *args, **kwargs):  # type: ignore[override]  # of the same signature
+        # CODEPATH: official checkpoints read the last token that is not padding; classifiers of the book's, the last
+        if not self.config.book_classifier:
+            return super().forward(*args, **kwargs)
+        names = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "labels", "use_cache")
+        return self._score_last(**dict(zip(names, args, strict=False)), **kwargs)
+
+    @can_return_tuple
+    def _score_last(self, attention_mask=None, labels=None, **kwargs):
+        is_padding_mask = attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.is_meta
+        if is_padding_mask and not attention_mask.all():
+            raise ValueError(
+                "got an attention_mask that hides tokens, but the book's classifier reads its padding, too; pad as in "
+                "training and leave attention_mask out, or give one text at a time without padding"
+            )
+        outputs = self.model(attention_mask=attention_mask, **kwargs)
+        logits = self.score(outputs.last_hidden_state)[:, -1]  # (B, labels)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
+        )
 
 
 class GPTScratchForTokenClassification(GenericForTokenClassification, GPTScratchPreTrainedModel):

@@ -69,7 +69,8 @@ def relative_imports(source: str) -> tuple[str, set[str], list[str]]:
             continue
         if node.level or (node.module or "").partition(".")[0] != PACKAGE:
             continue
-        before, after = lines[node.lineno - 1][: node.col_offset], lines[node.end_lineno - 1][node.end_col_offset :]
+        end = node.end_lineno or node.lineno
+        before, after = lines[node.lineno - 1][: node.col_offset], lines[end - 1][node.end_col_offset :]
         if before.strip() or (after.strip().removeprefix(";") != "" and not after.strip().startswith("#")):
             left.append(f"{node.module}, on a line with something else")
             continue
@@ -82,7 +83,7 @@ def relative_imports(source: str) -> tuple[str, set[str], list[str]]:
             else:
                 left.append(f"{node.module}.{alias.name}")
         new = [f"{before}from {module} import {', '.join(names)}\n" for module, names in sorted(parts.items())]
-        lines[node.lineno - 1 : node.end_lineno] = new
+        lines[node.lineno - 1 : end] = new
     return "".join(lines), needed, left
 
 

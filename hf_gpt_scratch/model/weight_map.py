@@ -115,6 +115,7 @@ BASE = (
 HEADS = (
     Row("lm_head.weight", ("out_head.weight",), False, "logits; tied checkpoints store `wte.weight` alone"),
     Row("score.weight", ("score.weight",), False, "sequence classification"),
+    Row("score.bias", ("score.bias",), False, "sequence classification with `book_classifier`; not in official files"),
     Row("classifier.weight", ("classifier.weight",), False, "token classification"),
     Row("classifier.bias", ("classifier.bias",), False, "token classification"),
     Row("qa_outputs.weight", ("qa_outputs.weight",), False, "question answering"),

@@ -60,6 +60,8 @@ def convert(
     target: str | os.PathLike,
     *,
     n_heads: int | None = None,
+    activation_function: str | None = None,
+    lora_scale: float | None = None,
     revision: str | None = None,
     check: Check = True,
     overwrite: bool = False,
@@ -73,9 +75,13 @@ def convert(
 
     Args:
         source: file, directory or hub id.
-        target: directory to create; must not exist unless `overwrite`.
-        n_heads: for "book" and "mingpt", whose files do not store it. A wrong number that divides emb_dim cannot be
-            detected: the model loads and computes something else.
+        target: directory to be; must not exist unless `overwrite`.
+        n_heads: for "book" and "mingpt", whose files do not say it. A wrong number that divides emb_dim cannot be
+            noticed: the model loads and computes something else.
+        activation_function: for nanoGPT's and minGPT's files where they do not say it: "gelu" or "gelu_new". None: as
+            today's nanoGPT or minGPT has it, and a note says so.
+        lora_scale: for adapters of the book's appendix E, what A @ B is multiplied by: alpha / rank, or alpha alone in
+            its first printing.
         revision: branch, tag or commit of a hub id.
         check: before the result is published, compare it with the official model in float32, with both models in
             memory; "weights": compare only the weights, bit for bit, streaming; False: compare nothing.
@@ -91,7 +97,8 @@ def convert(
         ParityError: the result differs from the source.
     """
     options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
-    return _convert(source, target, NATIVE, n_heads=n_heads, revision=revision, **options)
+    options |= dict(n_heads=n_heads, activation_function=activation_function, lora_scale=lora_scale)
+    return _convert(source, target, NATIVE, revision=revision, **options)
 
 
 def export(
@@ -100,6 +107,8 @@ def export(
     format: str,
     *,
     n_heads: int | None = None,
+    activation_function: str | None = None,
+    lora_scale: float | None = None,
     revision: str | None = None,
     bias: bool | None = None,
     check: Check = True,
@@ -109,14 +118,14 @@ def export(
 ) -> dict[str, Any]:
     """Converts a native checkpoint, or one of any other format, into `format`, weights unchanged.
 
-    The target is a directory with `model.pth`, `ckpt.pt` or `model.gguf`, or with the files of a checkpoint; and with
-    the receipt. The first two need disk space for the weights twice.
+    The target is a directory: it holds `model.pth`, `ckpt.pt`, `model.gguf` or `model.bin`, or is the checkpoint,
+    and the receipt. For the first two the disk must have room for the weights twice.
 
     Args:
         source: file, directory or hub id.
-        target: directory to create; must not exist unless `overwrite`.
-        format: "gpt2", "book", "nanogpt", "gguf" or "native".
-        n_heads: as in `convert`.
+        target: directory to be; must not exist unless `overwrite`.
+        format: "gpt2", "book", "nanogpt", "gguf", "llmc" or "native".
+        n_heads, activation_function, lora_scale: as in `convert`.
         revision: branch, tag or commit of a hub id.
         bias: for "nanogpt": whether to store biases; None: unless all are zero and `qkv_bias` is off.
         check: as in `convert`.
@@ -132,7 +141,8 @@ def export(
         ParityError: the result differs from the source.
     """
     options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
-    return _convert(source, target, writable(format), n_heads=n_heads, revision=revision, bias=bias, **options)
+    options |= dict(n_heads=n_heads, activation_function=activation_function, lora_scale=lora_scale)
+    return _convert(source, target, writable(format), revision=revision, bias=bias, **options)
 
 
 def gpt2_to_scratch(source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> dict[str, Any]:
@@ -156,6 +166,8 @@ def _convert(
     *,
     only: Format | None = None,
     n_heads: int | None = None,
+    activation_function: str | None = None,
+    lora_scale: float | None = None,
     revision: str | None = None,
     bias: bool | None = None,
     check: Check = True,
@@ -180,7 +192,8 @@ def _convert(
         stamps = Stamps(path)
         source = only.open(Found(path)) if only else open_source(path)
         if source.format is wanted:
-            raise ConversionError(f"{path} already has the format {wanted.name!r}; export it with another --format")
+            raise ConversionError(f"{path} has the format {wanted.name!r} already; export takes another --format")
+        source.answer(activation_function=activation_function, lora_scale=lora_scale)
         contents = source.format.read(source, n_heads)
         wanted.check(contents, options)
     needed = wanted.copies * sum(tensor.nbytes for tensor in contents.tensors.values())

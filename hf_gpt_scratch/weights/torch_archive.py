@@ -83,9 +83,10 @@ class ForbiddenName(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Unbuilt:
-    """A value that was not built; `what` describes it."""
+    """A value that was not built, by what it is; of a config class, the plain values that it was saved with."""
 
     what: str
+    values: dict[Any, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,9 +356,12 @@ class _Steps:
                 stack.append(self.call(function.name, arguments))
             elif step == p.NEWOBJ:
                 _, function = _the(tuple, stack.pop()), _the(_Name, stack.pop())
-                stack.append(Unbuilt(UNBUILT.get(function.name, function.name)))
+                settings: dict[Any, Any] | None = {} if _is_config(function.name) else None
+                stack.append(Unbuilt(UNBUILT.get(function.name, function.name), settings))
             elif step == p.BUILD:
-                stack.pop()  # attributes, such as a state dict's _metadata
+                state = stack.pop()  # attributes, such as a state dict's _metadata
+                if stack and isinstance(stack[-1], Unbuilt) and stack[-1].values is not None:
+                    stack[-1].values.update(_the(dict, state))
             elif step == p.PROTO:
                 if (protocol := self.number("B")) > 2:
                     raise ValueError(f"its pickle is of protocol {protocol}; save it with torch.save's default, 2")
@@ -424,6 +428,17 @@ def _set(target: Any, items: list[Any]) -> None:
 def _name(name: str) -> _Name:
     known = name == "collections.OrderedDict" or name.startswith("torch._utils._rebuild_")
     dtype = name.startswith("torch.") and isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
-    if not known and not dtype and name.replace("torch.cuda.", "torch.") not in STORAGES and name not in UNBUILT:
+    if (
+        not known
+        and not dtype
+        and not _is_config(name)
+        and name.replace("torch.cuda.", "torch.") not in STORAGES
+        and name not in UNBUILT
+    ):
         raise ForbiddenName(name)
     return _Name(name)
+
+
+def _is_config(name: str) -> bool:
+    """Whether it is build-nanogpt's class of settings, in whichever file that was; it is never looked up."""
+    return name.endswith(".GPTConfig")

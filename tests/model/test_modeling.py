@@ -674,13 +674,6 @@ def test_a_compiled_or_data_parallel_books_model_is_taken(prefix):
     torch.testing.assert_close(logits, book(ids), atol=1e-4, rtol=1e-5)
 
 
-def test_a_state_dict_inside_another_dict_is_named_and_can_be_passed_as_told():
-    content = {"model_state_dict": GPTModel(BOOK_CFG).state_dict(), "optimizer_state_dict": {}}
-    with pytest.raises(ValueError, match=r"pass state_dict\['model_state_dict'\]"):
-        GPTScratchForCausalLM.from_book(content, BOOK_CFG)
-    GPTScratchForCausalLM.from_book(content["model_state_dict"], BOOK_CFG)
-
-
 def test_a_tied_books_model_stays_tied_and_a_copied_head_stays_apart():
     book = randomize(GPTModel(BOOK_CFG))
     with torch.no_grad():
@@ -707,16 +700,25 @@ def test_what_is_told_of_a_state_dict_that_does_not_fit_has_the_values_and_a_bou
     assert "and 995 more" in str(error.value) and len(str(error.value)) < 2000
 
 
-def test_from_book_says_what_it_was_given_instead():
-    config = tiny_config()
-    book = GPTModel(config)
-    for wrong, advice in ((book, r"pass model\.state_dict\(\)"), ("model.pth", r"pass torch\.load\(path")):
+def test_from_book_says_what_it_was_given_instead(tmp_path):
+    book = GPTModel(BOOK_CFG)
+    for wrong, advice in (
+        ([1], r"got a list as the state dict; give a path, model\.state_dict\(\) or the model"),
+        (tmp_path, "is a directory, but the book saves files; from_pretrained"),
+        (tiny_model(), "is a Transformers model already"),
+        ({"a": 1}, r"got int under 'a'"),
+        ({"model": book.state_dict(), "state_dict": book.state_dict()}, "under each of 'state_dict', 'model'"),
+        ({**book.state_dict(), **{f"module.{n}": t for n, t in book.state_dict().items()}}, "has a tensor twice"),
+    ):
         with pytest.raises(ValueError, match=advice):
-            GPTScratchForCausalLM.from_book(wrong, config)
-    for cfg in (None, book.state_dict()):
-        with pytest.raises(ValueError, match="as the cfg; the state dict comes first"):
-            GPTScratchForCausalLM.from_book(book.state_dict(), cfg)
-    GPTScratchForCausalLM.from_book(book.state_dict(), config)
+            GPTScratchForCausalLM.from_book(wrong, BOOK_CFG)
+    with pytest.raises(ValueError, match="as the cfg; the state dict comes first"):
+        GPTScratchForCausalLM.from_book(book.state_dict(), book.state_dict())
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.pth cannot be read as weights .*; `convert` says"):
+        GPTScratchForCausalLM.from_book(tmp_path / "text.pth", BOOK_CFG)
+    with pytest.raises(FileNotFoundError):
+        GPTScratchForCausalLM.from_book("nowhere.pth", BOOK_CFG)
 
 
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):

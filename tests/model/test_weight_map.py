@@ -72,7 +72,7 @@ def test_every_row_is_used_by_some_model():
     for activation in ACT2FN:
         for model_class in MODELS:
             used |= names_on_meta(activation, model_class, n_layer=1, add_cross_attention=True)[0]
-    assert {row.theirs for row in rows(1)} == used
+    assert {row.theirs for row in rows(1)} - {"score.bias"} == used  # of the book's classifier, not official
 
 
 def test_shapes_follow_the_layout():

@@ -305,13 +305,13 @@ def test_memory_of_other_programs_formats_is_bounded_by_two_of_the_largest_tenso
         gpt2.save_pretrained(tmp_path / name)
         gpt2_to_scratch(tmp_path / name, tmp_path / f"{name} native", check=False)
         write_openai(tmp_path / f"{name} native", tmp_path / f"{name} tensorflow")
-        for format in ("book", "nanogpt", "gguf"):
+        for format in ("book", "nanogpt", "gguf", "llmc"):
             export_checkpoint(tmp_path / f"{name} native", tmp_path / f"{name} {format}", format, check=False)
     sizes = [spec.nbytes for spec in Checkpoint(tmp_path / "big native").tensors.values()]
     assert sum(sizes) > 4.5 * max(sizes)
 
-    cases = [(format, "", False) for format in ("book", "nanogpt", "gguf")]
-    cases += [("", format, False) for format in ("book", "nanogpt", "gguf", "tensorflow")]
+    cases = [(format, "", False) for format in ("book", "nanogpt", "gguf", "llmc")]
+    cases += [("", format, False) for format in ("book", "nanogpt", "gguf", "llmc", "tensorflow")]
     twins = [("book", "", True), ("", "tensorflow", True)]
     command = [sys.executable, "-c", FORMATS_PEAK, str(tmp_path), json.dumps(cases + twins)]
     done = subprocess.run(command, capture_output=True, text=True)

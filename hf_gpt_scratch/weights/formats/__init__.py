@@ -4,11 +4,12 @@
 | --- | --- | --- | --- |
 | `native` | a directory that `save_pretrained` of this package wrote | yes | a directory |
 | `gpt2` | a directory of the official `GPT2LMHeadModel` | yes | a directory |
-| `book` | the book's `model.pth` or `model_and_optimizer.pth` | yes | `model.pth` |
-| `nanogpt` | nanoGPT's `ckpt.pt`, or its state dict alone | yes | `ckpt.pt` |
+| `book` | what the book's code saves | yes | `model.pth` |
+| `nanogpt` | nanoGPT's `ckpt.pt`, build-nanogpt's, or a state dict alone | yes | `ckpt.pt` |
 | `mingpt` | minGPT's state dict | yes | no |
 | `tensorflow` | OpenAI's directory: `hparams.json`, `model.ckpt.*` | yes | no |
 | `gguf` | GGUF of architecture gpt2, not quantised | yes | `model.gguf` |
+| `llmc` | llm.c's `gpt2_124M.bin` or `model_*.bin` | yes | `model.bin` |
 """
 
 import os
@@ -29,6 +30,7 @@ from .book import BOOK
 from .directory import GPT2, NATIVE
 from .format import FORMATS, Contents, Format, Found, Options, Source, readable, register, writable
 from .gguf import GGUF
+from .llmc import LLM_C
 from .nanogpt import MINGPT, NANOGPT
 from .tensorflow import TENSORFLOW
 
@@ -36,7 +38,7 @@ __all__ = ["FORMATS", "Format", "Found", "Source", "detect", "open_source", "rea
 
 logger = logging.get_logger(__name__)
 
-for _known in (NATIVE, GPT2, BOOK, NANOGPT, MINGPT, TENSORFLOW, GGUF):
+for _known in (NATIVE, GPT2, BOOK, NANOGPT, MINGPT, TENSORFLOW, GGUF, LLM_C):
     register(_known)
 
 
@@ -72,7 +74,7 @@ def _unknown(found: Found) -> str:
 
 
 def detect(path: str | os.PathLike) -> str:
-    """The format of a checkpoint, by its content: "native", "gpt2", "book", "nanogpt", "mingpt", "tensorflow", "gguf".
+    """The format of a checkpoint by its content, as `FORMATS` names it: "native", "gpt2", "book", …
 
     Raises:
         ConversionError: it is none of these.
@@ -80,17 +82,25 @@ def detect(path: str | os.PathLike) -> str:
     return open_source(path).format.name
 
 
-def read(path: str | os.PathLike, n_heads: int | None = None) -> tuple[GPTScratchConfig, dict[str, torch.Tensor]]:
-    """The config and state dict of a checkpoint in any format, under the book's names; a tied head is left out.
+def read(
+    path: str | os.PathLike,
+    n_heads: int | None = None,
+    *,
+    activation_function: str | None = None,
+    lora_scale: float | None = None,
+) -> tuple[GPTScratchConfig, dict[str, torch.Tensor]]:
+    """The config and the state dict of a checkpoint in any format, in the book's names; a tied head is left out.
 
     Args:
-        n_heads: for "book" and "mingpt", whose files do not store it. A wrong number that divides emb_dim cannot be
-            detected: the model loads and computes something else.
+        n_heads: for "book" and "mingpt", whose files do not say it. A wrong number that divides emb_dim cannot be
+            noticed: the model loads and computes something else.
+        activation_function, lora_scale: as in `convert`.
 
     Raises:
         ConversionError: it is not a complete, finite GPT-2 of a known format.
     """
     source = open_source(path)
+    source.answer(activation_function=activation_function, lora_scale=lora_scale)
     contents = source.format.read(source, n_heads)
     contents.check_plain()
     for note in source.notes:

@@ -1,69 +1,27 @@
-"""The book's `model.pth`, and its `model_and_optimizer.pth`."""
+"""What the book's code saves: `model.pth`, `model_and_optimizer.pth`, a classifier, and the book's other models."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ...errors import ConversionError
-from ...model.weight_map import LM_HEAD, Row
-from ..tensors import LazyTensor, held
-from .format import PLAIN, Contents, Format, Found, Layout, Options, Source, Written, readable
+from ...model.book_files import Part, has_adapters, heads_in_a_list, parts, refusal
+from ...model.modeling_gpt_scratch import GPTScratchForSequenceClassification
+from ...model.weight_map import HEADS, LM_HEAD, Row
+from ..tensors import LazyTensor, held, zero
+from .format import PLAIN, Contents, Format, Found, Layout, Options, Source, Written, check_tensors, finite, readable
 from .torch_file import StateDict, save_tensors, state_dict
 
-# State dicts with names like the book's that are not a plain GPTModel's: what each one has, and how to convert it.
-VARIANTS = {
-    r".*\.lora\..*|.*lora_[AB].*": "has LoRA adapters, whose scaling factor is not stored in the file: merge them "
-    "first. In the book's appendix E, the merged weight is linear.weight + alpha * (lora.A @ lora.B).T; save it "
-    "without 'linear.' in its name",
-    r".*\.att\.qkv\.weight": "has query, key and value fused, like GPTModelFast: split att.qkv in three along "
-    "dimension 0, into att.W_query, att.W_key and att.W_value; rename att.proj to att.out_proj and, in the norms, "
-    "weight to scale and bias to shift",
-    r".*\.att\.heads\.\d+\.W_query\.weight": "has its heads in a list: concatenate att.heads.0.W_query, "
-    "att.heads.1.W_query and so on along dimension 0 into att.W_query; do the same for W_key and W_value, weights and "
-    "biases",
-    r".*\.att\.W_query": "has attention weights without nn.Linear, as with einsum: att.W_query transposed is "
-    "att.W_query.weight, and att.bias_q is att.W_query.bias; do the same for W_key and W_value",
-    r"out_head\.bias": "has a classifier's head, as in chapter 6, instead of the language model's: remove "
-    "out_head.weight and out_head.bias, load the rest with GPTScratchModel.from_book, and apply the head to the last "
-    "token's hidden state",
-    r"h\.0\.attn\.c_attn\.weight": "has nanoGPT's names without 'transformer.': add this prefix to all names but "
-    "lm_head.weight",
-}
-
-
-def variant(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """What kind of state dict has these names and shapes, and how to convert it; None if it is not a known variant."""
-    for pattern, explanation in VARIANTS.items():
-        if found := next((name for name in shapes if re.fullmatch(pattern, name)), None):
-            return f"holds {found[:200]!r}, so it {explanation}"
-    embedding = next((name for name in shapes if name.endswith("tok_emb.weight")), "")
-    if prefix := embedding.removesuffix("tok_emb.weight"):
-        return (
-            f"has names that begin with {prefix[:200]!r}: remove this prefix with name.removeprefix({prefix[:200]!r})"
-        )
-    queries, keys = (shapes.get(f"trf_blocks.0.att.{name}.weight") for name in ("W_query", "W_key"))
-    if queries and keys and len(queries) == len(keys) == 2 and queries[1] == keys[1] and queries[0] > keys[0]:
-        return (
-            f"has W_query of shape {list(queries)} and W_key of shape {list(keys)}, so its heads share keys and "
-            "values; GPT-2's heads do not, so it cannot be converted"
-        )
-    vocabulary, head = (shapes.get(name) for name in ("tok_emb.weight", "out_head.weight"))
-    if vocabulary and head and vocabulary != head:
-        return (
-            f"has out_head.weight of shape {list(head)} for a vocabulary of {vocabulary[0]}, so it has a classifier's "
-            "head, as in chapter 6, instead of the language model's: remove out_head.weight, load the rest with "
-            "GPTScratchModel.from_book, and apply the head to the last token's hidden state"
-        )
-    return None
+SCORE = tuple(row for row in HEADS if row.theirs.startswith("score."))
 
 
 class Book(Format):
     name = "book"
     what = "the book's model.pth"
     layout = Layout(
-        tuple(Row(name, (name,), False, row.meaning) for row in (*PLAIN, LM_HEAD) for name in row.ours),
+        tuple(Row(name, (name,), False, row.meaning) for row in (*PLAIN, LM_HEAD, *SCORE) for name in row.ours),
         dropped=r"trf_blocks\.[0-9]+\.att\.mask",
         stores_tied_head=True,
         stores_qkv_biases=False,
@@ -74,14 +32,15 @@ class Book(Format):
 
     def matches(self, found: Found) -> bool:
         there = state_dict(found)
-        return there is not None and "trf_blocks.0.norm1.scale" in there.tensors
+        return there is not None and any(name.startswith("trf_blocks.0.") for name in there.tensors)
 
     def near(self, found: Found) -> str | None:
         there = state_dict(found)
         if there is None:
             return None
-        if known := variant({name: tensor.shape for name, tensor in there.tensors.items()}):
-            return f"{found.path} {known}"
+        embedding = next((name for name in there.tensors if name.endswith("tok_emb.weight")), "")
+        if prefix := embedding.removesuffix("tok_emb.weight")[:200]:
+            return f"{found.path} has names that begin with {prefix!r}: take that off, name.removeprefix({prefix!r})"
         names = ", ".join(repr(name[:200]) for name in list(there.tensors)[:4])
         return (
             f"{found.path} holds {names}, …, which are not the names of a known model; these formats can be read: "
@@ -89,19 +48,46 @@ class Book(Format):
         )
 
     def open(self, found: Found) -> Source:
-        there = state_dict(found) or StateDict({}, {})
-        return Source(self, found.path, there.tensors, {**there.metadata})
+        there = state_dict(found) or StateDict({})
+        if why := refusal({name: tensor.shape for name, tensor in there.tensors.items()}):
+            raise ConversionError(f"{found.path} {why}")
+        asks = ("lora_scale",) if has_adapters(there.tensors) else ()
+        return Source(self, found.path, there.tensors, {**there.metadata}, [*there.notes], asks=asks)
 
     def read(self, source: Source, n_heads: int | None = None) -> Contents:
-        if known := variant({name: tensor.shape for name, tensor in source.tensors.items()}):
-            raise ConversionError(f"{source.path} {known}")
+        metadata, path = source.metadata, source.path
+        if (listed := heads_in_a_list(source.tensors)) is not None:
+            metadata["n_heads"] = listed
+        source.tensors = made(source.tensors, metadata.pop("lora_scale", None), path)
+        score = {row.theirs: source.tensors.pop(row.theirs) for row in SCORE if row.theirs in source.tensors}
         contents = super().read(source, n_heads)
-        if contents.config.tie_word_embeddings and self.layout.head in source.tensors:
+        if score:
+            self._classify(contents, source, score)
+        elif self.layout.head not in source.tensors:
+            source.notes.append("the file has one matrix for tok_emb and out_head, so the model is tied")
+        elif contents.config.tie_word_embeddings:
             source.notes.append(
                 "out_head.weight is equal to tok_emb.weight, so the converted model ties them: they are one matrix, "
                 "also in training. GPTScratchForCausalLM.from_book keeps them untied if the file has two copies"
             )
         return contents
+
+    def _classify(self, contents: Contents, source: Source, score: dict[str, LazyTensor]) -> None:
+        """Makes chapter 6's classifier of what was read."""
+        path, config, weight = source.path, contents.config, score["score.weight"]
+        labels = weight.shape[0]
+        score = {name: finite(tensor, name, path) for name, tensor in score.items()}
+        source.tensors |= score
+        contents.kind = GPTScratchForSequenceClassification
+        contents.tensors |= {"score.bias": zero(weight.shape[:1], weight.dtype), **score}
+        shapes = {"score.weight": torch.Size((labels, config.emb_dim)), "score.bias": torch.Size((labels,))}
+        head = {name: replace(contents.tensors[name], shape=shape) for name, shape in shapes.items()}
+        check_tensors(contents.tensors, contents.tensors | head, str(path), "the other tensors' sizes")
+        config.num_labels, config.book_classifier, config.tie_word_embeddings = labels, True, False
+        source.notes.append(
+            f"out_head scores {labels} labels, so this is chapter 6's classifier. As in the book it reads the last "
+            "token, padding or not: pad as in training, and pass no attention_mask"
+        )
 
     def has_qkv_bias(self, names: Iterable[str]) -> bool:
         return "trf_blocks.0.att.W_query.bias" in names
@@ -113,6 +99,34 @@ class Book(Format):
         [mask] = held({"": torch.ones(size, size).triu(1)}).values()
         masks = {f"trf_blocks.{n}.att.mask": mask for n in range(contents.config.n_layers)}
         return Written(hashes=save_tensors({**tensors, **masks}, {}, None, path, options.progress))
+
+
+def made(tensors: Mapping[str, LazyTensor], lora_scale: float | None, path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a `GPTModel`, made when they are read.
+
+    Raises:
+        ConversionError: no `GPTModel` can be made of them.
+    """
+
+    def one(part: Part) -> LazyTensor:
+        sources = [tensors[name] for name in part.sources]
+        meta = part.make([torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources])
+        return LazyTensor(meta.shape, meta.dtype, lambda: part.make([source.read() for source in sources]))
+
+    try:
+        found = parts({name: tensor.shape for name, tensor in tensors.items()}, lora_scale)
+    except ValueError as error:
+        raise ConversionError(f"{path} {error}") from error
+    result = {}
+    for name, part in found.items():
+        try:
+            result[name] = one(part) if part.sources != (name,) else tensors[name]
+        except (RuntimeError, IndexError) as error:  # of torch
+            names = ", ".join(repr(source[:200]) for source in part.sources[:3])
+            raise ConversionError(f"{path} has {names}, which do not fit each other; take weights of one model") from (
+                error
+            )
+    return result
 
 
 BOOK = Book()

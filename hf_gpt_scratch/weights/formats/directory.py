@@ -25,7 +25,7 @@ from ..publish import by_name, digests
 from ..tensors import LazyTensor
 from ..trust import code_beside, refuse_kernels
 from .format import Contents, Format, Found, Layout, Options, Source, Written, readable
-from .torch_file import holds_conv1d, state_dict
+from .torch_file import holds_conv1d, is_safetensors, state_dict
 
 CARD = "README.md"
 # Suffixes of the files that are read beside the weights: config, generation settings, tokenizer, templates.
@@ -76,15 +76,9 @@ class Directory(Format):
             return f"{path} holds a model of type {model_type!r}; {known}"
         there = state_dict(found)
         if there is not None and holds_conv1d(there):
-            return f"{path} is the weights file of an official checkpoint; give its directory, {path.parent}"
-        if path.suffix == ".safetensors" and not (path.parent / self.mark).is_file():
-            return (
-                f"{path} has no config.json beside it, which a safetensors file needs; if it is the book's state dict, "
-                f"save it as a file that can be read: torch.save(safetensors.torch.load_file({str(path)!r}), "
-                "'model.pth')"
-            )
-        if path.suffix in (".safetensors", ".json"):
-            return f"{found.begins}; give its directory, {path.parent}"
+            return f"{path} is the weights file of an official checkpoint; give the directory it lies in"
+        if path.suffix in (".safetensors", ".json") and not is_safetensors(path):
+            return f"{found.begins}; give the directory it lies in, {path.parent}"
         return None
 
     def open(self, found: Found) -> Source:
@@ -145,6 +139,9 @@ class Official(Directory):
         contents = super().read(source, n_heads)
         source.notes += code_beside(source.path)  # in native directories it is our own
         return contents
+
+    def limits(self, config: GPTScratchConfig) -> dict[str, tuple]:
+        return {"book_classifier": (False,)}
 
     def model(self, contents: Contents) -> PreTrainedModel:
         return meta_model(contents.kind.gpt2_class, contents.config.to_gpt2())

@@ -129,8 +129,9 @@ class Source:
     """A checkpoint as it is stored: its tensors under their own names, and its metadata under ours.
 
     Args:
-        notes: sentences about what was assumed or left out.
-        files: the files that are read.
+        notes: what its reader should know, in sentences.
+        files: those that are read.
+        asks: what the file leaves open, beside `n_heads`, and `answer` may say.
     """
 
     format: "Format"
@@ -139,6 +140,20 @@ class Source:
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
+    asks: tuple[str, ...] = ()
+
+    def answer(self, **given: Any) -> None:
+        """Takes what is known of the file from elsewhere; None is for what is not known.
+
+        Raises:
+            ConversionError: the file leaves nothing open there.
+        """
+        for name, value in given.items():
+            if value is not None and name not in self.asks:
+                why = f"says {self.metadata[name]!r}" if name in self.metadata else "leaves nothing open there"
+                raise ConversionError(f"got {name}={value!r}, but {self.path} {why}; leave {name} out")
+            if value is not None:
+                self.metadata[name] = value
 
     def __post_init__(self):
         inside = self.path.iterdir() if self.path.is_dir() else [self.path]
@@ -347,8 +362,9 @@ class Format:
         for name, allowed in self.limits(contents.config).items():
             if getattr(contents.config, name) not in allowed:
                 raise ConversionError(
-                    f"the model has {name}={getattr(contents.config, name)!r}, but {self.name} supports only "
-                    f"{' or '.join(map(repr, allowed))}; export to 'gpt2' instead"
+                    f"the model has {name}={getattr(contents.config, name)!r}, but {self.name} knows only "
+                    f"{' or '.join(map(repr, allowed))} and cannot say otherwise; "
+                    + ("keep the native directory" if self.name == "gpt2" else "export to 'gpt2' instead")
                 )
 
     def write(self, contents: Contents, path: Path, options: Options) -> Written:

@@ -40,17 +40,19 @@ class NanoGPT(Format):
         return there is not None and is_fused(there) and not is_mingpt(there)
 
     def open(self, found: Found) -> Source:
-        there = state_dict(found) or StateDict({}, {})
-        source = Source(self, found.path, there.tensors, {**there.metadata})
+        there = state_dict(found) or StateDict({})
+        source = Source(self, found.path, there.tensors, {**there.metadata}, [*there.notes])
         if "activation_function" not in source.metadata:
-            source.metadata["activation_function"], what, other, whose = self.activation
-            source.notes.append(
-                f"the file does not store the activation; this is assumed: {what}. If {whose} trained this model, "
-                f"set activation_function to {other!r} in the converted model's config.json"
-            )
+            source.asks = ("activation_function",)
         return source
 
     def read(self, source: Source, n_heads: int | None = None) -> Contents:
+        if "activation_function" not in source.metadata:
+            source.metadata["activation_function"], what, other, whose = self.activation
+            source.notes.append(
+                f"no file of its kind tells the activation; taken is {what}. If {whose} trained this model, it is "
+                f"another: convert it again with activation_function={other!r}, in a command --activation {other}"
+            )
         contents = super().read(source, n_heads)
         for name, meta in plain_tensors(contents.config).items():  # the biases of a model without them
             contents.tensors.setdefault(name, zero(meta.shape, contents.dtype))

@@ -1,21 +1,21 @@
-"""State dicts in files of `torch.save`: only weights are read from a pickle, and written one tensor at a time."""
+"""State dicts in files: never more of a pickle than its weights and settings, and written a tensor at a time."""
 
 import hashlib
 import io
 import mmap
-import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...errors import ConversionError
-from ..checkpoint import Progress, kind_of, lazy, read_pickle
+from ...model.book_files import bare, shared, weights_in
+from ..checkpoint import Progress, kind_of, lazy, read_pickle, safetensors, shown
 from ..tensors import LazyTensor
-from ..torch_archive import Stored
+from ..torch_archive import Stored, Unbuilt
 from .format import Found, readable
 
 # nanoGPT's `model_args`, in our names.
@@ -29,87 +29,114 @@ MODEL_ARGS = {
 }
 
 
+# What build-nanogpt's config says beside its weights; its model has the tanh GELU and no choice.
+BUILD_NANOGPT = MODEL_ARGS.keys() - {"dropout"}
+
+
 @dataclass(frozen=True)
 class StateDict:
-    """The content of a file of `torch.save`.
+    """What a file of `torch.save`, or one of safetensors without a config.json, holds.
 
     Args:
-        tensors: by name, without the prefixes of torch.compile and DataParallel.
-        metadata: nanoGPT's `model_args`, stored beside the tensors, under our names.
+        tensors: by their names, without the prefixes of torch.compile, DataParallel and Lightning.
+        metadata: what nanoGPT's `model_args` or build-nanogpt's `config` beside them say, in our names.
+        notes: what its reader should know, in sentences.
     """
 
     tensors: dict[str, LazyTensor]
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def state_dict(found: Found) -> StateDict | None:
-    """The state dict in a file; None if the path is not a file of `torch.save`.
+    """The state dict at a path; None if no such file lies there.
 
     Raises:
         ConversionError: it is damaged, has no state dict, or its pickle refers to more than weights (none of it runs).
     """
+    if not found.is_directory and is_safetensors(found.path):
+        return found.once(_read_safetensors)
     if found.start[:2] != b"PK" and found.start[:1] != b"\x80":
         return None
     return found.once(_read)
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether it is a file of safetensors that stands alone; beside a config.json it is part of a directory."""
+    return path.suffix == ".safetensors" and not (path.parent / "config.json").is_file()
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    tensors = safetensors(path)
+    if any(name.startswith("model.") for name in tensors):
+        raise ConversionError(
+            f"{path} has names that begin with 'model.', as a directory's weights have, but no config.json lies beside "
+            "it; give it the config.json that it came with, and give the directory"
+        )
+    return StateDict(shared(_named(path, tensors)))
+
+
 def _read(path: Path) -> StateDict:
     content = read_pickle(path)
-    metadata: dict[str, Any] = {}
-    tensors = content
-    for key in ("state_dict", "state", "model"):
-        inside = content.get(key) if isinstance(content, dict) and "model_args" not in content else None
-        if isinstance(inside, dict):
-            raise ConversionError(
-                f"{path} has a dict under {key!r}, in a layout that is not known; if that dict is the state dict, save "
-                f"it alone: torch.save(torch.load(path, weights_only=True)[{key!r}], 'model.pth')"
-            )
-    if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
-        tensors = content["model_state_dict"]  # the book's model_and_optimizer.pth
-    elif isinstance(content, dict) and isinstance(content.get("model"), dict):
-        tensors, metadata = content["model"], _model_args(path, content)
-    if not isinstance(tensors, dict) or not tensors:
+    if not isinstance(content, dict) or not content:
         raise ConversionError(
-            f"{path} holds a {type(tensors).__name__} instead of a state dict; these formats can be read: {readable()}"
+            f"{path} holds a {type(content).__name__}, but a state dict is wanted; what can be read is {readable()}"
         )
-    bare: dict[str, LazyTensor] = {}
+    try:
+        place, tensors = weights_in(content)
+    except ValueError as error:
+        raise ConversionError(f"{path} {error}") from error
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Stored):
             raise ConversionError(
                 f"{path} holds {name!r}: {kind_of(tensor)}, but a state dict maps names to dense tensors"
             )
-        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)  # torch.compile, DataParallel
-        if name in bare:
-            raise ConversionError(f"{path} holds {name!r} twice, with different prefixes; keep one")
-        bare[name] = lazy(tensor)
-    return StateDict(bare, metadata)
+    found = StateDict(_named(path, {name: lazy(tensor) for name, tensor in tensors.items()}))
+    if place is not None:
+        others = {name: value for name, value in content.items() if name != place and isinstance(value, dict)}
+        others = {name: value for name, value in others.items() if any(isinstance(v, Stored) for v in value.values())}
+        if others:
+            found.notes.append(f"the weights are those under {place!r}; left out is {', '.join(map(shown, others))}")
+        config = content.get("config")
+        if isinstance(content.get("model_args"), dict):
+            found.metadata.update(_model_args(path, content["model_args"], "model_args"))
+            if isinstance(config, dict) and "activation_function" in config:  # ours says which, nanoGPT's does not
+                found.metadata["activation_function"] = config["activation_function"]
+        elif isinstance(config, Unbuilt) and config.values:
+            found.metadata.update(_model_args(path, config.values, "config"))
+            if config.values.keys() == BUILD_NANOGPT:
+                found.metadata["activation_function"] = "gelu_new"
+                found.notes.append("its config is build-nanogpt's, whose activation is the tanh GELU, 'gelu_new'")
+    return found
 
 
-def _model_args(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The metadata that nanoGPT saves beside the weights, under our names.
+def _named(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors under the names that the formats know."""
+    try:
+        names = bare(tensors)
+    except ValueError as error:
+        raise ConversionError(f"{path} {error}") from error
+    found = {names[name]: tensor for name, tensor in tensors.items()}
+    if "wte.weight" in found:  # nanoGPT's `model.transformer` and `lm_head`, saved without the first
+        found = {name if name.startswith("lm_head.") else f"transformer.{name}": t for name, t in found.items()}
+    return found
+
+
+def _model_args(path: Path, args: dict[str, Any], place: str) -> dict[str, Any]:
+    """What nanoGPT and build-nanogpt save beside the weights, in our names.
 
     Raises:
-        ConversionError: nanoGPT did not write it.
+        ConversionError: it is not theirs.
     """
-    args, settings = content.get("model_args"), content.get("config")
-    if not isinstance(args, dict):
-        raise ConversionError(
-            f"{path} has 'model' but no 'model_args', which nanoGPT saves beside it; what can be read is {readable()}"
-        )
     foreign = sorted(map(str, args.keys() - MODEL_ARGS.keys() - {"bias"}))
     if foreign:
-        raise ConversionError(
-            f"{path} has the model_args {', '.join(foreign)}, which nanoGPT itself does not have; convert a plain GPT-2"
-        )
-    metadata = {ours: args[name] for name, ours in MODEL_ARGS.items() if name in args}
+        raise ConversionError(f"{path} has the {place} {', '.join(foreign)}, which nanoGPT itself does not have")
     for name in MODEL_ARGS.keys() & args.keys():
         if not isinstance(args[name], int | float):
             raise ConversionError(
-                f"{path} has {kind_of(args[name])} for {name} in its model_args, but it must be a number; correct it"
+                f"{path} has {kind_of(args[name])} for {name} in its {place}, but they are numbers; save it again"
             )
-    if isinstance(settings, dict) and "activation_function" in settings:  # only files of this package have it
-        metadata["activation_function"] = settings["activation_function"]
-    return metadata
+    return {ours: args[name] for name, ours in MODEL_ARGS.items() if name in args}
 
 
 def holds_conv1d(there: StateDict) -> bool:
