@@ -3,12 +3,11 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_python
 from pairs import random_ids, random_pair, randomize
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -321,7 +320,7 @@ def test_a_state_dict_inside_another_dict_is_named_and_the_way_told_works(tmp_pa
     path = saved(tmp_path / "run.ckpt.pt", {"epoch": 3, key: book.state_dict(), "optimizer": {"lr": 1e-3}})
     assert f"[{key!r}]" in refusal(path, n_heads=3)
     command = f"import torch; torch.save(torch.load({str(path)!r}, weights_only=True)[{key!r}], 'model.pth')"
-    subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
+    assert run_python("-c", command, cwd=tmp_path).returncode == 0
     import_checkpoint(tmp_path / "model.pth", tmp_path / "out", n_heads=3)
     assert_same(tmp_path / "out", book)
 
