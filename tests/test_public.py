@@ -30,6 +30,7 @@ def test_an_unknown_name_is_an_attribute_error():
         hf_gpt_scratch.converts  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_import_brings_models_only():
     script = "import sys, hf_gpt_scratch; print(*(m for m in sys.modules if m.startswith('hf_gpt_scratch.')))"
     loaded = run_python("-c", script).stdout.split()
@@ -61,6 +62,7 @@ def test_imports_go_one_way():
     graphlib.TopologicalSorter(arrows).prepare()  # or CycleError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "old",
     [

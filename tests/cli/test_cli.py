@@ -71,6 +71,7 @@ def test_two_options_that_contradict_one_another_are_a_wrong_command_line(pair, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_libraries_are_imported_ends_the_command_without_a_traceback():
     script = """
 import sys

@@ -2,15 +2,17 @@
 
 That process, the server, has imported nothing of this package, run no model and started no thread: a program finds
 there what it would in a new interpreter, and ends as in one. Not so what an interpreter and the libraries read as they
-start: options, PYTHONIOENCODING, signals that are ignored; and it sees no warning of the libraries' import. Where that
-or the import itself is tested, start `sys.executable`. Windows has no forks: there each program has its interpreter.
+start: options, PYTHONIOENCODING; and it sees no warning of the libraries' import. Where that or the import itself is
+tested, start `sys.executable`. Windows has no forks: there each program has its interpreter.
 """
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -72,9 +74,12 @@ def serve():
     for name in LIBRARIES:
         with suppress(ImportError):  # another version's
             importlib.import_module(name)
+    gc.freeze()  # or every program looks for garbage in all of the libraries
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             return json.loads(line)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     sys.exit()

@@ -587,12 +587,10 @@ def test_script_on_a_disk_that_fills_up(source, target):
     assert leftovers(target) == []
 
 
-# A shell starts its background jobs with SIGINT ignored, and tests may run in one.
 INTERRUPTED = """
-import os, runpy, signal, sys, time
+import os, runpy, sys, time
 
 _, number, directory, *sys.argv = sys.argv
-signal.signal(signal.SIGINT, signal.default_int_handler)
 script = os.fork()
 if script == 0:
     runpy.run_path(sys.argv[0], run_name="__main__")
