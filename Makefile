@@ -15,7 +15,7 @@ install:  ## make .venv, with the locked libraries and all that is needed to dev
 quick:  ## the fast tests, in less than a minute on two cores
 	$(PYTHON) -m pytest $(TWO) $(QUICK)
 
-test:  ## all tests but those of the official sizes, in less than ten minutes on two cores
+test:  ## all tests but those of the official sizes, in about ten minutes on two cores
 	$(PYTHON) -m pytest $(TWO)
 
 lint:  ## ruff: rules and format; transformers' linter of model files
