@@ -1,6 +1,7 @@
 # What one does while developing. `make help` lists it; `make quick PYTHON=python` takes another Python than .venv's.
 PYTHON ?= .venv/bin/python
 QUICK = -m "not slow and not real_size"
+TWO = -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install quick test lint types coverage docs matrix ci lock bench
@@ -12,10 +13,10 @@ install:  ## make .venv, with the locked libraries and all that is needed to dev
 	python3 -m venv .venv && .venv/bin/pip install -c requirements.lock -e ".[dev]"
 
 quick:  ## the fast tests, in less than a minute on two cores
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(QUICK)
+	$(PYTHON) -m pytest $(TWO) $(QUICK)
 
-test:  ## all tests but those of the official sizes
-	$(PYTHON) -m pytest
+test:  ## all tests but those of the official sizes, in about ten minutes on two cores
+	$(PYTHON) -m pytest $(TWO)
 
 lint:  ## ruff: rules and format; transformers' linter of model files
 	$(PYTHON) -m ruff check && $(PYTHON) -m ruff format --check && $(PYTHON) -m mlinter hf_gpt_scratch/model

@@ -2,9 +2,17 @@
 
 import datetime
 import json
+import os
 import platform
 import sys
+import tempfile
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before the libraries read it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Models' own code is cached by the name of its folder, which all workers would write to.
+    MODULES = tempfile.TemporaryDirectory()
+    os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 import torch
 import transformers
@@ -34,7 +42,8 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    if file := session.config.getoption("--support-table"):
+    file = session.config.getoption("--support-table")
+    if file and "PYTEST_XDIST_WORKER" not in os.environ:  # whose reports the first process has
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         version = transformers.__version__
         run = {"transformers": version, "order": list(Version(version).release), "torch": torch.__version__}

@@ -4,13 +4,12 @@ import importlib
 import json
 import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_python
 from pairs import random_ids, randomize
 from transformers import AutoTokenizer
 
@@ -21,10 +20,8 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name, *arguments, cwd, launcher=()):
-    command = [sys.executable, *launcher, EXAMPLES / name, *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+def run(*command, cwd):
+    done = run_python(*command, cwd=cwd, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.lower(), done.stderr
     return done.stdout
@@ -38,7 +35,7 @@ def test_bring_your_own(tmp_path, saved):
         state_dict = GPTModel(cfg).state_dict()
         torch.save({"model_state_dict": state_dict} if "optimizer" in saved else state_dict, tmp_path / saved)
         arguments = [tmp_path / saved, "--cfg", str(cfg).replace("'", '"')]
-    out = run("bring_your_own.py", *arguments, cwd=tmp_path)
+    out = run(EXAMPLES / "bring_your_own.py", *arguments, cwd=tmp_path)
     assert "equal: True" in out
     assert (tmp_path / "outputs/mine/model.safetensors").is_file()
 
@@ -51,14 +48,13 @@ def test_bring_your_own_asks_for_the_cfg(tmp_path):
         (["no.pth"], "No such file"),
         (["model.pth", "--cfg", "{"], "--cfg {"),
     ):
-        command = [sys.executable, EXAMPLES / "bring_your_own.py", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = run_python(EXAMPLES / "bring_your_own.py", *arguments, cwd=tmp_path)
         assert done.returncode == 1 and told in done.stderr and "--cfg" in done.stderr
         assert "Traceback" not in done.stderr
 
 
 def test_streaming(tmp_path):
-    out = run("streaming.py", "--new-tokens", 20, cwd=tmp_path)
+    out = run(EXAMPLES / "streaming.py", "--new-tokens", 20, cwd=tmp_path)
     assert out.count("I had always thought") == 1
     assert "equal to the text generated at once: True" in out
 
@@ -67,7 +63,7 @@ def test_streaming(tmp_path):
 def test_pretrain(tmp_path, own_text):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 300)
     arguments = ["--text", "text.txt", "--epochs", 2] if own_text else ["--epochs", 1]
-    out = run("pretrain.py", *arguments, cwd=tmp_path)
+    out = run(EXAMPLES / "pretrain.py", *arguments, cwd=tmp_path)
     assert "epoch 1: The" in out
     assert "validation loss 6." in out or own_text
     output = tmp_path / "outputs" / "pretrain"
@@ -80,7 +76,7 @@ def test_pretrain(tmp_path, own_text):
 def test_classify(tmp_path, arguments):
     lines = [f"{label}\t{word} {n}" for label, word in (("ham", "hello"), ("spam", "win")) for n in range(100)]
     (tmp_path / "spam.tsv").write_text("\n".join(lines))
-    out = run("classify.py", *arguments, cwd=tmp_path)
+    out = run(EXAMPLES / "classify.py", *arguments, cwd=tmp_path)
     [accuracy] = re.findall(r"test accuracy: .* -> (.*)%", out)
     assert float(accuracy) > 90
     assert "'label': 'spam'" in out
@@ -92,7 +88,7 @@ def test_classify(tmp_path, arguments):
 def test_instruct(tmp_path, own_data):
     entries = [{"instruction": f"Count to {n}.", "input": "", "output": "1 2"} for n in range(20)]
     (tmp_path / "data.json").write_text(json.dumps(entries))
-    out = run("instruct.py", "--epochs", 3, *(["--json", "data.json"] if own_data else []), cwd=tmp_path)
+    out = run(EXAMPLES / "instruct.py", "--epochs", 3, *(["--json", "data.json"] if own_data else []), cwd=tmp_path)
     assert out.count("before:") == out.count("after:") == (3 if own_data else 5)
     first, last = map(float, re.findall(r"test loss (.*) -> (.*),", out)[0])
     assert last < first / 2
@@ -100,14 +96,14 @@ def test_instruct(tmp_path, own_data):
 
 
 def test_lora(tmp_path):
-    out = run("lora.py", "--steps", 20, cwd=tmp_path)
+    out = run(EXAMPLES / "lora.py", "--steps", 20, cwd=tmp_path)
     assert "55,296 of 611,136 parameters are trained, 9.0%" in out
     assert out.count("equal logits: True") == 2
     GPTScratchForCausalLM.from_pretrained(tmp_path / "outputs" / "lora" / "merged")
 
 
 def test_custom_head(tmp_path):
-    out = run("custom_head.py", cwd=tmp_path)
+    out = run(EXAMPLES / "custom_head.py", cwd=tmp_path)
     assert "equal rewards: True" in out
     assert (tmp_path / "outputs" / "custom_head" / "model.safetensors").is_file()
 
@@ -118,12 +114,32 @@ def test_custom_block(tmp_path):
     assert "equal logits: True" in out
 
 
+TORCHRUN = "from torch.distributed.run import main; main()"
+# What torchrun sets, in two forks of one process.
+TWO_FORKS = """
+import os, runpy, sys
+from torch.distributed import TCPStore
+
+store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+del sys.argv[0]
+for rank in "01":
+    if os.fork() == 0:
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        runpy.run_path(sys.argv[0], run_name="__main__")
+sys.exit(os.wait()[1] or os.wait()[1])
+"""
+
+
 @pytest.mark.parametrize("how", ["tensor", "sharded", "data"])
 def test_parallel(tmp_path, how):
     if how != "data" and find_spec("transformers.distributed.parallel_utils") is None:
         pytest.skip("sharded loading is for transformers 5.22 on")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    out = run("parallel.py", "--how", how, cwd=tmp_path, launcher=torchrun)
+    program = [EXAMPLES / "parallel.py", "--how", how]
+    if how == "data":
+        out = run("-c", TORCHRUN, "--standalone", "--nproc-per-node", 2, *program, cwd=tmp_path)
+    else:
+        out = run("-c", TWO_FORKS, *program, cwd=tmp_path)
     assert "equal: True" in out
     share = "437,856" if how == "data" else r"2\d\d,\d{3}"
     assert len(re.findall(rf"process [01] holds {share} of 437,856 parameters", out)) == 2
@@ -141,7 +157,7 @@ def model(monkeypatch):
 
 
 def test_minimal_model(tmp_path):
-    assert "the book's: True" in run("minimal_model.py", cwd=tmp_path)
+    assert "the book's: True" in run(EXAMPLES / "minimal_model.py", cwd=tmp_path)
 
 
 def test_the_minimal_model_does_what_transformers_asks(model):

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from forks import run_python
 
 from hf_gpt_scratch import GPT_CONFIG_124M, GPTModel
 
@@ -20,8 +19,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "lessons.py"
 @pytest.fixture(scope="module")
 def lessons(tmp_path_factory):
     output = tmp_path_factory.mktemp("lessons")
-    command = [sys.executable, str(EXAMPLE), "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    done = run_python(EXAMPLE, "--output", output, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.lower(), done.stderr
     return output, json.loads((output / "figures.json").read_text())

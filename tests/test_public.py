@@ -4,12 +4,12 @@ import ast
 import graphlib
 import importlib
 import pickle
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from forks import run_python
 
 import hf_gpt_scratch
 from hf_gpt_scratch.moved import MOVED
@@ -30,9 +30,10 @@ def test_an_unknown_name_is_an_attribute_error():
         hf_gpt_scratch.converts  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_import_brings_models_only():
     script = "import sys, hf_gpt_scratch; print(*(m for m in sys.modules if m.startswith('hf_gpt_scratch.')))"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    loaded = run_python("-c", script).stdout.split()
     assert {name.split(".")[1] for name in loaded} == {"errors", "model", "moved", "version"}
 
 
@@ -61,6 +62,7 @@ def test_imports_go_one_way():
     graphlib.TopologicalSorter(arrows).prepare()  # or CycleError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "old",
     [
@@ -77,7 +79,7 @@ def test_imports_go_one_way():
 )
 def test_imports_of_0_1_0_work_and_say_where_things_are(old):
     still = "import hf_gpt_scratch; assert all(map(callable, (hf_gpt_scratch.model_card, hf_gpt_scratch.convert)))"
-    done = subprocess.run([sys.executable, "-c", f"{old}\n{still}"], capture_output=True, text=True)
+    done = run_python("-c", f"{old}\n{still}")
     assert done.returncode == 0, done.stderr
     assert "has moved" in done.stderr or "tokenizer" in old
 

@@ -3,10 +3,10 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import run_python
 from support import BEGIN, END, PAGE, TABLE, cell, collected, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def paths():
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
-    everything = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    out = subprocess.run(command, cwd=ROOT, env=everything, capture_output=True, text=True).stdout
-    return [line for line in out.splitlines() if "::" in line]
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-W", "ignore:Module already imported", "tests"]
+    everything = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = run_python("-c", "import sys, pytest; pytest.main(sys.argv[1:])", *options, cwd=ROOT, env=everything)
+    return [line for line in done.stdout.splitlines() if "::" in line]
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_python
 from pairs import random_pair
 from rich.cells import cell_len
 from safetensors.torch import load_file, save_file
@@ -28,9 +27,8 @@ def run(*arguments, status=0):
 
 
 def in_a_process(*arguments, **environment):
-    command = [sys.executable, "-c", STARTED, *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return run_python("-c", STARTED, *arguments, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +71,7 @@ def test_two_options_that_contradict_one_another_are_a_wrong_command_line(pair, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_libraries_are_imported_ends_the_command_without_a_traceback():
     script = """
 import sys
@@ -86,7 +85,7 @@ class Interrupted:
 sys.meta_path.insert(0, Interrupted)
 hf_gpt_scratch_command.main()
 """
-    done = subprocess.run([sys.executable, "-c", script, "inspect", "124M"], capture_output=True, text=True)
+    done = run_python("-c", script, "inspect", "124M")
     assert (done.returncode, done.stderr.splitlines()[-1]) == (130, "Interrupted")
     assert "Traceback" not in done.stderr
 

@@ -12,6 +12,7 @@ names the version and the remedy; other ids in silence are the one thing that mu
 
 import argparse
 import functools
+import gc
 import inspect
 import json
 import os
@@ -724,6 +725,7 @@ def main(arguments=None):
     try:
         expected = prepare(directory)
         sys.path.insert(0, str(ROOT))
+        gc.freeze()  # or every child looks for garbage in all of the libraries
         names = [None, *(name for name in CHANGES if options.only in name)]
         for name in names:
             for what in ("package", "saved"):

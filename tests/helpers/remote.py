@@ -1,8 +1,8 @@
-"""Runs code in a fresh interpreter that cannot import this package."""
+"""Runs code in a process of its own that cannot import this package."""
 
 import os
-import subprocess
-import sys
+
+from forks import run_python
 
 MISSING = """
 import sys
@@ -18,11 +18,6 @@ sys.meta_path.insert(0, Missing())
 
 def run_without_the_package(code, *arguments, cwd):
     """Runs `code` with `sys.argv[1:]` of `arguments`; its output is shown if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-c", MISSING + code, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(cwd / "modules")}
+    done = run_python("-c", MISSING + code, *arguments, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stderr

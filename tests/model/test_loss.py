@@ -271,6 +271,7 @@ def test_kept_logits_may_be_named_by_a_tensor_in_training():
     assert ours(ids, labels=ids, logits_to_keep=kept).logits.shape == (*ids.shape, VOCAB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_logits_of_weights_that_have_changed_are_refused_instead_of_computed_with_the_new_ones(compiled):
     _, model = random_pair(tie_word_embeddings=True)

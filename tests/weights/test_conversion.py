@@ -5,14 +5,12 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from files import leftovers, rewrite, sha256
+from forks import run_python
 from huggingface_hub import errors
 from pairs import LAYERS, gpt2_config, random_gpt2, random_ids, random_pair
 from safetensors.torch import load_file
@@ -64,10 +62,8 @@ def target(tmp_path):
     return tmp_path / "target"
 
 
-def script(name, *arguments, **options):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **options.pop("env", {})}
-    command = [sys.executable, CONVERT / f"{name}.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, **options)
+def script(name, *arguments):
+    return run_python(CONVERT / f"{name}.py", *arguments, env={**os.environ, "COLUMNS": "200"})
 
 
 # What a conversion gives
@@ -568,18 +564,21 @@ def test_the_command_ends_with_a_reason(source, target, arguments, told, monkeyp
     assert not target.exists()
 
 
-def limit_file_size():
-    import resource  # not on Windows
+LIMITED = """
+import resource, runpy, signal, sys
 
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="the system has no limits for a process")
 def test_script_on_a_disk_that_fills_up(source, target):
     """A limit on the file size stops the write half-way, as a full disk does."""
-    done = script("gpt2_to_scratch", source, target, preexec_fn=limit_file_size)
+    done = run_python("-c", LIMITED, CONVERT / "gpt2_to_scratch.py", source, target)
     assert done.returncode == 1
     assert "failed while writing the target" in done.stderr
     assert "File too large" in done.stderr or "os error 27" in done.stderr
@@ -588,9 +587,22 @@ def test_script_on_a_disk_that_fills_up(source, target):
     assert leftovers(target) == []
 
 
-def heed_interrupts():
-    # A shell starts its background jobs with SIGINT ignored, and tests may run in one.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+INTERRUPTED = """
+import os, runpy, sys, time
+
+_, number, directory, *sys.argv = sys.argv
+script = os.fork()
+if script == 0:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    os._exit(0)
+deadline = time.monotonic() + 60
+while not any(name.endswith(".incomplete") for name in os.listdir(directory)):
+    if os.waitpid(script, os.WNOHANG)[0] or time.monotonic() > deadline:
+        sys.exit("the script wrote nothing that could be interrupted")
+    time.sleep(0.002)
+os.kill(script, int(number))
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(script, 0)[1]))
+"""
 
 
 @pytest.mark.slow
@@ -599,25 +611,11 @@ def heed_interrupts():
 def test_script_interrupted_half_way(tmp_path, number):
     source, target = tmp_path / "source", tmp_path / "target"
     GPT2LMHeadModel(gpt2_config(n_layer=60, n_embd=128)).save_pretrained(source)
-    command = [sys.executable, CONVERT / "gpt2_to_scratch.py", source, target]
-    process = subprocess.Popen(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,
-    )
-    deadline = time.monotonic() + 60
-    while not any(path.name.endswith(".incomplete") for path in tmp_path.iterdir()):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Interrupted:" in errors
-    assert "is either complete or unchanged" in errors
-    assert "Traceback" not in errors
+    done = run_python("-c", INTERRUPTED, int(number), tmp_path, CONVERT / "gpt2_to_scratch.py", source, target)
+    assert done.returncode == 130, done.stderr
+    assert "Interrupted:" in done.stderr
+    assert "is either complete or unchanged" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not target.exists()
     assert leftovers(target) == []
 

@@ -6,13 +6,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import suppress
 
 import pytest
 import typer
 from files import leftovers
+from forks import run_python
 from kill import ENDINGS, KINDS, PROCESSES, convert_slowly, end_at_random, write_sources
 from pairs import random_gpt2, random_pair
 from typer.testing import CliRunner
@@ -442,7 +441,7 @@ for module in pkgutil.walk_packages(hf_gpt_scratch.__path__, "hf_gpt_scratch."):
 
 
 def test_no_module_needs_what_windows_does_not_have():
-    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True)
+    done = run_python("-c", IMPORT_ALL)
     assert done.returncode == 0, done.stderr
 
 

@@ -4,14 +4,13 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers.utils.hub
+from forks import run_python
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from pairs import gpt2_config, random_gpt2, random_ids, random_pair, randomize
@@ -155,9 +154,7 @@ def test_an_official_checkpoint_is_pushed_as_ours(hub, tmp_path):
 
 
 def run_example(*arguments, cwd):
-    command = [sys.executable, EXAMPLE, *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+    return run_python(EXAMPLE, *arguments, cwd=cwd, env={**os.environ, "COLUMNS": "200"})
 
 
 def test_the_example_shows_a_repository_and_pushes_nothing(tmp_path):

@@ -2,14 +2,13 @@
 
 import importlib
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from files import rewrite, sha256
+from forks import run_python
 from pairs import gpt2_config, random_gpt2, random_pair, randomize
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -247,8 +246,7 @@ def test_memory_is_bounded_by_two_of_the_largest_tensors(tmp_path):
     there = [("gpt2_to_scratch", kind, check) for kind in ("", " pickled") for check in (False, "weights")]
     back = [("scratch_to_gpt2", " ours", check) for check in (False, "weights")]
     cases = [*there, *back, ("gpt2_to_scratch", "", True)]
-    command = [sys.executable, "-c", PEAK, str(tmp_path), json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("-c", PEAK, tmp_path, json.dumps(cases))
     assert done.returncode == 0, done.stderr
     *streamed, verified = map(int, done.stdout.split())
     # 32 MB for what the allocator keeps of small tensors, and the buffers of the files that are hashed.
@@ -313,8 +311,7 @@ def test_memory_of_other_programs_formats_is_bounded_by_two_of_the_largest_tenso
     cases = [(format, "", False) for format in ("book", "nanogpt", "gguf", "llmc")]
     cases += [("", format, False) for format in ("book", "nanogpt", "gguf", "llmc", "tensorflow")]
     twins = [("book", "", True), ("", "tensorflow", True)]
-    command = [sys.executable, "-c", FORMATS_PEAK, str(tmp_path), json.dumps(cases + twins)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("-c", FORMATS_PEAK, tmp_path, json.dumps(cases + twins))
     assert done.returncode == 0, done.stderr
     *streamed, one, other = map(int, done.stdout.split())
     bound = 2 * max(sizes) + 32e6
