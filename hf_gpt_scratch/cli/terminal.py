@@ -14,9 +14,7 @@ from rich.progress import Progress as Bars
 from ..errors import ConversionError, ParityError
 from ..weights.checkpoint import Progress
 from ..weights.verify import verify
-
-# Exit statuses; 2 is typer's, for usage errors.
-FAILED, DIFFERENT, INTERRUPTED = 1, 3, 130
+from .status import DIFFERENT, FAILED, INTERRUPTED
 
 
 class TerminalProgress(Progress):
