@@ -50,6 +50,12 @@ Format = Annotated[str, typer.Option(callback=_written, help=f"Whose checkpoint 
 Heads = Annotated[
     int | None, typer.Option(help="Attention heads, for files that do not store them, such as the book's.")
 ]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        help="Directory, hub id or nanoGPT's meta.pkl; gpt2; none. Otherwise the source's, or GPT-2's by its size."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing target.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
 MODEL = "124M, 355M, 774M or 1558M; book for the book's GPT_CONFIG_124M; a directory, hub id or config.json."
@@ -63,6 +69,7 @@ def convert(
     weights_only: WeightsOnly = False,
     max_shard_size: ShardSize = MAX_SHARD_SIZE,
     n_heads: Heads = None,
+    tokenizer: Tokenizer = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Converts a GPT-2 checkpoint into the book's layers; the weights stay the same.
@@ -73,7 +80,8 @@ def convert(
     from ..weights import convert as conversion
     from .terminal import convert_and_report
 
-    options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
+    options: dict[str, Any] = dict(n_heads=n_heads, tokenizer=tokenizer, revision=revision)
+    options |= dict(check=check, overwrite=overwrite)
     convert_and_report(conversion.convert, source, target, max_shard_size=max_shard_size, **options)
 
 
@@ -86,6 +94,7 @@ def export(
     weights_only: WeightsOnly = False,
     max_shard_size: ShardSize = MAX_SHARD_SIZE,
     n_heads: Heads = None,
+    tokenizer: Tokenizer = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Converts a GPTScratch checkpoint, or another program's, to an official GPT-2 checkpoint or another format."""
@@ -93,7 +102,8 @@ def export(
     from ..weights import convert as conversion
     from .terminal import convert_and_report
 
-    options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
+    options: dict[str, Any] = dict(n_heads=n_heads, tokenizer=tokenizer, revision=revision)
+    options |= dict(check=check, overwrite=overwrite)
     options |= dict(format=format, max_shard_size=max_shard_size)
     convert_and_report(conversion.export, source, target, **options)
 

@@ -16,6 +16,11 @@ from ..weights.checkpoint import Progress
 from ..weights.verify import verify
 from .status import DIFFERENT, FAILED, INTERRUPTED
 
+NO_TOKENIZER = (
+    "none, so the model takes and gives token ids alone: pipeline() and servers, which take text, "
+    "do not work with it. Convert again with --tokenizer and the one that the model was trained with"
+)
+
 
 class TerminalProgress(Progress):
     """One line per step, with a bar if the number of bytes is known."""
@@ -82,7 +87,7 @@ def convert_and_report(
         )
     for note in receipt.get("notes", []):
         console.print(f"Note: {escape(note)}", soft_wrap=True)
-    console.print("Tokenizer: " + (receipt["tokenizer"] or "none in the source, so none in the target"))
+    console.print("Tokenizer: " + (receipt["tokenizer"] or NO_TOKENIZER), soft_wrap=True)
     return receipt
 
 

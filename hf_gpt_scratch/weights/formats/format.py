@@ -131,6 +131,7 @@ class Source:
     Args:
         notes: what its reader should know, in sentences.
         files: those that are read.
+        tokenizer: makes the one that is inside the file, if there is one.
     """
 
     format: "Format"
@@ -139,6 +140,7 @@ class Source:
     told: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
 
     def __post_init__(self):
         inside = self.path.iterdir() if self.path.is_dir() else [self.path]
