@@ -18,6 +18,7 @@ from ..errors import LONGEST_MESSAGE, ConversionError, shortened
 from ..version import __version__
 from .compare_command import compare
 from .doctor import doctor
+from .generate_command import chat, generate
 from .status import FAILED, INTERRUPTED
 from .verify_receipt_command import verify_receipt_command
 
@@ -149,7 +150,7 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL)], as_json: AsJson =
 
 
 # The subcommands; a new one is imported above, in a module that imports no large library, and added here.
-COMMANDS = (convert, export, verify, compare, explain, inspect, doctor)
+COMMANDS = (convert, export, verify, compare, generate, chat, explain, inspect, doctor)
 
 
 class Commands(TyperGroup):
@@ -164,7 +165,7 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Commands, no_args_is_help=True, help="GPT-2 in the layers of the book: converted, verified, explained."
+    cls=Commands, no_args_is_help=True, help="GPT-2 in the layers of the book: converted, verified, explained, run."
 )
 
 

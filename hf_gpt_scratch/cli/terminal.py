@@ -17,7 +17,7 @@ from ..weights.verify import verify
 from .status import DIFFERENT, FAILED, INTERRUPTED
 
 NO_TOKENIZER = (
-    "none, so the model takes and gives token ids alone: pipeline() and servers, which take text, "
+    "none, so the model takes and gives token ids alone: pipeline(), `generate`, `chat` and servers, which take text, "
     "do not work with it. Convert again with --tokenizer and the one that the model was trained with"
 )
 
