@@ -1,6 +1,6 @@
 """A language model with its tokenizer, from a checkpoint of any format, into memory."""
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConversionError
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM
@@ -12,7 +12,7 @@ from .tokenizer_files import REMEDY, choose_tokenizer
 
 def load_with_tokenizer(
     name: str, *, n_heads: int | None = None, tokenizer: str | None = None
-) -> tuple[GPTScratchForCausalLM, PreTrainedTokenizerBase, list[str]]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """The model, in evaluation mode and the file's dtype, its tokenizer, and what the user should know, in sentences.
 
     Args:
@@ -26,7 +26,7 @@ def load_with_tokenizer(
     path = find_checkpoint(name, None)
     source = open_source(path)
     contents = source.format.read(source, n_heads)
-    if contents.kind is not GPTScratchForCausalLM:
+    if not contents.kind.can_generate():
         raise ConversionError(
             f"{name} holds a {contents.kind.__name__}, which writes no text; take a {GPTScratchForCausalLM.__name__}"
         )
@@ -36,7 +36,7 @@ def load_with_tokenizer(
         raise ConversionError(f"{name} has no tokenizer, without which it takes no text{told}; {REMEDY}")
     with quiet_transformers():
         if source.format.loads:
-            model = GPTScratchForCausalLM.from_pretrained(path)
+            model: PreTrainedModel = contents.kind.from_pretrained(path)
         else:
             contents.check_plain()
             state_dict = {name: tensor.read().clone() for name, tensor in contents.tensors.items()}

@@ -100,15 +100,11 @@ def choose_tokenizer(asked: str | os.PathLike | None, source: Source, vocab_size
     left = [] if path.is_dir() else _left_beside(path)
     if asked is not None:
         chosen = _asked(asked)
-        largest = max(chosen.tokenizer.get_vocab().values(), default=0) if chosen.tokenizer else 0
-        if largest >= vocab_size:
-            raise ConversionError(
-                f"the tokenizer {asked} gives ids up to {largest}, but the model's vocab_size is {vocab_size}; give "
-                "the one that the model was trained with"
-            )
-        inside = ["left behind, since --tokenizer says so: the tokenizer inside the file"] if source.tokenizer else []
+        if chosen.tokenizer is not None and (beyond := _beyond(chosen.tokenizer, vocab_size)):
+            raise ConversionError(f"the tokenizer {asked} {beyond}; {REMEDY}")
+        within = ["left behind, since --tokenizer says so: the tokenizer inside the file"] if source.tokenizer else []
         beside = left_behind(path, "--tokenizer says so") if path.is_dir() and path != chosen.directory else []
-        return replace(chosen, notes=[*inside, *beside])
+        return replace(chosen, notes=[*within, *beside])
     if path.is_dir():
         if (found := tokenizer_beside(path)) is not None:
             named = _files(path, (*VOCABULARIES, *SETTINGS))
@@ -118,9 +114,12 @@ def choose_tokenizer(asked: str | os.PathLike | None, source: Source, vocab_size
             return Chosen(notes=left)
     elif source.tokenizer:
         try:
-            return Chosen(source.tokenizer(), notes=left)
+            inside = source.tokenizer()
+            if beyond := _beyond(inside, vocab_size):
+                raise ConversionError(f"the tokenizer inside {path.name}, which {beyond}")
+            return Chosen(inside, notes=left)
         except ConversionError as error:
-            return Chosen(notes=[f"left behind: {error}. {REMEDY}", *left])
+            return Chosen(notes=[f"left behind: {error}; {REMEDY}", *left])
     elif (path.parent / META).is_file():
         try:
             characters = character_tokenizer(path.parent / META)
@@ -144,6 +143,12 @@ def choose_tokenizer(asked: str | os.PathLike | None, source: Source, vocab_size
     except OSError as error:
         told = f"GPT-2's tokenizer, which suits the vocabulary's size, is not there: {error}; then try again"
         return Chosen(notes=[told, *left])
+
+
+def _beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str | None:
+    """That it has ids which the model does not have, if it has."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    return f"gives ids up to {largest}, while the model's vocab_size is {vocab_size}" if largest >= vocab_size else None
 
 
 def _asked(name: str | os.PathLike) -> Chosen:

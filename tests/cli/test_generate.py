@@ -9,7 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, set_seed
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    set_seed,
+)
 from typer.testing import CliRunner
 
 from hf_gpt_scratch import GPTScratchForCausalLM, convert, export
@@ -143,6 +150,9 @@ def heads(format, model):
 def test_a_model_that_writes_no_text_is_refused(tmp_path):
     GPT2ForSequenceClassification(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)).save_pretrained(tmp_path)
     assert "which writes no text" in run("generate", tmp_path, PROMPT, status=1).stderr
+    config = GPT2Config(vocab_size=1000, n_positions=64, n_embd=4, n_layer=1, n_head=1)
+    GPT2DoubleHeadsModel(config).save_pretrained(tmp_path / "two")
+    assert run("generate", tmp_path / "two", PROMPT, "--tokenizer", TRAINED).stdout.startswith(PROMPT)
     assert "there is no directory" in run("generate", tmp_path / "nowhere", PROMPT, status=1).stderr
 
 

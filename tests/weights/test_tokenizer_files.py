@@ -228,7 +228,8 @@ def test_a_tokenizer_inside_a_gguf_file_is_the_same_beside_the_model(tmp_path, s
     [
         ("pre", "qwen2", "which is 'gpt2', 'qwen2', False"),
         ("merges", ["he"], "which is damaged"),
-        ("tokens", None, "dam"),
+        ("tokens", None, "which is damaged"),
+        ("tokens", "many", "which gives ids up to 4999"),
     ],
 )
 def test_a_tokenizer_inside_a_gguf_file_that_is_not_gpt2s_is_left_behind_and_named(
@@ -237,9 +238,14 @@ def test_a_tokenizer_inside_a_gguf_file_that_is_not_gpt2s_is_left_behind_and_nam
     gpt2s_own(source)
     export_checkpoint(source, tmp_path / "gguf", "gguf")
     read = gguf._told
+    if value == "many":
+        words = json.loads((source / "vocab.json").read_text())
+        value = [*words, *map(str, range(10, 5010))][:5000]
 
     def changed(path, metadata):
         metadata = {**metadata, f"tokenizer.ggml.{key}": value}
+        if len(value or ()) == 5000:
+            metadata.pop("tokenizer.ggml.token_type")
         return read(path, metadata)
 
     monkeypatch.setattr(gguf, "_told", changed)
@@ -379,7 +385,7 @@ def test_another_tokenizer_can_be_asked_for_or_none(tmp_path, source):
 def test_one_that_is_asked_for_in_vain_is_refused_before_the_work(tmp_path, source):
     (tmp_path / "empty").mkdir()
     for asked, told in (
-        ("gpt2", r"gives ids up to 50256, but the model's vocab_size is \d+"),
+        ("gpt2", r"the tokenizer gpt2 gives ids up to 50256, while the model's vocab_size is \d+"),
         (tmp_path / "nowhere", "there is no directory"),
         (tmp_path / "empty", "has no tokenizer"),
     ):
