@@ -221,6 +221,8 @@ def test_a_tokenizer_inside_a_gguf_file_is_the_same_beside_the_model(tmp_path, s
     assert (after.eos_token, after.pad_token) == (before.eos_token, before.pad_token)
     for text in (*TEXTS, "a<pad>b", "<sep>he"):
         assert after(text).input_ids == before(text).input_ids
+    if "<sep>" in before.all_special_tokens:
+        assert after.decode(after("<sep>he").input_ids, skip_special_tokens=True) == "he"
 
 
 @pytest.mark.parametrize(
