@@ -104,6 +104,7 @@ class Speaker:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        self.model: Any
         self.tokenizer: Any
         self.model, self.tokenizer, notes = load_with_tokenizer(name, n_heads=n_heads, tokenizer=tokenizer)
         for note in notes:
