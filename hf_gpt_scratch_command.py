@@ -1,4 +1,4 @@
-"""Starts `hf-gpt-scratch`. Lies beside the package, whose import needs torch and transformers: the doctor does not."""
+"""Starts `hf-gpt-scratch`, and the doctor's checks without the package."""
 
 import importlib
 import importlib.util
@@ -7,7 +7,10 @@ from types import ModuleType
 
 
 def doctor_module() -> ModuleType:
-    """`hf_gpt_scratch.cli.doctor`, without running the package's `__init__`; a later import of the package does."""
+    """`hf_gpt_scratch.cli.doctor`, without running the package's `__init__`; a later import of the package does.
+
+    That would have the import of transformers import our models, too, whose failure is another check's.
+    """
     if "hf_gpt_scratch" in sys.modules:
         return importlib.import_module("hf_gpt_scratch.cli.doctor")
     spec = importlib.util.find_spec("hf_gpt_scratch")
@@ -23,7 +26,7 @@ def doctor_module() -> ModuleType:
 
 
 def main() -> None:
-    """Runs the command; Ctrl-C ends it with status 130 and without a traceback, also while libraries are imported."""
+    """Runs the command; Ctrl-C ends it with status 130 and without a traceback, also during imports."""
     try:
         _main()
     except KeyboardInterrupt:
@@ -32,17 +35,15 @@ def main() -> None:
 
 
 def _main() -> None:
-    if sys.argv[1:] == ["--version"]:
-        print(f"hf-gpt-scratch {doctor_module().__version__}")
-        return
-    if sys.argv[1:2] == ["doctor"]:
-        sys.argv[:2] = ["hf-gpt-scratch doctor"]
-        return doctor_module().main()
     try:
         from hf_gpt_scratch.cli.app import app
+
+        app()
     except ImportError as error:
-        sys.exit(f"hf-gpt-scratch cannot start: {error}\n`hf-gpt-scratch doctor` says what is missing or does not fit.")
-    app()
+        sys.exit(
+            f"hf-gpt-scratch cannot import what it needs: {error}\n"
+            "`hf-gpt-scratch doctor` says what is missing or does not fit."
+        )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,13 @@ from harness import Output, Quick, Report, Rounds
 
 GPT2 = "GPT2Config, GPT2DoubleHeadsModel, GPT2ForQuestionAnswering, GPT2ForSequenceClassification, \
 GPT2ForTokenClassification, GPT2LMHeadModel, GPT2Model, GPT2Tokenizer"
+OURS = "GPTScratchConfig, GPTScratchDoubleHeadsModel, GPTScratchForCausalLM, GPTScratchForQuestionAnswering, \
+GPTScratchForSequenceClassification, GPTScratchForTokenClassification, GPTScratchModel"
 ROWS = {
     "transformers GPT-2": f"from transformers import {GPT2}",
-    "ours": "import hf_gpt_scratch",
+    "ours": f"from hf_gpt_scratch import {OURS}",
+    "ours, the package alone": "import hf_gpt_scratch",
+    "hf-gpt-scratch --help": "import sys; sys.argv[1:] = ['--help']; from hf_gpt_scratch_command import main; main()",
     "torch": "import torch",
     "Python": "",
 }
@@ -29,7 +33,10 @@ def main(
     """Seconds of a whole `python -c "import ..."`."""
     names = ["Python"] if quick else list(ROWS)
     report = Report("import_time", "Import", {"rounds": rounds}, unit="s")
-    calls = {name: partial(subprocess.run, [sys.executable, "-c", ROWS[name]], check=True) for name in names}
+    calls = {
+        name: partial(subprocess.run, [sys.executable, "-c", ROWS[name]], check=True, stdout=subprocess.DEVNULL)
+        for name in names
+    }
     measured = harness.interleaved(calls, rounds)
     for name, row in measured.items():
         report.add("a process", name, row.times, name == names[0], **{"first call, s": row.first})

@@ -49,6 +49,14 @@ def prompt(entry: dict[str, str]) -> str:
     )
 
 
+# The same for a chat: each message of the user's is an instruction.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content }}{{ eos_token }}"
+    "{% elif message.role == 'user' %}" + prompt({"instruction": "{{ message.content }}"}) + "{% else %}"
+    "{{ raise_exception('this model knows the roles user and assistant') }}{% endif %}{% endfor %}"
+)
+
+
 def tokenize(entry: dict[str, str], tokenizer) -> dict[str, list[int]]:
     """Prompt, response and end of text; the prompt has no labels."""
     asked = tokenizer(prompt(entry)).input_ids
@@ -77,6 +85,7 @@ def main(
     entries = json.loads(json_file.read_text(encoding="utf-8")) if json_file else made_up()
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = CHAT_TEMPLATE
     gpt = GPTScratchForCausalLM.from_pretrained(model)
 
     entries = [e for e in entries if len(tokenize(e, tokenizer)["input_ids"]) <= gpt.config.context_length]

@@ -1,49 +1,44 @@
 """GPT-2 with the layers of *Build a Large Language Model (From Scratch)*, as a first-class Transformers model.
 
-This is the whole public interface: the classes, and `convert`, `export`, `verify`, `compare`, `explain`, `inspect`,
-`gpt2_tokenizer` and `model_card`, which are imported on first use.
+Everything that the README and the documentation use is here. Classes and functions are imported on first use, torch and
+transformers with them; transformers' Auto classes know the models as soon as both packages are imported.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import transformers
-from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer
-
 from .errors import ConversionError, GPTScratchError, LabError, ParityError, UnknownArchitecture, UnknownName
-from .model.configuration_gpt_scratch import GPTScratchConfig
-from .model.int8 import Int8Config
-from .model.layers import (
-    GELU,
-    GPT_CONFIG_124M,
-    FeedForward,
-    GPTModel,
-    LayerNorm,
-    MultiHeadAttention,
-    TransformerBlock,
-    generate_text_simple,
-    text_to_token_ids,
-    token_ids_to_text,
-)
-from .model.modeling_gpt_scratch import (
-    AUTO_CLASSES,
-    CachedAttention,
-    GPTScratchBlock,
-    GPTScratchDoubleHeadsModel,
-    GPTScratchForCausalLM,
-    GPTScratchForQuestionAnswering,
-    GPTScratchForSequenceClassification,
-    GPTScratchForTokenClassification,
-    GPTScratchModel,
-    GPTScratchPreTrainedModel,
-)
 from .moved import keep_old_names
+from .registration import register_once_imported
 from .version import __version__
 
 if TYPE_CHECKING:
     from .lab.explain import explain
     from .lab.inspect import inspect
     from .lab.session import compare
+    from .model.configuration_gpt_scratch import GPTScratchConfig
+    from .model.int8 import Int8Config
+    from .model.layers import (
+        GELU,
+        GPT_CONFIG_124M,
+        FeedForward,
+        GPTModel,
+        LayerNorm,
+        MultiHeadAttention,
+        TransformerBlock,
+        generate_text_simple,
+        text_to_token_ids,
+        token_ids_to_text,
+    )
+    from .model.modeling_gpt_scratch import (
+        GPTScratchDoubleHeadsModel,
+        GPTScratchForCausalLM,
+        GPTScratchForQuestionAnswering,
+        GPTScratchForSequenceClassification,
+        GPTScratchForTokenClassification,
+        GPTScratchModel,
+        GPTScratchPreTrainedModel,
+    )
     from .tokenizer import gpt2_tokenizer
     from .weights.convert import convert, export
     from .weights.model_card import model_card
@@ -88,24 +83,30 @@ __all__ = [
     "verify",
 ]
 
-# Imported on first use: their modules import more than a model needs.
-_ON_DEMAND = {
-    "compare": (".lab.session", "compare"),
-    "convert": (".weights.convert", "convert"),
-    "explain": (".lab.explain", "explain"),
-    "export": (".weights.convert", "export"),
-    "gpt2_tokenizer": (".tokenizer", "gpt2_tokenizer"),
-    "inspect": (".lab.inspect", "inspect"),
-    "model_card": (".weights.model_card", "model_card"),
-    "verify": (".weights.verify", "verify"),
+# The modules that the others are imported from.
+_MODULES = {
+    ".lab.explain": "explain",
+    ".lab.inspect": "inspect",
+    ".lab.session": "compare",
+    ".model.configuration_gpt_scratch": "GPTScratchConfig",
+    ".model.int8": "Int8Config",
+    ".model.layers": "GELU GPT_CONFIG_124M FeedForward GPTModel LayerNorm MultiHeadAttention TransformerBlock "
+    "generate_text_simple text_to_token_ids token_ids_to_text",
+    ".model.modeling_gpt_scratch": "CachedAttention GPTScratchBlock GPTScratchDoubleHeadsModel GPTScratchForCausalLM "
+    "GPTScratchForQuestionAnswering GPTScratchForSequenceClassification GPTScratchForTokenClassification "
+    "GPTScratchModel GPTScratchPreTrainedModel",
+    ".tokenizer": "gpt2_tokenizer",
+    ".weights.convert": "convert export",
+    ".weights.model_card": "model_card",
+    ".weights.verify": "verify",
 }
+_ON_DEMAND = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _ON_DEMAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _ON_DEMAND[name]
-    value = globals()[name] = getattr(import_module(module, __name__), attribute)
+    value = globals()[name] = getattr(import_module(_ON_DEMAND[name], __name__), name)
     return value
 
 
@@ -114,9 +115,4 @@ def __dir__() -> list[str]:
 
 
 keep_old_names()
-AutoConfig.register(GPTScratchConfig.model_type, GPTScratchConfig, exist_ok=True)
-AutoTokenizer.register(GPTScratchConfig, fast_tokenizer_class=GPT2Tokenizer, exist_ok=True)
-GPTScratchConfig.register_for_auto_class()
-for _name, _model_class in AUTO_CLASSES.items():
-    getattr(transformers, _name).register(GPTScratchConfig, _model_class, exist_ok=True)
-    _model_class.register_for_auto_class(_name)  # so save_pretrained copies the code
+register_once_imported()

@@ -12,8 +12,10 @@ import torch
 from forks import run_python
 from pairs import random_ids, randomize
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM, GPTScratchForSequenceClassification
+from hf_gpt_scratch.cli.app import app
 
 pytestmark = pytest.mark.slow
 
@@ -85,14 +87,22 @@ def test_classify(tmp_path, arguments):
 
 
 @pytest.mark.parametrize("own_data", [False, True])
-def test_instruct(tmp_path, own_data):
+def test_instruct(tmp_path, own_data, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
     entries = [{"instruction": f"Count to {n}.", "input": "", "output": "1 2"} for n in range(20)]
     (tmp_path / "data.json").write_text(json.dumps(entries))
     out = run(EXAMPLES / "instruct.py", "--epochs", 3, *(["--json", "data.json"] if own_data else []), cwd=tmp_path)
     assert out.count("before:") == out.count("after:") == (3 if own_data else 5)
     first, last = map(float, re.findall(r"test loss (.*) -> (.*),", out)[0])
     assert last < first / 2
-    assert (tmp_path / "outputs" / "instruct" / "tokenizer.json").is_file()
+    saved = tmp_path / "outputs" / "instruct"
+    tokenizer, example = AutoTokenizer.from_pretrained(saved), importlib.import_module("instruct")
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "Count to 3."}], tokenize=False)
+    assert asked == example.prompt({"instruction": "Count to 3.", "input": ""})
+    told = CliRunner().invoke(app, ["chat", str(saved), "--greedy"], input="Count to 3.\n")
+    model = GPTScratchForCausalLM.from_pretrained(saved)
+    assert told.exit_code == 0, told.output
+    assert told.stdout.strip() == example.respond(model, tokenizer, {"instruction": "Count to 3."})
 
 
 def test_lora(tmp_path):

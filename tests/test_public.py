@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib
 import pickle
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from hf_gpt_scratch.moved import MOVED
 
 SAMPLE = ("int8", "parity")
 PACKAGE = Path(hf_gpt_scratch.__file__).parent
+SAVED = Path(__file__).parent / "fixtures" / "saved-by-0.1.0"
 
 
 @pytest.mark.parametrize("name", hf_gpt_scratch.__all__)
@@ -30,11 +32,60 @@ def test_an_unknown_name_is_an_attribute_error():
         hf_gpt_scratch.converts  # noqa: B018
 
 
+def printed_by(script, **options):
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, **options).stdout
+
+
+def test_the_import_brings_no_library():
+    loaded = printed_by("import sys, hf_gpt_scratch; print(*sys.modules)").split()
+    ours = {name.split(".")[1] for name in loaded if name.startswith("hf_gpt_scratch.")}
+    assert ours == {"errors", "moved", "registration", "version"}
+    assert not {"torch", "transformers", "numpy", "huggingface_hub"} & set(loaded)
+
+
 @pytest.mark.slow
-def test_the_import_brings_models_only():
-    script = "import sys, hf_gpt_scratch; print(*(m for m in sys.modules if m.startswith('hf_gpt_scratch.')))"
-    loaded = run_python("-c", script).stdout.split()
-    assert {name.split(".")[1] for name in loaded} == {"errors", "model", "moved", "version"}
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import hf_gpt_scratch, transformers",
+        "import transformers, hf_gpt_scratch",
+        "from transformers import AutoModelForCausalLM; import hf_gpt_scratch",
+        "import hf_gpt_scratch, transformers.models.gpt2",
+        "import hf_gpt_scratch, importlib.util; importlib.util.find_spec('transformers')",
+        "import hf_gpt_scratch.weights.hub",  # of ours the first that imports transformers
+        "import hf_gpt_scratch.model.layers",
+        "from hf_gpt_scratch import gpt2_tokenizer",
+    ],
+)
+def test_auto_classes_know_the_models_whichever_is_imported_first(imports):
+    load = f"print(type(AutoModelForCausalLM.from_pretrained({str(SAVED)!r})).__module__)"
+    told = printed_by(f"{imports}\nfrom transformers import AutoModelForCausalLM\n{load}")
+    assert told == "hf_gpt_scratch.model.modeling_gpt_scratch\n"
+
+
+def test_the_import_of_transformers_stays_as_it_is_but_for_the_registration():
+    script = """
+import importlib.resources, sys, hf_gpt_scratch
+hooks = [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_gpt_scratch.registration")]
+import transformers
+assert hooks and not set(hooks) & set(sys.meta_path)
+print(type(transformers.__spec__.loader).__name__, (importlib.resources.files(transformers) / "py.typed").is_file())
+print("_LazyModule" in transformers.__spec__.loader.get_source("transformers"))
+"""
+    assert printed_by(script) == "SourceFileLoader True\nTrue\n"
+
+
+def test_models_that_do_not_import_are_told_at_every_import_of_transformers():
+    script = """
+import sys, hf_gpt_scratch
+sys.modules["hf_gpt_scratch.model.layers"] = None
+for _ in range(2):
+    try:
+        import transformers
+    except ImportError as error:
+        print(error.name)
+"""
+    assert printed_by(script) == "hf_gpt_scratch.model.layers\n" * 2
 
 
 def test_errors_are_of_one_family():

@@ -1,6 +1,7 @@
 """The command `hf-gpt-scratch`.
 
-Exit status: 0 success, 1 failure, 2 usage error, 3 the models differ, 130 interrupted.
+Exit status: 0 success, 1 failure, 2 usage error, 3 the models differ, 130 interrupted. Each command imports what it
+needs when it runs, so that help and wrong arguments are answered at once.
 """
 
 import io
@@ -9,28 +10,29 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from ..errors import LONGEST_MESSAGE, ConversionError, shortened
-from ..lab.explain import explain as explain_name
-from ..lab.inspect import inspect as inspect_model
 from ..version import __version__
-from ..weights import convert as conversion
-from ..weights.formats import FORMATS
-from ..weights.formats.directory import NATIVE
-from ..weights.formats.format import MAX_SHARD_SIZE
 from .compare_command import compare
 from .doctor import doctor
-from .inspection_report import explanation, report
-from .terminal import convert_and_report, verify_and_report
+from .generate_command import chat, generate
+from .status import FAILED, INTERRUPTED
 from .verify_receipt_command import verify_receipt_command
+
+# What the help and the check of the arguments need to know of the formats, without importing them.
+WRITTEN = ("gpt2", "book", "nanogpt", "gguf")
+MAX_SHARD_SIZE = "50GB"
 
 
 def written() -> list[str]:
-    """The formats of `export`; `convert` writes the native one."""
-    return [format.name for format in FORMATS.values() if format.file is not None and format is not NATIVE]
+    """The formats of `export`, and those that somebody has added; `convert` writes the native one."""
+    formats = sys.modules.get("hf_gpt_scratch.weights.formats")
+    known = formats.FORMATS.values() if formats else ()
+    added = [format.name for format in known if format.file is not None and format.name != "native"]
+    return list(dict.fromkeys([*WRITTEN, *added]))
 
 
 def _written(name: str) -> str:
@@ -55,6 +57,12 @@ Activation = Annotated[
 LoraScale = Annotated[
     float | None, typer.Option(help="For the adapters of the book's appendix E: alpha / rank, or alpha alone.")
 ]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        help="Directory, hub id or nanoGPT's meta.pkl; gpt2; none. Otherwise the source's, or GPT-2's by its size."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing target.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
 MODEL = "124M, 355M, 774M or 1558M; book for the book's GPT_CONFIG_124M; a directory, hub id or config.json."
@@ -70,6 +78,7 @@ def convert(
     n_heads: Heads = None,
     activation: Activation = None,
     lora_scale: LoraScale = None,
+    tokenizer: Tokenizer = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Converts a GPT-2 checkpoint into the book's layers; the weights stay the same.
@@ -78,8 +87,11 @@ def convert(
     GGUF.
     """
     check = _check(verify, weights_only)
-    options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
-    options |= dict(activation_function=activation, lora_scale=lora_scale)
+    from ..weights import convert as conversion
+    from .terminal import convert_and_report
+
+    options: dict[str, Any] = dict(n_heads=n_heads, activation_function=activation, lora_scale=lora_scale)
+    options |= dict(tokenizer=tokenizer, revision=revision, check=check, overwrite=overwrite)
     convert_and_report(conversion.convert, source, target, max_shard_size=max_shard_size, **options)
 
 
@@ -94,12 +106,16 @@ def export(
     n_heads: Heads = None,
     activation: Activation = None,
     lora_scale: LoraScale = None,
+    tokenizer: Tokenizer = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Converts a GPTScratch checkpoint, or another program's, to an official GPT-2 checkpoint or another format."""
     check = _check(verify, weights_only)
-    options: dict[str, Any] = dict(n_heads=n_heads, revision=revision, check=check, overwrite=overwrite)
-    options |= dict(activation_function=activation, lora_scale=lora_scale)
+    from ..weights import convert as conversion
+    from .terminal import convert_and_report
+
+    options: dict[str, Any] = dict(n_heads=n_heads, activation_function=activation, lora_scale=lora_scale)
+    options |= dict(tokenizer=tokenizer, revision=revision, check=check, overwrite=overwrite)
     options |= dict(format=format, max_shard_size=max_shard_size)
     convert_and_report(conversion.export, source, target, **options)
 
@@ -110,6 +126,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compares an official checkpoint with a GPTScratch one in float32: weights, logits, greedily generated ids."""
+    from .terminal import verify_and_report
+
     verify_and_report(reference, candidate, as_json)
 
 
@@ -119,6 +137,9 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Shows where a parameter comes from and goes to, its role, and its equation."""
+    from ..lab.explain import explain as explain_name
+    from .inspection_report import explanation
+
     found = _or_fail(explain_name, name, model)
     if as_json:
         typer.echo(json.dumps([one.to_dict() for one in found], indent=2, ensure_ascii=False))
@@ -128,6 +149,9 @@ def explain(
 
 def inspect(model: Annotated[str, typer.Argument(help=MODEL)], as_json: AsJson = False) -> None:
     """Shows a model's modules, shapes, parameters and memory step by step, and explains its operations."""
+    from ..lab.inspect import inspect as inspect_model
+    from .inspection_report import report
+
     found = _or_fail(inspect_model, model)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
@@ -136,10 +160,24 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL)], as_json: AsJson =
         console.print(report(found, console.width))
 
 
-# The subcommands; a new one is imported above and added here.
-COMMANDS = (convert, export, verify, compare, explain, inspect, doctor)
+# The subcommands; a new one is imported above, in a module that imports no large library, and added here.
+COMMANDS = (convert, export, verify, compare, generate, chat, explain, inspect, doctor)
 
-app = typer.Typer(no_args_is_help=True, help="GPT-2 in the layers of the book: converted, verified, explained.")
+
+class Commands(TyperGroup):
+    """Ctrl-C ends every command with status 130, also while it imports libraries."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted", err=True)
+            sys.exit(INTERRUPTED)
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="GPT-2 in the layers of the book: converted, verified, explained, run."
+)
 
 
 def _version(asked: bool) -> None:
@@ -170,13 +208,15 @@ def _check(verify: bool, weights_only: bool) -> bool | str:
 
 
 def _or_fail(function, *arguments) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         return function(*arguments)
     except (ValueError, StrictDataclassError, ConversionError) as error:
         Console(stderr=True).print(
             f"[bold red]Failed:[/] {escape(shortened(str(error), LONGEST_MESSAGE))}", soft_wrap=True
         )
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 if __name__ == "__main__":

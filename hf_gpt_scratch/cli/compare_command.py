@@ -6,15 +6,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import transformers
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from ..errors import ConversionError, LabError
-from ..lab import session
-from .report import check_drawing, html_report, print_report
-from .terminal import DIFFERENT, FAILED
+from .status import DIFFERENT, FAILED
 
 
 def compare(
@@ -37,6 +34,11 @@ def compare(
 
     Exit status: 0 the same model, 3 different, 1 not compared, 2 usage error.
     """
+    import transformers
+
+    from ..lab import session
+    from .report import html_report, print_report
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     console, errors = Console(stderr=str(json_) == "-"), Console(stderr=True)
@@ -79,6 +81,8 @@ def check_outputs(html: Path | None, json_: Path | None) -> None:
         LabError: one of them cannot be.
     """
     if html is not None:
+        from .report import check_drawing
+
         check_drawing()
         check_writable("--html", html)
     if json_ is not None and str(json_) != "-":

@@ -241,6 +241,8 @@ def check_package(patient: Patient) -> str:
     package = importlib.import_module("hf_gpt_scratch")
     from transformers import AutoConfig
 
+    package.GPTScratchForCausalLM  # noqa: B018 imports the models
+
     AutoConfig.for_model("gpt_scratch")
     try:
         recorded = importlib.metadata.version("hf-gpt-scratch")

@@ -14,9 +14,12 @@ from rich.progress import Progress as Bars
 from ..errors import ConversionError, ParityError
 from ..weights.checkpoint import Progress
 from ..weights.verify import verify
+from .status import DIFFERENT, FAILED, INTERRUPTED
 
-# Exit statuses; 2 is typer's, for usage errors.
-FAILED, DIFFERENT, INTERRUPTED = 1, 3, 130
+NO_TOKENIZER = (
+    "none, so the model takes and gives token ids alone: pipeline(), `generate`, `chat` and servers, which take text, "
+    "do not work with it. Convert again with --tokenizer and the one that the model was trained with"
+)
 
 
 class TerminalProgress(Progress):
@@ -84,7 +87,7 @@ def convert_and_report(
         )
     for note in receipt.get("notes", []):
         console.print(f"Note: {escape(note)}", soft_wrap=True)
-    console.print("Tokenizer: " + (receipt["tokenizer"] or "none in the source, so none in the target"))
+    console.print("Tokenizer: " + (receipt["tokenizer"] or NO_TOKENIZER), soft_wrap=True)
     return receipt
 
 

@@ -8,14 +8,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import ConversionError, shortened
-from ..weights.publish import verify_receipt
-from .terminal import FAILED
+from .status import FAILED
 
 
 def verify_receipt_command(
     directory: Annotated[Path, typer.Argument(help="Directory written by a conversion.")],
 ) -> None:
     """Checks every file of a converted directory against the sha256 in its receipt."""
+    from ..weights.publish import verify_receipt
+
     try:
         receipt = verify_receipt(directory)
     except ConversionError as error:

@@ -30,7 +30,7 @@ from .publish import (
     verify_receipt,
 )
 from .tensors import LazyTensor, all_zero, with_qkv_biases
-from .tokenizer_files import carry_tokenizer, left_behind, tokenizer_beside
+from .tokenizer_files import Chosen, choose_tokenizer, left_behind, put_tokenizer, tokenizer_beside
 from .trust import strip_code
 
 __all__ = [  # including the names of 0.1.0's `conversion` and `formats`
@@ -41,6 +41,7 @@ __all__ = [  # including the names of 0.1.0's `conversion` and `formats`
     "detect",
     "export",
     "export_checkpoint",
+    "find_checkpoint",
     "find_source",
     "gpt2_to_scratch",
     "import_checkpoint",
@@ -62,6 +63,7 @@ def convert(
     n_heads: int | None = None,
     activation_function: str | None = None,
     lora_scale: float | None = None,
+    tokenizer: str | os.PathLike | None = None,
     revision: str | None = None,
     check: Check = True,
     overwrite: bool = False,
@@ -82,6 +84,8 @@ def convert(
             today's nanoGPT or minGPT has it, and a note says so.
         lora_scale: for adapters of the book's appendix E, what A @ B is multiplied by: alpha / rank, or alpha alone in
             its first printing.
+        tokenizer: a directory, a hub id, nanoGPT's meta.pkl, "gpt2" or "none"; None: the source's own, or GPT-2's if
+            it has none and its vocabulary has GPT-2's size, or none.
         revision: branch, tag or commit of a hub id.
         check: before the result is published, compare it with the official model in float32, with both models in
             memory; "weights": compare only the weights, bit for bit, streaming; False: compare nothing.
@@ -98,7 +102,7 @@ def convert(
     """
     options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
     options |= dict(n_heads=n_heads, activation_function=activation_function, lora_scale=lora_scale)
-    return _convert(source, target, NATIVE, revision=revision, **options)
+    return _convert(source, target, NATIVE, tokenizer=tokenizer, revision=revision, **options)
 
 
 def export(
@@ -109,6 +113,7 @@ def export(
     n_heads: int | None = None,
     activation_function: str | None = None,
     lora_scale: float | None = None,
+    tokenizer: str | os.PathLike | None = None,
     revision: str | None = None,
     bias: bool | None = None,
     check: Check = True,
@@ -126,6 +131,7 @@ def export(
         target: directory to be; must not exist unless `overwrite`.
         format: "gpt2", "book", "nanogpt", "gguf", "llmc" or "native".
         n_heads, activation_function, lora_scale: as in `convert`.
+        tokenizer: as in `convert`, for the formats that have a place for one.
         revision: branch, tag or commit of a hub id.
         bias: for "nanogpt": whether to store biases; None: unless all are zero and `qkv_bias` is off.
         check: as in `convert`.
@@ -142,7 +148,8 @@ def export(
     """
     options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
     options |= dict(n_heads=n_heads, activation_function=activation_function, lora_scale=lora_scale)
-    return _convert(source, target, writable(format), revision=revision, bias=bias, **options)
+    options |= dict(tokenizer=tokenizer, revision=revision, bias=bias)
+    return _convert(source, target, writable(format), **options)
 
 
 def gpt2_to_scratch(source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> dict[str, Any]:
@@ -168,6 +175,7 @@ def _convert(
     n_heads: int | None = None,
     activation_function: str | None = None,
     lora_scale: float | None = None,
+    tokenizer: str | os.PathLike | None = None,
     revision: str | None = None,
     bias: bool | None = None,
     check: Check = True,
@@ -187,7 +195,7 @@ def _convert(
     place, options = target_path(target), Options(as_progress(progress), max_shard_size, bias)
     options.progress.step(f"Finding {name}")
     with errors_explained("reading the source", place):
-        path = find_source(name, revision) if only else _find(name, revision)
+        path = find_source(name, revision) if only else find_checkpoint(name, revision)
         refuse_overlap(place, path, overwrite)
         stamps = Stamps(path)
         source = only.open(Found(path)) if only else open_source(path)
@@ -196,23 +204,18 @@ def _convert(
         source.answer(activation_function=activation_function, lora_scale=lora_scale)
         contents = source.format.read(source, n_heads)
         wanted.check(contents, options)
+        chosen = _tokenizer(tokenizer, source, contents, wanted)
     needed = wanted.copies * sum(tensor.nbytes for tensor in contents.tensors.values())
     with (
         publishing(place, overwrite, needed) as staging,
         stamps.hashed_meanwhile(source.files) as source_files,
         quiet_transformers(),
     ):
-        tokenizer = tokenizer_beside(path) if wanted.tokenizer == "inside" else None
         file = staging / (wanted.file or "")
-        written = wanted.write(contents, file, replace(options, tokenizer=tokenizer))
-        carried, left = written.tokenizer, list[str]()
-        if wanted.tokenizer == "beside":
-            carried, left = carry_tokenizer(path, staging)
-        elif tokenizer is None:
-            left = left_behind(path, f"{wanted.file} has no place for a tokenizer")
-        if not path.is_dir():
-            left += left_behind(path.parent, f"nothing says that they belong to {path.name}")
-        notes = [*source.notes, *_zero_biases(contents, wanted), *written.notes, *left, *strip_code(staging)]
+        inside = chosen.tokenizer if wanted.tokenizer == "inside" else None
+        written = wanted.write(contents, file, replace(options, tokenizer=inside))
+        carried = put_tokenizer(chosen, staging) if wanted.tokenizer == "beside" else written.tokenizer
+        notes = [*source.notes, *_zero_biases(contents, wanted), *written.notes, *chosen.notes, *strip_code(staging)]
         parity = _verify(source, contents, file, wanted, check, options.progress) if check else None
         receipt = new_receipt(
             f"{source.format.name} converted to {wanted.name}",
@@ -224,6 +227,17 @@ def _convert(
         wanted.finish(staging, contents, receipt, None if path == local_path(name) else str(name))
         seal(staging, receipt, written.hashes)
     return receipt
+
+
+def _tokenizer(asked: str | os.PathLike | None, source: Source, contents: Contents, wanted: Format) -> Chosen:
+    """The tokenizer that goes along, before anything is written; none where the format has no place for one."""
+    if wanted.tokenizer is not None:
+        return choose_tokenizer(asked, source, contents.config.vocab_size)
+    if asked is not None:
+        raise ConversionError(f"{wanted.file} has no place for the tokenizer {asked}; leave --tokenizer out")
+    inside = [f"left behind: the tokenizer inside {source.path.name}"] if source.tokenizer else []
+    place = source.path if source.path.is_dir() else source.path.parent
+    return Chosen(notes=[*inside, *left_behind(place, f"{wanted.file} has no place for a tokenizer")])
 
 
 def _zero_biases(contents: Contents, wanted: Format) -> list[str]:
@@ -240,7 +254,7 @@ def _zero_biases(contents: Contents, wanted: Format) -> list[str]:
     ]
 
 
-def _find(name: str | os.PathLike, revision: str | None) -> Path:
+def find_checkpoint(name: str | os.PathLike, revision: str | None) -> Path:
     """A local file or directory, or that of a hub id; a name with the suffix of a file is not a hub id."""
     path = local_path(name)
     files = {suffix for format in FORMATS.values() if format.mark is None for suffix in format.suffixes}

@@ -21,8 +21,13 @@ from .publish import local_path
 BESIDE = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes", "*.jinja")
 
 
-def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
+def find_source(
+    source: str | os.PathLike, revision: str | None = None, patterns: tuple[str, ...] | None = None
+) -> Path:
     """The directory of a checkpoint; a hub id is downloaded into the hub's cache.
+
+    Args:
+        patterns: of the files that are downloaded; None: the weights and what lies beside them.
 
     Raises:
         ConversionError: it does not exist, or cannot be downloaded.
@@ -39,10 +44,10 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
     name = str(source)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ConversionError(f"there is no directory {shortened(name)}; check the path")
-    wanted = [*BESIDE, "*.safetensors"]
+    wanted = [*(patterns or (*BESIDE, "*.safetensors"))]
     try:
         directory = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
-        if not any(directory.glob("*.safetensors")):
+        if patterns is None and not any(directory.glob("*.safetensors")):
             wanted = [*BESIDE, "pytorch_model*.bin"]
             directory = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
         return directory
@@ -59,6 +64,20 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
             f"{name!r} is not a local directory, and the hub cannot be reached ({error.__cause__ or error}); connect "
             "to the network, or give the directory of a downloaded checkpoint"
         ) from error
+
+
+def find_tokenizer(name: str | os.PathLike) -> Path | None:
+    """The directory or file of a tokenizer; that of a hub id is downloaded into the hub's cache.
+
+    None for "gpt2" and "none", unless a directory has that name.
+
+    Raises:
+        ConversionError: it does not exist, or cannot be had.
+    """
+    path = local_path(name)
+    if path.exists():
+        return path
+    return None if str(name) in ("gpt2", "none") else find_source(name, patterns=BESIDE)
 
 
 @contextmanager

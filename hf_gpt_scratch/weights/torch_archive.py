@@ -162,6 +162,23 @@ def load(path: Path) -> Any:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
+def load_values(path: Path) -> Any:
+    """The content of a pickle of plain values: dicts, lists, tuples, numbers, strings, None. Nothing in it runs.
+
+    Raises:
+        ForbiddenName: it asks for anything else.
+        ValueError: it is damaged, or no pickle.
+    """
+
+    def storage(key: str, dtype: torch.dtype, numel: int) -> _Storage:
+        raise ValueError("it has tensors")
+
+    try:
+        return _Steps(path, path.read_bytes(), storage, protocol=5).run()
+    except (struct.error, LookupError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
 def _load_archive(path: Path, data: mmap.mmap) -> Any:
     with zipfile.ZipFile(path) as archive:
         records = _records(archive, data)
@@ -261,10 +278,11 @@ class _Steps:
     Args:
         data: bytes, or mapped memory.
         storage: returns the storage of a key, dtype and number of values, after checking them.
+        protocol: the newest that is read.
     """
 
-    def __init__(self, path: Path, data: Any, storage: Callable[[str, torch.dtype, int], _Storage]):
-        self.path, self.data, self.storage = path, data, storage
+    def __init__(self, path: Path, data: Any, storage: Callable[[str, torch.dtype, int], _Storage], protocol: int = 2):
+        self.path, self.data, self.storage, self.protocol = path, data, storage, protocol
         self.at = self.count = 0
 
     def take(self, size: int) -> bytes:
@@ -363,8 +381,14 @@ class _Steps:
                 if stack and isinstance(stack[-1], Unbuilt) and stack[-1].values is not None:
                     stack[-1].values.update(_the(dict, state))
             elif step == p.PROTO:
-                if (protocol := self.number("B")) > 2:
+                if (protocol := self.number("B")) > self.protocol:
                     raise ValueError(f"its pickle is of protocol {protocol}; save it with torch.save's default, 2")
+            elif self.protocol > 2 and step == p.FRAME:
+                self.number("<Q")
+            elif self.protocol > 2 and step == p.MEMOIZE:
+                memo[len(memo)] = stack[-1]
+            elif self.protocol > 2 and step == p.SHORT_BINUNICODE:
+                stack.append(self.take(self.number("B")).decode("utf-8"))
             elif step == p.STOP:
                 return stack.pop()
             else:

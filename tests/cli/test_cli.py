@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM, __version__
-from hf_gpt_scratch.cli.app import COMMANDS, app
+from hf_gpt_scratch.cli.app import COMMANDS, MAX_SHARD_SIZE, WRITTEN, app, written
+from hf_gpt_scratch.weights.formats import FORMATS, format
+from hf_gpt_scratch.weights.formats.directory import NATIVE
 
 TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 STARTED = "from hf_gpt_scratch.cli.app import app; app()"
@@ -88,6 +92,54 @@ hf_gpt_scratch_command.main()
     done = run_python("-c", script, "inspect", "124M")
     assert (done.returncode, done.stderr.splitlines()[-1]) == (130, "Interrupted")
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_a_command_imports_its_libraries_is_130():
+    script = """
+import sys
+import hf_gpt_scratch_command
+
+class Interrupted:
+    def find_spec(name, *_):
+        if name == "torch":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted)
+hf_gpt_scratch_command.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script, "inspect", "124M"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ("--version", 0),
+        ("--help", 0),
+        *((f"{command.__name__} --help", 0) for command in COMMANDS),
+        ("nonsense", 2),
+        ("explain", 2),
+        ("compare a b --nonsense", 2),
+        ("export a b --format nonsense", 2),
+        ("convert a b --weights-only --no-verify", 2),
+    ],
+)
+def test_what_needs_no_library_imports_none(arguments, status):
+    script = """
+import atexit, sys
+import hf_gpt_scratch_command
+atexit.register(lambda: print({"torch", "transformers", "numpy", "huggingface_hub"} & set(sys.modules)))
+hf_gpt_scratch_command.main()
+"""
+    command = [sys.executable, "-c", script, *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (status, "set()"), done.stdout + done.stderr
+
+
+def test_the_formats_that_the_help_names_are_those_that_can_be_written():
+    formats = [one.name for one in FORMATS.values() if one.file is not None and one is not NATIVE]
+    assert formats == list(WRITTEN) == written()
+    assert MAX_SHARD_SIZE == format.MAX_SHARD_SIZE
 
 
 def test_a_directory_that_is_not_there_is_named():

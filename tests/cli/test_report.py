@@ -421,7 +421,7 @@ def test_a_page_that_fails_takes_neither_the_json_nor_the_verdict_along(files, m
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("hf_gpt_scratch.cli.compare_command.html_report", full)
+    monkeypatch.setattr("hf_gpt_scratch.cli.report.html_report", full)
     for candidate, status in ((files / "ours", 0), (f"{files / 'mine.py'}:MyWrongGPT", 3)):
         result = run(files / "official", candidate, "--html", tmp_path / "a.html", "--json", tmp_path / "a.json")
         assert result.exit_code == status, result.output

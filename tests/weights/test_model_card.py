@@ -105,7 +105,8 @@ def test_other_heads_have_their_own_pipeline(model_class):
 
 
 def test_every_class_has_a_pipeline():
-    models = [value for value in vars(hf_gpt_scratch).values() if hasattr(value, "gpt2_class")]
+    public = (getattr(hf_gpt_scratch, name) for name in hf_gpt_scratch.__all__)
+    models = [value for value in public if hasattr(value, "gpt2_class")]
     assert {model._auto_class for model in models} == set(PIPELINES)
 
 

@@ -1,5 +1,9 @@
 import json
+import os
+import pickle
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -12,10 +16,11 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Tokenizer,
     PreTrainedTokenizerFast,
+    pipeline,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hf_gpt_scratch import GPTScratchConfig
+from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
 from hf_gpt_scratch.errors import ConversionError
 from hf_gpt_scratch.weights.convert import (
     export_checkpoint,
@@ -23,7 +28,9 @@ from hf_gpt_scratch.weights.convert import (
     import_checkpoint,
     scratch_to_gpt2,
     tokenizer_beside,
+    write,
 )
+from hf_gpt_scratch.weights.formats import gguf
 
 pytestmark = pytest.mark.slow
 
@@ -202,12 +209,193 @@ def test_a_bpe_that_splits_text_as_gpt2_does_not_is_no_gpt2s(tmp_path, source):
     assert "byte-level BPE" in export_checkpoint(source, tmp_path / "gguf", "gguf")["notes"][0]
 
 
-def test_a_tokenizer_inside_a_gguf_file_is_said_to_be_left_behind(tmp_path, source):
-    gpt2s_own(source)
-    receipt = export_checkpoint(source, tmp_path / "gguf", "gguf")
-    assert (receipt["tokenizer"], receipt["notes"]) == ("GPT2Tokenizer", [])
+@pytest.mark.parametrize("kind", [gpt2s_own, gpt2s_with_old_files])
+def test_a_tokenizer_inside_a_gguf_file_is_the_same_beside_the_model(tmp_path, source, kind):
+    kind(source)
+    before = AutoTokenizer.from_pretrained(source)
+    export_checkpoint(source, tmp_path / "gguf", "gguf")
     receipt = import_checkpoint(tmp_path / "gguf/model.gguf", tmp_path / "back")
-    assert receipt["tokenizer"] is None and "left behind: the tokenizer inside" in receipt["notes"][0]
+    assert receipt["tokenizer"] == "GPT2Tokenizer" and not receipt["notes"]
+    after = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert after.get_vocab() == before.get_vocab()
+    assert (after.eos_token, after.pad_token) == (before.eos_token, before.pad_token)
+    for text in (*TEXTS, "a<pad>b", "<sep>he"):
+        assert after(text).input_ids == before(text).input_ids
+    if "<sep>" in before.all_special_tokens:
+        assert after.decode(after("<sep>he").input_ids, skip_special_tokens=True) == "he"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("pre", "qwen2", "which is 'gpt2', 'qwen2', False"),
+        ("merges", ["he"], "which is damaged"),
+        ("tokens", None, "which is damaged"),
+        ("tokens", "many", "which gives ids up to 4999"),
+    ],
+)
+def test_a_tokenizer_inside_a_gguf_file_that_is_not_gpt2s_is_left_behind_and_named(
+    tmp_path, source, monkeypatch, key, value, told
+):
+    gpt2s_own(source)
+    export_checkpoint(source, tmp_path / "gguf", "gguf")
+    read = gguf._told
+    if value == "many":
+        words = json.loads((source / "vocab.json").read_text())
+        value = [*words, *map(str, range(10, 5010))][:5000]
+
+    def changed(path, metadata):
+        metadata = {**metadata, f"tokenizer.ggml.{key}": value}
+        if len(value or ()) == 5000:
+            metadata.pop("tokenizer.ggml.token_type")
+        return read(path, metadata)
+
+    monkeypatch.setattr(gguf, "_told", changed)
+    receipt = import_checkpoint(tmp_path / "gguf/model.gguf", tmp_path / "back")
+    [note] = receipt["notes"]
+    assert receipt["tokenizer"] is None and note.startswith("left behind: ") and told in note and "--tokenizer" in note
+
+
+# Found elsewhere, or asked for
+
+TEXT = "Every effort moves you.\nYes, é 🤗!"
+
+
+def characters(text=TEXT):
+    stoi = {letter: i for i, letter in enumerate(sorted(set(text)))}
+    return {"vocab_size": len(stoi), "itos": {i: letter for letter, i in stoi.items()}, "stoi": stoi}
+
+
+VOCAB_SIZE = len(characters()["stoi"])
+
+
+def nanogpt(directory, vocab_size=VOCAB_SIZE):
+    """A nanoGPT's ckpt.pt."""
+    sizes = dict(vocab_size=vocab_size, context_length=32, emb_dim=8, n_heads=2, n_layers=1)
+    config = GPTScratchConfig(**sizes, tie_word_embeddings=True)
+    write(GPTScratchForCausalLM(config), config, directory / "ckpt.pt", "nanogpt")
+    return directory / "ckpt.pt"
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+@pytest.mark.parametrize("option", [False, True])
+def test_nanogpts_characters_become_a_tokenizer_that_needs_no_code(tmp_path, protocol, option):
+    meta = tmp_path / ("elsewhere" if option else "meta.pkl")
+    meta.write_bytes(pickle.dumps(characters(), protocol=protocol))
+    receipt = import_checkpoint(nanogpt(tmp_path), tmp_path / "out", tokenizer=meta if option else None)
+    assert receipt["tokenizer"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(TEXT).input_ids == [characters()["stoi"][letter] for letter in TEXT]
+    assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
+    with pytest.raises(Exception, match=r"Missing \[UNK\]"):  # a character that it does not know
+        tokenizer("Ω")
+    written = pipeline("text-generation", model=str(tmp_path / "out"))("Every effort", max_new_tokens=3)
+    assert len(written[0]["generated_text"]) == len("Every effort") + 3
+    receipt = export_checkpoint(tmp_path / "out", tmp_path / "official", "gpt2")
+    assert AutoTokenizer.from_pretrained(tmp_path / "official")(TEXT).input_ids == tokenizer(TEXT).input_ids
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, (str(Path(tempfile.gettempdir()) / "hf_gpt_scratch.hostile"),)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (Hostile(), "is no meta.pkl"),
+        ({"stoi": {"ab": 0, "b": 1}}, "single characters"),
+        ({"stoi": {"a": 1, "b": 2}}, "from 0 on"),
+        ({"stoi": {"a": 0, "b": True}}, "from 0 on"),
+        ({"vocab_size": 3}, "has no 'stoi'"),
+        ([1], "has no 'stoi'"),
+        ({"stoi": {}}, "has no 'stoi'"),
+        (b"text", "is no meta.pkl"),
+        (characters("abc"), "has 3 characters, while vocab_size"),
+    ],
+)
+def test_a_meta_pkl_that_is_none_is_left_behind_and_refused_if_asked_for(tmp_path, values, told):
+    meta = tmp_path / "meta.pkl"
+    meta.write_bytes(values if isinstance(values, bytes) else pickle.dumps(values))
+    receipt = import_checkpoint(nanogpt(tmp_path), tmp_path / "out")
+    assert receipt["tokenizer"] is None and any(told in note for note in receipt["notes"])
+    if "while vocab_size" not in told:
+        with pytest.raises(ConversionError, match=told):
+            import_checkpoint(tmp_path / "ckpt.pt", tmp_path / "other", tokenizer=meta)
+    assert not (Path(tempfile.gettempdir()) / "hf_gpt_scratch.hostile").exists()
+
+
+@pytest.fixture(params=[50257, 50304])
+def of_gpt2s_size(request, tmp_path):
+    return nanogpt(tmp_path, request.param)
+
+
+def test_a_vocabulary_of_gpt2s_size_gets_gpt2s_tokenizer_and_the_models_length(tmp_path, of_gpt2s_size):
+    receipt = import_checkpoint(of_gpt2s_size, tmp_path / "out", check=False)
+    assert receipt["tokenizer"] == "GPT2Tokenizer" and any("size of GPT-2's" in note for note in receipt["notes"])
+    generate = pipeline("text-generation", model=str(tmp_path / "out"))
+    assert generate.tokenizer("Every effort moves you").input_ids == [6109, 3626, 6100, 345]
+    assert generate.tokenizer.model_max_length == 32
+    [written] = generate("Every effort moves you", max_new_tokens=3, do_sample=False)
+    assert written["generated_text"].startswith("Every effort moves you")
+    back = import_checkpoint(export_to(tmp_path / "out", tmp_path / "gguf", "gguf"), tmp_path / "again", check=False)
+    assert back["tokenizer"] == "GPT2Tokenizer"
+
+
+def export_to(source, target, format):
+    export_checkpoint(source, target, format, check=False)
+    return target / "model.gguf"
+
+
+def test_without_gpt2s_vocabulary_the_conversion_succeeds_and_says_what_to_do(tmp_path, monkeypatch):
+    def lacking():
+        raise OSError("not cached; set TIKTOKEN_CACHE_DIR")
+
+    monkeypatch.setattr("hf_gpt_scratch.weights.tokenizer_files.gpt2_tokenizer", lacking)
+    source = nanogpt(tmp_path, 50257)
+    receipt = import_checkpoint(source, tmp_path / "out", check=False)
+    assert receipt["tokenizer"] is None
+    assert any("not cached; set TIKTOKEN_CACHE_DIR; then try again" in note for note in receipt["notes"])
+    with pytest.raises(ConversionError, match="the tokenizer gpt2 cannot be had: not cached"):
+        import_checkpoint(source, tmp_path / "other", tokenizer="gpt2")
+
+
+def test_settings_of_another_tokenizer_keep_gpt2s_away(tmp_path):
+    source = tmp_path / "source"
+    GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=8, n_embd=4, n_layer=1, n_head=1)).save_pretrained(source)
+    write_json(source / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    receipt = import_checkpoint(source, tmp_path / "out", check=False)
+    assert receipt["tokenizer"] is None and "tokenizer_config.json" in receipt["notes"][0]
+    receipt = import_checkpoint(source, tmp_path / "asked", check=False, tokenizer="gpt2")
+    assert receipt["tokenizer"] == "GPT2Tokenizer"
+    assert "left behind, since --tokenizer says so: tokenizer_config.json" in receipt["notes"]
+
+
+def test_another_tokenizer_can_be_asked_for_or_none(tmp_path, source):
+    gpt2s_own(source)
+    (tmp_path / "bert").mkdir()
+    bert(tmp_path / "bert")
+    receipt = import_checkpoint(source, tmp_path / "out", tokenizer=tmp_path / "bert")
+    assert receipt["tokenizer"] == "BertTokenizer"
+    expected = AutoTokenizer.from_pretrained(tmp_path / "bert")(TEXTS[0]).input_ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXTS[0]).input_ids == expected
+    assert "left behind, since --tokenizer says so: merges.txt, vocab.json" in receipt["notes"]
+    assert import_checkpoint(source, tmp_path / "none", tokenizer="none")["tokenizer"] is None
+    assert not (tmp_path / "none" / "vocab.json").exists()
+
+
+def test_one_that_is_asked_for_in_vain_is_refused_before_the_work(tmp_path, source):
+    (tmp_path / "empty").mkdir()
+    for asked, told in (
+        ("gpt2", r"the tokenizer gpt2 gives ids up to 50256, while the model's vocab_size is \d+"),
+        (tmp_path / "nowhere", "there is no directory"),
+        (tmp_path / "empty", "has no tokenizer"),
+    ):
+        with pytest.raises(ConversionError, match=told):
+            import_checkpoint(source, tmp_path / "out", tokenizer=asked)
+    with pytest.raises(ConversionError, match=r"model\.pth has no place for the tokenizer gpt2"):
+        export_checkpoint(source, tmp_path / "out", "book", tokenizer="gpt2")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("format", ["book", "nanogpt"])
@@ -226,8 +414,13 @@ def test_a_tokenizer_beside_a_file_of_weights_is_said_to_be_left_behind(tmp_path
         shutil.copyfile(source / name, tmp_path / "book" / name)
     heads = GPTScratchConfig.from_pretrained(source).n_heads
     receipt = import_checkpoint(tmp_path / "book/model.pth", tmp_path / "back", n_heads=heads)
-    told = "left behind, since nothing says that they belong to model.pth: merges.txt, vocab.json"
-    assert receipt["tokenizer"] is None and told in receipt["notes"]
+    told = "left behind, since nothing says that they belong to model.pth; if they do, give"
+    [note] = [note for note in receipt["notes"] if told in note]
+    assert receipt["tokenizer"] is None and note.endswith("--tokenizer DIRECTORY: merges.txt, vocab.json")
+    receipt = import_checkpoint(
+        tmp_path / "book/model.pth", tmp_path / "with", n_heads=heads, tokenizer=tmp_path / "book"
+    )
+    assert receipt["tokenizer"] == "GPT2Tokenizer" and not any("left behind" in note for note in receipt["notes"])
 
 
 def test_without_any_file_there_is_no_tokenizer(tmp_path):

@@ -131,7 +131,8 @@ class Source:
     Args:
         notes: what its reader should know, in sentences.
         files: those that are read.
-        asks: what the file leaves open, beside `n_heads`, and `answer` may say.
+        asks: settings that the file does not store, beside `n_heads`; `answer` takes them.
+        tokenizer: makes the one that is inside the file, if there is one.
     """
 
     format: "Format"
@@ -141,6 +142,11 @@ class Source:
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     asks: tuple[str, ...] = ()
+    tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
+
+    def __post_init__(self):
+        inside = self.path.iterdir() if self.path.is_dir() else [self.path]
+        self.files = self.files or [file for file in inside if file.is_file()]
 
     def answer(self, **given: Any) -> None:
         """Takes what is known of the file from elsewhere; None is for what is not known.
@@ -154,10 +160,6 @@ class Source:
                 raise ConversionError(f"got {name}={value!r}, but {self.path} {why}; leave {name} out")
             if value is not None:
                 self.metadata[name] = value
-
-    def __post_init__(self):
-        inside = self.path.iterdir() if self.path.is_dir() else [self.path]
-        self.files = self.files or [file for file in inside if file.is_file()]
 
 
 @dataclass

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, GPT2Tokenizer, PreTrainedTokenizerBase
 
-from ...errors import ConversionError
+from ...errors import ConversionError, shortened
 from ...model.configuration_gpt_scratch import GPTScratchConfig
 from ...model.weight_map import LM_HEAD
 from ..checkpoint import Progress, read_part, shown
@@ -56,7 +56,11 @@ QUANTISED |= {10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q
 # Types of metadata values, as format characters of struct.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-LARGEST_HEADER = 1 << 24  # bytes; GPT-2's header has 2 MB, mostly the tokenizer
+LARGEST_HEADER = 1 << 24  # bytes; GPT-2's has 2 MB, most of it its tokens
+ROLES = (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))  # ours, GGUF's
+TOKENIZER = "tokenizer.ggml."
+# Kinds of tokens; others are bytes and unknown ones, which GPT-2 has not.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16}
 
 
@@ -75,8 +79,9 @@ class Gguf(Format):
 
     def open(self, found: Found) -> Source:
         tensors, metadata = read_gguf(found.path)
-        notes = ["left behind: the tokenizer inside the file"] if metadata.pop("tokenizer") else []
-        return Source(self, found.path, tensors, metadata, notes)
+        inside = metadata.pop("tokenizer")
+        tokenizer = partial(_read_tokenizer, found.path, inside) if inside else None
+        return Source(self, found.path, tensors, metadata, tokenizer=tokenizer)
 
     def limits(self, config: GPTScratchConfig) -> dict[str, tuple]:
         limits = super().limits(config)
@@ -152,8 +157,8 @@ def write_gguf(
 def _add_tokenizer(writer, config: GPTScratchConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     if tokenizer is None:
         return [
-            "the file has no tokenizer, because the source has none; llama.cpp does not run without one: save one "
-            "beside the source, such as gpt2_tokenizer().save_pretrained(source), and export again"
+            "the file has no tokenizer, because the source has none; llama.cpp does not run without one: export again "
+            "with --tokenizer DIRECTORY"
         ]
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     model, splitter = backend.get("model") or {"type": None}, backend.get("pre_tokenizer") or {}
@@ -164,18 +169,58 @@ def _add_tokenizer(writer, config: GPTScratchConfig, tokenizer: PreTrainedTokeni
             f"the file has no tokenizer: the source's is a {type(tokenizer).__name__} ({model['type']}) of "
             f"{max(tokens) + 1} tokens, but must be a byte-level BPE of at most vocab_size={config.vocab_size} tokens"
         ]
-    # llama.cpp needs a token for every row of the embedding.
-    types = dict.fromkeys(tokens, 1) | dict.fromkeys(tokenizer.all_special_ids, 3)  # normal, control
+    # llama.cpp wants a token for every row of the embedding.
+    types = dict.fromkeys(tokens, NORMAL) | dict.fromkeys(tokenizer.get_added_vocab().values(), USER_DEFINED)
+    types |= dict.fromkeys(tokenizer.all_special_ids, CONTROL)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([tokens.get(number, f"[PAD{number}]") for number in range(config.vocab_size)])
-    writer.add_token_types([types.get(number, 5) for number in range(config.vocab_size)])  # 5: unused
+    writer.add_token_types([types.get(number, UNUSED) for number in range(config.vocab_size)])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     if tokenizer.eos_token_id is not None:
         writer.add_eos_token_id(tokenizer.eos_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
     return []
+
+
+def _read_tokenizer(path: Path, about: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a file; the inverse of `_add_tokenizer`.
+
+    Args:
+        about: what the metadata say of it.
+
+    Raises:
+        ConversionError: it is another than GPT-2's kind, or damaged.
+    """
+    kind = about.get("model"), about.get("pre", "gpt-2"), about.get("add_bos_token", False)
+    if kind != ("gpt2", "gpt-2", False):
+        raise ConversionError(
+            f"the tokenizer inside {path.name}, which is {', '.join(map(shown, kind))} (model, pre, add_bos_token), "
+            "while 'gpt2', 'gpt-2', False is read"
+        )
+    try:
+        tokens, merges = list(about["tokens"]), [tuple(merge.split(" ")) for merge in about["merges"]]
+        types = [int(one) for one in about.get("token_type", [NORMAL] * len(tokens))]
+        used = {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
+        named: dict[str, Any] = {
+            name: tokens[int(about[f"{key}_token_id"])] if f"{key}_token_id" in about else None for name, key in ROLES
+        }
+        named["unk_token"] = named["eos_token"]  # GPT-2's, which byte-level BPE has no use for
+        tokenizer = GPT2Tokenizer(vocab=used, merges=merges, **named)  # type: ignore[arg-type]  # as in tokenizer.py
+        kinds = ((CONTROL, True), (USER_DEFINED, False))
+        for wanted, special in kinds:
+            added = [token for token, number in used.items() if types[number] == wanted]
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in added], special)
+        if tokenizer.get_vocab() != used:
+            raise ValueError("its tokens are not numbered as it says")
+        return tokenizer
+    except Exception as error:  # the tokens are the tokenizers library's, and so are the kinds of errors
+        raise ConversionError(
+            f"the tokenizer inside {path.name}, which is damaged ({type(error).__name__}: {shortened(str(error))})"
+        ) from error
 
 
 def read_gguf(path: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
@@ -208,7 +253,9 @@ def _in_our_names(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
                 "epsilon; convert a plain GPT-2"
             )
         ours_to_value[ours] = value
-    ours_to_value["tokenizer"] = "tokenizer.ggml.model" in metadata
+    ours_to_value["tokenizer"] = {
+        name.removeprefix(TOKENIZER): metadata[name] for name in metadata if name.startswith(TOKENIZER)
+    }
     if "layer_norm_epsilon" in ours_to_value:
         epsilon = np.float32(ours_to_value["layer_norm_epsilon"])
         ours_to_value["layer_norm_epsilon"] = float(str(epsilon))  # 1e-5, not 9.99999974e-06

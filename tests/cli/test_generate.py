@@ -1,0 +1,248 @@
+"""`generate` and `chat`: what they print is what `model.generate` gives."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    set_seed,
+)
+from typer.testing import CliRunner
+
+from hf_gpt_scratch import GPTScratchForCausalLM, convert, export
+from hf_gpt_scratch.cli.app import app
+
+TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
+PROMPT = "I had always thought"
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% else %}{{ message.content }}"
+)
+TEMPLATE += "<|endoftext|>{% endif %}{% endfor %}"
+COMMAND = [sys.executable, "-c", "from hf_gpt_scratch_command import main; main()"]
+
+
+def run(*arguments, status=0, given=None):
+    result = CliRunner().invoke(app, list(map(str, arguments)), input=given)
+    assert result.exit_code == status, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GPTScratchForCausalLM.from_pretrained(TRAINED)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TRAINED)
+
+
+@pytest.fixture
+def talker(tmp_path, tokenizer):
+    """The same model, whose tokenizer has a chat template."""
+    shutil.copytree(TRAINED, tmp_path / "talker")
+    (tmp_path / "talker" / "chat_template.jinja").write_text(TEMPLATE)
+    return tmp_path / "talker"
+
+
+def text_of(model, tokenizer, prompt=PROMPT, **options):
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**inputs, pad_token_id=0, **options)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def test_it_continues_a_text_as_the_models_settings_say(model, tokenizer):
+    expected = text_of(model, tokenizer, max_new_tokens=20, do_sample=False) + "\n"
+    assert run("generate", TRAINED, PROMPT).stdout == expected
+    assert run("generate", TRAINED, PROMPT, "--greedy").stdout == expected
+    assert run("generate", TRAINED, "-", given=PROMPT + "\n").stdout == expected
+
+
+def test_settings_of_the_model_are_obeyed_unless_an_option_says_otherwise(tmp_path, model, tokenizer):
+    shutil.copytree(TRAINED, tmp_path / "model")
+    settings = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 7}
+    saved = GPT2LMHeadModel.from_pretrained(TRAINED)
+    saved.generation_config.update(**settings)
+    saved.save_pretrained(tmp_path / "model")
+    set_seed(5)
+    expected = text_of(model, tokenizer, **settings)
+    assert run("generate", tmp_path / "model", PROMPT, "--seed", 5).stdout == expected + "\n"
+    greedy = text_of(model, tokenizer, max_new_tokens=7, do_sample=False)
+    assert run("generate", tmp_path / "model", PROMPT, "--greedy").stdout == greedy + "\n"
+    saved.generation_config.update(max_new_tokens=None, max_length=len(tokenizer(PROMPT).input_ids))
+    saved.save_pretrained(tmp_path / "model")
+    assert "says max_length=" in run("generate", tmp_path / "model", PROMPT, status=1).stderr
+
+
+@pytest.mark.parametrize("option", [("temperature", 1.5), ("top-k", 7), ("top-p", 0.8)])
+def test_an_option_of_sampling_samples_with_the_seed(model, tokenizer, option):
+    name, value = option
+    set_seed(11)
+    expected = text_of(model, tokenizer, max_new_tokens=30, do_sample=True, **{name.replace("-", "_"): value})
+    options = ["--max-new-tokens", 30, f"--{name}", value]
+    assert run("generate", TRAINED, PROMPT, *options, "--seed", 11).stdout == expected + "\n"
+    assert run("generate", TRAINED, PROMPT, *options, "--seed", 12).stdout != expected + "\n"
+
+
+def test_options_that_mean_nothing_are_usage_errors():
+    for options in (
+        ["--greedy", "--top-k", "5"],
+        ["--temperature", "0"],
+        ["--top-p", "1.5"],
+        ["--max-new-tokens", "0"],
+        ["--top-k", "0"],
+    ):
+        run("generate", TRAINED, PROMPT, *options, status=2)
+
+
+def test_what_does_not_fit_the_context_is_refused_with_what_does(tokenizer):
+    length = len(tokenizer(PROMPT).input_ids)
+    told = run("generate", TRAINED, PROMPT, "--max-new-tokens", 128, status=1).stderr
+    assert (
+        f"the text has {length} tokens and 128 new ones" in told and f"--max-new-tokens {128 - length} at most" in told
+    )
+    assert len(run("generate", TRAINED, PROMPT, "--max-new-tokens", 128 - length).stdout) > len(PROMPT)
+    assert "context_length is 128, new tokens included" in run("generate", TRAINED, PROMPT * 50, status=1).stderr
+    assert "the text is empty" in run("generate", TRAINED, "", status=1).stderr
+
+
+def test_without_an_option_it_stops_where_the_context_ends(tokenizer):
+    prompt = tokenizer.decode(tokenizer(" he said that" * 60).input_ids[:120])
+    told = run("generate", TRAINED, prompt)
+    assert 0 < len(tokenizer(told.stdout).input_ids) - len(tokenizer(prompt).input_ids) <= 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["native", "book", "nanogpt", "gguf"])
+def test_it_reads_what_convert_reads_and_writes_nothing(tmp_path, model, tokenizer, format):
+    options = []
+    if format == "native":
+        convert(TRAINED, tmp_path / "model", check=False)
+        source = tmp_path / "model"
+    else:
+        if format == "nanogpt":  # which knows the exact GELU alone
+            convert(TRAINED, tmp_path / "native", check=False)
+        export(TRAINED, tmp_path / "model", format, check=False)
+        [source] = (path for path in (tmp_path / "model").iterdir() if path.name != "conversion_receipt.json")
+    if format in ("book", "nanogpt"):
+        options = ["--tokenizer", TRAINED]
+        assert "has no tokenizer" in run("generate", source, PROMPT, *heads(format, model), status=1).stderr
+    before = sorted(tmp_path.rglob("*"))
+    told = run("generate", source, PROMPT, *options, *heads(format, model))
+    assert told.stdout == text_of(model, tokenizer, max_new_tokens=20, do_sample=False) + "\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def heads(format, model):
+    return ["--n-heads", model.config.n_heads] if format == "book" else []
+
+
+def test_a_model_that_writes_no_text_is_refused(tmp_path):
+    GPT2ForSequenceClassification(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    assert "which writes no text" in run("generate", tmp_path, PROMPT, status=1).stderr
+    config = GPT2Config(vocab_size=1000, n_positions=64, n_embd=4, n_layer=1, n_head=1)
+    GPT2DoubleHeadsModel(config).save_pretrained(tmp_path / "two")
+    assert run("generate", tmp_path / "two", PROMPT, "--tokenizer", TRAINED).stdout.startswith(PROMPT)
+    assert "there is no directory" in run("generate", tmp_path / "nowhere", PROMPT, status=1).stderr
+
+
+@pytest.mark.slow
+def test_a_character_that_the_tokenizer_does_not_know_is_an_error(tmp_path):
+    stoi = {letter: i for i, letter in enumerate("abc ")}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": stoi}))
+    config = GPT2Config(
+        vocab_size=4, n_positions=16, n_embd=4, n_layer=1, n_head=1, bos_token_id=None, eos_token_id=None
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    options = ["--tokenizer", tmp_path / "meta.pkl", "--max-new-tokens", 3]
+    assert len(run("generate", tmp_path / "model", "ab ", *options).stdout) == len("ab ") + 3 + 1
+    assert "does not take this text" in run("generate", tmp_path / "model", "abd", *options, status=1).stderr
+
+
+def test_chat_answers_by_the_template_and_remembers(talker, model, tokenizer):
+    first, second = PROMPT, " Gisburn rather"
+    told = run("chat", talker, "--max-new-tokens", 9, given=f"{first}\n\n{second}\n")
+
+    def answer(text):
+        inputs = tokenizer(text, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=9, do_sample=False, pad_token_id=0)
+        return tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+    said = answer(first)
+    again = answer(f"{first}{said.strip()}<|endoftext|>{second}")
+    assert told.stdout == f"{said}\n{again}\n"
+
+
+def test_a_chat_that_fills_the_context_forgets_its_beginning_and_says_so(talker):
+    told = run("chat", talker, "--max-new-tokens", 60, given=f"{PROMPT}\n" * 4)
+    assert "the oldest message and its answer are forgotten" in told.stderr
+    told = run("chat", talker, given=f"{PROMPT * 60}\n{PROMPT}\n")
+    assert "Not answered: the text has" in told.stderr and told.stdout.strip()
+
+
+def test_without_a_chat_template_chat_says_where_one_is_from():
+    told = run("chat", TRAINED, given="hello\n", status=1).stderr
+    assert "has no chat template" in told and "examples/instruct.py" in told
+
+
+def test_a_template_that_refuses_a_message_is_an_error(talker):
+    (talker / "chat_template.jinja").write_text("{{ raise_exception('no, thanks') }}")
+    assert "no, thanks" in run("chat", talker, given="hello\n").stderr
+
+
+def test_ctrl_c_in_the_middle_ends_with_130(monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPTScratchForCausalLM, "generate", interrupted)
+    assert "Interrupted" in run("generate", TRAINED, PROMPT, status=130).stderr
+
+
+@pytest.mark.slow
+def test_text_comes_word_by_word_and_ctrl_c_and_a_closed_pipe_end_it_quietly(tmp_path):
+    """In a process whose model waits for a line after every token."""
+    slow = """
+import functools, sys, time
+import hf_gpt_scratch_command
+from hf_gpt_scratch import GPTScratchForCausalLM
+
+forward = GPTScratchForCausalLM.forward
+
+@functools.wraps(forward)
+def waiting(self, *arguments, **options):
+    if self.config.vocab_size == 1000 and not sys.stdin.readline():  # not in the check before the first use
+        time.sleep(60)
+    return forward(self, *arguments, **options)
+
+GPTScratchForCausalLM.forward = waiting
+hf_gpt_scratch_command.main()
+"""
+    command = [sys.executable, "-c", slow, "generate", str(TRAINED), PROMPT, "--max-new-tokens", "100"]
+    for how in ("ctrl-c", "pipe"):
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+        with subprocess.Popen(command, **pipes, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
+            process.stdin.write("\n" * 20)
+            process.stdin.flush()
+            begun = process.stdout.read(len(PROMPT) + 5)
+            assert begun.startswith(PROMPT) and process.poll() is None
+            if how == "ctrl-c":
+                process.send_signal(signal.SIGINT)
+                status, told = process.wait(30), process.stderr.read()
+                assert status == 130 and "Interrupted" in told, told
+            else:
+                process.stdout.close()
+                process.stdin.write("\n" * 100)
+                process.stdin.flush()
+                status, told = process.wait(30), process.stderr.read()
+                assert status == 1
+            assert "Traceback" not in told, told
