@@ -23,7 +23,7 @@ from .status import FAILED, INTERRUPTED
 from .verify_receipt_command import verify_receipt_command
 
 # What the help and the check of the arguments need to know of the formats, without importing them.
-WRITTEN = ("gpt2", "book", "nanogpt", "gguf")
+WRITTEN = ("gpt2", "book", "nanogpt", "gguf", "llmc")
 MAX_SHARD_SIZE = "50GB"
 
 

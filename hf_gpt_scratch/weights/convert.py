@@ -200,7 +200,7 @@ def _convert(
         stamps = Stamps(path)
         source = only.open(Found(path)) if only else open_source(path)
         if source.format is wanted:
-            raise ConversionError(f"{path} has the format {wanted.name!r} already; export takes another --format")
+            raise ConversionError(f"{path} already has the format {wanted.name!r}; export it with another --format")
         source.answer(activation_function=activation_function, lora_scale=lora_scale)
         contents = source.format.read(source, n_heads)
         wanted.check(contents, options)
