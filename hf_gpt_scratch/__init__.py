@@ -106,6 +106,8 @@ _ON_DEMAND = {name: module for module, names in _MODULES.items() for name in nam
 def __getattr__(name: str) -> Any:
     if name not in _ON_DEMAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # First transformers, whose import brings our models, so that two threads take the locks of both in one order.
+    import_module("transformers")
     value = globals()[name] = getattr(import_module(_ON_DEMAND[name], __name__), name)
     return value
 

@@ -119,7 +119,7 @@ def test_custom_head(tmp_path):
 
 
 def test_custom_block(tmp_path):
-    out = run("custom_block.py", cwd=tmp_path)
+    out = run(EXAMPLES / "custom_block.py", cwd=tmp_path)
     assert "generated: [5, 8, 11, 14," in out
     assert "equal logits: True" in out
 

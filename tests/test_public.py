@@ -75,6 +75,27 @@ print("_LazyModule" in transformers.__spec__.loader.get_source("transformers"))
     assert printed_by(script) == "SourceFileLoader True\nTrue\n"
 
 
+@pytest.mark.slow
+def test_two_threads_import_both_packages():
+    script = """
+import threading, hf_gpt_scratch
+done = []
+def one():
+    import transformers
+    done.append("transformers")
+def other():
+    from hf_gpt_scratch import GPTScratchForCausalLM
+    done.append("ours")
+threads = [threading.Thread(target=work) for work in (one, other)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(*done)
+"""
+    assert sorted(printed_by(script).split()) == ["ours", "transformers"]
+
+
 def test_models_that_do_not_import_are_told_at_every_import_of_transformers():
     script = """
 import sys, hf_gpt_scratch

@@ -5,8 +5,9 @@ PyTorch's norms, adapters, a classifier. `parts` tells from names and shapes alo
 made of theirs, so that tensors in memory and tensors in a file go the same way.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -135,7 +136,7 @@ def parts(shapes: Mapping[str, Sequence[int]], lora_scale: float | None = None) 
         lora_scale: what the product of an adapter's A and B is multiplied by, which no file tells.
 
     Raises:
-        ValueError: it is no GPT-2, or has adapters and `lora_scale` is missing.
+        ValueError: it is no GPT-2, has two tensors for one, or has adapters and `lora_scale` is missing.
     """
     if told := refusal(shapes):
         raise ValueError(told)
@@ -146,75 +147,123 @@ def parts(shapes: Mapping[str, Sequence[int]], lora_scale: float | None = None) 
             if lora_scale is None
             else f"has no adapters, but got lora_scale={lora_scale}; leave it out"
         )
+    _check_heads(shapes)
     found = {name: Part((name,), lambda tensors: tensors[0]) for name in shapes}
     if lora_scale is not None:
-        found = _merge(found, lora_scale)
-    for step in (_rename, _split, _join):
-        found = step(found)
+        found = _once(_merged(found, shapes, lora_scale))
+    for step in (_renamed, _split, _joined):
+        found = _once(step(found))
     if is_classifier(shapes):
         found = {re.sub(r"^out_head\.", "score.", name): part for name, part in found.items()}
     return {name: part for name, part in found.items() if not re.fullmatch(r"trf_blocks\.\d+\.att\.(.*\.)?mask", name)}
 
 
-def _merge(found: dict[str, Part], scale: float) -> dict[str, Part]:
+def _once(named: Iterable[tuple[str, Part]]) -> dict[str, Part]:
+    """The parts by name.
+
+    Raises:
+        ValueError: a tensor would be made in two ways.
+    """
+    found: dict[str, Part] = {}
+    for name, part in named:
+        if name in found:
+            both = " and ".join(repr(one.sources[0][:200]) for one in (found[name], part))
+            raise ValueError(f"has two tensors for {name[:200]!r}: {both}; keep one of them")
+        found[name] = part
+    return found
+
+
+def _check_heads(shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError unless heads in a list are as many and as large in all layers, for query, key and value."""
+    heads: dict[str, dict[int, int]] = {}
+    for name, shape in shapes.items():
+        if head := re.fullmatch(r"trf_blocks\.(\d+)\.att\.heads\.(\d+)\.(W_\w+)\.weight", name):
+            heads.setdefault(f"trf_blocks.{head[1]}.att.heads.*.{head[3]}", {})[int(head[2])] = shape[0] if shape else 0
+    layers = {found[1] for name in shapes if (found := re.match(r"trf_blocks\.(\d+)\.", name))}
+    if not heads:
+        return
+    [first, *_] = heads.values()
+    expected = dict.fromkeys(range(len(first)), next(iter(first.values())))
+    for name in (f"trf_blocks.{layer}.att.heads.*.{W}" for layer in sorted(layers, key=int) for W in QKV):
+        if heads.get(name) != expected:
+            sizes = ", ".join(f"{i}: {size}" for i, size in sorted(heads.get(name, {}).items())) or "no heads"
+            raise ValueError(
+                f"has heads in a list, but {name} has {sizes} (number: size), and not {len(expected)} heads of size "
+                f"{expected[0]} as GPT-2 would in every layer, for query, key and value; it cannot be converted"
+            )
+
+
+def _merged(found: dict[str, Part], shapes: Mapping[str, Sequence[int]], scale: Any) -> Iterator[tuple[str, Part]]:
     """`linear.weight`, `lora.A` and `lora.B` as one weight; computed in float32, in the weight's own dtype."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"got lora_scale={str(scale)[:80]!r}, but it must be a finite number, such as alpha / rank")
 
     def merged(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         weight, a, b = tensors  # (out, in), (in, rank), (rank, out)
         return (weight.float() + scale * (a.float() @ b.float()).T).to(weight.dtype)
 
-    new = {}
     for name, part in found.items():
         module = name.removesuffix(".linear.weight")
         adapter = (f"{module}.lora.A", f"{module}.lora.B")
         if module != name and all(half in found for half in adapter):
-            new[f"{module}.weight"] = Part((name, *adapter), merged)
+            weight, a, b = (list(shapes[one]) for one in (name, *adapter))
+            if not (len(weight) == len(a) == len(b) == 2 and a[0] == weight[1] and a[1] == b[0] and b[1] == weight[0]):
+                raise ValueError(
+                    f"has adapters that do not fit: {module}.lora.A {a} and lora.B {b} for linear.weight {weight}, but "
+                    "these must be [in, rank], [rank, out] and [out, in]; take those of one model"
+                )
+            yield f"{module}.weight", Part((name, *adapter), merged)
         elif name.endswith(".linear.bias"):
-            new[name.replace(".linear.bias", ".bias")] = part
+            yield name.replace(".linear.bias", ".bias"), part
         elif not (name.endswith((".lora.A", ".lora.B")) and f"{name[:-7]}.linear.weight" in found):
-            new[name] = part
-    return new
+            yield name, part
 
 
-def _rename(found: dict[str, Part]) -> dict[str, Part]:
+def _renamed(found: dict[str, Part]) -> Iterator[tuple[str, Part]]:
     """PyTorch's norms and `att.proj` under the book's names."""
-    new = {}
     for name, part in found.items():
         if norm := re.fullmatch(r"((?:trf_blocks\.\d+\.norm[12])|final_norm)\.(weight|bias)", name):
             name = f"{norm[1]}.{'scale' if norm[2] == 'weight' else 'shift'}"
-        new[name.replace(".att.proj.", ".att.out_proj.")] = part
-    return new
+        yield name.replace(".att.proj.", ".att.out_proj."), part
 
 
-def _split(found: dict[str, Part]) -> dict[str, Part]:
+def bare_matrices(names: Iterable[str]) -> bool:
+    """Whether query, key and value are matrices without an `nn.Linear`."""
+    return any(re.fullmatch(r".*\.att\.W_(query|key|value)", name) for name in names)
+
+
+BARE = (
+    "W_query, W_key and W_value are bare matrices, which are taken as [in, out], for x @ W; nothing in a square one "
+    "tells its orientation"
+)
+
+
+def _split(found: dict[str, Part]) -> Iterator[tuple[str, Part]]:
     """Query, key and value apart, each an `nn.Linear`; bare matrices are `[in, out]`."""
-    new = {}
     for name, part in found.items():
         if ".att.qkv." in name:
             for i, one in enumerate(QKV):
-                new[name.replace("qkv", one)] = part.then(partial(_third, i))
-        elif re.fullmatch(r".*\.att\.W_(query|key|value)", name):
-            new[f"{name}.weight"] = part.then(lambda tensor: tensor.transpose(0, -1).contiguous())
+                yield name.replace("qkv", one), part.then(partial(_third, i))
+        elif bare_matrices([name]):
+            yield f"{name}.weight", part.then(lambda tensor: tensor.transpose(0, -1).contiguous())
         elif letter := re.fullmatch(r"(.*\.att)\.bias_([qkv])", name):
-            new[f"{letter[1]}.{QKV['qkv'.index(letter[2])]}.bias"] = part
+            yield f"{letter[1]}.{QKV['qkv'.index(letter[2])]}.bias", part
         else:
-            new[name] = part
-    return new
+            yield name, part
 
 
 def _third(i: int, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.tensor_split(3)[i].contiguous()
 
 
-def _join(found: dict[str, Part]) -> dict[str, Part]:
+def _joined(found: dict[str, Part]) -> Iterator[tuple[str, Part]]:
     """The heads of a list as one layer each for query, key and value."""
-    new: dict[str, Part] = {}
     heads: dict[str, dict[int, Part]] = {}
     for name, part in found.items():
         if head := re.fullmatch(r"(.*\.att)\.heads\.(\d+)\.(W_(?:query|key|value)\.\w+)", name):
             heads.setdefault(f"{head[1]}.{head[3]}", {})[int(head[2])] = part
         else:
-            new[name] = part
+            yield name, part
     for name, ones in heads.items():
         in_order = [ones[i] for i in sorted(ones)]
 
@@ -222,5 +271,4 @@ def _join(found: dict[str, Part]) -> dict[str, Part]:
             given = iter(tensors)
             return torch.cat([part.make([next(given) for _ in part.sources]) for part in in_order])
 
-        new[name] = Part(tuple(source for part in in_order for source in part.sources), joined)
-    return new
+        yield name, Part(tuple(source for part in in_order for source in part.sources), joined)

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import GPT2PreTrainedModel, PreTrainedModel
 from transformers.utils import logging
 
-from .book_files import bare, heads_in_a_list, parts, shared, weights_in
+from .book_files import BARE, bare, bare_matrices, heads_in_a_list, parts, shared, weights_in
 from .configuration_gpt_scratch import SIZES, GPTScratchConfig
-from .own_code import bring_package, own_files
+from .own_code import bring_package, own_files, refuse_own_files
 from .weight_map import to_gpt2_state_dict
 
 logger = logging.get_logger(__name__)
@@ -50,6 +50,7 @@ class Interop(PreTrainedModel):
         if save_original_format:
             _refuse_quantized(self)
         _refuse_to_save_other_code(self)
+        refuse_own_files(self, save_directory)
         if auto_map := self.auto_map():
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
         own = own_files(self)
@@ -123,6 +124,8 @@ class Interop(PreTrainedModel):
             raise ValueError(
                 f"tensors of the state dict do not fit each other: {error}; take those of one model"
             ) from (error)
+        if bare_matrices(given):
+            logger.warning(BARE)
         _refuse_weights(weights)
         _refuse_head(cls, weights)
         pair = [weights[name] for name in ("tok_emb.weight", "out_head.weight") if name in weights]
@@ -351,10 +354,27 @@ def _settings_in(module):
     return found
 
 
+def _refuse_other_settings(module, config):
+    """Raises ValueError for settings of a model of the book's that small weights hide in its logits."""
+    for name, one in module.named_modules():
+        eps = getattr(one, "eps", None)
+        if isinstance(eps, float) and eps != config.layer_norm_epsilon:
+            raise ValueError(
+                f"{name} has eps={eps}, but the config says layer_norm_epsilon={config.layer_norm_epsilon}; give a "
+                "GPTScratchConfig with the model's own"
+            )
+        if isinstance(one, nn.GELU) and one.approximate == "none" and config.activation_function == "gelu_new":
+            raise ValueError(
+                f"{name} is the exact GELU, but the config says activation_function='gelu_new', the tanh one; give a "
+                "GPTScratchConfig with activation_function='gelu'"
+            )
+
+
 @torch.no_grad()
 def _refuse_other_logits(module, model):
     """Raises ValueError unless the copy of a model of the book's computes what the model does."""
-    length = min(8, model.config.context_length)
+    _refuse_other_settings(module, model.config)
+    length = min(1024, model.config.context_length)  # of tokens: a window or a clamped position is not seen before
     ids = torch.linspace(0, model.config.vocab_size - 1, length).long().unsqueeze(0)  # (1, T)
     parameters = {name: p.float() for name, p in module.named_parameters()}
     device = next(iter(parameters.values())).device
@@ -534,11 +554,10 @@ def _refuse_to_save_other_code(model):
         return
     differences = _differences(model, kind)
     if differences and type(model) is not kind:
-        logger.warning(
-            f"{type(model).__name__} computes something else than {kind.__name__} ({_few(differences)}), but has its "
-            f"model_type {kind.config_class.model_type!r}: {type(model).__name__}.from_pretrained loads what is saved "
-            f"here, and Auto classes without trust_remote_code=True load a {kind.__name__}. Give its config class a "
-            "model_type of its own."
+        raise ValueError(
+            f"{type(model).__name__} has the model_type {kind.config_class.model_type!r}, by which Auto classes would "
+            f"load what is saved as a {kind.__name__}, which it is not: {_few(differences)}. Give it a config class "
+            "with a model_type of its own"
         )
     elif differences:
         raise ValueError(

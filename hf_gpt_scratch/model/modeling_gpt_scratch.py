@@ -325,7 +325,7 @@ class GPTScratchPreTrainedModel(Interop):
             if others:
                 logger.warning(
                     f"the checkpoint is of the class {str(others[0])[:100]!r}, but is loaded as {cls.__name__}, which "
-                    f"may compute something else; load it with its own class, or with trust_remote_code=True"
+                    f"may compute something else; load it with its own class"
                 )
         return (model, info) if output_loading_info else model  # type: ignore[return-value]  # as transformers does
 
@@ -720,8 +720,8 @@ class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTS
 
     @can_return_tuple
     def _score_last(self, attention_mask=None, labels=None, **kwargs):
-        is_padding_mask = attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.is_meta
-        if is_padding_mask and not attention_mask.all():
+        is_given = attention_mask is not None and not attention_mask.is_meta
+        if is_given and (attention_mask.ndim != 2 or not attention_mask.all()):
             raise ValueError(
                 "got an attention_mask that hides tokens, but the book's classifier reads its padding, too; pad as in "
                 "training and leave attention_mask out, or give one text at a time without padding"

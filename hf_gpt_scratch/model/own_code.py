@@ -6,6 +6,7 @@ of this folder go along.
 """
 
 import ast
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,20 +23,38 @@ HERE = Path(__file__).parent
 PACKAGE = __name__.partition(".")[0] if not __name__.startswith("transformers_modules") else None
 
 
-def own_files(model: PreTrainedModel) -> set[str]:
-    """The names of the user's own files that transformers saves with a model."""
-    found: set[str] = set()
+def own_files(model: PreTrainedModel) -> dict[str, Path]:
+    """The user's own files that transformers saves with a model, by their names there."""
+    found: dict[str, Path] = {}
     for kind in (type(model), type(model.config)):
         file = getattr(sys.modules.get(kind.__module__), "__file__", None)
         if getattr(kind, "_auto_class", None) and file and kind.__module__ != "__main__":
             files = map(Path, [file, *get_relative_import_files(file)])
-            found |= {path.name for path in files if path.suffix == ".py" and path.parent.resolve() != HERE.resolve()}
+            found |= {
+                path.name: path for path in files if path.suffix == ".py" and path.resolve().parent != HERE.resolve()
+            }
     return found
+
+
+def refuse_own_files(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Before anything is written.
+
+    Raises:
+        ValueError: files of the user's own would be replaced by others of their name.
+    """
+    own = own_files(model)
+    if taken := sorted(name for name in own if (HERE / name).is_file()):
+        raise ValueError(
+            f"{', '.join(str(own[name]) for name in taken)} cannot be saved with the model, since a file that is saved "
+            "with every model has this name; rename yours"
+        )
+    if any(path.resolve().parent == Path(folder).resolve() for path in own.values()):
+        raise ValueError(f"{folder} is the folder of {', '.join(sorted(own))}; save the model in another one")
 
 
 def bring_package(model: PreTrainedModel, folder: Path) -> None:
     """Makes what was saved in `folder` independent of this package, as far as it uses what ships with a model."""
-    for name in sorted(own_files(model)) if PACKAGE else []:
+    for name, original in sorted(own_files(model).items()) if PACKAGE else []:
         path = folder / name
         if not path.is_file():  # an adapter was saved, and nothing else
             continue
@@ -46,6 +65,11 @@ def bring_package(model: PreTrainedModel, folder: Path) -> None:
                 f"{name} imports {', '.join(left)}, which does not ship with a model, so what is saved in {folder} "
                 f"loads only where {PACKAGE} is installed"
             )
+        if local := local_imports(source, original, type(model).__module__):
+            logger.warning(
+                f"{name} imports {', '.join(local)}, of which no copy is saved, so what is saved in {folder} loads "
+                f"only where they can be imported; import them relatively: from .{local[0].rpartition('.')[2]} import …"
+            )
         files = {HERE / f"{room}.py" for room in needed}
         further = {Path(other) for file in files for other in get_relative_import_files(file)} - files
         for file in files | further:
@@ -55,6 +79,21 @@ def bring_package(model: PreTrainedModel, folder: Path) -> None:
             rewritten += f"\n# Older versions of transformers fetch only what this file imports.\nif False:\n{imports}"
         if rewritten != source:
             path.write_text(rewritten, encoding="utf-8")
+
+
+def local_imports(source: str, file: Path, module: str) -> list[str]:
+    """Modules that lie beside a file, or in the package of its class, and are imported by their absolute names."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    package = module.partition(".")[0] if "." in module else None
+
+    def is_local(name: str) -> bool:
+        top = name.partition(".")[0]
+        beside = (file.parent / f"{top}.py").is_file() or (file.parent / top / "__init__.py").is_file()
+        return top != PACKAGE and (beside or top == package)
+
+    return sorted({name for name in names if is_local(name)})
 
 
 def relative_imports(source: str) -> tuple[str, set[str], list[str]]:

@@ -197,6 +197,12 @@ def character_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"{path} has no 'stoi' that numbers single characters from 0 on, as nanoGPT's prepare.py for characters "
             "writes it; give another, or a directory with the tokenizer in transformers' files"
         )
+    itos, vocab_size = values.get("itos", {}), values.get("vocab_size", len(ids))
+    if (itos and itos != {number: one for one, number in stoi.items()}) or vocab_size != len(ids):
+        raise ConversionError(
+            f"{path} contradicts itself: its 'itos' is not the inverse of 'stoi', or its 'vocab_size', "
+            f"{str(vocab_size)[:80]}, is not their number, {len(ids)}; take the meta.pkl that prepare.py wrote"
+        )
     if any(0xD800 <= ord(one) < 0xE000 for one in stoi):
         raise ConversionError(f"{path} has half a character, which a text in UTF-8 cannot have; correct its 'stoi'")
     backend = Tokenizer(WordLevel(stoi))
@@ -226,7 +232,7 @@ def put_tokenizer(chosen: Chosen, target: Path) -> str | None:
     carried = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     texts = _texts(tokenizer)
     if _behaviour(carried, texts) != _behaviour(tokenizer, texts):
-        what = f"is a {type(tokenizer).__name__} that gives other ids beside the converted model"
+        what = f"is a {type(tokenizer).__name__} that gives different ids beside the converted model"
         raise _refusal(chosen.directory or target, what)
     return type(tokenizer).__name__
 

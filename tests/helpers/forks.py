@@ -127,6 +127,6 @@ def leave():
 
 
 if __name__ == "__main__":
-    status = 0
+    status = 1  # of a program that does not start
     atexit.register(leave)  # the first: it is called last
     run(*become(*serve()))

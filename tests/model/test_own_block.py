@@ -1,5 +1,6 @@
 """A model with blocks of its own, from examples/custom_block.py: exact, and independent of this package once saved."""
 
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from pairs import random_gpt2, random_ids, randomize
 from remote import run_without_the_package
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
 from hf_gpt_scratch import GPTModel, model_card
 from hf_gpt_scratch.model import own_code
@@ -117,10 +119,13 @@ def test_official_weights_that_fit_are_taken_and_others_named(own, tmp_path, cap
     gpt2 = random_gpt2()
     gpt2.save_pretrained(tmp_path)
     logging.getLogger("transformers").addHandler(caplog.handler)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
     try:
         model, info = own.RotaryForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     finally:
         logging.getLogger("transformers").removeHandler(caplog.handler)
+        transformers_logging.set_verbosity(verbosity)
     assert torch.equal(model.model.trf_blocks[2].att.out_proj.weight, gpt2.transformer.h[2].attn.c_proj.weight.T)
     assert {name.rpartition(".")[2] for name in info["missing_keys"]} == {"weight"}
     assert all(".norm" in name for name in info["missing_keys"])
@@ -149,6 +154,58 @@ def test_a_push_while_saving_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match=r"push_to_hub=True, .*custom_block\.py.* model\.push_to_hub"):
         model.save_pretrained(tmp_path / "saved", push_to_hub=True)
     assert not (tmp_path / "saved").exists()
+
+
+OWN = """
+{imports}
+from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+
+
+class {name}Config(GPTScratchConfig):
+    model_type = "gpt_{name}"
+
+
+class {name}ForCausalLM(GPTScratchForCausalLM):
+    config_class = {name}Config
+"""
+
+
+def own_class(folder, monkeypatch, name, imports="", **others):
+    """A model of a class in a file of this folder, with other files beside it."""
+    folder.mkdir()
+    for other, text in others.items():
+        (folder / f"{other}.py").write_text(text)
+    (folder / f"{name}.py").write_text(OWN.format(name=name, imports=imports))
+    monkeypatch.syspath_prepend(folder.parent)
+    module = importlib.import_module(f"{folder.name}.{name}")
+    return getattr(module, f"{name}ForCausalLM")(getattr(module, f"{name}Config")(**SIZES))
+
+
+def test_a_file_of_ones_own_with_a_name_that_ships_is_refused(tmp_path, monkeypatch):
+    model = own_class(tmp_path / "taken", monkeypatch, "alpha", "from .layers import GELU", layers="GELU = 1\n")
+    with pytest.raises(ValueError, match=r"taken/layers\.py cannot be saved with the model.* rename yours"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_the_folder_of_ones_own_file_is_no_place_for_the_model(tmp_path, monkeypatch):
+    model = own_class(tmp_path / "folder", monkeypatch, "beta")
+    source = (tmp_path / "folder" / "beta.py").read_text()
+    with pytest.raises(ValueError, match=r"is the folder of beta\.py; save the model in another"):
+        model.save_pretrained(tmp_path / "folder")
+    assert (tmp_path / "folder" / "beta.py").read_text() == source
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_files_of_ones_own_come_along_if_they_are_imported_relatively(tmp_path, monkeypatch, absolute):
+    warnings = []
+    monkeypatch.setattr(own_code.logger, "warning", warnings.append)
+    name, folder = ("gamma", "whole") if absolute else ("delta", "related")
+    imports = f"from {folder}.helper import RATE" if absolute else "from .helper import RATE"
+    model = own_class(tmp_path / folder, monkeypatch, name, imports, helper="RATE = 2\n")
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "helper.py").is_file() != absolute
+    assert ["import them relatively: from .helper import" in text for text in warnings] == [True] * absolute
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hf_gpt_scratch import (
     GPTScratchForCausalLM,
     GPTScratchForSequenceClassification,
     GPTScratchModel,
+    MultiHeadAttention,
     convert,
     export,
 )
@@ -111,7 +112,8 @@ def test_a_model_in_memory_that_computes_something_else_is_refused(mistake):
         model.final_norm.register_forward_hook(lambda module, args, output: output * 1.01)
     else:
         model.forward = lambda ids, more: ids
-    with pytest.raises(ValueError, match="does not run on token ids" if mistake == "not on ids" else "other logits"):
+    told = {"not on ids": "does not run", "activation": "exact GELU"}.get(mistake, "other logits")
+    with pytest.raises(ValueError, match=told):
         GPTScratchForCausalLM.from_book(model, **options)
 
 
@@ -120,10 +122,10 @@ def test_a_model_in_memory_that_computes_something_else_is_refused(mistake):
 
 @pytest.mark.parametrize(
     ("step", "make"),
-    [("_rename", fast), ("_split", fast), ("_split", MODELS["einsum"]), ("_join", MODELS["heads in a list"])],
+    [("_renamed", fast), ("_split", fast), ("_split", MODELS["einsum"]), ("_joined", MODELS["heads in a list"])],
 )
 def test_a_step_that_is_left_out_is_an_error(tmp_path, monkeypatch, step, make):
-    monkeypatch.setattr(book_files, step, lambda found: found)
+    monkeypatch.setattr(book_files, step, lambda found: found.items())
     model = make()
     with pytest.raises(ConversionError):
         convert(saved(tmp_path / "model.pth", model.state_dict()), tmp_path / "out", n_heads=HEADS)
@@ -142,7 +144,9 @@ def test_a_step_that_is_done_wrongly_shows_in_the_logits(tmp_path, monkeypatch, 
         monkeypatch.setattr(book_files.Part, "then", lambda self, step: self)
     elif mistake == "heads in another order":
         model, options = MODELS["heads in a list"](), {}
-        state_dict = {re.sub(r"heads\.0\.W_key", "heads.9.W_key", n): t for n, t in model.state_dict().items()}
+        other = {"heads.0.W_key": "heads.1.W_key", "heads.1.W_key": "heads.0.W_key"}
+        swap = re.compile("|".join(map(re.escape, other)))
+        state_dict = {swap.sub(lambda found: other[found[0]], n): t for n, t in model.state_dict().items()}
     else:
         model, options = randomize(adapt(plain())).eval(), {"n_heads": HEADS, "lora_scale": 6.0}
     state_dict = state_dict if mistake == "heads in another order" else model.state_dict()
@@ -253,7 +257,7 @@ def test_a_directorys_weights_without_their_config_are_refused(tmp_path):
     ours.save_pretrained(tmp_path / "native")
     shutil.copy(tmp_path / "native/model.safetensors", tmp_path)
     assert "give it the config.json" in refusal(tmp_path / "model.safetensors", n_heads=HEADS)
-    assert "give the directory" in refusal(tmp_path / "native/model.safetensors", n_heads=HEADS)
+    assert "give its directory" in refusal(tmp_path / "native/model.safetensors", n_heads=HEADS)
     ours.save_as_gpt2(tmp_path / "official")
     shutil.copy(tmp_path / "official/model.safetensors", tmp_path)
     assert "an official checkpoint" in refusal(tmp_path / "model.safetensors", n_heads=HEADS)
@@ -293,11 +297,101 @@ def test_a_scale_without_adapters_is_refused_and_adapters_of_peft_are_named(tmp_
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     state_dict = adapt(plain()).state_dict()
-    state_dict["trf_blocks.0.att.W_query.lora.A"] = torch.ones(5, 4)
-    path = saved(tmp_path / "lora.pth", state_dict)
-    assert "do not fit each other" in refusal(path, n_heads=HEADS, lora_scale=1.0)
-    with pytest.raises(ValueError, match="do not fit each other"):
-        GPTScratchForCausalLM.from_book(path, n_heads=HEADS, lora_scale=1.0)
+    for shape in ([5, 4], [1, 4], [4, 4]):
+        state_dict["trf_blocks.0.att.W_query.lora.A"] = torch.ones(shape)
+        path = saved(tmp_path / "lora.pth", state_dict)
+        assert "has adapters that do not fit" in refusal(path, n_heads=HEADS, lora_scale=1.0)
+        with pytest.raises(ValueError, match="has adapters that do not fit"):
+            GPTScratchForCausalLM.from_book(path, n_heads=HEADS, lora_scale=1.0)
+
+
+@pytest.mark.parametrize("scale", [True, "2", float("nan"), float("inf")])
+def test_a_scale_that_is_no_finite_number_is_refused(tmp_path, scale):
+    with pytest.raises(ValueError, match="it must be a finite number"):
+        GPTScratchForCausalLM.from_book(adapt(plain()).state_dict(), n_heads=HEADS, lora_scale=scale)
+
+
+def in_a_list(state_dict, *sizes):
+    """The same projections as heads of these sizes, layer by layer."""
+    found = {name: tensor for name, tensor in state_dict.items() if ".att.W_" not in name}
+    for name in state_dict.keys() - found.keys():
+        layer = int(name.split(".")[1])
+        for i, part in enumerate(state_dict[name].split(sizes[layer])):
+            found[name.replace(".att.", f".att.heads.{i}.")] = part.clone()
+    return found
+
+
+def test_heads_that_no_gpt2_has_are_refused(tmp_path):
+    state_dict = plain().state_dict()
+    size, layers = E // HEADS, len(plain().trf_blocks)
+    even = in_a_list(state_dict, *[[size] * HEADS] * layers)
+    assert error_of(GPTScratchForCausalLM.from_book(even), plain_with(state_dict)) < BOUND
+    uneven = [size + 1, size - 1, *[size] * (HEADS - 2)]
+    for name, heads in {
+        "uneven": in_a_list(state_dict, *[uneven] * layers),
+        "fewer in one layer": in_a_list(state_dict, *[[size] * HEADS] * (layers - 1), [E]),
+        "one missing": {name.replace("heads.1.", "heads.7."): tensor for name, tensor in even.items()},
+        "dense in one layer": {n: t for n, t in even.items() if "trf_blocks.1.att.heads" not in n}
+        | {n: t for n, t in state_dict.items() if "trf_blocks.1.att" in n},
+    }.items():
+        with pytest.raises(ValueError, match=r"has heads in a list, but trf_blocks"):
+            GPTScratchForCausalLM.from_book(heads)
+        assert "has heads in a list, but trf_blocks" in refusal(saved(tmp_path / f"{name}.pth", heads))
+
+
+def plain_with(state_dict):
+    model = plain()
+    model.load_state_dict(state_dict)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("trf_blocks.0.att.qkv.weight", (3 * E, E)),
+        ("trf_blocks.0.att.proj.weight", (E, E)),
+        ("trf_blocks.0.norm1.weight", (E,)),
+        ("trf_blocks.0.att.W_query", (E, E)),
+    ],
+)
+def test_two_tensors_for_one_are_refused(tmp_path, name, shape):
+    state_dict = {**plain().state_dict(), name: torch.randn(shape)}
+    assert "has two tensors for" in refusal(saved(tmp_path / "model.pth", state_dict), n_heads=HEADS)
+    with pytest.raises(ValueError, match=f"has two tensors for .*{re.escape(name)}"):
+        GPTScratchForCausalLM.from_book(state_dict, n_heads=HEADS)
+
+
+class Windowed(MultiHeadAttention):
+    """Attends to the last 8 tokens alone."""
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        layers = (self.W_query, self.W_key, self.W_value)
+        queries, keys, values = (W(x).view(b, t, self.num_heads, -1).transpose(1, 2) for W in layers)
+        distance = torch.arange(t)[:, None] - torch.arange(t)
+        scores = (queries @ keys.transpose(2, 3) / self.head_dim**0.5).masked_fill(
+            (distance < 0) | (distance >= 8), -torch.inf
+        )
+        return self.out_proj((scores.softmax(-1) @ values).transpose(1, 2).reshape(b, t, -1))
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_window_another_epsilon_and_the_exact_gelu_are_seen_in_a_model_in_memory(small):
+    def model():
+        made = plain()
+        if small:  # so that the logits show next to nothing
+            for p in made.parameters():
+                p.data.mul_(1e-2)
+        return made
+
+    other = {"window": model(), "eps": model(), "gelu": model()}
+    for block in other["window"].trf_blocks:
+        block.att.__class__ = Windowed
+    other["eps"].final_norm.eps = 1e-6
+    other["gelu"].trf_blocks[0].ff.layers[1] = nn.GELU()
+    for name in ("eps", "gelu", *([] if small else ["window"])):
+        with pytest.raises(ValueError, match=r"final_norm has eps=1e-06|exact GELU|computes other logits"):
+            GPTScratchForCausalLM.from_book(other[name])
 
 
 # Chapter 6
@@ -325,6 +419,8 @@ def test_chapter_6s_classifier_has_its_logits_on_the_last_token_padding_or_not(t
             assert torch.equal(ours(ids, torch.ones_like(ids)).logits, ours(ids).logits)
         with pytest.raises(ValueError, match=r"attention_mask that hides tokens, but the book's classifier reads"):
             ours(padded, attention_mask=padded != VOCAB - 1)
+        with pytest.raises(ValueError, match="attention_mask that hides tokens"):
+            ours(IDS, attention_mask=torch.ones(2, 1, 20, 20, dtype=torch.bool).tril())
         loss = ours(padded, labels=torch.tensor([1, 2])).loss
         torch.testing.assert_close(loss, nn.functional.cross_entropy(model(padded)[:, -1], torch.tensor([1, 2])))
         loss.backward()
@@ -352,9 +448,9 @@ def test_what_is_saved_of_a_classifier_is_a_classifier_and_no_other_format_takes
     ours.save_pretrained(tmp_path / "saved")
     assert error_of(GPTScratchForSequenceClassification.from_pretrained(tmp_path / "saved"), model) < BOUND
     convert(path, tmp_path / "out", n_heads=HEADS)
-    with pytest.raises(ConversionError, match=r"book_classifier=True, but gpt2 knows only False.*keep the native"):
+    with pytest.raises(ConversionError, match=r"book_classifier=True, but gpt2 supports only False.*keep the native"):
         export(tmp_path / "out", tmp_path / "official", "gpt2")
-    with pytest.raises(ConversionError, match="book_classifier=True, but gpt2 knows only False"):
+    with pytest.raises(ConversionError, match="book_classifier=True, but gpt2 supports only False"):
         export(path, tmp_path / "official", "gpt2", n_heads=HEADS)
     with pytest.raises(ConversionError, match="score"):
         export(path, tmp_path / "official", "nanogpt", n_heads=HEADS)

@@ -189,7 +189,7 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path, format, dtype, tied):
             write(ours, ours.config, tmp_path / "file", format)
         return
     if format == "llmc" and (not tied or dtype == torch.float16):
-        with pytest.raises(ConversionError, match=r"llmc knows only True|llm\.c has float32 and bfloat16"):
+        with pytest.raises(ConversionError, match=r"llmc supports only True|llm\.c has float32 and bfloat16"):
             write(ours, ours.config, tmp_path / "file", format)
         return
     notes = write(ours, ours.config, tmp_path / "file", format)

@@ -114,7 +114,7 @@ def test_a_model_without_query_biases_gets_zeros(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "cast", "told"),
     [
-        ({"tie_word_embeddings": False}, None, "tie_word_embeddings=False, but llmc knows only True"),
+        ({"tie_word_embeddings": False}, None, "tie_word_embeddings=False, but llmc supports only True"),
         ({"activation_function": "gelu"}, None, "activation_function='gelu'"),
         ({"n_inner": 100}, None, "n_inner=100"),
         ({}, torch.float16, "torch.float16, but llm.c has float32 and bfloat16"),
@@ -133,12 +133,14 @@ def test_what_it_cannot_express_is_refused(tmp_path, changes, cast, told):
         ({"version": 1}, "of version 1, but read are 3"),
         ({"magic": 20240328}, "llm.c's tokenizer"),
         ({"magic": 20240527}, "the state of llm.c's optimizer"),
-        ({"magic": 20240325}, "which no known file does"),
+        ({"magic": 20240325}, "which is not the beginning of a known format"),
         ({"layers": 0}, "n_layers=0"),
         ({"layers": -2}, "n_layers=-2"),
         ({"layers": 1 << 30}, "n_layers=1073741824"),
         ({"layers": LAYERS - 1}, "by its header"),
         ({"padded": VOCAB - 1}, "padded=210"),
+        ({"padded": PADDED + 128}, f"padded={PADDED + 128}"),
+        ({"padded": PADDED - 1, "context": CONTEXT + 1}, f"padded={PADDED - 1}"),  # of the same length
         ({"heads": 5}, "n_heads=5, but it must be a whole number that divides"),
     ],
 )
@@ -179,6 +181,6 @@ def test_what_was_written_wrong_is_not_published(tmp_path, monkeypatch):
         return written
 
     monkeypatch.setattr(FORMATS["llmc"], "save", wrong)
-    with pytest.raises(ParityError, match="not the source's, bit for bit"):
+    with pytest.raises(ParityError, match="not equal to the source's bit for bit"):
         export(tmp_path / "native", tmp_path / "out", "llmc")
     assert not (tmp_path / "out").exists()

@@ -130,7 +130,7 @@ class Config:
 
 def test_settings_of_another_class_are_refused_by_its_name(tmp_path):
     path = built(tmp_path / "model.pt", Fused(), Config())
-    with pytest.raises(ConversionError, match=r"asks for .*Config, and such a file can run any program"):
+    with pytest.raises(ConversionError, match=r"refers to .*Config, and loading such a file can run any program"):
         convert(path, tmp_path / "out")
 
 

@@ -239,7 +239,7 @@ def test_a_tokenizer_inside_a_gguf_file_that_is_not_gpt2s_is_left_behind_and_nam
 ):
     gpt2s_own(source)
     export_checkpoint(source, tmp_path / "gguf", "gguf")
-    read = gguf._told
+    read = gguf._in_our_names
     if value == "many":
         words = json.loads((source / "vocab.json").read_text())
         value = [*words, *map(str, range(10, 5010))][:5000]
@@ -250,7 +250,7 @@ def test_a_tokenizer_inside_a_gguf_file_that_is_not_gpt2s_is_left_behind_and_nam
             metadata.pop("tokenizer.ggml.token_type")
         return read(path, metadata)
 
-    monkeypatch.setattr(gguf, "_told", changed)
+    monkeypatch.setattr(gguf, "_in_our_names", changed)
     receipt = import_checkpoint(tmp_path / "gguf/model.gguf", tmp_path / "back")
     [note] = receipt["notes"]
     assert receipt["tokenizer"] is None and note.startswith("left behind: ") and told in note and "--tokenizer" in note
@@ -310,6 +310,8 @@ class Hostile:
         ({"vocab_size": 3}, "has no 'stoi'"),
         ([1], "has no 'stoi'"),
         ({"stoi": {}}, "has no 'stoi'"),
+        ({"stoi": {"a": 0, "b": 1}, "itos": {0: "b", 1: "a"}}, "contradicts itself"),
+        ({"stoi": {"a": 0, "b": 1}, "vocab_size": 3}, "contradicts itself"),
         (b"text", "is no meta.pkl"),
         (characters("abc"), "has 3 characters, while vocab_size"),
     ],

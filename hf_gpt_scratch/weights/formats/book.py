@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ...errors import ConversionError
-from ...model.book_files import Part, has_adapters, heads_in_a_list, parts, refusal
+from ...model.book_files import BARE, Part, bare_matrices, has_adapters, heads_in_a_list, parts, refusal
 from ...model.modeling_gpt_scratch import GPTScratchForSequenceClassification
 from ...model.weight_map import HEADS, LM_HEAD, Row
 from ..tensors import LazyTensor, held, zero
@@ -55,10 +55,12 @@ class Book(Format):
         return Source(self, found.path, there.tensors, {**there.metadata}, [*there.notes], asks=asks)
 
     def read(self, source: Source, n_heads: int | None = None) -> Contents:
-        metadata, path = source.metadata, source.path
+        metadata, path, source_names = source.metadata, source.path, list(source.tensors)
         if (listed := heads_in_a_list(source.tensors)) is not None:
             metadata["n_heads"] = listed
         source.tensors = made(source.tensors, metadata.pop("lora_scale", None), path)
+        if bare_matrices(source_names):
+            source.notes.append(BARE)
         score = {row.theirs: source.tensors.pop(row.theirs) for row in SCORE if row.theirs in source.tensors}
         contents = super().read(source, n_heads)
         if score:

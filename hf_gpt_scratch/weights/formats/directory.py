@@ -76,9 +76,9 @@ class Directory(Format):
             return f"{path} holds a model of type {model_type!r}; {known}"
         there = state_dict(found)
         if there is not None and holds_conv1d(there):
-            return f"{path} is the weights file of an official checkpoint; give the directory it lies in"
+            return f"{path} is the weights file of an official checkpoint; give its directory, {path.parent}"
         if path.suffix in (".safetensors", ".json") and not is_safetensors(path):
-            return f"{found.begins}; give the directory it lies in, {path.parent}"
+            return f"{found.begins}; give its directory, {path.parent}"
         return None
 
     def open(self, found: Found) -> Source:

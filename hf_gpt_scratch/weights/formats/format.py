@@ -364,8 +364,8 @@ class Format:
         for name, allowed in self.limits(contents.config).items():
             if getattr(contents.config, name) not in allowed:
                 raise ConversionError(
-                    f"the model has {name}={getattr(contents.config, name)!r}, but {self.name} knows only "
-                    f"{' or '.join(map(repr, allowed))} and cannot say otherwise; "
+                    f"the model has {name}={getattr(contents.config, name)!r}, but {self.name} supports only "
+                    f"{' or '.join(map(repr, allowed))}; "
                     + ("keep the native directory" if self.name == "gpt2" else "export to 'gpt2' instead")
                 )
 

@@ -86,7 +86,11 @@ class LLMC(Format):
                 "are padded; write it again with today's llm.c"
             )
         metadata = dict(zip(SIZES, sizes, strict=True))
-        if min(sizes) < 1 or metadata["padded"] < metadata["vocab_size"] or metadata["n_layers"] > MAX_LAYERS:
+        if (
+            min(sizes) < 1
+            or metadata["padded"] != padded_rows(metadata["vocab_size"])
+            or metadata["n_layers"] > MAX_LAYERS
+        ):
             raise ConversionError(
                 f"the header of {path} says {', '.join(f'{name}={value}' for name, value in metadata.items())}, "
                 "which no model has; copy or download it again"
@@ -124,7 +128,7 @@ class LLMC(Format):
         config = contents.config
         sizes = {name: getattr(config, name) for name in SIZES[:-1]}
         version = next(version for version, dtype in VERSIONS.items() if dtype == contents.dtype)
-        extra = -config.vocab_size % MULTIPLE
+        extra = padded_rows(config.vocab_size) - config.vocab_size
         header = (MAGIC, version, *sizes.values(), config.vocab_size + extra)
         progress: Progress = options.progress
         progress.step(f"Writing {path.name}", sum(tensor.nbytes for tensor in tensors.values()))
@@ -136,6 +140,11 @@ class LLMC(Format):
                     file.write(bytes(extra * config.emb_dim * contents.dtype.itemsize))
         hashed = {"sha256": file.digest.hexdigest(), "bytes": path.stat().st_size}
         return Written(hashes={path.name: hashed})
+
+
+def padded_rows(vocab_size: int) -> int:
+    """The rows of wte, which are padded to a multiple of 128."""
+    return -(-vocab_size // MULTIPLE) * MULTIPLE
 
 
 def shapes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:

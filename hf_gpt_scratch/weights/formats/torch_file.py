@@ -134,7 +134,7 @@ def _model_args(path: Path, args: dict[str, Any], place: str) -> dict[str, Any]:
     for name in MODEL_ARGS.keys() & args.keys():
         if not isinstance(args[name], int | float):
             raise ConversionError(
-                f"{path} has {kind_of(args[name])} for {name} in its {place}, but they are numbers; save it again"
+                f"{path} has {kind_of(args[name])} for {name} in its {place}, but it must be a number; correct it"
             )
     return {ours: args[name] for name, ours in MODEL_ARGS.items() if name in args}
 
