@@ -80,8 +80,8 @@ def convert(
         target: directory to be; must not exist unless `overwrite`.
         n_heads: for "book" and "mingpt", whose files do not say it. A wrong number that divides emb_dim cannot be
             noticed: the model loads and computes something else.
-        activation_function: for nanoGPT's and minGPT's files where they do not say it: "gelu" or "gelu_new". None: as
-            today's nanoGPT or minGPT has it, and a note says so.
+        activation_function: for files that do not store it, the book's, nanoGPT's and minGPT's: "gelu" (exact) or
+            "gelu_new" (tanh). None: the book's is the tanh one; for the others a note says what is assumed.
         lora_scale: for adapters of the book's appendix E, what A @ B is multiplied by: alpha / rank, or alpha alone in
             its first printing.
         tokenizer: a directory, a hub id, nanoGPT's meta.pkl, "gpt2" or "none"; None: the source's own, or GPT-2's if

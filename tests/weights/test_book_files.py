@@ -497,6 +497,18 @@ def test_what_is_no_gpt2_is_refused_by_its_true_reason(tmp_path, change, told):
 # The command
 
 
+def test_a_book_model_with_another_activation_is_converted_with_that(tmp_path):
+    model = plain()
+    for block in model.trf_blocks:
+        block.ff.layers[1] = nn.GELU()
+    path = saved(tmp_path / "model.pth", model.state_dict())
+    for options, close in (({}, False), ({"activation_function": "gelu"}, True)):
+        convert(path, tmp_path / "out", n_heads=HEADS, overwrite=True, **options)
+        assert (error_of(GPTScratchForCausalLM.from_pretrained(tmp_path / "out"), model) < BOUND) == close
+    config = GPTScratchConfig.from_book({**CFG, "qkv_bias": True}, activation_function="gelu")
+    assert error_of(GPTScratchForCausalLM.from_book(model, config), model) < BOUND
+
+
 def test_the_command_asks_only_for_what_the_file_does_not_tell(tmp_path):
     model = classifier(randomize(adapt(plain())).eval())
     path = saved(tmp_path / "lora.pth", model.state_dict())

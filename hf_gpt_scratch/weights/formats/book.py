@@ -51,7 +51,7 @@ class Book(Format):
         there = state_dict(found) or StateDict({})
         if why := refusal({name: tensor.shape for name, tensor in there.tensors.items()}):
             raise ConversionError(f"{found.path} {why}")
-        asks = ("lora_scale",) if has_adapters(there.tensors) else ()
+        asks = ("activation_function", *(["lora_scale"] if has_adapters(there.tensors) else []))
         return Source(self, found.path, there.tensors, {**there.metadata}, [*there.notes], asks=asks)
 
     def read(self, source: Source, n_heads: int | None = None) -> Contents:
