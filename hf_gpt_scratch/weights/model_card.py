@@ -49,6 +49,18 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained(here, trust_remote_code=True)
 ```
 
+{with_package}## Architecture
+
+| | | |
+| --- | --- | --- |
+{architecture}
+{parity}
+## Licence
+
+{licence}
+"""
+
+WITH_PACKAGE = """\
 With the package `hf_gpt_scratch`, from which this code comes:
 
 ```python
@@ -58,15 +70,6 @@ model = {model_class}.from_pretrained(here)
 model.save_as_gpt2("official")  # an official checkpoint again
 ```
 
-## Architecture
-
-| | | |
-| --- | --- | --- |
-{architecture}
-{parity}
-## Licence
-
-{licence}
 """
 
 PARITY = """
@@ -96,6 +99,7 @@ def model_card(
     """
     license = license or OPENAI_GPT2.get(source or "")
     auto_class = type(model)._auto_class or "AutoModel"
+    own = None if type(model) in model.kinds() else type(model).__name__  # a class of somebody's own
     data = ModelCardData(
         license=license,
         library_name="transformers",
@@ -110,12 +114,12 @@ def model_card(
         made_of = f"with the weights of {_origin(receipt)}" if receipt else "with weights of its own"
         weights = f"`{license}`" if license else "not stated"
     text = TEXT.format(
-        title=f"{(source or 'GPT-2').rpartition('/')[2]} with the layers of the book",
+        title=f"{own or (source or 'GPT-2').rpartition('/')[2]} with the layers of the book",
         made_of=made_of,
         parameters=model.num_parameters(),
         dtype=str(model.config.dtype or model.dtype).removeprefix("torch."),
         auto_class=auto_class,
-        model_class=type(model).__name__,
+        with_package=WITH_PACKAGE.format(model_class=type(model).__name__) if own is None else "",
         architecture="\n".join(
             f"| `{name}` | {getattr(model.config, name)} | {meaning} |" for name, meaning in ARCHITECTURE.items()
         ),

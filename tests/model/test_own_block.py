@@ -147,7 +147,9 @@ def test_it_is_no_gpt2_and_no_book_model_any_more(own, model, tmp_path):
 
 
 def test_the_card_says_what_class_it_is(model):
-    assert "RotaryForCausalLM" in str(model_card(model)) and "gpt_rotary" in str(model_card(model))
+    card = str(model_card(model))
+    assert "# RotaryForCausalLM with the layers" in card and "gpt_rotary" in card
+    assert "import RotaryForCausalLM" not in card and "save_as_gpt2" not in card
 
 
 def test_a_push_while_saving_is_refused(model, tmp_path):
