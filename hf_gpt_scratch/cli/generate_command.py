@@ -32,6 +32,8 @@ TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Sample from the 
 Seed = Annotated[int | None, typer.Option(help="Seed of the samples.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")]
 Heads = Annotated[int | None, typer.Option(help="Attention heads, for files that do not store them.")]
+Activation = Annotated[str | None, typer.Option(help="Activation, for files that do not store it: gelu or gelu_new.")]
+LoraScale = Annotated[float | None, typer.Option(help="For the adapters of the book's appendix E, as in convert.")]
 Tokenizer = Annotated[str | None, typer.Option(help="As in convert: directory, hub id or meta.pkl; gpt2.")]
 
 
@@ -45,6 +47,8 @@ def generate(
     seed: Seed = None,
     greedy: Greedy = False,
     n_heads: Heads = None,
+    activation: Activation = None,
+    lora_scale: LoraScale = None,
     tokenizer: Tokenizer = None,
 ) -> None:
     """Continues a text, token by token; writes nothing to the disk.
@@ -52,9 +56,10 @@ def generate(
     What no option says is as in the model's generation_config.json, so as `model.generate()` does it.
     """
     options = _sampling(temperature, top_k, top_p, greedy)
+    source = dict(n_heads=n_heads, activation_function=activation, lora_scale=lora_scale, tokenizer=tokenizer)
     with _failing():
         text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
-        speaker = Speaker(model, n_heads, tokenizer, seed, options)
+        speaker = Speaker(model, source, seed, options)
         ids = speaker.ids(text)
         speaker.say(ids, speaker.room(ids.shape[1], max_new_tokens), skip_prompt=False)
 
@@ -68,6 +73,8 @@ def chat(
     seed: Seed = None,
     greedy: Greedy = False,
     n_heads: Heads = None,
+    activation: Activation = None,
+    lora_scale: LoraScale = None,
     tokenizer: Tokenizer = None,
 ) -> None:
     """Talks with a model that was finetuned for it, by its tokenizer's chat template; Ctrl-D ends.
@@ -75,8 +82,9 @@ def chat(
     Reads one message a line.
     """
     options = _sampling(temperature, top_k, top_p, greedy)
+    source = dict(n_heads=n_heads, activation_function=activation, lora_scale=lora_scale, tokenizer=tokenizer)
     with _failing():
-        speaker = Speaker(model, n_heads, tokenizer, seed, options)
+        speaker = Speaker(model, source, seed, options)
         if not speaker.tokenizer.chat_template:
             raise ConversionError(
                 f"the tokenizer of {model} has no chat template, so no chat is possible; {CHAT_REMEDY}"
@@ -91,13 +99,15 @@ def chat(
 class Speaker:
     """A model and its tokenizer, with the settings of a command.
 
+    Args:
+        source: the options of `load_with_tokenizer`.
+        options: those of `model.generate`.
+
     Raises:
         ConversionError: one of them cannot be had.
     """
 
-    def __init__(
-        self, name: str, n_heads: int | None, tokenizer: str | None, seed: int | None, options: dict[str, Any]
-    ):
+    def __init__(self, name: str, source: dict[str, Any], seed: int | None, options: dict[str, Any]):
         import transformers
 
         from ..weights.load import load_with_tokenizer
@@ -106,7 +116,7 @@ class Speaker:
         transformers.logging.disable_progress_bar()
         self.model: Any
         self.tokenizer: Any
-        self.model, self.tokenizer, notes = load_with_tokenizer(name, n_heads=n_heads, tokenizer=tokenizer)
+        self.model, self.tokenizer, notes = load_with_tokenizer(name, **source)
         for note in notes:
             Console(stderr=True).print(f"Note: {escape(note)}", soft_wrap=True)
         if seed is not None:

@@ -1,5 +1,6 @@
 """`generate` and `chat`: what they print is what `model.generate` gives."""
 
+import copy
 import os
 import pickle
 import shutil
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -145,6 +147,39 @@ def test_it_reads_what_convert_reads_and_writes_nothing(tmp_path, model, tokeniz
 
 def heads(format, model):
     return ["--n-heads", model.config.n_heads] if format == "book" else []
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_what_a_file_does_not_store_is_an_option(tmp_path, model, talker, tokenizer, command):
+    """Adapters are merged with the scale that is given; another activation is another model."""
+    weights = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((model.config.emb_dim, 2), (2, model.config.emb_dim)))
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        merged.model.trf_blocks[0].att.W_query.weight += 0.5 * (a @ b).T
+    name = "trf_blocks.0.att.W_query"
+    weights[f"{name}.linear.weight"] = weights.pop(f"{name}.weight")
+    weights[f"{name}.linear.bias"] = weights.pop(f"{name}.bias")
+    torch.save(weights | {f"{name}.lora.A": a, f"{name}.lora.B": b}, tmp_path / "lora.pth")
+    export(TRAINED, tmp_path / "nano", "nanogpt", check=False)
+    state = torch.load(tmp_path / "nano/ckpt.pt", weights_only=True)["model"]
+    torch.save(state, tmp_path / "nano.pt")
+
+    def said(file, *options, status=0):
+        given, text = (PROMPT, []) if command == "chat" else (None, [PROMPT])
+        options = [*options, "--n-heads", model.config.n_heads, "--tokenizer", talker, "--max-new-tokens", 30]
+        return run(command, tmp_path / file, *text, *options, given=given, status=status)
+
+    def expected(one):
+        text = text_of(one, tokenizer, max_new_tokens=30, do_sample=False) + "\n"
+        return text if command == "generate" else text.removeprefix(PROMPT)
+
+    assert "--lora-scale" in said("lora.pth", status=1).stderr
+    assert said("lora.pth", "--lora-scale", 0.5).stdout == expected(merged) != expected(model)
+    told = said("nano.pt", "--activation", "gelu_new")
+    assert told.stdout == expected(model) and "--activation" not in told.stderr
+    assert "--activation gelu_new" in said("nano.pt").stderr  # where it is not told, it is assumed, with a note
 
 
 def test_a_model_that_writes_no_text_is_refused(tmp_path):
