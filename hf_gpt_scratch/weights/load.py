@@ -4,7 +4,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConversionError
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM
-from .convert import find_checkpoint
+from .convert import answer, find_checkpoint
 from .formats import open_source
 from .hub import quiet_transformers
 from .tokenizer_files import REMEDY, choose_tokenizer
@@ -30,7 +30,7 @@ def load_with_tokenizer(
     """
     path = find_checkpoint(name, None)
     source = open_source(path)
-    source.answer(activation_function=activation_function, lora_scale=lora_scale)
+    answer(source, activation_function, lora_scale)
     contents = source.format.read(source, n_heads)
     if not contents.kind.can_generate():
         raise ConversionError(
