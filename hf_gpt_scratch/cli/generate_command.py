@@ -1,5 +1,7 @@
 """`generate` and `chat`: a model's own text on the terminal, token by token, from whatever `convert` reads."""
 
+import os
+import shlex
 import sys
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -12,10 +14,6 @@ from ..errors import LONGEST_MESSAGE, ConversionError, shortened
 from .status import FAILED
 
 NEW_TOKENS, ANSWER_TOKENS = 20, 256  # of `generate`, as in transformers, and of an answer of `chat`, at most
-CHAT_REMEDY = (
-    "`examples/instruct.py` finetunes a model to follow instructions and saves one; for a model that was finetuned "
-    "elsewhere, write the template of its training as chat_template.jinja beside the tokenizer"
-)
 
 
 def _positive(value: float | None) -> float | None:
@@ -58,7 +56,7 @@ def generate(
     options = _sampling(temperature, top_k, top_p, greedy)
     source = dict(n_heads=n_heads, activation_function=activation, lora_scale=lora_scale, tokenizer=tokenizer)
     with _failing():
-        text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+        text = _decoded(sys.stdin.buffer.read()) if prompt == "-" else prompt
         speaker = Speaker(model, source, seed, options)
         ids = speaker.ids(text)
         speaker.say(ids, speaker.room(ids.shape[1], max_new_tokens), skip_prompt=False)
@@ -87,7 +85,9 @@ def chat(
         speaker = Speaker(model, source, seed, options)
         if not speaker.tokenizer.chat_template:
             raise ConversionError(
-                f"the tokenizer of {model} has no chat template, so no chat is possible; {CHAT_REMEDY}"
+                f"the tokenizer of {model} has no chat template, so no chat is possible; `examples/instruct.py` "
+                "finetunes a model to follow instructions and saves one; for a model that was finetuned elsewhere, "
+                f"{_place(model, tokenizer)}"
             )
         messages: list[dict[str, str]] = []
         while (line := _line()) is not None:
@@ -172,7 +172,7 @@ class Speaker:
         return min(usual if asked is None else asked, context - length)
 
     def say(self, ids: Any, new_tokens: int, skip_prompt: bool = True) -> str:
-        """Prints what follows the ids (1, T), word by word, and returns it."""
+        """Prints what follows the ids (1, T), word by word, or at the end if there are beams, and returns it."""
         import torch
         from transformers import TextStreamer
 
@@ -181,19 +181,24 @@ class Speaker:
         pad = next((one for one in (settings.pad_token_id, self.tokenizer.pad_token_id) if one is not None), None)
         if pad is None:  # of one text nothing is padded
             pad = ends[0] if isinstance(ends, list) else ends
-        streamer = TextStreamer(self.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+        streamed = self.options.get("num_beams", settings.num_beams) in (None, 1)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True) if streamed else None
         try:
             found = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new_tokens,
                 pad_token_id=pad,
+                num_return_sequences=1,
                 streamer=streamer,
                 **self.options,
             )
         except KeyboardInterrupt:
             print(flush=True)
             raise
+        if not streamed:
+            shown = found[0, ids.shape[1] :] if skip_prompt else found[0]
+            print(self.tokenizer.decode(shown, skip_special_tokens=True), flush=True)
         return self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
 
     def answer(self, messages: list[dict[str, str]], asked: int | None) -> list[dict[str, str]]:
@@ -217,16 +222,44 @@ class Speaker:
         return [*messages, {"role": "assistant", "content": self.say(ids, new_tokens).strip()}]
 
 
+def _place(model: str, tokenizer: str | None) -> str:
+    """Where a chat template can be written for them, as an instruction."""
+    file = "write the template of its training as chat_template.jinja"
+    directory = model if tokenizer is None else tokenizer
+    if os.path.isdir(directory):
+        return f"{file} into {directory}, beside the tokenizer's files"
+    return (
+        f"first `hf-gpt-scratch convert {shlex.quote(model)} DIRECTORY` with the same options, then {file} "
+        "into that directory, beside the tokenizer, and chat with the directory"
+    )
+
+
 def _line() -> str | None:
     """A line of the user's; None at the end."""
     if not sys.stdin.isatty():
-        line = sys.stdin.readline()
-        return line.removesuffix("\n") if line else None
+        line = sys.stdin.buffer.readline()
+        return _decoded(line) if line else None
     try:
         return input("> ")
     except EOFError:
         print()
         return None
+
+
+def _decoded(given: bytes) -> str:
+    """The text of standard input, whatever the locale, without its last line's end.
+
+    Raises:
+        ConversionError: it is not UTF-8.
+    """
+    try:
+        text = given.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConversionError(
+            f"standard input is not UTF-8: byte {error.start + 1} is 0x{given[error.start]:02x}; convert it, for "
+            "example with `iconv -f ENCODING -t UTF-8`"
+        ) from error
+    return text.replace("\r\n", "\n").removesuffix("\n")
 
 
 def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, greedy: bool) -> dict[str, Any]:
@@ -237,7 +270,7 @@ def _sampling(temperature: float | None, top_k: int | None, top_p: float | None,
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise typer.BadParameter(f"--greedy and {names} exclude each other; give one of them")
     if greedy:
-        return {"do_sample": False}
+        return {"do_sample": False, "num_beams": 1}
     return {"do_sample": True, **given} if given else {}
 
 

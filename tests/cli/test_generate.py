@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -84,6 +85,26 @@ def test_settings_of_the_model_are_obeyed_unless_an_option_says_otherwise(tmp_pa
     saved.generation_config.update(max_new_tokens=None, max_length=len(tokenizer(PROMPT).input_ids))
     saved.save_pretrained(tmp_path / "model")
     assert "says max_length=" in run("generate", tmp_path / "model", PROMPT, status=1).stderr
+
+
+def test_beams_are_printed_at_the_end(talker, model, tokenizer):
+    """They cannot be streamed; --greedy means one token at a time all the same."""
+    saved = GPT2LMHeadModel.from_pretrained(talker)
+    saved.generation_config.update(num_beams=3, num_return_sequences=2, max_new_tokens=9)
+    saved.save_pretrained(talker)
+    beams = text_of(model, tokenizer, num_beams=3, max_new_tokens=9) + "\n"
+    greedy = text_of(model, tokenizer, max_new_tokens=9, do_sample=False) + "\n"
+    assert run("generate", talker, PROMPT).stdout == beams != greedy
+    assert run("generate", talker, PROMPT, "--greedy").stdout == greedy
+    assert run("chat", talker, given=PROMPT).stdout == beams.removeprefix(PROMPT)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_standard_input_that_is_not_utf_8_is_named_so(talker, command):
+    text = ["-"] if command == "generate" else []
+    told = run(command, talker, *text, given="Café".encode("latin-1"), status=1).stderr
+    assert "standard input is not UTF-8: byte 4 is 0xe9" in told and "iconv" in told
+    assert run(command, talker, *text, "--max-new-tokens", 1, given="Café\r\n".encode()).stdout
 
 
 @pytest.mark.parametrize("option", [("temperature", 1.5), ("top-k", 7), ("top-p", 0.8)])
@@ -229,6 +250,21 @@ def test_a_chat_that_fills_the_context_forgets_its_beginning_and_says_so(talker)
 def test_without_a_chat_template_chat_says_where_one_is_from():
     told = run("chat", TRAINED, given="hello\n", status=1).stderr
     assert "has no chat template" in told and "examples/instruct.py" in told
+    assert f"chat_template.jinja into {TRAINED}" in told
+
+
+def test_for_a_file_the_place_of_a_chat_template_is_the_directory_that_it_is_converted_to(tmp_path, model, tokenizer):
+    weights = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    torch.save(weights, tmp_path / "model.pth")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    told = run("chat", tmp_path / "model.pth", "--n-heads", 6, "--tokenizer", tmp_path / "tokenizer", status=1).stderr
+    assert f"chat_template.jinja into {tmp_path / 'tokenizer'}" in told
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {chr(65 + i): i for i in range(1000)}}))
+    told = run("chat", tmp_path / "model.pth", "--n-heads", 6, status=1, given="A\n").stderr
+    [command] = re.findall("`hf-gpt-scratch (convert .*?)` with the same options", told)
+    run(*command.replace("DIRECTORY", str(tmp_path / "ours")).split(), "--n-heads", 6)
+    (tmp_path / "ours/chat_template.jinja").write_text(TEMPLATE.replace("<|endoftext|>", "A"))
+    assert run("chat", tmp_path / "ours", "--max-new-tokens", 2, given="AB\n").stdout.strip()
 
 
 def test_a_template_that_refuses_a_message_is_an_error(talker):
