@@ -6,7 +6,7 @@
 import json
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -28,9 +28,9 @@ def main(
     """Turns a GPTModel into a Transformers model, saves it, loads it and generates."""
     try:
         if weights is None:
-            settings = SMALL
+            settings: dict[str, Any] | None = SMALL
             set_seed(123)
-            state_dict = GPTModel(settings).state_dict()
+            state_dict = GPTModel(SMALL).state_dict()
         else:
             sizes_inferred = n_heads is not None and cfg is None
             settings = None if sizes_inferred else {**GPT_CONFIG_124M, **json.loads(cfg or "{}")}
