@@ -36,14 +36,19 @@ def main() -> None:
 
 def _main() -> None:
     try:
-        from hf_gpt_scratch.cli.app import app
-
-        app()
+        try:
+            from hf_gpt_scratch.cli.app import app
+        except ImportError:
+            if sys.argv[1:2] != ["doctor"]:
+                raise
+            doctor_module().main(sys.argv[2:])  # it needs less than the other commands
+        else:
+            app()
     except ImportError as error:
-        sys.exit(
-            f"hf-gpt-scratch cannot import what it needs: {error}\n"
-            "`hf-gpt-scratch doctor` says what is missing or does not fit."
-        )
+        remedy = "`hf-gpt-scratch doctor` says what is missing or does not fit."
+        if sys.argv[1:2] == ["doctor"]:
+            remedy = "Even `doctor` cannot start without that; pip install hf-gpt-scratch again."
+        sys.exit(f"hf-gpt-scratch cannot import what it needs: {error}\n{remedy}")
 
 
 if __name__ == "__main__":

@@ -29,14 +29,20 @@ def run(*command, cwd):
     return done.stdout
 
 
-@pytest.mark.parametrize("saved", ["nothing", "model.pth", "model_and_optimizer.pth"])
-def test_bring_your_own(tmp_path, saved):
+@pytest.mark.parametrize(
+    ("saved", "given"),
+    [
+        ("nothing", None),
+        *((saved, given) for saved in ("model.pth", "model_and_optimizer.pth") for given in ("--cfg", "--n-heads")),
+    ],
+)
+def test_bring_your_own(tmp_path, saved, given):
     arguments = []
     if saved != "nothing":
         cfg = {"vocab_size": 97, "context_length": 32, "emb_dim": 24, "n_heads": 3, "n_layers": 2}
         state_dict = GPTModel(cfg).state_dict()
         torch.save({"model_state_dict": state_dict} if "optimizer" in saved else state_dict, tmp_path / saved)
-        arguments = [tmp_path / saved, "--cfg", str(cfg).replace("'", '"')]
+        arguments = [tmp_path / saved, given, json.dumps(cfg) if given == "--cfg" else 3]
     out = run(EXAMPLES / "bring_your_own.py", *arguments, cwd=tmp_path)
     assert "equal: True" in out
     assert (tmp_path / "outputs/mine/model.safetensors").is_file()
@@ -47,11 +53,14 @@ def test_bring_your_own_asks_for_the_cfg(tmp_path):
     torch.save(GPTModel(cfg).state_dict(), tmp_path / "model.pth")
     for arguments, told in (
         (["model.pth"], "vocab_size=97, emb_dim=24, context_length=32, n_layers=2, but the config says"),
+        (["model.pth", "--n-heads", "5"], "number of heads"),
+        (["model.pth", "--n-heads", "3", "--cfg", json.dumps(cfg)], "leave n_heads out"),
         (["no.pth"], "No such file"),
         (["model.pth", "--cfg", "{"], "--cfg {"),
+        (["model.pth", "--cfg", json.dumps({**cfg, "n_heads": 5})], "number of heads"),
     ):
         done = run_python(EXAMPLES / "bring_your_own.py", *arguments, cwd=tmp_path)
-        assert done.returncode == 1 and told in done.stderr and "--cfg" in done.stderr
+        assert done.returncode == 1 and told in done.stderr and ("--cfg" in done.stderr or "--n-heads" in arguments)
         assert "Traceback" not in done.stderr
 
 

@@ -17,7 +17,8 @@ from typer.core import TyperGroup
 from ..errors import LONGEST_MESSAGE, ConversionError, shortened
 from ..version import __version__
 from .compare_command import compare
-from .doctor import doctor
+from .doctor import JSON_HELP
+from .doctor import doctor as examine
 from .generate_command import chat, generate
 from .status import FAILED, INTERRUPTED
 from .verify_receipt_command import verify_receipt_command
@@ -158,6 +159,13 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL)], as_json: AsJson =
     else:
         console = Console()
         console.print(report(found, console.width))
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
+    examine(as_json)
+
+
+doctor.__doc__ = examine.__doc__
 
 
 # The subcommands; a new one is imported above, in a module that imports no large library, and added here.

@@ -4,6 +4,7 @@ The libraries are imported inside the checks, and the checks run in another proc
 broken, hangs or kills its process costs one check only.
 """
 
+import argparse
 import contextlib
 import copy
 import functools
@@ -25,9 +26,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -39,6 +39,7 @@ OLDEST_TESTED, NEWEST_TESTED = "5.4.0", "5.24.0"
 # The limit for one check; the slowest takes some seconds, or a minute on an overloaded machine.
 SECONDS = 300
 LONGEST_REASON = 400
+JSON_HELP = "Print everything as JSON, for a bug report."
 PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
 
 # tiktoken's copy of GPT-2's vocabulary: file names in its cache, and their sha256.
@@ -237,13 +238,14 @@ def check_transformers(patient: Patient) -> str:
 
 
 def check_package(patient: Patient) -> str:
-    """Whether the package imports, and which copy."""
+    """Whether the package and its command import, and which copy."""
     package = importlib.import_module("hf_gpt_scratch")
     from transformers import AutoConfig
 
     package.GPTScratchForCausalLM  # noqa: B018 imports the models
 
     AutoConfig.for_model("gpt_scratch")
+    importlib.import_module("hf_gpt_scratch.cli.app")
     try:
         recorded = importlib.metadata.version("hf-gpt-scratch")
     except importlib.metadata.PackageNotFoundError:
@@ -598,9 +600,7 @@ def system() -> dict[str, Any]:
     }
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for a bug report.")] = False,
-) -> None:
+def doctor(as_json: bool = False) -> None:
     """Shows what is installed and tests it: a tiny model is converted, compared, run, trained and saved.
 
     Works offline, in half a minute at most. Exit status: 0 no check failed, 1 some did.
@@ -649,7 +649,8 @@ def examine_and_print(console: Console) -> list[Result]:
     return results
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False)
-    app.command()(doctor)
-    app()
+def main(arguments: list[str]) -> None:
+    """The command where the library that reads the others' arguments is missing."""
+    parser = argparse.ArgumentParser("hf-gpt-scratch doctor", description=doctor.__doc__)
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    doctor(parser.parse_args(arguments).json)

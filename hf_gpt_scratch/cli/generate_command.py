@@ -1,5 +1,7 @@
 """`generate` and `chat`: a model's own text on the terminal, token by token, from whatever `convert` reads."""
 
+import os
+import shlex
 import sys
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -12,10 +14,6 @@ from ..errors import LONGEST_MESSAGE, ConversionError, shortened
 from .status import FAILED
 
 NEW_TOKENS, ANSWER_TOKENS = 20, 256  # of `generate`, as in transformers, and of an answer of `chat`, at most
-CHAT_REMEDY = (
-    "`examples/instruct.py` finetunes a model to follow instructions and saves one; for a model that was finetuned "
-    "elsewhere, write the template of its training as chat_template.jinja beside the tokenizer"
-)
 
 
 def _positive(value: float | None) -> float | None:
@@ -32,6 +30,8 @@ TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Sample from the 
 Seed = Annotated[int | None, typer.Option(help="Seed of the samples.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")]
 Heads = Annotated[int | None, typer.Option(help="Attention heads, for files that do not store them.")]
+Activation = Annotated[str | None, typer.Option(help="Activation, for files that do not store it: gelu or gelu_new.")]
+LoraScale = Annotated[float | None, typer.Option(help="For the adapters of the book's appendix E, as in convert.")]
 Tokenizer = Annotated[str | None, typer.Option(help="As in convert: directory, hub id or meta.pkl; gpt2.")]
 
 
@@ -45,6 +45,8 @@ def generate(
     seed: Seed = None,
     greedy: Greedy = False,
     n_heads: Heads = None,
+    activation: Activation = None,
+    lora_scale: LoraScale = None,
     tokenizer: Tokenizer = None,
 ) -> None:
     """Continues a text, token by token; writes nothing to the disk.
@@ -52,9 +54,10 @@ def generate(
     What no option says is as in the model's generation_config.json, so as `model.generate()` does it.
     """
     options = _sampling(temperature, top_k, top_p, greedy)
+    source = dict(n_heads=n_heads, activation_function=activation, lora_scale=lora_scale, tokenizer=tokenizer)
     with _failing():
-        text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
-        speaker = Speaker(model, n_heads, tokenizer, seed, options)
+        text = _decoded(sys.stdin.buffer.read()) if prompt == "-" else prompt
+        speaker = Speaker(model, source, seed, options)
         ids = speaker.ids(text)
         speaker.say(ids, speaker.room(ids.shape[1], max_new_tokens), skip_prompt=False)
 
@@ -68,6 +71,8 @@ def chat(
     seed: Seed = None,
     greedy: Greedy = False,
     n_heads: Heads = None,
+    activation: Activation = None,
+    lora_scale: LoraScale = None,
     tokenizer: Tokenizer = None,
 ) -> None:
     """Talks with a model that was finetuned for it, by its tokenizer's chat template; Ctrl-D ends.
@@ -75,11 +80,14 @@ def chat(
     Reads one message a line.
     """
     options = _sampling(temperature, top_k, top_p, greedy)
+    source = dict(n_heads=n_heads, activation_function=activation, lora_scale=lora_scale, tokenizer=tokenizer)
     with _failing():
-        speaker = Speaker(model, n_heads, tokenizer, seed, options)
+        speaker = Speaker(model, source, seed, options)
         if not speaker.tokenizer.chat_template:
             raise ConversionError(
-                f"the tokenizer of {model} has no chat template, so no chat is possible; {CHAT_REMEDY}"
+                f"the tokenizer of {model} has no chat template, so no chat is possible; `examples/instruct.py` "
+                "finetunes a model to follow instructions and saves one; for a model that was finetuned elsewhere, "
+                f"{_place(model, tokenizer)}"
             )
         messages: list[dict[str, str]] = []
         while (line := _line()) is not None:
@@ -91,13 +99,15 @@ def chat(
 class Speaker:
     """A model and its tokenizer, with the settings of a command.
 
+    Args:
+        source: the options of `load_with_tokenizer`.
+        options: those of `model.generate`.
+
     Raises:
         ConversionError: one of them cannot be had.
     """
 
-    def __init__(
-        self, name: str, n_heads: int | None, tokenizer: str | None, seed: int | None, options: dict[str, Any]
-    ):
+    def __init__(self, name: str, source: dict[str, Any], seed: int | None, options: dict[str, Any]):
         import transformers
 
         from ..weights.load import load_with_tokenizer
@@ -106,7 +116,7 @@ class Speaker:
         transformers.logging.disable_progress_bar()
         self.model: Any
         self.tokenizer: Any
-        self.model, self.tokenizer, notes = load_with_tokenizer(name, n_heads=n_heads, tokenizer=tokenizer)
+        self.model, self.tokenizer, notes = load_with_tokenizer(name, **source)
         for note in notes:
             Console(stderr=True).print(f"Note: {escape(note)}", soft_wrap=True)
         if seed is not None:
@@ -162,7 +172,7 @@ class Speaker:
         return min(usual if asked is None else asked, context - length)
 
     def say(self, ids: Any, new_tokens: int, skip_prompt: bool = True) -> str:
-        """Prints what follows the ids (1, T), word by word, and returns it."""
+        """Prints what follows the ids (1, T), word by word, or at the end if there are beams, and returns it."""
         import torch
         from transformers import TextStreamer
 
@@ -171,19 +181,24 @@ class Speaker:
         pad = next((one for one in (settings.pad_token_id, self.tokenizer.pad_token_id) if one is not None), None)
         if pad is None:  # of one text nothing is padded
             pad = ends[0] if isinstance(ends, list) else ends
-        streamer = TextStreamer(self.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+        streamed = self.options.get("num_beams", settings.num_beams) in (None, 1)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True) if streamed else None
         try:
             found = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new_tokens,
                 pad_token_id=pad,
+                num_return_sequences=1,
                 streamer=streamer,
                 **self.options,
             )
         except KeyboardInterrupt:
             print(flush=True)
             raise
+        if not streamed:
+            shown = found[0, ids.shape[1] :] if skip_prompt else found[0]
+            print(self.tokenizer.decode(shown, skip_special_tokens=True), flush=True)
         return self.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
 
     def answer(self, messages: list[dict[str, str]], asked: int | None) -> list[dict[str, str]]:
@@ -207,16 +222,44 @@ class Speaker:
         return [*messages, {"role": "assistant", "content": self.say(ids, new_tokens).strip()}]
 
 
+def _place(model: str, tokenizer: str | None) -> str:
+    """Where a chat template can be written for them, as an instruction."""
+    file = "write the template of its training as chat_template.jinja"
+    directory = model if tokenizer is None else tokenizer
+    if os.path.isdir(directory):
+        return f"{file} into {directory}, beside the tokenizer's files"
+    return (
+        f"first `hf-gpt-scratch convert {shlex.quote(model)} DIRECTORY` with the same options, then {file} "
+        "into that directory, beside the tokenizer, and chat with the directory"
+    )
+
+
 def _line() -> str | None:
     """A line of the user's; None at the end."""
     if not sys.stdin.isatty():
-        line = sys.stdin.readline()
-        return line.removesuffix("\n") if line else None
+        line = sys.stdin.buffer.readline()
+        return _decoded(line) if line else None
     try:
         return input("> ")
     except EOFError:
         print()
         return None
+
+
+def _decoded(given: bytes) -> str:
+    """The text of standard input, whatever the locale, without its last line's end.
+
+    Raises:
+        ConversionError: it is not UTF-8.
+    """
+    try:
+        text = given.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConversionError(
+            f"standard input is not UTF-8: byte {error.start + 1} is 0x{given[error.start]:02x}; convert it, for "
+            "example with `iconv -f ENCODING -t UTF-8`"
+        ) from error
+    return text.replace("\r\n", "\n").removesuffix("\n")
 
 
 def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, greedy: bool) -> dict[str, Any]:
@@ -227,7 +270,7 @@ def _sampling(temperature: float | None, top_k: int | None, top_p: float | None,
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise typer.BadParameter(f"--greedy and {names} exclude each other; give one of them")
     if greedy:
-        return {"do_sample": False}
+        return {"do_sample": False, "num_beams": 1}
     return {"do_sample": True, **given} if given else {}
 
 

@@ -13,13 +13,16 @@ from rich.progress import Progress as Bars
 
 from ..errors import ConversionError, ParityError
 from ..weights.checkpoint import Progress
+from ..weights.formats import FORMATS
 from ..weights.verify import verify
 from .status import DIFFERENT, FAILED, INTERRUPTED
 
+TAKEN = "`generate` and `chat` take one with --tokenizer DIRECTORY"
 NO_TOKENIZER = (
-    "none, so the model takes and gives token ids alone: pipeline(), `generate`, `chat` and servers, which take text, "
-    "do not work with it. Convert again with --tokenizer and the one that the model was trained with"
+    "none, so the model takes and gives token ids alone: pipeline() and servers, which take text, do not work with it. "
+    f"Convert again with --tokenizer and the one that the model was trained with; {TAKEN}, too"
 )
+NO_PLACE = f"none, since the format has no place for one; {TAKEN}"
 
 
 class TerminalProgress(Progress):
@@ -87,7 +90,9 @@ def convert_and_report(
         )
     for note in receipt.get("notes", []):
         console.print(f"Note: {escape(note)}", soft_wrap=True)
-    console.print("Tokenizer: " + (receipt["tokenizer"] or NO_TOKENIZER), soft_wrap=True)
+    has_place = FORMATS[options.get("format", "native")].tokenizer is not None
+    none = NO_TOKENIZER if has_place else NO_PLACE
+    console.print("Tokenizer: " + (receipt["tokenizer"] or none), soft_wrap=True)
     return receipt
 
 

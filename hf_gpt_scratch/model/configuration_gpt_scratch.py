@@ -243,8 +243,8 @@ def activation(value):
 
 # The remedy for a config.json of another type, or without one.
 OF_ANOTHER_TYPE = (
-    'AutoModelForCausalLM loads other models; if it is one of these and only lacks its type, add "model_type" to its '
-    "config.json"
+    "AutoModelForCausalLM loads other models, with trust_remote_code=True where their code lies beside the weights; if "
+    'this is one of these and only lacks its type, add "model_type" to its config.json'
 )
 
 

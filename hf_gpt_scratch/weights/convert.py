@@ -201,7 +201,7 @@ def _convert(
         source = only.open(Found(path)) if only else open_source(path)
         if source.format is wanted:
             raise ConversionError(f"{path} already has the format {wanted.name!r}; export it with another --format")
-        source.answer(activation_function=activation_function, lora_scale=lora_scale)
+        answer(source, activation_function, lora_scale)
         contents = source.format.read(source, n_heads)
         wanted.check(contents, options)
         chosen = _tokenizer(tokenizer, source, contents, wanted)
@@ -227,6 +227,20 @@ def _convert(
         wanted.finish(staging, contents, receipt, None if path == local_path(name) else str(name))
         seal(staging, receipt, written.hashes)
     return receipt
+
+
+def answer(source: Source, activation_function: str | None, lora_scale: float | None) -> None:
+    """Tells the source what its file leaves open, and adds a note on what that changes in the weights.
+
+    Raises:
+        ConversionError: the file leaves nothing open there.
+    """
+    source.answer(activation_function=activation_function, lora_scale=lora_scale)
+    if lora_scale is not None:
+        source.notes.append(
+            f"the adapters of appendix E are merged into their layers, with lora_scale={lora_scale}; the merged "
+            "weights are what is compared"
+        )
 
 
 def _tokenizer(asked: str | os.PathLike | None, source: Source, contents: Contents, wanted: Format) -> Chosen:

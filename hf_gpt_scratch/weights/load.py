@@ -4,27 +4,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConversionError
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM
-from .convert import find_checkpoint
+from .convert import answer, find_checkpoint
 from .formats import open_source
 from .hub import quiet_transformers
 from .tokenizer_files import REMEDY, choose_tokenizer
 
 
 def load_with_tokenizer(
-    name: str, *, n_heads: int | None = None, tokenizer: str | None = None
+    name: str,
+    *,
+    n_heads: int | None = None,
+    activation_function: str | None = None,
+    lora_scale: float | None = None,
+    tokenizer: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """The model, in evaluation mode and the file's dtype, its tokenizer, and what the user should know, in sentences.
 
     Args:
         name: file, directory or hub id.
         n_heads: for "book" and "mingpt", whose files do not say it; a wrong number cannot be noticed.
-        tokenizer: as in `convert`.
+        activation_function, lora_scale, tokenizer: as in `convert`.
 
     Raises:
         ConversionError: one of them cannot be had, or the model is no language model.
     """
     path = find_checkpoint(name, None)
     source = open_source(path)
+    answer(source, activation_function, lora_scale)
     contents = source.format.read(source, n_heads)
     if not contents.kind.can_generate():
         raise ConversionError(

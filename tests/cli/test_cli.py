@@ -68,6 +68,32 @@ def test_the_number_of_heads_is_asked_for_by_an_option_that_there_is(tmp_path, c
     assert list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
+def test_where_no_tokenizer_goes_along_the_command_says_how_to_give_one(tmp_path):
+    """Converting again helps only where the format has a place for it."""
+    told = run("export", TRAINED, tmp_path / "book", "--format", "book", "--no-verify").output
+    [line] = re.findall("^Tokenizer: .*", told, re.M)
+    assert "the format has no place" in line and "--tokenizer" in line and "Convert again" not in line
+    told = run("convert", tmp_path / "book/model.pth", tmp_path / "ours", "--n-heads", 6).output
+    [line] = re.findall("^Tokenizer: .*", told, re.M)
+    assert "Convert again with --tokenizer" in line and "`generate` and `chat` take one" in line
+    for model in (tmp_path / "book/model.pth", tmp_path / "ours"):
+        heads = ["--n-heads", 6] if model.is_file() else []
+        assert run("generate", model, "I had", *heads, "--tokenizer", TRAINED).stdout.startswith("I had")
+
+
+@pytest.mark.slow
+def test_merged_adapters_are_told_with_their_scale(tmp_path):
+    cfg = {"vocab_size": 97, "context_length": 32, "emb_dim": 24, "n_heads": 3, "n_layers": 2, "qkv_bias": False}
+    weights = GPTModel(cfg).state_dict()
+    weights["out_head.linear.weight"] = weights.pop("out_head.weight")
+    weights |= {"out_head.lora.A": torch.randn(24, 2), "out_head.lora.B": torch.randn(2, 97)}
+    torch.save(weights, tmp_path / "lora.pth")
+    told = run("convert", tmp_path / "lora.pth", tmp_path / "ours", "--n-heads", 3, "--lora-scale", 2).output
+    assert "merged into their layers, with lora_scale=2.0" in told
+    assert "lora_scale" not in run("convert", TRAINED, tmp_path / "other", "--weights-only").output
+
+
 @pytest.mark.parametrize("command", ["convert", "export"])
 def test_two_options_that_contradict_one_another_are_a_wrong_command_line(pair, command, tmp_path):
     out = run(command, pair[0], tmp_path / "out", "--weights-only", "--no-verify", status=2)

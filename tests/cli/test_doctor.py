@@ -314,6 +314,26 @@ def test_it_runs_where_a_library_does_not_import(tmp_path, name):
     assert in_a_process("--version", **broken).stdout == f"hf-gpt-scratch {hf_gpt_scratch.__version__}\n"
 
 
+@pytest.mark.parametrize("name", ["typer", "rich"])
+def test_it_runs_where_the_commands_own_library_is_missing(tmp_path, name):
+    """Without typer no other command starts; without rich the doctor does not either, and does not refer to itself."""
+    (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
+    broken = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    other = in_a_process("explain", "W_key", **broken)
+    assert other.returncode == 1 and f"no {name} here" in other.stderr and "hf-gpt-scratch doctor" in other.stderr
+    done = in_a_process("doctor", "--json", **broken)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    if name == "rich":
+        assert "no rich here" in done.stderr and "pip install" in done.stderr
+        assert "hf-gpt-scratch doctor" not in done.stderr
+        return
+    failed = {
+        check["check"]: check["reason"] for check in json.loads(done.stdout)["checks"] if check["status"] == FAILED
+    }
+    assert failed == {"hf_gpt_scratch": "ImportError: no typer here"}
+    assert "usage: hf-gpt-scratch doctor" in in_a_process("doctor", "--nonsense", **broken).stderr
+
+
 def test_the_command_says_it_all_in_json_and_no_secret(told):
     report = json.loads(told.stdout)
     assert told.returncode == (0 if report["passed"] else 1)

@@ -1,7 +1,9 @@
 """`generate` and `chat`: what they print is what `model.generate` gives."""
 
+import copy
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -84,6 +87,26 @@ def test_settings_of_the_model_are_obeyed_unless_an_option_says_otherwise(tmp_pa
     assert "says max_length=" in run("generate", tmp_path / "model", PROMPT, status=1).stderr
 
 
+def test_beams_are_printed_at_the_end(talker, model, tokenizer):
+    """They cannot be streamed; --greedy means one token at a time all the same."""
+    saved = GPT2LMHeadModel.from_pretrained(talker)
+    saved.generation_config.update(num_beams=3, num_return_sequences=2, max_new_tokens=9)
+    saved.save_pretrained(talker)
+    beams = text_of(model, tokenizer, num_beams=3, max_new_tokens=9) + "\n"
+    greedy = text_of(model, tokenizer, max_new_tokens=9, do_sample=False) + "\n"
+    assert run("generate", talker, PROMPT).stdout == beams != greedy
+    assert run("generate", talker, PROMPT, "--greedy").stdout == greedy
+    assert run("chat", talker, given=PROMPT).stdout == beams.removeprefix(PROMPT)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_standard_input_that_is_not_utf_8_is_named_so(talker, command):
+    text = ["-"] if command == "generate" else []
+    told = run(command, talker, *text, given="Café".encode("latin-1"), status=1).stderr
+    assert "standard input is not UTF-8: byte 4 is 0xe9" in told and "iconv" in told
+    assert run(command, talker, *text, "--max-new-tokens", 1, given="Café\r\n".encode()).stdout
+
+
 @pytest.mark.parametrize("option", [("temperature", 1.5), ("top-k", 7), ("top-p", 0.8)])
 def test_an_option_of_sampling_samples_with_the_seed(model, tokenizer, option):
     name, value = option
@@ -147,6 +170,40 @@ def heads(format, model):
     return ["--n-heads", model.config.n_heads] if format == "book" else []
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_what_a_file_does_not_store_is_an_option(tmp_path, model, talker, tokenizer, command):
+    """Adapters are merged with the scale that is given; another activation is another model."""
+    weights = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((model.config.emb_dim, 2), (2, model.config.emb_dim)))
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        merged.model.trf_blocks[0].att.W_query.weight += 0.5 * (a @ b).T
+    name = "trf_blocks.0.att.W_query"
+    weights[f"{name}.linear.weight"] = weights.pop(f"{name}.weight")
+    weights[f"{name}.linear.bias"] = weights.pop(f"{name}.bias")
+    torch.save(weights | {f"{name}.lora.A": a, f"{name}.lora.B": b}, tmp_path / "lora.pth")
+    export(TRAINED, tmp_path / "nano", "nanogpt", check=False)
+    state = torch.load(tmp_path / "nano/ckpt.pt", weights_only=True)["model"]
+    torch.save(state, tmp_path / "nano.pt")
+
+    def said(file, *options, status=0):
+        given, text = (PROMPT, []) if command == "chat" else (None, [PROMPT])
+        options = [*options, "--n-heads", model.config.n_heads, "--tokenizer", talker, "--max-new-tokens", 30]
+        return run(command, tmp_path / file, *text, *options, given=given, status=status)
+
+    def expected(one):
+        text = text_of(one, tokenizer, max_new_tokens=30, do_sample=False) + "\n"
+        return text if command == "generate" else text.removeprefix(PROMPT)
+
+    assert "--lora-scale" in said("lora.pth", status=1).stderr
+    told = said("lora.pth", "--lora-scale", 0.5)
+    assert told.stdout == expected(merged) != expected(model) and "merged" in told.stderr
+    told = said("nano.pt", "--activation", "gelu_new")
+    assert told.stdout == expected(model) and "--activation" not in told.stderr
+    assert "--activation gelu_new" in said("nano.pt").stderr  # where it is not told, it is assumed, with a note
+
+
 def test_a_model_that_writes_no_text_is_refused(tmp_path):
     GPT2ForSequenceClassification(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1)).save_pretrained(tmp_path)
     assert "which writes no text" in run("generate", tmp_path, PROMPT, status=1).stderr
@@ -193,6 +250,21 @@ def test_a_chat_that_fills_the_context_forgets_its_beginning_and_says_so(talker)
 def test_without_a_chat_template_chat_says_where_one_is_from():
     told = run("chat", TRAINED, given="hello\n", status=1).stderr
     assert "has no chat template" in told and "examples/instruct.py" in told
+    assert f"chat_template.jinja into {TRAINED}" in told
+
+
+def test_for_a_file_the_place_of_a_chat_template_is_the_directory_that_it_is_converted_to(tmp_path, model, tokenizer):
+    weights = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    torch.save(weights, tmp_path / "model.pth")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    told = run("chat", tmp_path / "model.pth", "--n-heads", 6, "--tokenizer", tmp_path / "tokenizer", status=1).stderr
+    assert f"chat_template.jinja into {tmp_path / 'tokenizer'}" in told
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {chr(65 + i): i for i in range(1000)}}))
+    told = run("chat", tmp_path / "model.pth", "--n-heads", 6, status=1, given="A\n").stderr
+    [command] = re.findall("`hf-gpt-scratch (convert .*?)` with the same options", told)
+    run(*command.replace("DIRECTORY", str(tmp_path / "ours")).split(), "--n-heads", 6)
+    (tmp_path / "ours/chat_template.jinja").write_text(TEMPLATE.replace("<|endoftext|>", "A"))
+    assert run("chat", tmp_path / "ours", "--max-new-tokens", 2, given="AB\n").stdout.strip()
 
 
 def test_a_template_that_refuses_a_message_is_an_error(talker):

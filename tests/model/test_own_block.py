@@ -115,6 +115,60 @@ def test_saved_it_loads_where_neither_file_is_installed(own, model, tmp_path):
         assert torch.equal(own.RotaryForCausalLM.from_pretrained(tmp_path / name)(ids).logits, expected)
 
 
+FILES = {
+    "__init__.py": "",
+    "parts.py": """
+from hf_gpt_scratch import GPTScratchBlock, GPTScratchConfig
+
+
+class PartConfig(GPTScratchConfig):
+    model_type = "gpt_part"
+
+
+class PartBlock(GPTScratchBlock):
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.att.scaling = 0.5
+""",
+    "whole.py": """
+from hf_gpt_scratch import GPTScratchForCausalLM
+
+from .parts import PartBlock, PartConfig
+
+
+class WholeForCausalLM(GPTScratchForCausalLM):
+    config_class = PartConfig
+    block_class = PartBlock
+""",
+}
+LOAD_WHOLE = """
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert {block.att.scaling for block in model.model.trf_blocks} == {0.5}
+torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_its_classes_may_lie_in_files_that_import_each_other(tmp_path, monkeypatch):
+    (tmp_path / "own_files").mkdir()
+    for name, text in FILES.items():
+        (tmp_path / "own_files" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    whole = importlib.import_module("own_files.whole")
+    model = whole.WholeForCausalLM(whole.PartConfig(**SIZES)).eval()
+    model.save_pretrained(tmp_path / "saved")
+    ids = random_ids(2, 9, vocab_size=97)
+    torch.save(ids, tmp_path / "ids.pt")
+    run_without_the_package(
+        LOAD_WHOLE, *(tmp_path / name for name in ("saved", "ids.pt", "logits.pt")), cwd=tmp_path / "saved"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_official_weights_that_fit_are_taken_and_others_named(own, tmp_path, caplog):
     gpt2 = random_gpt2()
     gpt2.save_pretrained(tmp_path)

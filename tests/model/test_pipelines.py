@@ -7,6 +7,7 @@ from pairs import randomize
 from transformers import AutoTokenizer, pipeline
 
 from hf_gpt_scratch import (
+    GPTScratchConfig,
     GPTScratchForCausalLM,
     GPTScratchForSequenceClassification,
     GPTScratchForTokenClassification,
@@ -47,3 +48,22 @@ def test_pipeline(task, capsys):
     for theirs, ours in zip(*answers, strict=True):
         assert ours == (pytest.approx(theirs, abs=1e-4) if isinstance(theirs, float) else theirs)
     assert "not supported" not in capsys.readouterr().err
+
+
+def test_the_books_classifier_takes_one_text_at_a_time():
+    """A batch is padded under a mask, which it refuses; a single text is not padded."""
+    tokenizer = AutoTokenizer.from_pretrained(TRAINED)
+    tokenizer.pad_token = tokenizer.eos_token
+    config = GPTScratchConfig(
+        vocab_size=1000, context_length=64, emb_dim=24, n_heads=3, n_layers=2, book_classifier=True, bos_token_id=0
+    )
+    model = randomize(GPTScratchForSequenceClassification(config)).eval()
+    classifier = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    texts = [TEXT, TEXT[:11]]
+    answers = classifier(texts, top_k=None)
+    for text, answer in zip(texts, answers, strict=True):
+        logits = model(tokenizer(text, return_tensors="pt").input_ids).logits[0]
+        expected = dict(zip(model.config.id2label.values(), logits.softmax(0).tolist(), strict=True))
+        assert {one["label"]: one["score"] for one in answer} == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="attention_mask that hides tokens"):
+        classifier(texts, batch_size=2)

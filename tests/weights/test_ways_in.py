@@ -86,6 +86,15 @@ def test_the_advice_for_a_config_of_no_type_works(tmp_path, official):
     assert_same(tmp_path / "out", lambda ids: gpt2(ids).logits)
 
 
+def test_a_directory_with_code_and_a_type_of_its_own_is_sent_where_it_loads(tmp_path, official):
+    _, source = official
+    change_config(source, model_type="gpt_own", auto_map={"AutoModelForCausalLM": "own.OwnForCausalLM"})
+    for convert in (gpt2_to_scratch, import_checkpoint):
+        told = "type 'gpt_own'.*AutoModelForCausalLM loads other models, with trust_remote_code=True"
+        with pytest.raises(ConversionError, match=told):
+            convert(source, tmp_path / "out")
+
+
 def test_what_the_official_model_ignores_in_its_config_changes_nothing_and_is_noted(tmp_path, official):
     gpt2, source = official
     change_config(source, hidden_act="relu", n_heads=2, n_layers=1, emb_dim=8, qkv_bias=False, drop_rate=0.7)
