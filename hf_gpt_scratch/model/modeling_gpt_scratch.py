@@ -49,6 +49,7 @@ with explained():
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+    from .book_files import bare  # noqa: F401  # trf-ignore: TRF035 older versions fetch only what this file imports
     from .configuration_gpt_scratch import GPTScratchConfig, check_length
     from .decoding import growing_cache
     from .int8 import Int8Config  # noqa: F401  # trf-ignore: TRF035 a quantized model ships its quantizer
@@ -56,6 +57,7 @@ with explained():
     from .layers import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
     from .library_check import LibraryCheck
     from .loss import LOSS_OPTIONS, LazyLogitsOutput, can_skip_logits, head_loss
+    from .own_code import own_files  # noqa: F401  # trf-ignore: TRF035 as above
     from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN, refuse_tensor_parallel_loading
     from .weight_map import DROPPED_PATTERNS, conversions, is_base_weight
 

@@ -24,6 +24,7 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
@@ -298,6 +299,12 @@ def test_saved_code_runs_where_the_package_is_missing(tmp_path):
     # What remote code saves is as good as what it loaded.
     assert same_logits(load(tmp_path / "again"), model)
     assert (tmp_path / "again" / "layers.py").read_text() == (tmp_path / "saved" / "layers.py").read_text()
+
+
+def test_the_model_file_itself_imports_every_file_that_ships():
+    """Older versions of transformers fetch only what it imports."""
+    file = Path(inspect.getsourcefile(GPTScratchForCausalLM))
+    assert {Path(path).stem for path in get_relative_import_files(file)} == set(get_relative_imports(file))
 
 
 @pytest.fixture

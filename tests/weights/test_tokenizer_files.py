@@ -289,7 +289,9 @@ def test_nanogpts_characters_become_a_tokenizer_that_needs_no_code(tmp_path, pro
     assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
     with pytest.raises(Exception, match=r"Missing \[UNK\]"):  # a character that it does not know
         tokenizer("Ω")
-    written = pipeline("text-generation", model=str(tmp_path / "out"))("Every effort", max_new_tokens=3)
+    written = pipeline("text-generation", model=str(tmp_path / "out"))(
+        "Every effort", max_new_tokens=3, clean_up_tokenization_spaces=False
+    )
     assert len(written[0]["generated_text"]) == len("Every effort") + 3
     receipt = export_checkpoint(tmp_path / "out", tmp_path / "official", "gpt2")
     assert AutoTokenizer.from_pretrained(tmp_path / "official")(TEXT).input_ids == tokenizer(TEXT).input_ids
