@@ -136,15 +136,16 @@ def test_custom_block(tmp_path):
 TORCHRUN = "from torch.distributed.run import main; main()"
 # What torchrun sets, in two forks of one process.
 TWO_FORKS = """
-import os, runpy, sys
-from torch.distributed import TCPStore
+import os, runpy, socket, sys
 
-store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
 del sys.argv[0]
 for rank in "01":
     if os.fork() == 0:
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
         runpy.run_path(sys.argv[0], run_name="__main__")
 sys.exit(os.wait()[1] or os.wait()[1])
 """

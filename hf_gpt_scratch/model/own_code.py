@@ -24,11 +24,16 @@ PACKAGE = __name__.partition(".")[0] if not __name__.startswith("transformers_mo
 
 
 def own_files(model: PreTrainedModel) -> dict[str, Path]:
-    """The user's own files that transformers saves with a model, by their names there."""
+    """The user's own files that transformers saves with a model, by their names there.
+
+    None of a model that was loaded with the code beside it: that code is complete, and is saved again as it is.
+    """
     found: dict[str, Path] = {}
     for kind in (type(model), type(model.config)):
         file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-        if getattr(kind, "_auto_class", None) and file and kind.__module__ != "__main__":
+        if kind.__module__ == "__main__" or kind.__module__.startswith("transformers_modules."):
+            continue
+        if getattr(kind, "_auto_class", None) and file:
             files = map(Path, [file, *get_relative_import_files(file)])
             found |= {
                 path.name: path for path in files if path.suffix == ".py" and path.resolve().parent != HERE.resolve()
