@@ -63,6 +63,7 @@ def test_auto_classes_know_the_models_whichever_is_imported_first(imports):
     assert told == "hf_gpt_scratch.model.modeling_gpt_scratch\n"
 
 
+@pytest.mark.slow
 def test_the_import_of_transformers_stays_as_it_is_but_for_the_registration():
     script = """
 import importlib.resources, sys, hf_gpt_scratch
@@ -96,6 +97,7 @@ print(*done)
     assert sorted(printed_by(script).split()) == ["ours", "transformers"]
 
 
+@pytest.mark.slow
 def test_models_that_do_not_import_are_told_at_every_import_of_transformers():
     script = """
 import sys, hf_gpt_scratch
