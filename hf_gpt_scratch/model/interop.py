@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .book_files import BARE, bare, bare_matrices, heads_in_a_list, parts, shared, weights_in
 from .configuration_gpt_scratch import SIZES, GPTScratchConfig
-from .own_code import bring_package, own_files, refuse_own_files
+from .own_code import bring_package, refuse_own_files
 from .weight_map import to_gpt2_state_dict
 
 logger = logging.get_logger(__name__)
@@ -50,17 +50,11 @@ class Interop(PreTrainedModel):
         if save_original_format:
             _refuse_quantized(self)
         _refuse_to_save_other_code(self)
-        refuse_own_files(self, save_directory)
+        refuse_own_files(self, save_directory, bool(kwargs.get("push_to_hub")))
         if auto_map := self.auto_map():
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
-        own = own_files(self)
-        if own and kwargs.get("push_to_hub"):
-            raise ValueError(
-                f"got push_to_hub=True, which would upload {', '.join(sorted(own))} before the code that it needs lies "
-                "beside it; call model.push_to_hub(repo_id) instead"
-            )
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
-        if own and kwargs.get("is_main_process", True):
+        if kwargs.get("is_main_process", True):
             bring_package(self, Path(save_directory))
 
     @classmethod

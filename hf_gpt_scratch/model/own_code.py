@@ -41,11 +41,11 @@ def own_files(model: PreTrainedModel) -> dict[str, Path]:
     return found
 
 
-def refuse_own_files(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+def refuse_own_files(model: PreTrainedModel, folder: str | os.PathLike, push_to_hub: bool) -> None:
     """Before anything is written.
 
     Raises:
-        ValueError: files of the user's own would be replaced by others of their name.
+        ValueError: files of the user's own would be replaced by others of their name, or be uploaded alone.
     """
     own = own_files(model)
     if taken := sorted(name for name in own if (HERE / name).is_file()):
@@ -55,6 +55,11 @@ def refuse_own_files(model: PreTrainedModel, folder: str | os.PathLike) -> None:
         )
     if any(path.resolve().parent == Path(folder).resolve() for path in own.values()):
         raise ValueError(f"{folder} is the folder of {', '.join(sorted(own))}; save the model in another one")
+    if own and push_to_hub:
+        raise ValueError(
+            f"got push_to_hub=True, which would upload {', '.join(sorted(own))} before the code that it needs lies "
+            "beside it; call model.push_to_hub(repo_id) instead"
+        )
 
 
 def bring_package(model: PreTrainedModel, folder: Path) -> None:
