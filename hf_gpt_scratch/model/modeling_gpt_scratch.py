@@ -287,7 +287,7 @@ def is_base_weight(name: str, exactly: bool = False) -> bool:
 class GPTScratchPreTrainedModel(Translation):
     """The base of all models here: initialisation and loading; in the package, `Interop` with the book and GPT-2."""
 
-    config_class = GPTScratchConfig
+    config_class: type[GPTScratchConfig] = GPTScratchConfig
     config: GPTScratchConfig
     block_class: type[GPTScratchBlock] = GPTScratchBlock  # which a subclass may replace
     base_model_prefix = "model"
@@ -382,7 +382,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
     def __init__(self, config: GPTScratchConfig, block_class: type[GPTScratchBlock] | None = None):
         super().__init__(config)
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
-        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.pos_emb: nn.Module = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate if config.drop_rate_emb is None else config.drop_rate_emb)
         make_block = block_class or self.block_class
         self.trf_blocks = nn.ModuleList(make_block(config, i) for i in range(config.n_layers))
