@@ -20,6 +20,7 @@ from .compare_command import compare
 from .doctor import JSON_HELP
 from .doctor import doctor as examine
 from .generate_command import chat, generate
+from .new_command import new
 from .status import FAILED, INTERRUPTED
 from .verify_receipt_command import verify_receipt_command
 
@@ -172,7 +173,7 @@ doctor.__doc__ = examine.__doc__
 
 
 # The subcommands; a new one is imported above, in a module that imports no large library, and added here.
-COMMANDS = (convert, export, verify, compare, generate, chat, explain, inspect, doctor)
+COMMANDS = (convert, export, verify, compare, generate, chat, explain, inspect, new, doctor)
 
 
 class Commands(TyperGroup):

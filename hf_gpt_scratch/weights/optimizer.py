@@ -98,7 +98,7 @@ class State:
         counts: dict[str, Any] = dict(
             global_step=self.run, epoch=0.0, train_batch_size=size, logging_steps=LOGGING_STEPS
         )
-        trainer = TrainerState(**counts, stateful_callbacks={"TrainerControl": TrainerControl().state()})  # to save
+        trainer = TrainerState(**counts, stateful_callbacks={"TrainerControl": TrainerControl().state()})  # type: ignore[arg-type]
         trainer.save_to_json(str(directory / STATE))
         (directory / ARGUMENTS).write_text(json.dumps(self.arguments, indent=2) + "\n")
         return hashes
