@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from forks import run_python
 from modes import ROWS
 from packaging import version
 from pairs import VOCAB, random_ids
@@ -105,6 +106,28 @@ def test_its_own_tests_pass(project):
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert re.search(r"\d+ passed", done.stdout)
+
+
+@needs_newest
+@pytest.mark.slow
+def test_a_saved_model_loads_where_the_package_is_not_installed(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    ids = random_ids(2, 6)
+    torch.save(model(ids).logits, tmp_path / "logits.pt")
+    script = """
+import sys, torch
+from transformers import AutoModel, AutoModelForCausalLM
+saved, ids, logits = sys.argv[1], torch.tensor(eval(sys.argv[2])), torch.load(sys.argv[3])
+loaded = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
+assert "small_thing" not in sys.modules and torch.equal(loaded(ids).logits, logits)
+loaded.save_pretrained(saved + "-again")
+again = AutoModelForCausalLM.from_pretrained(saved + "-again", trust_remote_code=True)
+assert torch.equal(again(ids).logits, logits)
+"""
+    modules = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = ["-c", script, tmp_path / "saved", ids.tolist(), tmp_path / "logits.pt"]
+    done = run_python(*command, env={**os.environ, **modules})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
