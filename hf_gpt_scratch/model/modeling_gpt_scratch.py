@@ -80,8 +80,17 @@ Translation: Any = import_module(f"{PACKAGE}.interop").Interop if IN_PACKAGE els
 check_library = LibraryCheck(lambda: GPTScratchForCausalLM)
 
 
-class FusedLayerNorm(LayerNorm):
-    """The book's `LayerNorm` in one operation, which is as exact as the official one in half precision, too."""
+class FusedLayerNorm(LayerNorm, nn.LayerNorm):
+    """The book's `LayerNorm` in one operation, which is as exact as the official one in half precision, too.
+
+    By its class Trainer knows that its parameters have no weight decay.
+    """
+
+    def __init__(self, emb_dim, eps=1e-5):
+        nn.Module.__init__(self)  # not nn.LayerNorm's, which makes parameters of other names
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(emb_dim))
+        self.shift = nn.Parameter(torch.zeros(emb_dim))
 
     def forward(self, x):
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, self.eps)
