@@ -5,11 +5,13 @@ Decoding does not depend on the weights, so the class is built with a small conf
 
 import copy
 import inspect
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ from ..subject import Settings, build
 from .decoders import MEANINGS, Decoder
 from .recording import NotReplayable, Recorder, Replay, Run, Tables, causal, most_probable
 
-WIDTH, HEADS, LAYERS, CONTEXT = 32, 4, 2, 40
+WIDTH, HEADS, LAYERS, CONTEXT = 32, 4, 2, 64
 # Logits whose relative error is below this multiple of the precision are equal. Measured: a cached step and a full pass
 # differ by at most 20 times the precision.
 ROUNDING = 500
@@ -63,6 +65,21 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(kept)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """All generators of random numbers that a decoder may use start at the seed, and go on afterwards as before."""
+    kept, kept_numpy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(kept)
+            numpy.random.set_state(kept_numpy)
 
 
 @dataclass
@@ -115,8 +132,7 @@ class Bench:
         values = {"context_size": self.context_length, "seed": seed, **settings}
         if decoder.has("generator"):
             values["generator"] = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]), default_dtype(self.dtype), torch.no_grad():
-            torch.manual_seed(seed)
+        with seeded(seed), default_dtype(self.dtype), torch.no_grad():
             try:
                 with Recorder(run, self.tables, self.vocab_size, most, choose, dropout):
                     run.new = decoder(module, prompts, new, **values)

@@ -28,7 +28,7 @@ SETTINGS = {
     "temperature": "temperature temp tau",
     "top_k": "top_k topk k",
     "top_p": "top_p topp p nucleus nucleus_p",
-    "eos_id": "eos_id eos_token_id eos eos_token stop_id stop_token stop_token_id end_id end_token end_token_id eot "
+    "eos_id": "eos_id eos_token_id eos eos_token stop stop_id stop_token stop_token_id end_id end_token end_token_id eot "
     "eot_id eot_token",
     "pad_id": "pad_id pad_token_id pad pad_token padding_id",
     "attention_mask": "attention_mask attn_mask mask padding_mask pad_mask",
@@ -64,6 +64,7 @@ class Decoder:
     parameters: Mapping[str, str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
     form: str = "tensor"
     keeps_prompt: bool = True
     length_is_total: bool = True
@@ -134,8 +135,8 @@ def id_rows(result: Any, batch: int) -> list[list[int]]:
 
 def understood(
     name: str, function: Callable[..., Any], method: bool, meanings: Mapping[str, Any]
-) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
-    """Setting -> parameter, setting -> default, and parameter -> value of those that have a fixed one.
+) -> tuple[dict[str, str], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Setting -> parameter, setting -> default, parameter -> fixed value, and unknown ones' defaults that are not empty.
 
     Raises:
         Undecided: a required parameter means nothing that is known.
@@ -146,6 +147,7 @@ def understood(
     found: dict[str, str] = {}
     defaults: dict[str, Any] = {}
     fixed: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     unknown = []
     for parameter in accepted:
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
@@ -164,6 +166,8 @@ def understood(
         if meaning is None or meaning in found:
             if parameter.default is parameter.empty:
                 unknown.append(parameter.name)
+            elif parameter.default not in (None, False, (), ""):
+                others[parameter.name] = parameter.default
             continue
         found[meaning] = parameter.name
         if parameter.default is not parameter.empty:
@@ -176,12 +180,12 @@ def understood(
             f"{name}: the meaning of its parameter {unknown[0]!r} is unknown; say it with --decode-arguments "
             f'\'{{"{unknown[0]}": MEANING}}\', where MEANING is one of {", ".join(SETTINGS)}, or {{"value": …}}'
         )
-    return found, defaults, fixed
+    return found, defaults, fixed, others
 
 
 def decoder(name: str, function: Callable[..., Any], meanings: Mapping[str, Any], method: str = "") -> Decoder:
     """A decoder of a function, or of a class's method of this name."""
-    found, defaults, fixed = understood(name, function, bool(method), meanings)
+    found, defaults, fixed, others = understood(name, function, bool(method), meanings)
     lacking = [s for s in ("ids", *(() if method else ("model",))) if s not in found]
     if "max_new_tokens" not in found and "max_length" not in found:
         lacking.append("max_new_tokens")
@@ -191,9 +195,9 @@ def decoder(name: str, function: Callable[..., Any], meanings: Mapping[str, Any]
             f'\'{{"PARAMETER": "{lacking[0]}"}}\''
         )
     if not method:
-        return Decoder(name, function, found, defaults, fixed)
+        return Decoder(name, function, found, defaults, fixed, others)
     found["model"] = "model"
-    return Decoder(name, lambda model, **arguments: getattr(model, method)(**arguments), found, defaults, fixed)
+    return Decoder(name, lambda model, **arguments: getattr(model, method)(**arguments), found, defaults, fixed, others)
 
 
 def find_decoders(
@@ -243,7 +247,3 @@ def find_decoders(
             if {"max_new_tokens", "max_length"} & {MEANINGS.get(p) for p in inspect.signature(value).parameters}:
                 notes.append(str(error))
     return found, notes
-
-
-def with_form(one: Decoder, form: str) -> Decoder:
-    return replace(one, form=form)

@@ -27,6 +27,8 @@ DIVISIONS = (
     torch.Tensor.true_divide,
     torch.div,
 )
+# What makes random numbers, for a race that draws without torch.multinomial.
+NOISE = ("rand", "rand_like", "exponential_", "uniform_")
 # Scores below this are masked, whatever the mask's fill value is.
 MASKED = -1e4
 
@@ -118,6 +120,7 @@ class Recorder(TorchFunctionMode):
         self.run, self.tables, self.vocab_size, self.most, self.choose = run, tables, vocab_size, most, choose
         self.early: list[int] | None = None
         self.coarsest = torch.float64
+        self.noise: list[torch.Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -129,6 +132,26 @@ class Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             self.see(func, args, kwargs, result)
+            return self.race(func, args, result)
+        return result
+
+    def race(self, func, args, result: torch.Tensor) -> torch.Tensor:
+        """Records a draw that is the argmax of probabilities / exponential noise, or of logits + Gumbel noise."""
+        name = getattr(func, "__name__", "")
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        noisy = [any(arg is one for one in self.noise) for arg in tensors]
+        if name in NOISE or (noisy and all(noisy)):
+            self.noise.append(result)
+        elif noisy.count(True) == 1 == noisy.count(False) and result.shape[-1:] == (self.vocab_size,):
+            other = tensors[noisy.index(False)]
+            if name.strip("_") in ("add", "iadd", "radd", "sub", "isub"):
+                other = other.softmax(-1)
+            elif noisy[0] or name.strip("_") not in ("div", "truediv", "itruediv", "true_divide"):
+                return result
+            self.run.draws.append(Draw(other.detach().clone(), len(self.run.calls) - 1))
+            if self.choose is not None:
+                best = torch.zeros_like(result)
+                return best.scatter(-1, self.choose(other).reshape(*result.shape[:-1], 1), 1.0)
         return result
 
     def changed(self, func, args, kwargs):
@@ -156,7 +179,7 @@ class Recorder(TorchFunctionMode):
         elif result.ndim > 1 and result.shape[-1] == self.vocab_size:
             if any(same_memory(arg, self.tables.head) for arg in args) and not same_memory(result, self.tables.head):
                 self.saw_logits(result)
-        if func in DIVISIONS and len(args) > 1 and isinstance(args[1], float | int):
+        if self.run.calls and func in DIVISIONS and len(args) > 1 and isinstance(args[1], float | int):
             before = result * args[1]
             sums = before.sum(-1) if before.is_floating_point() and before.ndim else before
             is_distribution = bool(

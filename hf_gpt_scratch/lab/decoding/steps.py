@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .bench import Bench
-from .recording import Call, NotReplayable, Run, causal
+from .recording import Call, NotReplayable, Run
 
 Triple = tuple[list[int], list[int] | None, torch.Tensor | None]
 
@@ -231,6 +231,53 @@ HIDDEN = [
     ),
 ]
 
+# Where the position is also the place in the cache: what is written there replaces what was.
+PLACES = "each new token's position, and its place in the cache, is the number of tokens in the cache"
+PLACED = [
+    Hypothesis(
+        "positions-ignore-cache",
+        "cached steps start at position 0 again, and replace what the cache has there",
+        PLACES,
+        where=later(lambda i, o, j, P: o),
+        sees=lambda k, i, o, j, P, s: i - o <= k <= i if j else k <= i,
+    ),
+    Hypothesis(
+        "positions-ignore-cache",
+        "positions of cached steps count the steps from 0, and replace what the cache has there",
+        PLACES,
+        where=later(lambda i, o, j, P: i - P),
+        sees=lambda k, i, o, j, P, s: P <= k <= i if j else k <= i,
+    ),
+    Hypothesis(
+        "positions-ignore-cache",
+        "positions of cached steps count the steps from 1, and replace what the cache has there",
+        PLACES,
+        where=later(lambda i, o, j, P: i - P + 1),
+        sees=lambda k, i, o, j, P, s: (k == 0 or k >= P) and k <= i if j else k <= i,
+    ),
+    Hypothesis(
+        "positions-stand-still",
+        "all cached steps have the position after the prompt, and each replaces the one before in the cache",
+        PLACES,
+        where=later(lambda i, o, j, P: P),
+        sees=lambda k, i, o, j, P, s: (k < P or k == i) and k <= i if j else k <= i,
+    ),
+    Hypothesis(
+        "positions-stand-still",
+        "all cached steps have the position of the prompt's last token, and each replaces it in the cache",
+        PLACES,
+        where=later(lambda i, o, j, P: P - 1),
+        sees=lambda k, i, o, j, P, s: (k < P - 1 or k == i) and k <= i if j else k <= i,
+    ),
+    Hypothesis(
+        "positions-off-by-one",
+        "positions of cached steps are one too low, and the first replaces the prompt's last token in the cache",
+        PLACES,
+        where=later(lambda i, o, j, P: i - 1),
+        sees=lambda k, i, o, j, P, s: k != P - 1 and k <= i if j else k <= i,
+    ),
+]
+
 FED = [
     Hypothesis(
         "wrong-tokens-fed",
@@ -305,7 +352,7 @@ def reproduces(bench: Bench, step: Step, hypotheses: tuple[Hypothesis, ...]) -> 
 
 
 def explanations() -> Iterator[tuple[Hypothesis, ...]]:
-    for one in (*MOVED, *HIDDEN, *FED):
+    for one in (*MOVED, *HIDDEN, *PLACED, *FED):
         yield (one,)
     for fed in FED:
         for one in MOVED:
@@ -336,7 +383,3 @@ def explain_stale(bench: Bench, runs: list[list[Step]]) -> bool:
     return any(
         all(reproduced(step, restart, step.prefix) for steps in runs for step in steps) for restart in (False, True)
     )
-
-
-def full_mask(tokens: int) -> torch.Tensor:
-    return causal(tokens)
