@@ -29,14 +29,17 @@ class Beams(Examiner):
             return
         kept = all(self.rows_kept(run) for run in cached)
         self.wrong(
-            what, "cache-not-reordered",
-            "when beams change places, the cache stays in the old order" if kept
+            what,
+            "cache-not-reordered",
+            "when beams change places, the cache stays in the old order"
+            if kept
             else "the logits of the beams are not those of the sequences that they become",
             "reorder the cache of every layer with the indices of the beams that were kept: keys[beam_idx]",
-            proof=f"in every row, the logits of all steps of {len(cached)} prompts are those of the tokens fed to that row"
-            if kept else "",
+            proof=f"in every row, the logits of all steps of {len(cached)} prompts are those of the tokens fed to it"
+            if kept
+            else "",
             shortest={"prompt": wrong[0].prompts[0], "num_beams": width, "new_tokens": len(wrong[0].new[0])},
-        )  # fmt: skip
+        )
 
     def lineages(self, run: Run) -> list[list[list[int]]]:
         """For each cached step, the sequences whose logits its rows have; a row with none of them is left out."""

@@ -21,7 +21,7 @@ from ..subject import Settings, build
 from .decoders import MEANINGS, Decoder
 from .recording import NotReplayable, Recorder, Replay, Run, Tables, causal, most_probable
 
-WIDTH, HEADS, LAYERS, CONTEXT = 32, 4, 2, 64
+WIDTH, HEADS, LAYERS, CONTEXT = 32, 4, 2, 48
 # Logits whose relative error is below this multiple of the precision are equal. Measured: a cached step and a full pass
 # differ by at most 20 times the precision.
 ROUNDING = 500
@@ -86,8 +86,8 @@ def seeded(seed: int) -> Iterator[None]:
 class Bench:
     """The candidate, its sizes and what they allow.
 
-    `module` is never run: every run has a copy that shares its parameters. `roomy` is the same with a larger context, in
-    which sequences beyond the window can be replayed.
+    `module` is never run: every run has a copy that shares its parameters. `roomy` is the same with a larger context,
+    in which sequences beyond the window can be replayed.
     """
 
     module: nn.Module
@@ -99,6 +99,7 @@ class Bench:
     plain: dict[str, Any] = field(default_factory=dict)
     rounding: float = 0.0
     replays: int = 0
+    causal: bool = True
     can_move: bool = False
     can_mask: bool = False
     known: dict[Any, torch.Tensor] = field(default_factory=dict)
@@ -297,3 +298,10 @@ def calibrate(bench: Bench) -> None:
         except NotReplayable:
             works = False
         setattr(bench, what, works)
+
+
+def causal_forward(bench: Bench) -> bool:
+    """Whether the logits of a token do not depend on those after it; True where only the last logits are returned."""
+    first, second = bench.ids(6, 0), [*bench.ids(5, 0), bench.ids(6, 9)[-1]]
+    logits, others = bench.all_logits(first), bench.all_logits(second)
+    return len(logits) == 1 or bench.equal(logits[:5], others[:5])

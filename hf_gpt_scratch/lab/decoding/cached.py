@@ -31,6 +31,9 @@ class Cached(Examiner):
         if not differences:
             return True
         self.unreliable = True
+        if not self.bench.causal:
+            self.not_made(what, "without a cache, its forward pass sees later tokens")
+            return False
         worst = max(error for _, error in differences)
         n, cached = differences[0][0], any(step.cached for steps in all_steps for step in steps)
         hypotheses = explain(self.bench, all_steps)

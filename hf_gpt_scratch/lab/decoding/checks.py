@@ -36,6 +36,10 @@ def ready(bench: Bench, decoder: Decoder) -> tuple[Decoder, str]:
 class Examination(Choice, Cached, Window, Ends, Rows, Draws, Beams):
     """All questions to one decoder."""
 
+    def uses_cache(self) -> bool:
+        run = self.run([self.bench.ids(5, 3)], 3)
+        return any(call.ids.shape[1] == 1 for call in run.calls[1:])
+
     def everything(self) -> None:
         self.choose_settings()
         self.count()

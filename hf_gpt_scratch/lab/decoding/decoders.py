@@ -6,7 +6,7 @@ A decoder is called with rows of ids and settings under our names (`SETTINGS`), 
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -18,8 +18,8 @@ from ...errors import LabError
 # What a parameter may mean, and the names that say so.
 SETTINGS = {
     "model": "model net gpt lm network transformer",
-    "ids": "idx ids input_ids in_idx tokens token_ids prompt prompts prompt_ids prompt_tokens input_tokens inputs context "
-    "start_ids start encoded x batch seqs sequences rows",
+    "ids": "idx ids input_ids in_idx tokens token_ids prompt prompts prompt_ids prompt_tokens input_tokens inputs "
+    "context start_ids start encoded x batch seqs sequences rows",
     "max_new_tokens": "max_new_tokens max_new new_tokens num_new_tokens n_new num_tokens n_tokens max_tokens "
     "num_tokens_to_generate max_gen_len steps num_steps n_steps n num",
     "max_length": "max_length max_len total_len total_length",
@@ -28,8 +28,8 @@ SETTINGS = {
     "temperature": "temperature temp tau",
     "top_k": "top_k topk k",
     "top_p": "top_p topp p nucleus nucleus_p",
-    "eos_id": "eos_id eos_token_id eos eos_token stop stop_id stop_token stop_token_id end_id end_token end_token_id eot "
-    "eot_id eot_token",
+    "eos_id": "eos_id eos_token_id eos eos_token stop stop_id stop_token stop_token_id end_id end_token end_token_id "
+    "eot eot_id eot_token",
     "pad_id": "pad_id pad_token_id pad pad_token padding_id",
     "attention_mask": "attention_mask attn_mask mask padding_mask pad_mask",
     "lengths": "lengths prompt_lengths prompt_lens lens",
@@ -55,8 +55,9 @@ class Undecided(LabError):
 class Decoder:
     """A function or method that generates.
 
-    `parameters` maps our settings to its parameters, `defaults` to their defaults; `given` are other arguments. `form` is
-    how it takes ids: a tensor (B, T) or (T,), a list, a list of lists. `keeps_prompt`: its result begins with the prompt.
+    `parameters` maps our settings to its parameters, `defaults` to their defaults; `given` are other arguments, and
+    `others` the defaults of settings that are unknown here. `form` is how it takes ids: a tensor (B, T) or (T,), a
+    list, a list of lists. `keeps_prompt`: its result begins with the prompt. `length_is_total`: so does `max_length`.
     """
 
     name: str
@@ -84,9 +85,12 @@ class Decoder:
         values = {"model": model, "max_new_tokens": new, "max_length": length, "device": "cpu", **settings}
         arguments = {p: values[s] for s, p in self.parameters.items() if s in values and s != "ids"}
         result = self.call(**{self.parameters["ids"]: as_form(rows, self.form), **arguments, **self.given})
-        return self.new_ids(id_rows(result, len(rows)), rows, settings.get("pad_id"))
+        found = id_rows(result, len(rows))
+        if self.has("num_beams") and len(rows) == 1:
+            found = found[:1]  # the best beam
+        return self.new_ids(found, rows)
 
-    def new_ids(self, result: list[list[int]], rows: list[list[int]], pad: int | None) -> list[list[int]]:
+    def new_ids(self, result: list[list[int]], rows: list[list[int]]) -> list[list[int]]:
         if len(result) != len(rows):
             raise ValueError(f"it returns {len(result)} rows for {len(rows)} prompts")
         if not self.keeps_prompt:
@@ -110,13 +114,19 @@ def as_form(rows: list[list[int]], form: str) -> Any:
     return [list(row) for row in rows] if form == "rows" else list(rows[0])
 
 
+def is_ids(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_floating_point()
+
+
 def id_rows(result: Any, batch: int) -> list[list[int]]:
     """The rows of ids in whatever a decoder returns or yields."""
     if inspect.isgenerator(result):
         steps = [torch.as_tensor(step).reshape(batch, -1) for step in result]
         return torch.cat(steps, dim=1).tolist() if steps else [[] for _ in range(batch)]
-    if isinstance(result, tuple) and result and isinstance(result[0], torch.Tensor | list):
-        result = result[0]
+    while isinstance(result, tuple | list) and result and isinstance(result[0], tuple):
+        result = result[0]  # beams with their scores, the best first
+    if isinstance(result, tuple) and result:
+        result = next((item for item in result if isinstance(item, list) or is_ids(item)), result[0])
     result = getattr(result, "sequences", result)
     if isinstance(result, torch.Tensor):
         if result.is_floating_point() or result.ndim not in (1, 2):
@@ -136,7 +146,7 @@ def id_rows(result: Any, batch: int) -> list[list[int]]:
 def understood(
     name: str, function: Callable[..., Any], method: bool, meanings: Mapping[str, Any]
 ) -> tuple[dict[str, str], dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Setting -> parameter, setting -> default, parameter -> fixed value, and unknown ones' defaults that are not empty.
+    """Setting -> parameter, setting -> default, parameter -> fixed value, unknown parameter -> default if not empty.
 
     Raises:
         Undecided: a required parameter means nothing that is known.

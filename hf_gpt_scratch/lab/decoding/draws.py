@@ -169,8 +169,8 @@ class Draws(Examiner):
             self.wrong(
                 what,
                 f"{setting.replace('_', '-')}-wrong",
-                f"with {name}={tried[0].values.get(setting)} the probabilities differ by up to {worst:.2g} from those of "
-                "the setting",
+                f"with {name}={tried[0].values.get(setting)} the probabilities differ by up to {worst:.2g} from those "
+                "of the setting",
                 REMEDIES.get(setting, "draw from softmax(logits)"),
                 error=worst,
                 shortest={"prompt": self.bench.ids(5, 110), "new_tokens": 1, name: tried[0].values.get(setting)},
@@ -266,9 +266,10 @@ class Draws(Examiner):
         self.wrong(
             what,
             "top-k-of-first-row" if same else "batch-probabilities-differ",
-            "the threshold of the first row is used for all rows" if same
+            "the threshold of the first row is used for all rows"
+            if same
             else "the probabilities of the other rows of a batch are not those of their logits",
             "values[..., [-1]] keeps a threshold for each row",
             proof="it gives the probabilities of all rows" if same else "",
             shortest={"prompts": prompts, "new_tokens": 1},
-        )  # fmt: skip
+        )

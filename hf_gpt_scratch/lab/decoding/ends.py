@@ -12,19 +12,23 @@ class Ends(Examiner):
         if not self.decoder.has("eos_id"):
             self.not_made(what, "it has no parameter for one")
             return
-        prompt, new = self.bench.ids(5, 80), 6
-        plain = self.run([prompt], new)
-        seed = 80
-        while plain.error is None and seed < 100 and len({*plain.new[0], *prompt}) < new + len(prompt):
-            seed += 1
+        new = 8
+        for seed in range(80, 160):
             prompt = self.bench.ids(5, seed)
             plain = self.run([prompt], new)
-        if plain.error is not None or len(plain.new[0]) != new or len({*plain.new[0], *prompt}) < new + len(prompt):
-            self.not_made(what, plain.failure or "no prompt gives tokens that are all different")
+            if plain.error is not None:
+                self.fails(what, plain, new)
+                return
+            full = plain.new[0]
+            places = firsts(full, prompt)
+            if len(full) == new and 0 in places and len(places) > 2 and 0 not in (*prompt, *full):
+                break
+        else:
+            self.not_made(what, "no prompt gives tokens that are different")
             return
-        full = plain.new[0]
+        later = [place for place in places if 1 < place < new - 2][:2]
         results: dict[int, str] = {}
-        for place in (0, 2, 4):
+        for place in (0, *later):
             run = self.run([prompt], new, eos_id=full[place])
             if run.error is not None:
                 self.not_made(what, run.failure)
@@ -40,60 +44,77 @@ class Ends(Examiner):
             self.report.notes.append(f"{self.decoder.name} {convention}")
         elif kinds == {"ignored"}:
             self.wrong(what, "end-ignored", "it goes on after the end token", remedy, proof=proof, shortest=shown)
-        elif results[0] == "ignored" and {results[2], results[4]} in ({"kept"}, {"dropped"}):
+        elif results[0] == "ignored" and {results[n] for n in later} in ({"kept"}, {"dropped"}):
             self.wrong(
-                what, "end-missed-at-first-token", "it goes on if the first new token is the end token", remedy,
-                proof="at later places it ends", shortest=shown,
-            )  # fmt: skip
+                what,
+                "end-missed-at-first-token",
+                "it goes on if the first new token is the end token",
+                remedy,
+                proof="at later places it ends",
+                shortest=shown,
+            )
         elif kinds == {"late"}:
             self.wrong(
                 what, "end-counted-late", "one token more follows the end token", remedy, proof=proof, shortest=shown
             )
-        elif results[2] == results[4] == "lost":
+        elif {results[n] for n in later} == {"lost"}:
             self.wrong(
-                what, "end-token-lost", "the token before the end token is lost with it",
-                "drop the end token once, or not at all", proof=proof, shortest=shown,
-            )  # fmt: skip
+                what,
+                "end-token-lost",
+                "the token before the end token is lost with it",
+                "drop the end token once, or not at all",
+                proof=proof,
+                shortest=shown,
+            )
         elif kinds <= {"kept", "dropped"}:
             self.wrong(
-                what, "end-token-inconsistent", f"the end token is {results[0]} at the first place, {results[4]} later",
-                "treat it alike wherever it comes", proof=proof, shortest=shown,
-            )  # fmt: skip
+                what,
+                "end-token-inconsistent",
+                f"the end token is {results[0]} at the first place, {results[later[-1]]} later",
+                "treat it alike wherever it comes",
+                proof=proof,
+                shortest=shown,
+            )
         else:
             self.wrong(
-                what, "end-handled-otherwise",
-                f"with the end token {full[2]}, {full} becomes {self.run([prompt], new, eos_id=full[2]).new[0]}",
-                remedy, shortest=shown,
-            )  # fmt: skip
+                what,
+                "end-handled-otherwise",
+                f"with the end token {full[later[0]]}, {full} becomes "
+                f"{self.run([prompt], new, eos_id=full[later[0]]).new[0]}",
+                remedy,
+                shortest=shown,
+            )
         self.end_in_prompt(prompt, full)
-        self.end_zero(prompt, full, results)
+        self.end_zero(prompt, full, later[0], results[later[0]])
         if kinds in ({"kept"}, {"dropped"}):
             self.rows_end()
 
     def end_in_prompt(self, prompt: list[int], full: list[int]) -> None:
         what = "an end token in the prompt"
-        for place in (0, 2):
+        for place in [n for n, token in enumerate(prompt) if token not in full][:3]:
             run = self.run([prompt], len(full), eos_id=prompt[place])
             if run.error is not None:
                 self.not_made(what, run.failure)
                 return
             if run.new[0] != full:
                 self.wrong(
-                    what, "end-token-of-prompt-counted",
+                    what,
+                    "end-token-of-prompt-counted",
                     f"an end token in the prompt changes the result: {full} becomes {run.new[0]}",
                     "look for the end token among the new tokens only",
                     proof="without an end token the same prompt gives all tokens",
                     shortest={"prompt": prompt, "eos_id": prompt[place], "new_tokens": len(full)},
-                )  # fmt: skip
+                )
                 return
         self.right(what)
 
-    def end_zero(self, prompt: list[int], full: list[int], results: dict[int, str]) -> None:
+    def end_zero(self, prompt: list[int], full: list[int], place: int, ends: str) -> None:
         """Is an end token with the id 0 one too? The vocabulary is renumbered for it."""
         what = "the end token 0"
-        tables, token = self.bench.tables, full[2]
+        tables, token = self.bench.tables, full[place]
         matrices = {t.data_ptr(): t for t in (tables.tokens, tables.head)}.values()
-        if results[2] not in ("kept", "dropped") or 0 in (*prompt, *full):
+        if ends not in ("kept", "dropped"):
+            self.not_made(what, "other end tokens are handled wrongly already")
             return
         if any(t.shape[0] != self.bench.vocab_size for t in matrices):
             self.not_made(what, "the vocabulary cannot be renumbered")
@@ -108,14 +129,17 @@ class Ends(Examiner):
                 for matrix in matrices:
                     matrix[[0, token]] = matrix[swap]
         renumbered = [0 if one == token else one for one in full]
-        if run.error is None and ending(run.new[0], renumbered, 2) == results[2]:
+        if run.error is None and ending(run.new[0], renumbered, place) == ends:
             self.right(what)
         elif run.error is None and run.new[0] == renumbered:
             self.wrong(
-                what, "end-id-0-ignored", "an end token with the id 0 is ignored",
-                "compare with None: if eos_id is not None", proof="with another id it ends",
-                shortest={"eos_id": 0},
-            )  # fmt: skip
+                what,
+                "end-id-0-ignored",
+                "an end token with the id 0 is ignored",
+                "compare with None: if eos_id is not None",
+                proof="with another id it ends",
+                shortest={"eos_id": 0, "prompt": prompt, "new_tokens": place + 1},
+            )
 
     def rows_end(self) -> None:
         """Does each row of a batch end by itself?"""
@@ -127,9 +151,10 @@ class Ends(Examiner):
             if not all(singles):
                 continue
             a, b = singles[0][0], singles[1][0]
-            if a[2] in (*a[:2], *b, *prompts[0], *prompts[1]) or len({*a}) < new or len({*b}) < new:
-                continue
-            break
+            free = [n for n in firsts(a, [*prompts[0], *prompts[1], *b]) if 0 < n < 3]
+            if free and len(a) == len(b) == new and len(set(a[free[0] :])) > 2:
+                place = free[0]
+                break
         else:
             self.not_made(what, "no two prompts give different tokens")
             return
@@ -138,31 +163,42 @@ class Ends(Examiner):
             self.not_made(what, together.failure or "without an end token, its rows are not those of single prompts")
             return
         for order in ((0, 1), (1, 0)):
-            run = self.run([prompts[n] for n in order], new, eos_id=a[2])
+            run = self.run([prompts[n] for n in order], new, eos_id=a[place])
             if run.error is not None:
                 self.not_made(what, f"it takes one prompt at a time: {run.failure}"[:300])
                 return
             ended, going = run.new[order.index(0)], run.new[order.index(1)]
-            shown = {"prompts": [prompts[n] for n in order], "eos_id": a[2], "new_tokens": new}
-            proof = "alone, each prompt gives " + f"{a[:3]} and {b}"
+            shown = {"prompts": [prompts[n] for n in order], "eos_id": a[place], "new_tokens": new}
+            proof = "alone, each prompt gives " + f"{a[: place + 1]} and {b}"
             if going[: len(b)] != b:
                 self.wrong(
-                    what, "rows-end-together",
+                    what,
+                    "rows-end-together",
                     f"a row is cut off when another one ends: {b} becomes {going}",
-                    "keep a flag for each row; stop when all have ended", proof=proof if going == b[: len(going)] else "",
+                    "keep a flag for each row; stop when all have ended",
+                    proof=proof if going == b[: len(going)] else "",
                     shortest=shown,
-                )  # fmt: skip
+                )
                 return
-            if ending(ended, a, 2) not in ("kept", "dropped"):
-                went_on = ended[:5] == a[:5] or len(set(ended[3:])) > 1
+            if ending(ended, a, place) not in ("kept", "dropped"):
+                went_on = ended[: place + 3] == a[: place + 3] or len(set(ended[place + 1 :])) > 1
                 self.wrong(
-                    what, "row-continues-after-end" if went_on else "row-changed-by-batch",
-                    f"a row that has ended goes on in a batch: {ended}" if went_on
+                    what,
+                    "row-continues-after-end" if went_on else "row-changed-by-batch",
+                    f"a row that has ended goes on in a batch: {ended}"
+                    if went_on
                     else f"in a batch a row becomes {ended}",
-                    "once a row has ended, append padding to it", proof=proof, shortest=shown,
-                )  # fmt: skip
+                    "once a row has ended, append padding to it",
+                    proof=proof,
+                    shortest=shown,
+                )
                 return
         self.right(what)
+
+
+def firsts(full: list[int], others: list[int]) -> list[int]:
+    """The places of tokens that come there for the first time, and not among the others."""
+    return [n for n, token in enumerate(full) if token not in (*others, *full[:n])]
 
 
 def ending(found: list[int], full: list[int], place: int) -> str:
@@ -175,7 +211,6 @@ def ending(found: list[int], full: list[int], place: int) -> str:
             size >= 0
             and found[:size] == full[:size]
             and len(set(found[size:])) <= (1 if kind in ("kept", "dropped") else 0)
-        ):
-            if kind != "dropped" or len(found) == size or found[size] not in full:
-                return kind
+        ) and (kind != "dropped" or len(found) == size or found[size] not in full):
+            return kind
     return "other"

@@ -11,7 +11,7 @@ from .decoders import Decoder
 from .recording import NotReplayable, Run
 from .report import NOT_MADE, RIGHT, WRONG, DecodingFinding, DecodingReport
 
-NEW = 5
+NEW = 4
 
 
 @dataclass
@@ -19,8 +19,8 @@ class Examiner:
     """What all questions share.
 
     `settings` are those with which the decoder takes the most probable token, as far as it can be told to; where it
-    draws, the most probable one is drawn for it. `unreliable`: its steps are wrong, so that what follows from them is not
-    asked.
+    draws, the most probable one is drawn for it. `unreliable`: its steps are wrong, so that what follows from them is
+    not asked.
     """
 
     bench: Bench
@@ -51,8 +51,8 @@ class Examiner:
         self.wrong(
             what,
             "fails",
-            f"with {len(run.prompts[0])} tokens and {new} new ones, of {self.bench.context_length} that the context has, "
-            f"it raises {run.failure}",
+            f"with {len(run.prompts[0])} tokens and {new} new ones, in a context of {self.bench.context_length}, it "
+            f" raises {run.failure}",
             "run it so by hand",
             shortest={"prompt": run.prompts[0], "new_tokens": new},
         )

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, C context_length, E emb_dim, V vocabulary.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -169,16 +170,13 @@ class Recorder(TorchFunctionMode):
             elif same_memory(weight, self.tables.tokens):
                 self.saw_ids(ids)
         elif func in PICKS and same_memory(args[0], self.tables.positions) and args[0].shape[0] > 1:
-            try:
+            with contextlib.suppress(IndexError, RuntimeError):
                 self.saw_positions(func(torch.arange(args[0].shape[0])[:, None], *args[1:], **kwargs)[..., 0])
-            except (IndexError, RuntimeError):
-                pass
         elif func is torch.Tensor.__getitem__ and same_memory(args[0], self.tables.tokens):
             if isinstance(args[1], torch.Tensor) and not args[1].is_floating_point():
                 self.saw_ids(args[1])
-        elif result.ndim > 1 and result.shape[-1] == self.vocab_size:
-            if any(same_memory(arg, self.tables.head) for arg in args) and not same_memory(result, self.tables.head):
-                self.saw_logits(result)
+        elif self.is_logits(args, result):
+            self.saw_logits(result)
         if self.run.calls and func in DIVISIONS and len(args) > 1 and isinstance(args[1], float | int):
             before = result * args[1]
             sums = before.sum(-1) if before.is_floating_point() and before.ndim else before
@@ -186,6 +184,15 @@ class Recorder(TorchFunctionMode):
                 torch.isfinite(sums).all() and (before >= 0).all() and ((sums - 1).abs() < 1e-4).all()
             )
             self.run.divided.append((float(args[1]), is_distribution))
+
+    def is_logits(self, args, result: torch.Tensor) -> bool:
+        """Whether it is a product with the head's matrix, and not a view of that."""
+        wide = result.ndim > 1 and result.shape[-1] == self.vocab_size
+        return (
+            wide
+            and any(same_memory(arg, self.tables.head) for arg in args)
+            and not same_memory(result, self.tables.head)
+        )
 
     def saw_positions(self, positions: torch.Tensor) -> None:
         found = (positions if positions.ndim < 2 else positions[0]).reshape(-1).tolist()
@@ -264,12 +271,12 @@ class Replay(Recorder):
 
     def see(self, func, args, kwargs, result):
         super().see(func, args, kwargs, result)
-        if self.visible is not None and result.ndim >= 2 and result.shape[-2:] == self.visible.shape:
-            if result.is_floating_point() and func not in SOFTMAX:
-                self.products = [*self.products[-7:], result.detach().clone()]
+        square = self.visible is not None and result.ndim >= 2 and result.shape[-2:] == self.visible.shape
+        if square and result.is_floating_point() and func not in SOFTMAX:
+            self.products = [*self.products[-7:], result.detach().clone()]
 
     def masked_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        """The scores with our mask in place of theirs: from the product that equals them, but for the mask and a scale."""
+        """The scores with our mask in place of theirs: of the product that equals them but for mask and scale."""
         seen = scores > MASKED
         for product in self.products:
             if product.shape != scores.shape or not torch.isfinite(product).all() or bool((product < MASKED).any()):

@@ -11,8 +11,9 @@ RIGHT, WRONG, NOT_MADE = "right", "wrong", "not made"
 class DecodingFinding:
     """Something wrong with a decoder.
 
-    `where` is the decoder. `proven`: what is named reproduces the candidate's numbers, as `proof` says; otherwise `says`
-    is what was observed. `shortest` is the shortest prompt that was found to show it, and how many new tokens it takes.
+    `where` is the decoder. `proven`: what is named reproduces the candidate's numbers, as `proof` says; otherwise
+    `says` is what was observed. `shortest` is the shortest prompt that was found to show it, and how many new tokens
+    it takes.
     """
 
     name: str

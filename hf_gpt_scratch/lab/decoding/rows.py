@@ -28,12 +28,13 @@ class Rows(Examiner):
         self.wrong(
             what,
             "first-row-for-all" if first else "batch-rows-differ",
-            "all rows of a batch get the tokens of the first" if first
+            "all rows of a batch get the tokens of the first"
+            if first
             else f"prompts that give {alone} alone give {together.new} in a batch",
             "keep the batch dimension: argmax(dim=-1), of each row's own logits",
             proof="the first prompt alone gives the tokens of all rows" if first else "",
             shortest={"prompts": prompts[:2], "new_tokens": 1},
-        )  # fmt: skip
+        )
 
     def padding(self) -> None:
         """Do prompts of different lengths get in a batch what they get alone?"""
@@ -49,7 +50,9 @@ class Rows(Examiner):
             return
         alone = [run.new[0] for run in single]
         pad = next(
-            n for n in range(self.bench.vocab_size - 1, 0, -1) if n not in (*prompts[0], *prompts[1], *sum(alone, []))
+            n
+            for n in range(self.bench.vocab_size - 1, 0, -1)
+            if n not in (*prompts[0], *prompts[1], *alone[0], *alone[1])
         )
         ragged = self.bench.run(replace(one, form="rows"), prompts, 4, **{**self.settings, "pad_id": pad})
         by_itself = ragged.error is None
@@ -97,33 +100,43 @@ class Rows(Examiner):
                 ways = [(ids, where, seen) for where in (None, stay) for seen in (None, masked, only)]
                 if self.replayed(found, ways):
                     self.wrong(
-                        what, "padding-on-wrong-side",
+                        what,
+                        "padding-on-wrong-side",
                         "the padding is after the prompt, and the next token is that after the padding",
                         "pad on the left, or read each row's logits at its own last token",
-                        proof="its own forward pass over prompt and padding gives these logits", shortest=shown,
-                    )  # fmt: skip
+                        proof="its own forward pass over prompt and padding gives these logits",
+                        shortest=shown,
+                    )
                     return
                 continue
             if self.replayed(found, [(ids, None, None), (ids, moved, None)]):
                 self.wrong(
-                    what, "padding-seen", "the tokens see the padding before them",
+                    what,
+                    "padding-seen",
+                    "the tokens see the padding before them",
                     "mask the padding: scores of padded keys are -inf",
-                    proof="its own forward pass over padding and prompt gives these logits", shortest=shown,
-                )  # fmt: skip
+                    proof="its own forward pass over padding and prompt gives these logits",
+                    shortest=shown,
+                )
                 return
             if self.replayed(found, [(ids, None, masked)]):
                 self.wrong(
-                    what, "positions-count-padding", "the positions count the padding",
+                    what,
+                    "positions-count-padding",
+                    "the positions count the padding",
                     "positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)",
-                    proof="its own forward pass, with the padding masked, gives these logits", shortest=shown,
-                )  # fmt: skip
+                    proof="its own forward pass, with the padding masked, gives these logits",
+                    shortest=shown,
+                )
                 return
         run = next(iter(ran.values()))
         self.wrong(
-            what, "padded-rows-differ",
+            what,
+            "padded-rows-differ",
             f"prompts that give {alone} alone give {run.new} in a batch",
-            "mask the padding, and count positions without it, in every step", shortest=shown,
-        )  # fmt: skip
+            "mask the padding, and count positions without it, in every step",
+            shortest=shown,
+        )
 
 
 def pad_to(row: list[int], length: int, pad: int, side: str) -> list[int]:

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from ...errors import LabError
 from ..subject import book_settings, import_file, load, names_a_class, public_model, read_cfg, sizes
-from .bench import make_bench
+from .bench import causal_forward, make_bench
+from .cached_forward import forward_decoder
 from .checks import Examination, ready
 from .decoders import find_decoders
-from .report import DecodingReport
+from .report import DecodingFinding, DecodingReport
 
 
 def check_decoding(
@@ -27,8 +28,8 @@ def check_decoding(
 ) -> DecodingReport:
     """Whether what a class of your own generates is what its own forward pass says.
 
-    The forward pass without a cache is the reference, so that decoding is judged apart from it. The class is built small,
-    with random weights, which decoding does not depend on.
+    The forward pass without a cache is the reference, so that decoding is judged apart from it. The class is built
+    small, with random weights, which decoding does not depend on.
 
     Args:
         reference: a model whose sizes the class gets if there is no cfg.
@@ -68,7 +69,21 @@ def check_decoding(
     model_class: type[nn.Module] = type(bench.module)
     decoders, notes = find_decoders(place, model_class, generate, arguments or {})
     report = DecodingReport(candidate, [], notes=notes)
-    failures = []
+    failures: list[str] = []
+    used_cache = False
+    bench.causal = causal_forward(bench)
+    if not bench.causal:
+        report.findings.append(
+            DecodingFinding(
+                "future-leak",
+                "without a cache, tokens see the tokens after them, so no cache can give the same logits",
+                f"{model_class.__name__}.forward",
+                "mask the scores of later tokens: scores.masked_fill_(torch.triu(ones, diagonal=1).bool(), -inf)",
+                True,
+                "another last token changes the logits of the tokens before it",
+                shortest={"prompt": bench.ids(2, 0), "new_tokens": 1},
+            )
+        )
     for decoder in decoders:
         step(f"Checking {decoder.name}")
         one, failure = ready(bench, decoder)
@@ -76,7 +91,19 @@ def check_decoding(
             failures.append(f"{decoder.name} does not run: {failure}")
             continue
         report.decoders.append(one.name)
-        Examination(bench, one, report).everything()
+        examination = Examination(bench, one, report)
+        examination.everything()
+        used_cache |= examination.uses_cache()
+    if not used_cache and (of_forward := forward_decoder(bench.module)) is not None and generate is None:
+        step(f"Checking {of_forward.name}")
+        one, failure = ready(bench, of_forward)
+        if failure:
+            report.notes.append(
+                f"{of_forward.name} was not checked, because the cache is used in another way: {failure}"
+            )
+        else:
+            report.decoders.append(one.name)
+            Examination(bench, one, report).everything()
     if not report.decoders:
         why = "; ".join([*failures, *notes]) or "no function or method of it generates; name one with --generate"
         raise LabError(f"{candidate}: {why}")

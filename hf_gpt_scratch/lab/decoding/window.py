@@ -50,7 +50,6 @@ class Window(Examiner):
     def named_window(self, what: str, runs: list[Run], kind: str) -> None:
         bench, context = self.bench, self.bench.context_length
         steps = [step for run in runs for step in steps_of(run)[0]]
-        long = [step for step in steps if len(step.prefix) > context] or steps
 
         def gives(make: Callable[[Step], Any], where: list[Step]) -> bool:
             def one(step: Step) -> bool:
@@ -70,18 +69,24 @@ class Window(Examiner):
         for size in range(context, max(context // 4, 1), -1):
             if gives(lambda step, size=size: (step.prefix[:size],), bad):
                 self.wrong(
-                    what, "prompt-cut-wrong-side",
+                    what,
+                    "prompt-cut-wrong-side",
                     f"of a sequence longer than the context, the first {size} tokens are kept, not the last",
-                    "idx_cond = idx[:, -context_size:]", proof=proof, shortest=shown,
-                )  # fmt: skip
+                    "idx_cond = idx[:, -context_size:]",
+                    proof=proof,
+                    shortest=shown,
+                )
                 return
         for size in range(context - 1, max(context // 2, 1), -1):
             if gives(lambda step, size=size: (step.prefix[-size:],), bad):
                 self.wrong(
-                    what, "window-too-short",
+                    what,
+                    "window-too-short",
                     f"only the last {size} tokens are seen, though the context has {context}",
-                    "idx_cond = idx[:, -context_size:]", proof=proof, shortest=shown,
-                )  # fmt: skip
+                    "idx_cond = idx[:, -context_size:]",
+                    proof=proof,
+                    shortest=shown,
+                )
                 return
         # A cut prompt, and then the new tokens: all of the history, whatever it is.
         for cut in ("start", "end"):
@@ -89,14 +94,17 @@ class Window(Examiner):
             def cut_prompt(step: Step, cut=cut):
                 prompt = step.fed[0]
                 wrong = prompt == runs[0].prompts[0][: len(prompt)] or prompt == runs[1].prompts[0][: len(prompt)]
-                return (sum(step.history, []),) if wrong and len(sum(step.history, [])) <= context else None
+                return (step.tokens,) if wrong and len(step.tokens) <= context else None
 
             if kind == "long prompt" and gives(cut_prompt, bad):
                 self.wrong(
-                    what, "prompt-cut-wrong-side",
+                    what,
+                    "prompt-cut-wrong-side",
                     "of a prompt longer than the context, the first tokens are kept, not the last",
-                    "idx = idx[:, -context_size:]", proof=proof, shortest=shown,
-                )  # fmt: skip
+                    "idx = idx[:, -context_size:]",
+                    proof=proof,
+                    shortest=shown,
+                )
                 return
         positions: dict[str, Callable[[int], list[int]]] = {
             "their positions stay at the last one": lambda n: [min(i, context - 1) for i in range(n)],
@@ -104,34 +112,41 @@ class Window(Examiner):
             "their positions are the first": lambda n: [i if i < context else 0 for i in range(n)],
         }
         for says, where in positions.items():
-            if gives(lambda step, where=where: (sum(step.history, []), where(len(sum(step.history, [])))), bad):
+            if gives(lambda step, where=where: (step.tokens, where(len(step.tokens))), bad):
                 self.wrong(
-                    what, "cache-past-window",
+                    what,
+                    "cache-past-window",
                     f"the cache grows past the context of {context} tokens; {says}",
                     "when the cache is full, empty it and run the last tokens anew, or refuse to go on",
-                    proof=proof, shortest=shown,
-                )  # fmt: skip
+                    proof=proof,
+                    shortest=shown,
+                )
                 return
         for says, where in positions.items():
 
             def windowed(step: Step, where=where):
-                ids = sum(step.history, [])
+                ids = step.tokens
                 i = torch.arange(len(ids))
                 return ids, where(len(ids)), (i <= i[:, None]) & (i > i[:, None] - context)
 
             if gives(windowed, bad):
                 self.wrong(
-                    what, "cache-past-window",
+                    what,
+                    "cache-past-window",
                     f"beyond the context of {context} tokens, the cache keeps the last keys and values, which were "
                     f"computed at other positions; {says}",
                     "when the cache is full, empty it and run the last tokens anew, or refuse to go on",
-                    proof=proof, shortest=shown,
-                )  # fmt: skip
+                    proof=proof,
+                    shortest=shown,
+                )
                 return
         step = bad[0]
         self.wrong(
-            what, "window-logits-differ",
-            f"after {len(step.prefix)} tokens, where the context has {context}, the logits are not those of the last tokens",
+            what,
+            "window-logits-differ",
+            f"after {len(step.prefix)} tokens, where the context has {context}, the logits are not those of the last "
+            "tokens",
             "when the cache is full, empty it and run the last tokens anew, or refuse to go on",
-            error=bench.error(step.logits, bench.last(step.prefix[-context:])), shortest=shown,
-        )  # fmt: skip
+            error=bench.error(step.logits, bench.last(step.prefix[-context:])),
+            shortest=shown,
+        )

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Decoders that are right, and sabotages of them: a style, what is replaced in its source, and the name to be found."""
 
 from dataclasses import dataclass
@@ -139,3 +140,14 @@ HEALTHY = [
     right("fast", "    q = torch.empty_like(probs).exponential_(1)\n    return torch.argmax(probs / q, dim=-1, keepdim=True)", "    return torch.multinomial(probs, 1)"),
     right("fast", "logits / max(temperature, 1e-5)", "logits * (1 / max(temperature, 1e-5))"),
 ]  # fmt: skip
+
+# Candidates with a cache and no generation: the same layers without the functions.
+_NO_FUNCTION = ("def generate_text_simple_cached(", "def _unused(")
+_NO_METHODS = ("    @torch.inference_mode()\n    def generate(", "    def _unused(", "def beam_search(", "def _beams(", "def generate_batch(", "def _batch(")  # fmt: skip
+SABOTAGES += [
+    wrong("layers", "positions-ignore-cache", *_NO_FUNCTION, "torch.arange(self.current_pos, self.current_pos + seq_len, ", "torch.arange(0, seq_len, "),
+    wrong("layers", "cache-not-reset", *_NO_FUNCTION, "            blk.att.reset_cache()\n        self.current_pos = 0", "            blk.att.reset_cache()"),
+    wrong("returned", "mask-not-moved", *_NO_METHODS, "[total - t :, :total]", "[:t, :total]"),
+    wrong("returned", "future-leak", *_NO_METHODS, "scores.masked_fill(~keep, -1e9)", "scores if past is None and hidden is None and self.training is False and FLAG else scores.masked_fill(~keep, -1e9)", "presents = []", "presents = []; global FLAG; FLAG = use_cache"),
+]  # fmt: skip
+HEALTHY += [right("layers", *_NO_FUNCTION), right("returned", *_NO_METHODS)]

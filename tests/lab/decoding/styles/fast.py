@@ -31,7 +31,11 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleDict(
                 dict(
-                    n1=nn.LayerNorm(d), att=Attn(cfg), n2=nn.LayerNorm(d), up=nn.Linear(d, 4 * d), dn=nn.Linear(4 * d, d)
+                    n1=nn.LayerNorm(d),
+                    att=Attn(cfg),
+                    n2=nn.LayerNorm(d),
+                    up=nn.Linear(d, 4 * d),
+                    dn=nn.Linear(4 * d, d),
                 )
             )
             for _ in range(cfg["n_layers"])

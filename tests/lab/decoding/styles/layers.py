@@ -78,7 +78,7 @@ class GPTModel(nn.Module):
         self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
 
     def forward(self, in_idx, use_cache=False):
-        batch_size, seq_len = in_idx.shape
+        _, seq_len = in_idx.shape
         tok_embeds = self.tok_emb(in_idx)
         if use_cache:
             pos_ids = torch.arange(self.current_pos, self.current_pos + seq_len, device=in_idx.device)

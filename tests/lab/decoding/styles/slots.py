@@ -1,4 +1,4 @@
-"""A cache with a place for every position, written by index; a class for the cache; ids are lists; no torch.no_grad()."""
+"""A cache with a place for every position, in a class of its own; ids are lists; there is no torch.no_grad()."""
 
 import torch
 import torch.nn.functional as F
