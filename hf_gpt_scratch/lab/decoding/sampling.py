@@ -88,7 +88,7 @@ TEMPERATURE = [
         lambda z, t, _: (z / t).softmax(-1),
     ),
     Variant(
-        "temperature-squared-root",
+        "temperature-square-root",
         "the logits are divided by the square root of the temperature",
         DIVIDE,
         lambda z, t, _: z / math.sqrt(t),
