@@ -6,9 +6,11 @@ Decoding does not depend on the weights, so the class is built with a small conf
 import copy
 import inspect
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType, NoneType
 from typing import Any
 
 import numpy
@@ -95,6 +97,7 @@ class Bench:
     vocab_size: int
     context_length: int
     dtype: torch.dtype
+    settings: Settings
     roomy: nn.Module | None = None
     plain: dict[str, Any] = field(default_factory=dict)
     rounding: float = 0.0
@@ -103,6 +106,28 @@ class Bench:
     can_move: bool = False
     can_mask: bool = False
     known: dict[Any, torch.Tensor] = field(default_factory=dict)
+    state: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    defaults: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def keep_state_of(self, module: ModuleType) -> None:
+        """Remembers a file's variables and its functions' defaults, in which a cache can lie, for every run to find."""
+        functions = [value for value in vars(module).values() if inspect.isfunction(value)]
+        kinds = (dict, list, set, int, float, NoneType)
+        mine = {
+            name: value
+            for name, value in vars(module).items()
+            if not name.startswith("__")
+            and (type(value) in kinds or type(value).__module__ == module.__name__)
+            and not isinstance(value, nn.Module | type)
+        }
+        self.state += [(vars(module), name, copy.deepcopy(value)) for name, value in mine.items()]
+        self.defaults += [(function, copy.deepcopy(function.__defaults__)) for function in functions]
+
+    def restore_state(self) -> None:
+        for variables, name, value in self.state:
+            variables[name] = copy.deepcopy(value)
+        for function, values in self.defaults:
+            function.__defaults__ = copy.deepcopy(values)
 
     def fresh(self, roomy: bool = False) -> nn.Module:
         module = self.roomy if roomy and self.roomy is not None else self.module
@@ -128,12 +153,15 @@ class Bench:
     ) -> Run:
         """A decoder's run on a fresh copy, or on `module`, with everything recorded; what it raises is in `error`."""
         run = Run([list(row) for row in prompts])
-        module = module if module is not None else self.fresh()
+        if module is None:
+            self.restore_state()
+            module = self.fresh()
         most = 50 + 4 * (sum(map(len, prompts)) + new)
-        values = {"context_size": self.context_length, "seed": seed, **settings}
+        values = {"context_size": self.context_length, "seed": seed, "cfg": self.settings, **settings}
         if decoder.has("generator"):
             values["generator"] = torch.Generator().manual_seed(seed)
-        with seeded(seed), default_dtype(self.dtype), torch.no_grad():
+        with seeded(seed), default_dtype(self.dtype), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
                 with Recorder(run, self.tables, self.vocab_size, most, choose, dropout):
                     run.new = decoder(module, prompts, new, **values)
@@ -177,7 +205,8 @@ class Bench:
         run = Run([ids])
         self.replays += 1
         replay = Replay(run, tables, self.vocab_size, positions, visible)
-        with default_dtype(self.dtype), torch.no_grad():
+        with default_dtype(self.dtype), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
                 with replay:
                     module(torch.tensor([ids]), **self.plain)
@@ -250,7 +279,8 @@ def one_bench(made, settings, vocab_size, context_length, source, dtype, small) 
         if isinstance(made, nn.Module):
             module, context = copy.deepcopy(made), context_length
         else:
-            module = build(made, resized(settings, context) if small else settings, source)
+            settings = resized(settings, context) if small else settings
+            module = build(made, settings, source)
         module = module.to(dtype).eval()
         tables = Tables.of(module, vocab_size, context)
         if tables is None or tables.tokens.shape[1] == tables.tokens.shape[0]:
@@ -259,7 +289,7 @@ def one_bench(made, settings, vocab_size, context_length, source, dtype, small) 
         if small and not isinstance(made, nn.Module):
             roomy = with_room(made, settings, context, source, module, dtype)
     forward = type(module).forward
-    bench = Bench(module, tables, vocab_size, context, dtype, roomy)
+    bench = Bench(module, tables, vocab_size, context, dtype, settings, roomy)
     bench.plain = plain_arguments(forward.__get__(module), {})
     if small and tables.positions is None:
         raise LabError(f"{source} has no position embedding with {context} rows")

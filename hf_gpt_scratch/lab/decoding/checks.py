@@ -17,7 +17,7 @@ def ready(bench: Bench, decoder: Decoder) -> tuple[Decoder, str]:
     """The decoder with the form of ids that it takes, or why it does not run."""
     prompt = bench.ids(5, 1)
     failures = []
-    for form in ("tensor", "rows", "list", "vector"):
+    for form in ("tensor", "rows", "list", "vector", "tensors"):
         one = replace(decoder, form=form, keeps_prompt=False)
         run = bench.run(one, [prompt], 4)
         if run.error is not None:

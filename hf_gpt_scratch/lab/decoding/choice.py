@@ -142,7 +142,7 @@ class Choice(Examiner):
             return
         draws = any(run.draws for run in runs)
         if not self.asked and (draws or any(self.decoder.has(s) for s in ("temperature", "top_k", "top_p"))):
-            self.not_made(what, "it cannot be asked for the most probable token")
+            self.place_of_draws(what, runs)
             return
         if any(not draw.certain for run in runs for draw in run.draws):
             draw, run = next((d, r) for r in runs for d in r.draws if not d.certain)
@@ -160,6 +160,17 @@ class Choice(Examiner):
             self.right(what)
         else:
             self.decided_otherwise(what, runs)
+
+    def place_of_draws(self, what: str, runs: list[Run]) -> None:
+        """It draws: from the logits of the last place? No setting moves the largest of the logits."""
+        if not all(steps_of(run)[1] for run in runs):
+            for rule in RULES:
+                if rule.name == "wrong-row" and all(follows(run, rule) for run in runs):
+                    proof = f"the most probable draws are those of all {sum(len(run.new[0]) for run in runs)} ids"
+                    shortest = self.smallest(lambda run: not steps_of(run)[1])
+                    self.wrong(what, rule.name, rule.says, rule.remedy, proof=proof, shortest=shortest)
+                    return
+        self.not_made(what, "it cannot be asked for the most probable token")
 
     def plain(self, run: Run, draw) -> bool:
         """Whether a draw is from softmax(logits)."""
@@ -191,17 +202,6 @@ class Choice(Examiner):
     def decided_otherwise(self, what: str, runs: list[Run]) -> None:
         """The new ids are not the argmax of the last logits: of which, then?"""
 
-        def follows(run: Run, rule: Rule) -> bool:
-            calls = [call for call in run.calls if call.logits is not None]
-            new = run.new[0]
-            for start in range(len(calls) - len(new) + 1):
-                try:
-                    if new and [rule.choose(call.logits[0]) for call in calls[start : start + len(new)]] == new:
-                        return True
-                except (IndexError, RuntimeError):
-                    continue
-            return False
-
         for rule in RULES:
             if all(follows(run, rule) for run in runs):
                 proof = f"it gives all {sum(len(run.new[0]) for run in runs)} ids of {len(runs)} prompts"
@@ -218,3 +218,16 @@ class Choice(Examiner):
             f"after the prompt {runs[0].prompts[0]} it gives {runs[0].new[0]}, which have not the largest logits",
             TRUE_ARGMAX,
         )
+
+
+def follows(run: Run, rule: Rule) -> bool:
+    """Whether a rule gives all new ids of a run, from consecutive forward passes."""
+    calls = [call for call in run.calls if call.logits is not None]
+    new = run.new[0]
+    for start in range(len(calls) - len(new) + 1):
+        try:
+            if new and [rule.choose(call.logits[0]) for call in calls[start : start + len(new)]] == new:
+                return True
+        except (IndexError, RuntimeError):
+            continue
+    return False

@@ -40,6 +40,7 @@ SETTINGS = {
     "seed": "seed",
     "generator": "generator rng",
     "device": "device",
+    "cfg": "cfg config model_config gpt_config",
 }
 MEANINGS = {name: setting for setting, names in SETTINGS.items() for name in names.split()}
 GENERATES = re.compile(r"generat|sampl|decod|beam|greedy|complet")
@@ -111,6 +112,8 @@ def as_form(rows: list[list[int]], form: str) -> Any:
         return torch.tensor(rows)
     if form == "vector":
         return torch.tensor(rows[0])
+    if form == "tensors":
+        return [torch.tensor(row) for row in rows]
     return [list(row) for row in rows] if form == "rows" else list(rows[0])
 
 
@@ -169,6 +172,8 @@ def understood(
                 continue
         else:
             meaning = MEANINGS.get(parameter.name.lower().strip("_"))
+        if meaning == "use_cache" and not isinstance(parameter.default, bool) and "use" not in parameter.name:
+            meaning = None  # the cache itself
         if meaning == "top_k" and parameter.name == "k" and "beam" in name.lower():
             meaning = "num_beams"
         if meaning is None and inspect.isclass(parameter.annotation) and issubclass(parameter.annotation, nn.Module):

@@ -38,6 +38,8 @@ class Drawn:
         logits = self.z
         for (setting, _), variant in zip(SETTINGS.items(), variants, strict=True):
             value = self.values.get(setting)
+            if setting == "top_p" and value and variants[0].unnormalized:
+                value *= self.values["temperature"]
             if value and not (setting == "top_p" and without_top_p):
                 logits = variant.apply(logits, value, self.z)
         return float((logits.softmax(-1) - self.found).abs().max())
@@ -56,7 +58,7 @@ class Draws(Examiner):
             on["greedy"] = False
         settings = [setting for setting in VALUES if one.has(setting)]
         if not settings and not one.has("do_sample") and not one.has("greedy"):
-            self.not_made("sampling", "it has no settings for sampling")
+            self.without_settings()
             return
         neutral = {"temperature": 1.0, "top_k": self.bench.vocab_size, "top_p": 1.0}
         off = dict(on)
@@ -83,6 +85,39 @@ class Draws(Examiner):
         if one.has("top_k"):
             self.rows_have_thresholds({**off, "top_k": 3})
 
+    def without_settings(self) -> None:
+        """It draws as it likes: at least, are what it draws the ids of the probabilities?"""
+        what = "sampling"
+        drawn = [self.drawn(self.bench.ids(5, 110 + seed), {}) for seed in (0, 1)]
+        found = [one for one in drawn if isinstance(one, Drawn)]
+        if len(found) < 2:
+            self.not_made(what, "it has no settings for sampling")
+            return
+        for one in found:
+            one.values["top_k"] = int((one.found > 0).sum())
+        tables = SETTINGS["temperature"][0], SETTINGS["top_p"][0]
+        fits = [
+            variant
+            for variant in SETTINGS["top_k"]
+            if all(one.error((tables[0], variant, tables[1])) <= one.bound for one in found)
+        ]
+        if not fits or not fits[0].name:
+            if fits:
+                self.right(what)
+            else:
+                self.not_made(what, "its settings are its own")
+        elif fits[0].name == "top-k-sorted-indices":
+            self.wrong(
+                what,
+                fits[0].name,
+                fits[0].says,
+                fits[0].remedy,
+                proof=f"it gives the probabilities of {len(found)} draws",
+                shortest={"prompt": self.bench.ids(1, 110), "new_tokens": 1},
+            )
+        else:
+            self.not_made(what, "its settings are its own")
+
     def drawn(self, prompt: list[int], values: dict[str, Any]) -> Drawn | str:
         """The first draw of a run, or why there is none."""
         run = self.bench.run(self.decoder, [prompt], 1, **values)
@@ -100,7 +135,7 @@ class Draws(Examiner):
         if not torch.isfinite(shares).all():
             return "its probabilities are not finite"
         whole = len(shares) == len(z)
-        columns = shares.topk(min(12, int((shares > 0).sum()))).indices.tolist()
+        columns = shares.topk(min(64, int((shares > 0).sum()))).indices.tolist()
         ids = {}
         for column in columns[:4] if whole else columns:
             picked = self.bench.run(

@@ -239,7 +239,6 @@ class Replay(Recorder):
         super().__init__(run, tables, vocab_size, most=4)
         self.positions, self.visible = positions, visible
         self.products: list[torch.Tensor] = []
-        self.masked = 0
 
     def changed(self, func, args, kwargs):
         if self.positions is not None:
@@ -278,14 +277,15 @@ class Replay(Recorder):
     def masked_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """The scores with our mask in place of theirs: of the product that equals them but for mask and scale."""
         seen = scores > MASKED
+        rounding = 1e-9 if scores.dtype == torch.float64 else 1e-5
         for product in self.products:
             if product.shape != scores.shape or not torch.isfinite(product).all() or bool((product < MASKED).any()):
                 continue
-            place = int(torch.where(seen, product.abs(), 0).argmax())
-            scale = scores.flatten()[place] / product.flatten()[place]
-            if torch.allclose(scores[seen], (scale * product)[seen], rtol=1e-6, atol=1e-9):
-                self.masked += 1
-                return (scale * product).masked_fill(~self.visible, -math.inf)
+            raw = product.to(scores.dtype)
+            place = int(torch.where(seen, raw.abs(), 0).argmax())
+            scale = scores.flatten()[place] / raw.flatten()[place]
+            if torch.allclose(scores[seen], (scale * raw)[seen], rtol=rounding, atol=rounding):
+                return (scale * raw).masked_fill(~self.visible, -math.inf)
         raise NotReplayable("the scores before the mask were not found")
 
 

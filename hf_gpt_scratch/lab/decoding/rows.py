@@ -54,10 +54,14 @@ class Rows(Examiner):
             for n in range(self.bench.vocab_size - 1, 0, -1)
             if n not in (*prompts[0], *prompts[1], *alone[0], *alone[1])
         )
-        ragged = self.bench.run(replace(one, form="rows"), prompts, 4, **{**self.settings, "pad_id": pad})
-        by_itself = ragged.error is None
+        forms = [replace(one, form=form) for form in ("rows", "tensors")]
+        options = {**self.settings, "pad_id": pad}
+        ragged = next(
+            (run for form in forms if (run := self.bench.run(form, prompts, 4, **options)).error is None), None
+        )
+        by_itself = ragged is not None
         tries: dict[str, Run] = {}
-        if by_itself:
+        if ragged is not None:
             tries["its own"] = ragged
         elif one.has("attention_mask") or one.has("lengths") or one.has("pad_id"):
             for side in ("left", "right"):

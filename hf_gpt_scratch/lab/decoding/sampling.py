@@ -20,6 +20,7 @@ class Variant:
     says: str
     remedy: str
     apply: Callable[[Logits, float, Logits], Logits]  # (logits, value, logits before the temperature)
+    unnormalized: bool = False  # the probabilities sum to 1 / temperature, which top_p is compared with
 
 
 def ranks(logits: Logits) -> torch.Tensor:
@@ -68,6 +69,13 @@ MAP_BACK = "take the ids from the sorted indices: idx_next = indices.gather(-1, 
 TEMPERATURE = [
     Variant("", "", "", lambda z, t, _: z / t),
     Variant("temperature-ignored", "the temperature has no effect on the probabilities", DIVIDE, lambda z, t, _: z),
+    Variant(
+        "temperature-after-softmax",
+        "the probabilities are divided by the temperature, after softmax, so that they do not sum to 1",
+        DIVIDE,
+        lambda z, t, _: z,
+        unnormalized=True,
+    ),
     Variant(
         "temperature-multiplied",
         "the logits are multiplied by the temperature, not divided",

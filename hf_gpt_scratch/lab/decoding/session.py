@@ -67,6 +67,8 @@ def check_decoding(
         other, _, generate = generate.rpartition(":")
         place = module if Path(other).resolve() == Path(file).resolve() else import_file(other)
     model_class: type[nn.Module] = type(bench.module)
+    for one_file in {id(module): module, id(place): place}.values():
+        bench.keep_state_of(one_file)
     decoders, notes = find_decoders(place, model_class, generate, arguments or {})
     report = DecodingReport(candidate, [], notes=notes)
     failures: list[str] = []

@@ -294,7 +294,13 @@ FED = [
         "wrong-tokens-fed",
         "what the model is given is not the prompt and the new tokens",
         KEEP,
-        ids=lambda step: step.fed[-1:],
+        ids=lambda step: step.fed[-1:] if len(step.fed[-1]) > 1 else [],
+    ),
+    Hypothesis(
+        "cache-ignored",
+        "a cached step is run as if there were nothing before it",
+        "hand the cache of each step to the next, and attend to all of it",
+        ids=lambda step: step.fed[-1:] if step.cached else step.history,
     ),
 ]
 
@@ -311,8 +317,7 @@ def triple(bench: Bench, step: Step, hypotheses: tuple[Hypothesis, ...]) -> Trip
         if one.ids is not None:
             chunks, whole = one.ids(step), False
     ids = [token for chunk in chunks for token in chunk]
-    if whole and (len(ids) != len(step.prefix) or len(chunks) < 1):
-        # Fed otherwise, such as token by token: the prefix, all but the first chunk one token each.
+    if not ids or (whole and ids != step.prefix):
         return None
     first = len(chunks[0])
     places = []  # (i, o, j, start of chunk j - 1)
