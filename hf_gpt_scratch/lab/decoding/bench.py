@@ -111,7 +111,7 @@ class Bench:
 
     def keep_state_of(self, module: ModuleType) -> None:
         """Remembers a file's variables and its functions' defaults, in which a cache can lie, for every run to find."""
-        functions = [value for value in vars(module).values() if inspect.isfunction(value)]
+        functions = [inspect.unwrap(value) for value in vars(module).values() if inspect.isfunction(value)]
         kinds = (dict, list, set, int, float, NoneType)
         mine = {
             name: value

@@ -124,5 +124,17 @@ class Cached(Examiner):
             if proven
             else "",
             error=max(errors),
-            shortest={"prompts": [self.bench.ids(1, 1), self.bench.ids(1, 2)], "new_tokens": 1},
+            shortest=self.shortest_pair(),
         )
+
+    def shortest_pair(self) -> dict[str, Any] | None:
+        """The shortest two prompts of one length of which the second shows the first."""
+        for size in range(1, 6):
+            module = self.bench.fresh()
+            self.bench.restore_state()
+            prompts = [self.bench.ids(size, 1), self.bench.ids(size, 2)]
+            again = [self.run([prompt], 1, module=module) for prompt in prompts][1]
+            fresh = self.run([prompts[1]], 1)
+            if again.error is not None or not self.bench.equal(again.calls[-1].last[0], fresh.calls[-1].last[0]):
+                return {"prompts": prompts, "new_tokens": 1}
+        return None

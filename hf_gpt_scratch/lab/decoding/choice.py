@@ -222,11 +222,11 @@ class Choice(Examiner):
 
 def follows(run: Run, rule: Rule) -> bool:
     """Whether a rule gives all new ids of a run, from consecutive forward passes."""
-    calls = [call for call in run.calls if call.logits is not None]
+    calls = [call.logits[0] for call in run.calls if call.logits is not None]
     new = run.new[0]
     for start in range(len(calls) - len(new) + 1):
         try:
-            if new and [rule.choose(call.logits[0]) for call in calls[start : start + len(new)]] == new:
+            if new and [rule.choose(logits) for logits in calls[start : start + len(new)]] == new:
                 return True
         except (IndexError, RuntimeError):
             continue

@@ -113,7 +113,7 @@ class Draws(Examiner):
                 fits[0].says,
                 fits[0].remedy,
                 proof=f"it gives the probabilities of {len(found)} draws",
-                shortest={"prompt": self.bench.ids(1, 110), "new_tokens": 1},
+                shortest={"prompt": self.bench.ids(5, 110), "new_tokens": 1},
             )
         else:
             self.not_made(what, "its settings are its own")
@@ -227,7 +227,7 @@ class Draws(Examiner):
             says,
             variant.remedy,
             proof=f"it gives the probabilities of all {len(tried)} draws, with two values and two prompts",
-            shortest={"prompt": self.bench.ids(1, 110), "new_tokens": 1, parameter: value},
+            shortest={"prompt": self.bench.ids(5, 110), "new_tokens": 1, parameter: value},
         )
 
     def divides_probabilities(self, values: dict[str, Any]) -> bool:

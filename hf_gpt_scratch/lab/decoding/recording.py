@@ -276,6 +276,7 @@ class Replay(Recorder):
 
     def masked_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """The scores with our mask in place of theirs: of the product that equals them but for mask and scale."""
+        assert self.visible is not None
         seen = scores > MASKED
         rounding = 1e-9 if scores.dtype == torch.float64 else 1e-5
         for product in self.products:

@@ -48,6 +48,9 @@ class Rows(Examiner):
         if self.unreliable:
             self.not_made(what, "its steps are wrong already for single prompts")
             return
+        if any(self.has_found(name) for name in ("first-row-for-all", "batch-rows-differ", "wrong-number-of-tokens")):
+            self.not_made(what, "its batches are wrong already for prompts of one length, or its number of tokens is")
+            return
         alone = [run.new[0] for run in single]
         pad = next(
             n
@@ -86,7 +89,7 @@ class Rows(Examiner):
 
     def named_padding(self, what, ran: dict[str, Run], prompts, alone, pad: int) -> None:
         shown = {"prompts": prompts, "new_tokens": 1}
-        for run in ran.values():
+        for side, run in ran.items():
             if not run.calls or len(run.calls[0].ids) != 2 or run.calls[0].logits is None:
                 continue
             ids = run.calls[0].ids[0].tolist()
@@ -101,6 +104,8 @@ class Rows(Examiner):
             stay = [min(n, len(short) - 1) for n in range(len(ids))]
             only = torch.ones(len(ids), len(ids)).tril().bool() & real
             if not left:
+                if side != "its own":
+                    continue  # not the decoder's choice
                 ways = [(ids, where, seen) for where in (None, stay) for seen in (None, masked, only)]
                 if self.replayed(found, ways):
                     self.wrong(

@@ -102,6 +102,11 @@ def later(position: Callable[[int, int, int, int], int]) -> Callable[[int, int, 
     return lambda i, o, j, P: position(i, o, j, P) if j else i
 
 
+def last_tokens(width: int) -> Callable[[int, int, int, int, int, int], bool]:
+    """Only the last `width` tokens are seen, from the second chunk on."""
+    return lambda k, i, o, j, P, s: i - width < k <= i if j else k <= i
+
+
 POSITIONS = "give each new token the position after those in the cache: torch.arange(past, past + T)"
 MASK = "the rows of the mask for new tokens are those from the cache's length on: mask[past:past + T, :past + T]"
 CACHE = "append each step's keys and values to the cache, and attend to all of it"
@@ -230,7 +235,7 @@ HIDDEN = [
             "cache-loses-tokens",
             f"a new token sees only the last {width} tokens, though the context has room for more",
             CACHE,
-            sees=lambda k, i, o, j, P, s, width=width: i - width < k <= i if j else k <= i,
+            sees=last_tokens(width),
         )
         for width in range(2, 12)
     ),
