@@ -72,7 +72,7 @@ class Window(Examiner):
         self.wrong(
             what,
             "window-logits-differ",
-            f"after {len(step.prefix)} tokens, where the context has {context}, the logits are not those of the last ones",
+            f"after {len(step.prefix)} tokens, where the context has {context}, the logits are others",
             ANEW,
             error=bench.error(step.logits, bench.last(step.prefix[-context:])),
             shortest=shown,
