@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import ConversionError, LabError
+from .decoding_report import decode_meanings, decoding_report, print_decoding
 from .status import DIFFERENT, FAILED
 
 
@@ -27,6 +28,13 @@ def compare(
         Path | None, typer.Option("--map", help="JSON file: the class's parameter names to the book's or GPT-2's.")
     ] = None,
     gradients: Annotated[bool, typer.Option(help="Also compare gradients.")] = False,
+    decode: Annotated[
+        bool, typer.Option(help="Also check how the candidate generates, against its own forward.")
+    ] = False,
+    generate: Annotated[str | None, typer.Option(help="With --decode: the only function to check, my.py:fn.")] = None,
+    decode_arguments: Annotated[
+        str | None, typer.Option(help="With --decode, JSON: what a parameter of the function means.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write an HTML page with plots.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all figures; - is standard output.")] = None,
 ) -> None:
@@ -39,6 +47,7 @@ def compare(
     from ..lab import session
     from .report import html_report, print_report
 
+    meanings = decode_meanings(decode, generate, decode_arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     console, errors = Console(stderr=str(json_) == "-"), Console(stderr=True)
@@ -56,11 +65,16 @@ def compare(
                 gradients=gradients,
                 step=status.update,
             )
+            decoding = decoding_report(reference, candidate, cfg, generate, meanings, status.update) if decode else None
     except (LabError, ConversionError, OSError) as error:
         errors.print(f"[bold red]Not compared:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
     print_report(comparison, console)
-    for file, make in ((html, html_report), (json_, as_json)):
+    figures = comparison.to_dict()
+    if decoding is not None:
+        print_decoding(decoding, console)
+        figures["decoding"] = decoding.to_dict()
+    for file, make in ((html, html_report), (json_, lambda _: as_json(figures))):
         if file is None:
             continue
         if str(file) == "-":
@@ -71,7 +85,7 @@ def compare(
             console.print(f"Written: {escape(str(file))}", soft_wrap=True)
         except OSError as error:
             errors.print(f"[bold red]Not written:[/] {escape(str(error))}", soft_wrap=True)
-    sys.exit(0 if comparison.same else DIFFERENT)
+    sys.exit(0 if comparison.same and (decoding is None or decoding.right) else DIFFERENT)
 
 
 def check_outputs(html: Path | None, json_: Path | None) -> None:
@@ -96,8 +110,8 @@ def check_writable(option: str, file: Path) -> None:
         raise LabError(f"{option} {file} cannot be written; give a file in an existing directory that you can write to")
 
 
-def as_json(comparison) -> str:
-    return json.dumps(comparison.to_dict(), indent=2, allow_nan=False)
+def as_json(figures) -> str:
+    return json.dumps(figures, indent=2, allow_nan=False)
 
 
 if __name__ == "__main__":
