@@ -1,6 +1,7 @@
 """A model from your own code: a file, a module of a package or a notebook; its config; and the call that builds it."""
 
 import ast
+import copy
 import dataclasses
 import importlib
 import importlib.util
@@ -24,7 +25,7 @@ SIZE_NAMES = {
     "vocab_size": r"(n|num|d)_?(vocab|tokens)|vocab(ulary)?(_?(size|len|dim))?|v",
     "context_length": r"(n|d)_?(ctx|positions)|block_?(size|len)|((max|n)_?)?(ctx|context|seq(uence)?|pos(ition)?s?)"
     r"(_?(len(gth)?|size|window|embeddings))?|max_?(seq_?)?len(gth)?|t",
-    "emb_dim": r"(n|d)_?(embd?|embed|model)|(emb(d|ed|edding)?|model|hidden)(_?(dim|size|d|width))?s?|(dim|width)|e|k",
+    "emb_dim": r"(n|d)_?(embd?|embed|model)|(emb(d|ed|edding)?|hidden)(_?(dim|size|d|width))?s?|model_?(dim|size|d|width)|(dim|width)|e|k",
     "n_heads": r"((n|num)_?)?(attention_?|attn_?)?heads?|h",
     "n_layers": r"((n|num)_?)?(hidden_?|trf_?|transformer_?)?(layers?|blocks?)|depth|l",
     "drop_rate": r".*drop.*",
@@ -263,7 +264,7 @@ def read_cfg(cfg: Any, module: ModuleType | None) -> Any:
         raise LabError(f"there is no file {cfg}; check the path")
     try:
         values = json.loads(Path(cfg).read_text(encoding="utf-8") if not cfg.lstrip().startswith("{") else cfg)
-        return dict(**values)
+        return {name: Settings(value) if isinstance(value, dict) else value for name, value in dict(**values).items()}
     except (OSError, ValueError, TypeError) as error:
         raise LabError(
             f"got cfg {cfg!r}, which is neither JSON, nor a JSON file, nor a config in your file ({error})"
@@ -297,31 +298,24 @@ def is_config(name: str, value: Any) -> bool:
 
 
 def own_configs(module: ModuleType | None) -> dict[str, Any]:
-    """The configs in your file, classes and values, by name; what it imports from installed packages is not its own."""
-    found = (
-        {name: value for name, value in vars(module or object()).items() if is_config(name, value)} if module else {}
-    )
-    return {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, Mapping)
-        or is_users(sys.modules.get(type_of(value).__module__, ModuleType("")))
-        or type_of(value).__module__ == getattr(module, "__name__", "")
-    }
+    """The configs in your file by name: mappings, objects, and classes that no installed package defines."""
+    found = {name: value for name, value in vars(module).items() if is_config(name, value)} if module else {}
+    return {name: value for name, value in found.items() if not isinstance(value, type) or is_own(value, module)}
 
 
-def type_of(value: Any) -> type:
-    return value if isinstance(value, type) else type(value)
+def is_own(value: type, module: ModuleType | None) -> bool:
+    """Whether a class is of your file or of a file beside it."""
+    home = value.__module__
+    return home == getattr(module, "__name__", "") or (home in sys.modules and is_users(sys.modules[home]))
 
 
 def defaults_of(module: ModuleType | None) -> dict[str, Any]:
     """The values in your file's configs for names that are no sizes, where these have one value only."""
     found: dict[str, list[Any]] = {}
     for value in own_configs(module).values():
-        if isinstance(value, Mapping) or hasattr(value, "__dict__"):
-            for name, default in values_of(value).items():
-                if concept(name) is None and default not in found.setdefault(name, []):
-                    found[name].append(default)
+        for name, default in values_of(value).items():
+            if concept(name) is None and default not in found.setdefault(name, []):
+                found[name].append(default)
     return {name: values[0] for name, values in found.items() if len(values) == 1}
 
 
@@ -339,7 +333,7 @@ def filled(template: Any, settings: Settings) -> Any:
     if dataclasses.is_dataclass(template):
         named = {f.name: settings[f.name] for f in dataclasses.fields(template) if f.init and settings.knows(f.name)}
         return template(**named) if isinstance(template, type) else dataclasses.replace(template, **named)
-    made = called(template, settings, template.__name__) if isinstance(template, type) else template
+    made = called(template, settings, template.__name__) if isinstance(template, type) else copy.copy(template)
     for name in values_of(made):
         if concept(name) and settings.knows(name):
             try:
@@ -387,9 +381,7 @@ def called(
     if not required:
         takes_config = [p for p in named if is_config(p.name, p.default) and not callable(p.default)]
     if takes_config and module is not None:
-        parameter = takes_config[0]
-        config = config_for(parameter, settings, module, given)
-        return make(**{parameter.name: config}) if parameter.kind is not parameter.POSITIONAL_ONLY else make(config)
+        return with_config(make, takes_config[0], settings, module, given)
     unknown = [p.name for p in required if not settings.knows(p.name)]
     if unknown and not takes_config:
         values = ", ".join(f'"{name}": …' for name in unknown)
@@ -420,10 +412,25 @@ def with_any_names(make: Callable[..., Any], arguments: dict[str, Any], settings
     raise failed or TypeError("no names of the sizes are accepted")
 
 
-def config_for(parameter: inspect.Parameter, settings: Settings, module: ModuleType, given: Any) -> Any:
-    """The config for a parameter: as given, of its annotation's or its default's class, or of the file's only class."""
+def with_config(
+    make: Callable[..., Any], parameter: inspect.Parameter, settings: Settings, module: ModuleType, given: Any
+) -> Any:
+    """The result of `make(config)`, with the first kind of config that it accepts."""
+    failed: Exception | None = None
+    for config in configs_for(parameter, settings, module, given):
+        try:
+            return make(config()) if parameter.kind is parameter.POSITIONAL_ONLY else make(**{parameter.name: config()})
+        except Exception as error:  # whatever the class raises
+            failed = failed or error
+    raise failed or TypeError("no config is accepted")
+
+
+def configs_for(
+    parameter: inspect.Parameter, settings: Settings, module: ModuleType, given: Any
+) -> list[Callable[[], Any]]:
+    """The configs for a parameter: as given, or of its annotation's class or its default's, or the file's, or any."""
     if given is not None and not isinstance(given, Mapping):
-        return given() if isinstance(given, type) else given
+        return [lambda: given() if isinstance(given, type) else given]
     annotation = parameter.annotation
     if isinstance(annotation, str):
         annotation = getattr(module, annotation.strip("'\""), None)
@@ -433,8 +440,10 @@ def config_for(parameter: inspect.Parameter, settings: Settings, module: ModuleT
         "collections.abc",
         "inspect",
     ):
-        return filled(annotation, settings)
+        return [lambda: filled(annotation, settings)]
     if parameter.default is not parameter.empty and parameter.default is not None:
-        return filled(parameter.default, settings)
-    classes = [value for value in own_configs(module).values() if isinstance(value, type)]
-    return filled(classes[0], settings) if len(classes) == 1 else settings
+        return [lambda: filled(parameter.default, settings)]
+    objects = [value for value in own_configs(module).values() if not isinstance(value, Mapping)]
+    classes = [value for value in objects if isinstance(value, type)] or objects
+    own: list[Callable[[], Any]] = [lambda: filled(classes[0], settings)] if len(classes) == 1 else []
+    return [*own, lambda: settings]

@@ -37,7 +37,7 @@ def acting(candidate: Subject, input_ids: torch.Tensor) -> list[str]:
     own, generator = parameters(candidate.module), torch.Generator().manual_seed(1)
     before, found = trace(candidate, input_ids)[LOGITS], []
     for name in candidate.extras:
-        if own[name].is_floating_point():
+        if own[name].is_floating_point() and own[name].requires_grad:
             other = own[name] + torch.randn(own[name].shape, generator=generator)
             with with_values(candidate, {name: other}):
                 if not errors(before, trace(candidate, input_ids)[LOGITS])[2] <= FP32_LOGITS:

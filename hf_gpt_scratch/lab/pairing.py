@@ -345,8 +345,8 @@ def with_heads_stacked(
 def match_place(place: Place, module: nn.Module, taken: list[str], uses: Uses) -> tuple[list[Match], list[str]]:
     """The matches of a place, and the names of the parameters that match nothing."""
     free = {slot: shape for slot, shape in place.slots.items() if not any(place.has(slot, name) for name in taken)}
-    layouts = {name: layout_of(module, place.names[name][0]) for name in place.own}
     used = {name: use for name in place.own if (use := place.use(name, uses))}
+    layouts = {name: layout_of(module, place.names[name][0]) or layout_by_use(used.get(name)) for name in place.own}
     together = units(place.own, used)
     pending = {unit: fitting(place.own, kinds, free, layouts) for unit, kinds in together.items()}
     by_unit = {unit: used[name] for unit, kinds in together.items() if (name := kinds.get("weight", "")) in used}
@@ -473,7 +473,13 @@ def layout_of(module: nn.Module, name: str) -> str | None:
     owner = module.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, Conv1D):
         return "[in, out]"
-    return "[out, in]" if isinstance(owner, nn.Linear | nn.Embedding) else None
+    return "[out, in]" if isinstance(owner, nn.Linear | nn.Embedding | nn.Conv1d) else None
+
+
+def layout_by_use(use: Use | None) -> str | None:
+    if use is None or use.transposed is None:
+        return None
+    return "[in, out]" if use.transposed else "[out, in]"
 
 
 def settled(pending: Pending, used: Uses) -> dict[str, Claim]:
@@ -506,7 +512,7 @@ def fitting(
     if "weight" not in kinds:
         return []
     name = kinds["weight"]
-    layout = None if "{h}" in name else layouts[name]
+    layout = layouts[name] if len(own[name]) == 2 else None
     allowed = {"[out, in]": ((0, 1), (0,)), "[in, out]": ((1, 0),), None: None}[layout]
     for exactly in (True, False):
         fit = [
@@ -549,6 +555,9 @@ def by_use_of_norms(pending: Pending, used: Uses) -> dict[str, Claim]:
     norms = {unit: slots for unit, slots in pending.items() if slots and all("norm" in slot for slot in slots)}
     running = sorted((used[unit].order, unit) for unit in norms if unit in used)
     open_slots = next(iter(norms.values()), [])
+    first_matrix = min((use.order for use in used.values() if use.kind == "matrix"), default=math.inf)
+    if len(running) == 1 and len(open_slots) == 2 and running[0][0] < first_matrix:
+        open_slots = open_slots[:1]  # the other does not run; this one may run twice
     if len(running) != len(open_slots):
         return {}
     return {unit: (slot, 0.9, "order of use, and shape") for (_, unit), slot in zip(running, open_slots, strict=True)}
@@ -574,6 +583,8 @@ def by_use(pending: Pending, used: Uses) -> dict[str, Claim]:
 def by_similar_name(pending: Pending) -> dict[str, Claim]:
     claims: dict[str, Claim] = {}
     for unit, slots in pending.items():
+        if all("norm" in slot for slot in slots):  # of which only the order is known
+            continue
         ratios = sorted(((alikeness(unit, slot), slot) for slot in slots), reverse=True)
         if ratios and ratios[0][0] >= ALIKE and ratios[0][0] - (ratios[1][0] if ratios[1:] else 0) >= LEAD:
             claims[unit] = (ratios[0][1], ratios[0][0], "similar name, and shape")

@@ -354,11 +354,11 @@ def load_code(
                 "convert a model.pth, or give the checkpoint first"
             )
         result.notes += copy_weights(like, result)
-    else:
-        what = "a model" if ready else f"what {name.rpartition(':')[2]} returns"
+    elif like is not None:
+        what = "is a model" if ready else "returns a model"
         result.notes.append(
-            f"the candidate is {what}, and is judged with its own weights; --weights reference gives it the other "
-            "model's, to test its forward pass alone"
+            f"{name} {what}, which is judged with its own weights; --weights reference gives it the other model's, to "
+            "test its forward pass alone"
         )
     if not ready:
         model.float().eval()
@@ -509,7 +509,7 @@ def copy_weights(source: Subject, target: Subject) -> list[str]:
         else:
             mine.copy_(values)
     for name in target.extras:
-        if own[name].is_floating_point():
+        if own[name].is_floating_point() and own[name].requires_grad:  # others are constants, such as a mask
             own[name].normal_(0, 0.5, generator=generator)
     changed = f"no weights given; the other model's were copied into {len(target.matches)} parameters of {target.name}"
     notes = [f"{changed}, by the pairing, so that its forward pass alone is tested"]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "dot", "mv")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "dot", "mv", "convolution")
 NORMS = ("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
 LOOKUPS = ("embedding", "index", "index_select", "gather")
 SUMS = ("add", "sub", "rsub")
@@ -118,6 +118,7 @@ class Follower(TorchDispatchMode):
         main = weights[0]
         if operation in PRODUCTS:
             kind, main = "matrix", max(weights, key=lambda item: item[0].ndim)
+            kind = "lookup" if value.kind == "ids" else kind  # of one-hot vectors
         elif operation in NORMS:
             kind = "norm"
         elif operation in LOOKUPS:
