@@ -25,7 +25,8 @@ SIZE_NAMES = {
     "vocab_size": r"(n|num|d)_?(vocab|tokens)|vocab(ulary)?(_?(size|len|dim))?|v",
     "context_length": r"(n|d)_?(ctx|positions)|block_?(size|len)|((max|n)_?)?(ctx|context|seq(uence)?|pos(ition)?s?)"
     r"(_?(len(gth)?|size|window|embeddings))?|max_?(seq_?)?len(gth)?|t",
-    "emb_dim": r"(n|d)_?(embd?|embed|model)|(emb(d|ed|edding)?|hidden)(_?(dim|size|d|width))?s?|model_?(dim|size|d|width)|(dim|width)|e|k",
+    "emb_dim": r"(n|d)_?(embd?|embed|model)|(emb(d|ed|edding)?|hidden)(_?(dim|size|d|width))?s?"
+    r"|model_?(dim|size|d|width)|(dim|width)|e|k",
     "n_heads": r"((n|num)_?)?(attention_?|attn_?)?heads?|h",
     "n_layers": r"((n|num)_?)?(hidden_?|trf_?|transformer_?)?(layers?|blocks?)|depth|l",
     "drop_rate": r".*drop.*",
@@ -51,7 +52,7 @@ class Settings(dict):
         meant = concept(name)
         if meant is not None and dict.__contains__(self, meant):
             return self[meant]
-        if name in self.defaults:
+        if self.defaults.get(name, self) is not self:
             return self.defaults[name]
         raise KeyError(f"{name}: the cfg has none; add it, --cfg '{{\"{name}\": …}}'")
 
@@ -290,11 +291,9 @@ def values_of(config: Any) -> dict[str, Any]:
 def is_config(name: str, value: Any) -> bool:
     """Whether a value of your file is a config: a mapping or an object, or a class of these, that is called one."""
     called = re.search(r"config|cfg|hparams|args|settings", name, re.IGNORECASE)
-    return (
-        bool(called)
-        and not isinstance(value, ModuleType)
-        and not (isinstance(value, type) and issubclass(value, nn.Module))
-    )
+    if isinstance(value, type):
+        return bool(called) and not issubclass(value, nn.Module)
+    return bool(called) and (isinstance(value, Mapping) or (hasattr(value, "__dict__") and not callable(value)))
 
 
 def own_configs(module: ModuleType | None) -> dict[str, Any]:

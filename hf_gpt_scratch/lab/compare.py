@@ -22,6 +22,7 @@ from ..weights.parity import (
     differing_settings,
     finite,
 )
+from .compare_page import html_fragment, html_report
 from .gradients import gradient_bound, gradient_errors
 from .pairing import Match
 from .subject import Subject
@@ -216,6 +217,13 @@ class Comparison:
             }
             for rank in range(len(tops[0].values))
         ]
+
+    def to_html(self) -> str:
+        """The report as one self-contained page."""
+        return html_report(self)
+
+    def _repr_html_(self) -> str:
+        return html_fragment(self)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers that are not finite are strings."""

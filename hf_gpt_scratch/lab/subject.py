@@ -388,6 +388,9 @@ def configured(
         kept = {key: value for key, value in base.items() if (concept(key) or key) not in meant}
         settings = Settings({**kept, **meant, **own})
         settings.defaults = base.defaults
+        for inner in settings.values():
+            if isinstance(inner, Settings):  # what an inner config lacks, the outer has
+                inner.defaults = settings
     config = sizes(settings, name)
     if given is not None:
         settings.setdefault("n_inner", config.n_inner or 4 * config.emb_dim)
