@@ -182,6 +182,11 @@ class Comparison:
         return f"different: relative logit error {rounding:.1e} in float32; these models do not run in float64"
 
     @property
+    def findings(self) -> list[dict[str, Any]]:
+        """The mistakes that were found: name, says, where, remedy, kind, and the logit error once repaired."""
+        return self.to_dict()["diagnosis"]["faults"] if self.diagnosis else []
+
+    @property
     def about_gradients(self) -> str:
         """What the verdict may say about gradients."""
         if not self.is_language_model:

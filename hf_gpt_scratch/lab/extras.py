@@ -1,4 +1,4 @@
-"""What a candidate has beyond GPT-2, or less: parameters of its own, and blocks that are one object."""
+"""What no experiment on the logits shows: parameters beyond GPT-2's, blocks that are one object, gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,11 @@ from ..errors import few
 from ..weights.parity import FP32_LOGITS
 from .compare import Comparison, compare_models, errors
 from .diagnose import Diagnosis, Fault, diagnose, named_blocks
+from .gradients import gradient_bound, unreached
 from .pairing import parameters
 from .subject import Subject
 from .trace import LOGITS, trace
+from .weight_faults import listed
 
 
 @contextmanager
@@ -88,3 +90,22 @@ def name_shared_blocks(diagnosis: Diagnosis, shared: list[int]) -> None:
                 remedy="make a new block for each layer: nn.ModuleList(Block(cfg) for _ in range(n_layers))",
                 blocks=[],
             )
+
+
+def gradient_fault(comparison: Comparison) -> Diagnosis:
+    """Which parameters learn otherwise than the reference's although the logits are equal: an observation, no proof."""
+    gradients = comparison.gradients or {}
+    none = unreached(gradients)
+    wrong = none or [name for name, error in gradients.items() if not error <= gradient_bound(comparison.dtype)]
+    if none:
+        says = f"no gradient reaches {listed(none)}"
+        remedy = "look for .detach(), .data, .item() and torch.no_grad() where these are used, or behind them"
+    else:
+        says = f"the gradients of {listed(wrong)} differ"
+        remedy = (
+            "look for what the backward pass treats otherwise: .detach() on one path, hooks, own autograd functions"
+        )
+    name = "no-gradient" if none else "other-gradients"
+    fault = Fault(name, says, listed(wrong), remedy, "gradients")
+    logits = comparison.logits.relative_error
+    return Diagnosis([fault], True, comparison.worst_gradient[1], logits, 0)

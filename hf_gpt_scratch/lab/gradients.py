@@ -60,6 +60,11 @@ def gradient_errors(
     return relative_errors({name: first[name] for name in shared}, {name: second[name] for name in shared})
 
 
+def unreached(errors: dict[str, float]) -> list[str]:
+    """The parameters whose gradient is zero where the reference's is not, which is an error of exactly 1."""
+    return [name for name, error in errors.items() if error == 1.0]
+
+
 def run(subject: Subject, input_ids: torch.Tensor) -> object:
     try:
         with torch.no_grad(), every_operation():

@@ -18,7 +18,7 @@ from ..weights.parity import probe_ids
 from ..weights.tokenizer_files import tokenizer_beside
 from .compare import Comparison, compare_models
 from .diagnose import diagnose
-from .extras import acting, diagnosed_without_extras, name_shared_blocks
+from .extras import acting, diagnosed_without_extras, gradient_fault, name_shared_blocks
 from .gradients import is_small
 from .subject import Subject, load, names_a_class
 
@@ -172,6 +172,8 @@ def compare(
     elif not comparison.equivalent:
         step("Looking for the mistake")
         comparison.diagnosis = diagnose(comparison, right, other)
+    elif comparison.gradients_agree is False:
+        comparison.diagnosis = gradient_fault(comparison)
     if comparison.diagnosis is not None and other.shared:
         name_shared_blocks(comparison.diagnosis, other.shared)
     return comparison

@@ -21,9 +21,11 @@ from typer.testing import CliRunner
 from hf_gpt_scratch import GPTModel
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.cli.compare_command import compare
-from hf_gpt_scratch.cli.report import HEADS_SHOWN, heat_map, html_report, logarithmic, number, print_report, shade
+from hf_gpt_scratch.cli.report import print_report
 from hf_gpt_scratch.lab.compare import compare_models
+from hf_gpt_scratch.lab.compare_page import HEADS_SHOWN, heat_map, html_report, number
 from hf_gpt_scratch.lab.diagnose import diagnose
+from hf_gpt_scratch.lab.page import logarithmic, picture, shade
 from hf_gpt_scratch.lab.subject import copy_weights, subject
 
 pytestmark = pytest.mark.slow
@@ -170,7 +172,9 @@ def test_the_page_stands_alone_and_names_the_mistake(different):
     assert "Mistake found: exact-gelu" in text
     assert "first differs" in text
     assert "my <b>model</b> [red]" in text
-    assert sum(fetched.startswith("data:image") for fetched in page.fetched) == 1
+    assert sum(fetched.startswith("data:image") for fetched in page.fetched) == 3 * 4, "three maps of each head"
+    assert "prefers-color-scheme: dark" in html_report(different) and "width=device-width" in html_report(different)
+    assert text.index("Mistake found") < text.index("Repaired") < text.index("Error through depth")
 
 
 @pytest.mark.parametrize("sabotage", [None, broken_norm])
@@ -182,14 +186,32 @@ def test_the_page_is_drawn_of_healthy_and_of_broken_models(sabotage):
     assert "NaN" in terminal_text(comparison) or sabotage is None
 
 
-def test_drawing_leaves_the_callers_matplotlib_as_it_was(different):
-    import matplotlib
+def test_the_report_stands_in_a_notebook_with_a_style_of_its_own(different):
+    shown = different._repr_html_()
+    assert shown.startswith('<div class="lab">') and "<html" not in shown
+    assert "Mistake found: exact-gelu" in shown
+    style = re.sub(r"@media[^{]*|[{][^{}]*[}]", " ", shown[shown.index("<style>") + 7 : shown.index("</style>")])
+    assert all(
+        part.strip().startswith(".lab") for rule in style.split("{") for part in re.findall(r"[.][\w .>:-]+", rule)
+    )
 
-    with matplotlib.rc_context({"font.size": 17, "svg.fonttype": "path", "backend": "svg"}):
-        before = dict(matplotlib.rcParams)
-        text = html_report(different)
-        assert dict(matplotlib.rcParams) == before
-    assert "font: 9px" in text.replace("font-size: 9", "font: 9"), "the page has its own style"
+
+def test_pictures_have_a_pixel_for_each_value():
+    pixels = decoded(picture(torch.tensor([[0.0, 1.0, -0.5], [float("nan"), 0.25, 2.0]]), 1.0))
+    assert pixels.shape == (2, 3, 4)
+    assert pixels[..., 3].tolist() == [[0, 255, 128], [255, 64, 255]]
+    assert pixels[0, 1, 2] > pixels[0, 1, 0] and pixels[0, 2, 0] > pixels[0, 2, 2], "blue above 0, red below"
+    assert pixels[1, 0, :3].tolist() == [0, 0, 0]
+
+
+def decoded(data):
+    import base64
+    import io
+
+    import numpy
+    from PIL import Image
+
+    return numpy.array(Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))))
 
 
 def test_another_number_of_heads_is_drawn():
@@ -211,7 +233,7 @@ def test_the_heat_map_has_a_cell_for_every_layer_and_stage(different):
     cells = [cell for _, row in heat["rows"] for cell in row]
     assert len(cells) == 3 * len(heat["columns"])
     assert all(cell is not None for cell in cells)
-    colours = {shade(cell) for cell in cells}
+    colours = {shade(cell.relative) for cell in cells}
     assert len(colours) > 3
     assert shade(None) not in colours
 
@@ -313,7 +335,7 @@ def test_a_map_and_a_cfg_are_read_from_files(files, tmp_path):
     wrong = run(official, raw, "--map", tmp_path / "map.json", "--cfg", json.dumps(sizes | {"n_heads": 6}))
     assert wrong.exit_code == 3
     assert "wrong-n-heads" in wrong.output
-    assert run(official, raw).exit_code == 1
+    assert run(official, raw).exit_code == 0, "its use shows what each parameter is"
 
 
 @pytest.mark.parametrize(
@@ -410,23 +432,22 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(files, option,
         assert result.exit_code == 1 and f"{option} {file} cannot be written" in result.output
 
 
-def test_a_missing_matplotlib_is_told_before_the_work(files, monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_gpt_scratch.lab.session.load_both", lambda *_: pytest.fail("the work has begun"))
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def test_the_page_needs_no_library_for_drawing(files, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run(files / "official", files / "ours", "--html", tmp_path / "report.html")
-    assert result.exit_code == 1 and "hf-gpt-scratch[examples]" in result.output
+    assert result.exit_code == 0 and "The same model" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_page_that_fails_takes_neither_the_json_nor_the_verdict_along(files, monkeypatch, tmp_path):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("hf_gpt_scratch.cli.report.html_report", full)
-    for candidate, status in ((files / "ours", 0), (f"{files / 'mine.py'}:MyWrongGPT", 3)):
+    monkeypatch.setattr("hf_gpt_scratch.lab.compare.html_report", full)
+    for candidate, status in ((files / "ours", 1), (f"{files / 'mine.py'}:MyWrongGPT", 3)):
         result = run(files / "official", candidate, "--html", tmp_path / "a.html", "--json", tmp_path / "a.json")
         assert result.exit_code == status, result.output
-        assert "Not written: no space left" in result.output
-        assert json.loads((tmp_path / "a.json").read_text())["same"] is (status == 0)
+        assert "a.html: no space left" in result.output
+        assert json.loads((tmp_path / "a.json").read_text())["same"] is (status == 1)
 
 
 def test_a_wrong_command_line_exits_2():

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """GPTs in the styles that readers write, as source text: each is GPT-2, and has one mistake that can be planted.
 
 A style is a file, `file.py` unless `files` says otherwise. `mistake` is a piece of it and what it becomes when it is
@@ -24,7 +25,7 @@ STYLES: dict[str, Style] = {}
 
 STYLES["book"] = Style(
     HEAD
-    + '''
+    + """
 class LayerNorm(nn.Module):
     def __init__(self, emb_dim):
         super().__init__()
@@ -114,7 +115,7 @@ class GPT(nn.Module):
         x = self.trf_blocks(x)
         x = self.final_norm(x)
         return self.out_head(x)
-''',
+""",
     mistake=("torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)", "torch.softmax(attn_scores, dim=-1)"),
     variants={
         "norms from 0": [("norm2", "normX"), ("norm1", "norm0"), ("normX", "norm1")],
@@ -127,56 +128,116 @@ class GPT(nn.Module):
         ],
         "norms called pre and post": [("norm1", "post"), ("norm2", "pre")],
         "tied head": [
-            ("        self.out_head = nn.Linear(cfg[\"emb_dim\"], cfg[\"vocab_size\"], bias=False)\n", ""),
+            ('        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)\n', ""),
             ("self.out_head(x)", "x @ self.tok_emb.weight.T"),
         ],
-        "toqueries": [("W_query", "toqueries"), ("W_key", "tokeys"), ("W_value", "tovalues"), ("out_proj", "unifyheads")],
+        "toqueries": [
+            ("W_query", "toqueries"),
+            ("W_key", "tokeys"),
+            ("W_value", "tovalues"),
+            ("out_proj", "unifyheads"),
+        ],
         "single letters": [
-            *((f"self.{name}", f"self.{letter}") for name, letter in (("W_query", "q"), ("W_key", "k"), ("W_value", "v"))),
-            ("self.out_proj", "self.o"), ("self.tok_emb", "self.e"), ("self.pos_emb", "self.p"), ("self.att ", "self.a "),
-            ("self.att(", "self.a("), ("self.ff ", "self.f "), ("self.ff(", "self.f("), ("norm1", "g"), ("norm2", "h"),
-            ("trf_blocks", "b"), ("final_norm", "n"), ("out_head", "u"),
+            *(
+                (f"self.{name}", f"self.{letter}")
+                for name, letter in (("W_query", "q"), ("W_key", "k"), ("W_value", "v"))
+            ),
+            ("self.out_proj", "self.o"),
+            ("self.tok_emb", "self.e"),
+            ("self.pos_emb", "self.p"),
+            ("self.att ", "self.a "),
+            ("self.att(", "self.a("),
+            ("self.ff ", "self.f "),
+            ("self.ff(", "self.f("),
+            ("norm1", "g"),
+            ("norm2", "h"),
+            ("trf_blocks", "b"),
+            ("final_norm", "n"),
+            ("out_head", "u"),
         ],
         "letters that say nothing": [
-            ("W_query", "aa"), ("W_key", "bb"), ("W_value", "cc"), ("out_proj", "dd"), ("self.att ", "self.ee "),
-            ("self.att(", "self.ee("), ("norm1", "ff1"), ("norm2", "ff0"), ("tok_emb", "gg"), ("pos_emb", "hh"),
+            ("W_query", "aa"),
+            ("W_key", "bb"),
+            ("W_value", "cc"),
+            ("out_proj", "dd"),
+            ("self.att ", "self.ee "),
+            ("self.att(", "self.ee("),
+            ("norm1", "ff1"),
+            ("norm2", "ff0"),
+            ("tok_emb", "gg"),
+            ("pos_emb", "hh"),
         ],
         "upper case": [
-            ("W_query", "QUERY"), ("W_key", "KEY"), ("W_value", "VALUE"), ("out_proj", "OUT"), ("self.att ", "self.ATTN "),
-            ("self.att(", "self.ATTN("), ("norm1", "LN_A"), ("norm2", "LN_B"), ("tok_emb", "WTE"), ("pos_emb", "WPE"),
-            ("trf_blocks", "BLOCKS"), ("final_norm", "LN_F"), ("out_head", "HEAD"),
+            ("W_query", "QUERY"),
+            ("W_key", "KEY"),
+            ("W_value", "VALUE"),
+            ("out_proj", "OUT"),
+            ("self.att ", "self.ATTN "),
+            ("self.att(", "self.ATTN("),
+            ("norm1", "LN_A"),
+            ("norm2", "LN_B"),
+            ("tok_emb", "WTE"),
+            ("pos_emb", "WPE"),
+            ("trf_blocks", "BLOCKS"),
+            ("final_norm", "LN_F"),
+            ("out_head", "HEAD"),
         ],
         "embed_in, embed_out": [("tok_emb", "embed_in"), ("pos_emb", "embed_pos"), ("out_head", "embed_out")],
         "one positions argument": [("def forward(self, in_idx):", "def forward(self, in_idx, start_pos):")],
-        "a cache that may be None": [("def forward(self, in_idx):", "def forward(self, in_idx, cache=None, use_cache=False):")],
+        "a cache that may be None": [
+            ("def forward(self, in_idx):", "def forward(self, in_idx, cache=None, use_cache=False):")
+        ],
         "a dict": [("return self.out_head(x)\n", "return {'hidden': x, 'logits': self.out_head(x)}\n")],
-        "a dict without the name": [("return self.out_head(x)\n", "return {'hidden': x, 'output': self.out_head(x)}\n")],
+        "a dict without the name": [
+            ("return self.out_head(x)\n", "return {'hidden': x, 'output': self.out_head(x)}\n")
+        ],
         "a tuple, logits last": [("return self.out_head(x)\n", "return x, self.out_head(x)\n")],
         "flat logits": [("return self.out_head(x)\n", "return self.out_head(x).flatten(0, 1)\n")],
         "a dataclass": [
-            ("class GPT(nn.Module):", "@dataclass\nclass Out:\n    loss: object\n    scores: torch.Tensor\n\n\nclass GPT(nn.Module):"),
+            (
+                "class GPT(nn.Module):",
+                "@dataclass\nclass Out:\n    loss: object\n    scores: torch.Tensor\n\n\nclass GPT(nn.Module):",
+            ),
             ("return self.out_head(x)\n", "return Out(None, self.out_head(x))\n"),
         ],
         "an object": [
             ("class GPT(nn.Module):", "class Out:\n    pass\n\n\nclass GPT(nn.Module):"),
-            ("return self.out_head(x)\n", "out = Out()\n        out.prediction = self.out_head(x)\n        return out\n"),
+            (
+                "return self.out_head(x)\n",
+                "out = Out()\n        out.prediction = self.out_head(x)\n        return out\n",
+            ),
         ],
-        "a padded vocabulary": [('nn.Embedding(cfg["vocab_size"]', 'nn.Embedding(cfg["vocab_size"] + 13'), ('cfg["vocab_size"], bias', 'cfg["vocab_size"] + 13, bias')],
+        "a padded vocabulary": [
+            ('nn.Embedding(cfg["vocab_size"]', 'nn.Embedding(cfg["vocab_size"] + 13'),
+            ('cfg["vocab_size"], bias', 'cfg["vocab_size"] + 13, bias'),
+        ],
         "fewer positions": [('nn.Embedding(cfg["context_length"]', "nn.Embedding(40")],
         "a bare wpe": [
-            ('self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])', 'self.pos_emb = nn.Parameter(torch.randn(cfg["context_length"], cfg["emb_dim"]))'),
+            (
+                'self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])',
+                'self.pos_emb = nn.Parameter(torch.randn(cfg["context_length"], cfg["emb_dim"]))',
+            ),
             ("self.pos_emb(torch.arange(seq_len, device=in_idx.device))", "self.pos_emb[:seq_len]"),
         ],
         "a wpe with a batch dimension": [
-            ('self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])', 'self.pos_emb = nn.Parameter(torch.randn(1, cfg["context_length"], cfg["emb_dim"]))'),
+            (
+                'self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])',
+                'self.pos_emb = nn.Parameter(torch.randn(1, cfg["context_length"], cfg["emb_dim"]))',
+            ),
             ("self.pos_emb(torch.arange(seq_len, device=in_idx.device))", "self.pos_emb[:, :seq_len]"),
         ],
         "blocks as attributes": [
-            ("self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg[\"n_layers\"])])", "self.n = cfg[\"n_layers\"]\n        for i in range(self.n):\n            setattr(self, f'block{i}', TransformerBlock(cfg))"),
+            (
+                'self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])',
+                "self.n = cfg[\"n_layers\"]\n        for i in range(self.n):\n            setattr(self, f'block{i}', TransformerBlock(cfg))",
+            ),
             ("x = self.trf_blocks(x)", "for i in range(self.n):\n            x = getattr(self, f'block{i}')(x)"),
         ],
         "blocks from 1": [
-            ("self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg[\"n_layers\"])])", "self.layers = nn.ModuleDict({f'layer_{i + 1}': TransformerBlock(cfg) for i in range(cfg[\"n_layers\"])})"),
+            (
+                'self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])',
+                "self.layers = nn.ModuleDict({f'layer_{i + 1}': TransformerBlock(cfg) for i in range(cfg[\"n_layers\"])})",
+            ),
             ("x = self.trf_blocks(x)", "for block in self.layers.values():\n            x = block(x)"),
         ],
     },
@@ -301,7 +362,12 @@ class GPT(nn.Module):
     mistake=('nn.GELU(approximate="tanh")', "nn.GELU()"),
     variants={
         "without the kernel": [("flash: bool = True", "flash: bool = False")],
-        "an annotated config": [("def __init__(self, config):\n        super().__init__()\n        self.config", "def __init__(self, config: GPTConfig):\n        super().__init__()\n        self.config")],
+        "an annotated config": [
+            (
+                "def __init__(self, config):\n        super().__init__()\n        self.config",
+                "def __init__(self, config: GPTConfig):\n        super().__init__()\n        self.config",
+            )
+        ],
         "a class of constants": [("@dataclass\nclass GPTConfig:", "class GPTConfig:")],
         "required targets": [("targets=None", "targets")],
     },
@@ -392,23 +458,26 @@ class GPT(nn.Module):
 )
 
 STYLES["minGPT, new"] = Style(
-    STYLES["minGPT, old"].text[STYLES["minGPT, old"].text.index("class CausalSelfAttention") :].join(
+    STYLES["minGPT, old"]
+    .text[STYLES["minGPT, old"].text.index("class CausalSelfAttention") :]
+    .join(
         [
             HEAD
-            + '''
+            + """
 class CfgNode:
     def __init__(self, **kwargs):
         self.__dict__.update(kwargs)
 
 
-''',
+""",
             "",
         ]
-    ).replace(
-        '''    def __init__(self, config):
+    )
+    .replace(
+        """    def __init__(self, config):
         super().__init__()
-        self.tok_emb''',
-        '''    @staticmethod
+        self.tok_emb""",
+        """    @staticmethod
     def get_default_config():
         C = CfgNode()
         C.model_type = "gpt"
@@ -421,14 +490,14 @@ class CfgNode:
         type_given = config.model_type is not None
         params_given = all([config.n_layer is not None, config.n_head is not None, config.n_embd is not None])
         assert type_given ^ params_given
-        self.tok_emb''',
+        self.tok_emb""",
     ),
     mistake=("(1.0 / math.sqrt(k.size(-1)))", "(1.0 / math.sqrt(C))"),
 )
 
 STYLES["picoGPT"] = Style(
     HEAD
-    + '''
+    + """
 def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -502,13 +571,13 @@ class GPT(nn.Module):
         for b in self.blocks:
             x = block(x, **b, n_head=self.n_head)
         return layer_norm(x, **self.ln_f) @ self.wte.T
-''',
+""",
     mistake=("math.sqrt(q.shape[-1]) + mask", "math.sqrt(q.shape[-1]) + 0 * mask"),
 )
 
 FUSED = (
     HEAD
-    + '''
+    + """
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -549,33 +618,65 @@ class GPT(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.to_logits(self.norm(x))
-'''
+"""
 )
 STYLES["fused QKV with the kernel"] = Style(
     FUSED,
     mistake=("is_causal=True", "is_causal=False"),
     variants={
         "kwargs": [
-            ("def __init__(self, vocab_size, max_len, dim, depth, heads):\n        super().__init__()", "def __init__(self, **kwargs):\n        super().__init__()\n        vocab_size, max_len, dim = kwargs['vocab_size'], kwargs['n_positions'], kwargs['n_embd']\n        depth, heads = kwargs['n_layer'], kwargs['n_head']"),
+            (
+                "def __init__(self, vocab_size, max_len, dim, depth, heads):\n        super().__init__()",
+                "def __init__(self, **kwargs):\n        super().__init__()\n        vocab_size, max_len, dim = kwargs['vocab_size'], kwargs['n_positions'], kwargs['n_embd']\n        depth, heads = kwargs['n_layer'], kwargs['n_head']",
+            ),
         ],
         "a config class": [
-            ("class GPT(nn.Module):", "class ModelArgs:\n    d_model = 64\n    n_layers = 2\n    num_heads = 2\n    d_vocab = 100\n    n_ctx = 10\n    pad_id = 0\n\n\nclass GPT(nn.Module):"),
-            ("def __init__(self, vocab_size, max_len, dim, depth, heads):\n        super().__init__()", "def __init__(self, args: ModelArgs):\n        super().__init__()\n        vocab_size, max_len, dim = args.d_vocab, args.n_ctx, args.d_model\n        depth, heads = args.n_layers, args.num_heads\n        assert args.pad_id == 0"),
+            (
+                "class GPT(nn.Module):",
+                "class ModelArgs:\n    d_model = 64\n    n_layers = 2\n    num_heads = 2\n    d_vocab = 100\n    n_ctx = 10\n    pad_id = 0\n\n\nclass GPT(nn.Module):",
+            ),
+            (
+                "def __init__(self, vocab_size, max_len, dim, depth, heads):\n        super().__init__()",
+                "def __init__(self, args: ModelArgs):\n        super().__init__()\n        vocab_size, max_len, dim = args.d_vocab, args.n_ctx, args.d_model\n        depth, heads = args.n_layers, args.num_heads\n        assert args.pad_id == 0",
+            ),
         ],
-        "optional sizes": [("vocab_size, max_len, dim, depth, heads):", "vocab_size=50257, max_len=1024, dim=768, depth=12, heads=12):")],
+        "optional sizes": [
+            (
+                "vocab_size, max_len, dim, depth, heads):",
+                "vocab_size=50257, max_len=1024, dim=768, depth=12, heads=12):",
+            )
+        ],
         "all in one list": [
-            ("self.layers = nn.ModuleList([Layer(dim, heads) for _ in range(depth)])\n        self.norm = nn.LayerNorm(dim)\n        self.to_logits = nn.Linear(dim, vocab_size, bias=False)", "self.net = nn.Sequential(*[Layer(dim, heads) for _ in range(depth)], nn.LayerNorm(dim), nn.Linear(dim, vocab_size, bias=False))"),
-            ("for layer in self.layers:\n            x = layer(x)\n        return self.to_logits(self.norm(x))", "return self.net(x)"),
+            (
+                "self.layers = nn.ModuleList([Layer(dim, heads) for _ in range(depth)])\n        self.norm = nn.LayerNorm(dim)\n        self.to_logits = nn.Linear(dim, vocab_size, bias=False)",
+                "self.net = nn.Sequential(*[Layer(dim, heads) for _ in range(depth)], nn.LayerNorm(dim), nn.Linear(dim, vocab_size, bias=False))",
+            ),
+            (
+                "for layer in self.layers:\n            x = layer(x)\n        return self.to_logits(self.norm(x))",
+                "return self.net(x)",
+            ),
         ],
-        "positions found first": [("self.embed(tokens) + self.positions(torch.arange(tokens.size(1)))", "self.positions(torch.arange(tokens.size(1))) + self.embed(tokens)")],
-        "positions of the batch": [("torch.arange(tokens.size(1))", "torch.arange(tokens.size(1)).expand(tokens.shape)")],
-        "an embedding of one-hot vectors": [("self.embed(tokens) +", "F.one_hot(tokens, self.embed.num_embeddings).to(self.embed.weight.dtype) @ self.embed.weight +")],
+        "positions found first": [
+            (
+                "self.embed(tokens) + self.positions(torch.arange(tokens.size(1)))",
+                "self.positions(torch.arange(tokens.size(1))) + self.embed(tokens)",
+            )
+        ],
+        "positions of the batch": [
+            ("torch.arange(tokens.size(1))", "torch.arange(tokens.size(1)).expand(tokens.shape)")
+        ],
+        "an embedding of one-hot vectors": [
+            (
+                "self.embed(tokens) +",
+                "F.one_hot(tokens, self.embed.num_embeddings).to(self.embed.weight.dtype) @ self.embed.weight +",
+            )
+        ],
     },
 )
 
 STYLES["nn.MultiheadAttention"] = Style(
     HEAD
-    + '''
+    + """
 class Block(nn.Module):
     def __init__(self, d_model, n_head):
         super().__init__()
@@ -604,14 +705,20 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.ln(x))
-''',
+""",
     mistake=(".triu(1)", ".triu(2)"),
-    variants={"time first": [("batch_first=True", "batch_first=False"), ("h = self.ln_1(x)", "h = self.ln_1(x).transpose(0, 1)"), ("need_weights=False)[0]", "need_weights=False)[0].transpose(0, 1)")]},
+    variants={
+        "time first": [
+            ("batch_first=True", "batch_first=False"),
+            ("h = self.ln_1(x)", "h = self.ln_1(x).transpose(0, 1)"),
+            ("need_weights=False)[0]", "need_weights=False)[0].transpose(0, 1)"),
+        ]
+    },
 )
 
 STYLES["nn.TransformerEncoder"] = Style(
     HEAD
-    + '''
+    + """
 class GPT(nn.Module):
     def __init__(self, ntoken, d_model, nhead, nlayers, max_seq_len):
         super().__init__()
@@ -628,14 +735,14 @@ class GPT(nn.Module):
         mask = nn.Transformer.generate_square_subsequent_mask(src.size(1), dtype=self.pos_encoder.dtype)
         x = self.encoder(src) + self.pos_encoder[:, : src.size(1)]
         return self.decoder(self.transformer_encoder(x, mask=mask))
-''',
+""",
     mistake=("norm_first=True", "norm_first=False"),
     options={"cfg": {"ntoken": "vocab_size", "nlayers": "n_layers"}},
 )
 
 STYLES["a list of nn.TransformerEncoderLayer"] = Style(
     HEAD
-    + '''
+    + """
 class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -654,7 +761,7 @@ class GPT(nn.Module):
         for layer in self.layers:
             x = layer(x, src_mask=hidden)
         return F.linear(self.norm(x), self.wte.weight)
-''',
+""",
     mistake=('nn.GELU("tanh")', "nn.ReLU()"),
 )
 
@@ -735,7 +842,7 @@ class GPT(nn.Module):
 
 STYLES["einsum weights"] = Style(
     HEAD
-    + '''
+    + """
 @dataclass
 class Config:
     d_model: int = 768
@@ -852,7 +959,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             residual = block(residual)
         return self.unembed(self.ln_final(residual))
-''',
+""",
     mistake=("diagonal=1", "diagonal=0"),
     variants={
         "E first": [
@@ -864,7 +971,7 @@ class GPT(nn.Module):
 
 STYLES["bare square matrices"] = Style(
     HEAD
-    + '''
+    + """
 class Layer(nn.Module):
     def __init__(self, E, H):
         super().__init__()
@@ -901,8 +1008,8 @@ class GPT(nn.Module):
         for layer in self.stack:
             x = layer(x)
         return F.layer_norm(x, x.shape[-1:], self.g, self.s) @ self.wte.T
-''',
-    mistake=("F.gelu(y @ self.w1 + self.b1, approximate=\"tanh\")", "F.relu(y @ self.w1 + self.b1)"),
+""",
+    mistake=('F.gelu(y @ self.w1 + self.b1, approximate="tanh")', "F.relu(y @ self.w1 + self.b1)"),
     variants={"as nn.Linear has them": [("(y @ w + b)", "(y @ w.T + b)"), ("@ self.wo", "@ self.wo.T")]},
 )
 
@@ -922,23 +1029,24 @@ STYLES["parallel lists"] = Style(
 )
 
 STYLES["a cache in forward"] = Style(
-    STYLES["minGPT, old"].text.replace(
-        "def forward(self, idx, targets=None):", "def forward(self, idx, kv_caches, offset, targets=None):"
-    ).replace("self.pos_emb[:, :t, :]", "self.pos_emb[:, offset : offset + t, :]"),
+    STYLES["minGPT, old"]
+    .text.replace("def forward(self, idx, targets=None):", "def forward(self, idx, kv_caches, offset, targets=None):")
+    .replace("self.pos_emb[:, :t, :]", "self.pos_emb[:, offset : offset + t, :]"),
     mistake=("self.pos_emb[:, offset : offset + t, :]", "self.pos_emb[:, offset + 1 : offset + t + 1, :]"),
 )
 
 STYLES["a mask in forward"] = Style(
-    STYLES["nn.MultiheadAttention"].text.replace("def forward(self, x):\n        h", "def forward(self, x, mask):\n        h")
+    STYLES["nn.MultiheadAttention"]
+    .text.replace("def forward(self, x):\n        h", "def forward(self, x, mask):\n        h")
     .replace('        mask = torch.full((x.size(1), x.size(1)), float("-inf"), dtype=x.dtype).triu(1)\n', "")
     .replace("x = block(x)", "x = block(x, mask)")
     .replace("def forward(self, x):\n        x = self.token", "def forward(self, x, mask):\n        x = self.token")
-    + '''
+    + """
 
 def run(model, input_ids):
     T = input_ids.shape[1]
     return model(input_ids, torch.ones(T, T).triu(1).bool())
-''',
+""",
     mistake=("x = x + self.mha(", "x = self.mha("),
     options={"my_forward": "run"},
 )
@@ -977,7 +1085,9 @@ def healthy() -> dict[str, Style]:
 
 def wrong() -> dict[str, Style]:
     """Each style and variant with its mistake."""
-    return {name: replaced(style, [style.mistake]) for name, style in healthy().items() if style.mistake[0] in style.text}
+    return {
+        name: replaced(style, [style.mistake]) for name, style in healthy().items() if style.mistake[0] in style.text
+    }
 
 
 def replaced(style: Style, changes: list[tuple[str, str]]) -> Style:
