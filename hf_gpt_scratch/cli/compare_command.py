@@ -74,8 +74,7 @@ def compare(
     except (LabError, ConversionError, OSError) as error:
         errors.print(f"[bold red]Not compared:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
-    print_report(comparison, console)
-    written = True
+    told, written = [], True
     for file, make in ((html, comparison.to_html), (json_, lambda: as_json(comparison))):
         if file is None:
             continue
@@ -84,10 +83,13 @@ def compare(
                 print(make())
                 continue
             file.write_text(make(), encoding="utf-8")
-            console.print(f"Written: {escape(str(file))}", soft_wrap=True)
-        except Exception as error:  # one page that cannot be made takes nothing else along
+            told.append(f"Written: {escape(str(file))}")
+        except Exception as error:  # a page that cannot be made takes neither the other nor the verdict along
             errors.print(f"[bold red]Not written:[/] {escape(f'{file}: {error}')}", soft_wrap=True)
             written = False
+    print_report(comparison, console)
+    for line in told:
+        console.print(line, soft_wrap=True)
     sys.exit(DIFFERENT if not comparison.same else 0 if written else FAILED)
 
 

@@ -17,7 +17,7 @@ from ..weights.hub import find_source
 from ..weights.parity import probe_ids
 from ..weights.tokenizer_files import tokenizer_beside
 from .compare import Comparison, compare_models
-from .diagnose import diagnose
+from .diagnose import Diagnosis, diagnose
 from .extras import acting, diagnosed_without_extras, gradient_fault, name_shared_blocks
 from .gradients import is_small
 from .subject import Subject, load, names_a_class
@@ -87,6 +87,17 @@ def load_both(reference: Any, candidate: Any, **given: Any) -> tuple[Subject, Su
     if len(set(rows)) > 1:
         first.positions = second.positions = min(rows)
     return first, second
+
+
+def found_by(
+    search: Callable[[Comparison, Subject, Subject], Diagnosis | None], comparison: Comparison, *both: Subject
+) -> Diagnosis | None:
+    """The diagnosis; a search that fails is told, and takes the measurements not along."""
+    try:
+        return search(comparison, *both)
+    except Exception as error:  # of the user's class, or a fault of the search
+        note = f"the search for the mistake failed, so nothing is named: {type(error).__name__}: {error}"
+        return Diagnosis.failed(comparison.logits.relative_error, note)
 
 
 def known(source: Any) -> bool:
@@ -168,10 +179,10 @@ def compare(
         comparison.extras = acting(other, input_ids)
     if comparison.extras:
         step("Looking for the mistake")
-        comparison.diagnosis = diagnosed_without_extras(comparison, right, other)
+        comparison.diagnosis = found_by(diagnosed_without_extras, comparison, right, other)
     elif not comparison.equivalent:
         step("Looking for the mistake")
-        comparison.diagnosis = diagnose(comparison, right, other)
+        comparison.diagnosis = found_by(diagnose, comparison, right, other)
     elif comparison.gradients_agree is False:
         comparison.diagnosis = gradient_fault(comparison)
     if comparison.diagnosis is not None and other.shared:

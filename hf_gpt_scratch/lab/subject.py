@@ -319,7 +319,8 @@ def load_code(
     else:
         file, made = "your code", source
         name = getattr(source, "__name__", type(source).__name__)
-        module = sys.modules.get(getattr(made, "__module__", ""))
+        home = getattr(made, "__module__", "")
+        module = sys.modules.get(home, ModuleType(home))
     is_class = isinstance(made, type)
     if is_class and issubclass(made, PreTrainedModel):
         return load_own_checkpoint(name, made, weights, cfg, mapping)
@@ -338,8 +339,11 @@ def load_code(
     else:
         config, model_of = configured(made, module, cfg, like, name, notes)
     model = made if ready else model_of()
-    if ready and (weights is not None or any(p.device.type != "cpu" for p in model.parameters())):
-        model = copy.deepcopy(model).cpu()  # the caller's own stays as it is
+    elsewhere = ready and any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters())
+    if not is_class and (weights is not None or elsewhere):
+        model = copy.deepcopy(model).to("cpu", torch.float32)  # the caller's own stays as it is
+        if elsewhere:
+            notes.append(f"{name} is compared as a copy on the CPU in float32")
     result = subject(model, config, name, mapping, forward if callable(forward) else None)
     result.notes = notes + result.notes
     if result.guessed and cfg is None:
@@ -514,7 +518,7 @@ def copy_weights(source: Subject, target: Subject) -> list[str]:
     for name in target.extras:
         if own[name].is_floating_point() and own[name].requires_grad:  # others are constants, such as a mask
             own[name].normal_(0, 0.5, generator=generator)
-    changed = f"no weights given; the other model's were copied into {len(target.matches)} parameters of {target.name}"
+    changed = f"the other model's weights were copied into {len(target.matches)} parameters of {target.name}"
     notes = [f"{changed}, by the pairing, so that its forward pass alone is tested"]
     if zeroed:
         notes.append(f"{few(zeroed, 4)}: set to zero, since the other model has no such bias")

@@ -206,7 +206,8 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
         except Exception as error:  # whatever the user's class raises
             raise LabError(
                 f"{subject.name} does not run on tokens of shape {tuple(input_ids.shape)}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}; if it must be called in another way, write a function that does, "
+                "def run(model, input_ids): …, and give it with --forward run (in Python: my_forward=run)"
             ) from error
     activations = joined(activations, dim=-1)
     logits = logits_of(subject, output, input_ids)

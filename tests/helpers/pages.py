@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import typer
+import yaml
 from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -92,6 +93,9 @@ def run_page(text, name):
                 output = run_bash(fence.code)
             elif fence.language == "python":
                 output = run_python(fence, name, namespace)
+            elif fence.language == "yaml":
+                yaml.safe_load(fence.code)
+                output = run_bash("\n".join(re.findall(r"^ *- run: (.+)$", fence.code, re.M)))
             else:
                 raise WrongPage(f"a block of {fence.language or 'no language'}, which no test runs")
         except Exception as error:
