@@ -236,7 +236,7 @@ def bindings(statement: ast.stmt) -> set[str]:
     return names
 
 
-def public_model(module: ModuleType, attribute: str, file: str) -> Any:
+def public_model(module: ModuleType | None, attribute: str, file: str) -> Any:
     """The class, function or model of this name, or a class's method, `Name.method`.
 
     Raises:

@@ -177,9 +177,11 @@ class Comparison:
             return "different: logits that are NaN or infinite equal nothing"
         if bug <= logit_bound(self.dtype):
             return f"different: the {OTHER_STAGES[LOGITS]} agree, but not the {HEAD_STAGES[CHOICES]}"
+        fewer = "; --quick: fewer experiments" * self.quick
         if self.dtype == "float64":
-            return f"different: relative logit error {rounding:.1e} in float32 and {bug:.1e} in float64: not rounding"
-        return f"different: relative logit error {rounding:.1e} in float32; these models do not run in float64"
+            both = f"{rounding:.1e} in float32 and {bug:.1e} in float64"
+            return f"different: relative logit error {both}: not rounding{fewer}"
+        return f"different: relative logit error {rounding:.1e} in float32; these models do not run in float64{fewer}"
 
     @property
     def findings(self) -> list[dict[str, Any]]:
@@ -192,7 +194,7 @@ class Comparison:
         if not self.is_language_model:
             return ""
         if self.gradients is None:
-            return "; gradients not compared"
+            return "; gradients not compared" + ", as asked by --quick" * self.quick
         return f"; gradients agree to {self.worst_gradient[1]:.1e}"
 
     @property

@@ -165,8 +165,8 @@ def sections_of(comparison: "Comparison") -> list[Section]:
     notes = lines([Markup("<p>{}</p>").format(note) for note in comparison.notes])
     found.append(Section("Notes", notes or Markup('<p class="faint">none</p>')))
     for side, matches in comparison.matches.items():
-        if rows := once(matches):
-            found.append(mapping_section(side, rows))
+        if guessed := once(matches):
+            found.append(mapping_section(side, guessed))
     return found
 
 

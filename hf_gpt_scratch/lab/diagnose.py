@@ -117,7 +117,7 @@ def in_order(weights: Weights, n_layers: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> Diagnosis | None:
-    """Why the candidate differs; None if it does not. `comparison` compares these two.
+    """Why the candidate differs; None if it does not. `comparison` compares these two; a quick one tries less.
 
     Raises:
         LabError: a model no longer runs.
@@ -148,7 +148,7 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
     short = input_ids[:1, :SHORT]
     brief = run(candidate, short, comparison.dtype, dropout=comparison.deterministic)
     experiment = Experiment(config, short, brief, bound, own, everything)
-    forward = forward_mistakes(experiment, mistakes(config, epsilons(candidate)))
+    forward = forward_mistakes(experiment, mistakes(config, epsilons(candidate)), thorough=not comparison.quick)
     whole = Experiment(config, input_ids, activations, bound, own, everything)
     unexplained = errors(whole.outcome(forward.findings), activations[LOGITS])[2]
     faults = undone(whole, target, right, changes, forward)
@@ -160,6 +160,8 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
     if unexplained <= bound:
         return Diagnosis(faults, True, error, unexplained, tried, alternatives=forward.alternatives)
     note = unexplained_note(comparison, faults, forward.unexplained)
+    if comparison.quick:
+        note += "; --quick has tried only single mistakes, so try without it"
     return Diagnosis(faults, False, error, unexplained, tried, note)
 
 

@@ -216,13 +216,13 @@ def chart(
             )
         )
     place = left
-    for line in reversed(series):
-        points = " ".join(f"{x(i)},{y(value)}" for i, value in enumerate(line.values))
-        parts.append(Markup('<polyline class="{}-line" points="{}"/>').format(line.kind, points))
-    for line in series:
+    for drawn in reversed(series):
+        points = " ".join(f"{x(i)},{y(value)}" for i, value in enumerate(drawn.values))
+        parts.append(Markup('<polyline class="{}-line" points="{}"/>').format(drawn.kind, points))
+    for drawn in series:
         key = '<polyline class="{}-line" points="{},12 {},12"/><text x="{}" y="16">{}</text>'
-        parts.append(Markup(key).format(line.kind, place, place + 22, place + 28, line.name))
-        place += 44 + 7 * len(line.name)
+        parts.append(Markup(key).format(drawn.kind, place, place + 22, place + 28, drawn.name))
+        place += 44 + 7 * len(drawn.name)
     whole = '<div class="scroll"><svg viewBox="0 0 {} {}" role="img">\n{}\n</svg></div>'
     return Markup(whole).format(width, height, lines(parts))
 

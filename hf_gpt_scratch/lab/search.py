@@ -235,11 +235,14 @@ class Forward:
     alternatives: list[str]
 
 
-def forward_mistakes(experiment: Experiment, known: list[Mistake]) -> Forward:
-    """The mistakes in the forward pass that explain the candidate, or as many of them as the search finds."""
-    parts = explain_parts(experiment, known)
+def forward_mistakes(experiment: Experiment, known: list[Mistake], *, thorough: bool = True) -> Forward:
+    """The mistakes in the forward pass that explain the candidate, or as many of them as the search finds.
+
+    Unless `thorough`, only single mistakes are tried.
+    """
+    parts = explain_parts(experiment, known, thorough=thorough)
     unexplained = [part.experiment.places for part in parts if not part.explained]
-    if unexplained and len(experiment.parts()) > 1:
+    if thorough and unexplained and len(experiment.parts()) > 1:
         blind = experiment.without(frozenset(map(meaning, experiment.shared)))
         together = search(blind, known, thorough=False)
         if blind.explained_by(together):
@@ -254,7 +257,7 @@ def forward_mistakes(experiment: Experiment, known: list[Mistake]) -> Forward:
     return Forward(findings, undetectable, unexplained, alternatives)
 
 
-def explain_parts(experiment: Experiment, known: list[Mistake]) -> list[Part]:
+def explain_parts(experiment: Experiment, known: list[Mistake], *, thorough: bool = True) -> list[Part]:
     """Each part by itself, run on the candidate's own input to it, so that no mistake hides another.
 
     Stops after an unexplained part if the input of the next was not recorded.
@@ -263,7 +266,7 @@ def explain_parts(experiment: Experiment, known: list[Mistake]) -> list[Part]:
     start: torch.Tensor | None = None
     for places in experiment.parts():
         here = replace(experiment, places=places, start=start)
-        part = explain_part(here, known, parts, thorough=all(part.explained for part in parts))
+        part = explain_part(here, known, parts, thorough=thorough and all(part.explained for part in parts))
         parts.append(part)
         start = part.experiment.outcome(part.findings) if part.explained else experiment.activation_before(places.stop)
         if start is None:

@@ -49,6 +49,17 @@ class MyWrongGPT(GPTModel):
             block.ff.layers[1] = nn.GELU()
 """
 
+MASKED = """
+from hf_gpt_scratch import GPTModel
+
+class MaskedGPT(GPTModel):
+    def forward(self, in_idx, mask):
+        return super().forward(in_idx)
+
+def run(model, input_ids):
+    return model(input_ids, None)
+"""
+
 
 def compared(sabotage=None, **options):
     reference = subject(random_gpt2(), name="official")
@@ -303,6 +314,23 @@ def test_the_command_names_the_mistake_and_exits_3(files, tmp_path):
     assert figures["same"] is False
 
 
+def test_quick_answers_say_so(files):
+    result = run(files / "official", f"{files / 'mine.py'}:MyWrongGPT", "--quick")
+    assert result.exit_code == 3 and "exact-gelu" in result.output and "--quick: fewer experiments" in result.output
+    result = run(files / "official", f"{files / 'mine.py'}:MyGPT", "--quick")
+    assert result.exit_code == 0 and "not compared, as asked by --quick" in re.sub(r"[\s│]+", " ", result.output)
+
+
+def test_a_model_that_must_be_called_otherwise_is_called_by_a_function(files, tmp_path):
+    (tmp_path / "masked.py").write_text(MASKED)
+    result = run(files / "official", f"{tmp_path / 'masked.py'}:MaskedGPT")
+    assert result.exit_code == 1 and "--forward run" in result.output
+    result = run(files / "official", f"{tmp_path / 'masked.py'}:MaskedGPT", "--forward", "run")
+    assert result.exit_code == 0, result.output
+    result = run(files / "official", f"{tmp_path / 'masked.py'}:MaskedGPT", "--forward", "walk")
+    assert result.exit_code == 1 and "has no 'walk'" in result.output
+
+
 def test_json_alone_on_standard_output(files):
     result = run(files / "official", files / "ours", "--json", "-")
     assert json.loads(result.stdout)["same"] is True
@@ -454,25 +482,39 @@ def test_a_wrong_command_line_exits_2():
     assert run("only one").exit_code == 2
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
-def test_a_browser_draws_the_page(different, tmp_path):
-    (tmp_path / "report.html").write_text(html_report(different), encoding="utf-8")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    page = (tmp_path / "report.html").as_uri()
-    text = subprocess.run([BROWSER, *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120).stdout
-    assert "Mistake found: exact-gelu" in text
-    shot = tmp_path / "report.png"
-    subprocess.run(
-        [BROWSER, *flags, "--window-size=1200,2600", f"--screenshot={shot}", page], capture_output=True, timeout=120
-    )
-    from matplotlib.image import imread
+BROWSER_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
 
-    pixels = imread(shot)
-    assert pixels.shape[:2] == (2600, 1200)
-    assert len({tuple(colour) for colour in (pixels[::7, ::7, :3].reshape(-1, 3) * 15).astype(int)}) > 50
+
+def browsed(tmp_path, page, *flags):
+    """What Chromium prints about a page."""
+    command = [BROWSER, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
+def test_a_browser_draws_the_page_light_and_dark(different, tmp_path):
+    from PIL import Image
+
+    page = tmp_path / "report.html"
+    page.write_text(html_report(different), encoding="utf-8")
+    assert "Mistake found: exact-gelu" in browsed(tmp_path, page, "--dump-dom")
+    light = {}
+    for scheme, flags in (("light", ()), ("dark", ("--blink-settings=preferredColorScheme=0",))):
+        shot = tmp_path / f"{scheme}.png"
+        browsed(tmp_path, page, "--window-size=1200,2600", f"--screenshot={shot}", *flags)
+        picture = Image.open(shot).convert("RGB")
+        assert picture.size == (1200, 2600)
+        assert len(picture.resize((300, 650)).getcolors(10**6)) > 50, "figures are drawn"
+        light[scheme] = sum(picture.getpixel((5, 5)))
+    assert light["dark"] < 100 < 600 < light["light"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_no_page_is_wider_than_its_window(different, tmp_path, width):
+    around = tmp_path / "around.html"
+    inside = html_report(different).replace("&", "&amp;").replace('"', "&quot;")
+    script = "onload = () => document.title = f.contentDocument.documentElement.scrollWidth"
+    frame = f'<iframe id="f" style="width:{width}px;height:900px;border:0" srcdoc="{inside}"></iframe>'
+    around.write_text(f"<body>{frame}<script>{script}</script></body>", encoding="utf-8")
+    assert f"<title>{width}</title>" in browsed(tmp_path, around, "--dump-dom")

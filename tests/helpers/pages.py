@@ -232,6 +232,8 @@ def check_pip(words):
                     raise WrongPage(f"pyproject.toml has no extra {extra}")
         elif not word.startswith("-"):
             name = canonicalize_name(Requirement(word).name)
+            if name == PROJECT["project"]["name"]:
+                continue
             if not re.search(rf"^{re.escape(name)}==", LOCK, re.M):
                 raise WrongPage(f"requirements.lock does not have {name}")
 
