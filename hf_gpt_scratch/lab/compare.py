@@ -102,6 +102,7 @@ class Comparison:
     different_settings: list[str] = field(default_factory=list)
     extras: list[str] = field(default_factory=list)
     quick: bool = False
+    failure: str = ""
     traces: Traces = field(default=({}, {}), repr=False)
     tokenizer: Any = field(default=None, repr=False)
 
@@ -125,7 +126,7 @@ class Comparison:
     @property
     def same(self) -> bool:
         """Whether they are equivalent and, as two checkpoints, have equal weights bit for bit and equal settings."""
-        same_function = self.equivalent and not self.extras and self.gradients_agree is not False
+        same_function = self.equivalent and not self.failure and not self.extras and self.gradients_agree is not False
         return same_function and not self.different_tensors and not self.different_settings
 
     @property
@@ -151,6 +152,8 @@ class Comparison:
             bits = f"; {self.tensors} tensors equal bit for bit" if self.different_tensors is not None else ""
             told = f"{more}{self.about_gradients}{bits}"
             return f"the same model: relative logit error {rounding:.1e} in float32{told}"
+        if self.equivalent and self.failure:
+            return f"different: the logits of {len(self.tokens[0])} tokens are equal, but {self.failure}"
         if self.equivalent and self.extras:
             return (
                 "different: with these weights the logits are equal, but the candidate has parameters that GPT-2 does "
@@ -258,6 +261,7 @@ class Comparison:
                 "gradients_agree": self.gradients_agree,
                 "extras": self.extras,
                 "quick": self.quick,
+                "failure": self.failure,
                 "worst_token": list(self.worst_token),
                 "top_tokens": self.top_tokens() if self.is_language_model else [],
                 "mapping": {side: [match.to_dict() for match in matches] for side, matches in self.matches.items()},

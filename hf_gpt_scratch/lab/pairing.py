@@ -30,6 +30,7 @@ ALIASES = {
     "att.W_key": ATTENTION + r"(w_?k(ey)?|k(ey)?(_?(proj|linear))?|to_k)",
     "att.W_value": ATTENTION + r"(w_?v(alue)?|v(alue)?(_?(proj|linear))?|to_v)",
     "att.c_attn": ATTENTION + r"(c_attn|(w_?)?qkv(_?proj)?|in_?proj|query_key_value|to_qkv)",
+    "att.kv": ATTENTION + r"(c_kv|(w_?)?kv(_?proj)?|key_value|to_kv)",
     "att.out_proj": ATTENTION + r"(out_?proj|[co]_?proj|w_?o(ut)?|proj(ection)?|dense|to_out|out)",
     "ff.layers.0": FEED_FORWARD + r"((layers|net)\.0|0|c_fc|fc_?(1|in)|w_?1|linear_?1|up(_?proj)?)",
     "ff.layers.2": FEED_FORWARD + r"((layers|net)\.2|2|c_proj|fc_?(2|out)|w_?2|linear_?2|down(_?proj)?|proj)",
@@ -39,6 +40,8 @@ ALIASES = {
     "out_head": r"(.*\.)?(out_?head|lm_?head|head|output|out|unembed|to_logits)",
 }
 FUSED = tuple(f"att.{name}" for name in ("W_query", "W_key", "W_value"))
+# Slots that hold several of the book's matrices.
+SEVERAL = {"att.c_attn": FUSED, "att.kv": FUSED[1:]}
 ROLES = {"query": FUSED[0], "key": FUSED[1], "value": FUSED[2], "output": "att.out_proj"}
 SHIFT_NAMES = ("shift", "bias", "beta", "b", "offset")
 # The least difflib ratio of a similar name that is not an alias, and its least lead over the next best slot.
@@ -190,6 +193,7 @@ def slots(config: GPTScratchConfig) -> tuple[dict[str, Slot], dict[str, Slot]]:
         "norm1": Slot(plain),
         **dict.fromkeys(FUSED, Slot(across, plain)),
         "att.c_attn": Slot(((3 * width,), (3, width), (3, *per_head)), plain),
+        "att.kv": Slot(((2 * width,), (2, width), (2, *per_head)), plain),
         "att.out_proj": Slot(plain, across),
         "norm2": Slot(plain),
         "ff.layers.0": Slot(((inner,),), plain),
@@ -359,7 +363,7 @@ def match_place(place: Place, module: nn.Module, taken: list[str], uses: Uses) -
             if kind == "bias" and (slot in UNBIASED or not wanted.orders(place.own[name])):
                 left += place.names[name]
                 continue
-            layers = FUSED if slot == "att.c_attn" else (slot,)
+            layers = SEVERAL.get(slot, (slot,))
             ours = tuple(f"{place.book_prefix}{layer}.{kind_of_tensor(slot, kind)}" for layer in layers)
             parts = place.names[name]
             for h, theirs in enumerate(parts):
@@ -381,7 +385,7 @@ def lacking(places: list[Place], matches: list[Match]) -> list[str]:
         place.book_prefix + slot
         for place in places
         for slot in place.slots
-        if slot not in (*OPTIONAL, "att.c_attn")
+        if slot not in (*OPTIONAL, *SEVERAL)
         and f"{place.book_prefix}{slot}.{kind_of_tensor(slot, 'weight')}" not in matched
     ]
 
@@ -533,10 +537,8 @@ def settle(claims: dict[str, Claim], pending: Pending, found: dict[str, Claim]) 
             found[unit] = claim
             del pending[unit]
     closed = {slot for slot, _, _ in found.values()}
-    if "att.c_attn" in closed:
-        closed |= set(FUSED)
-    elif closed & set(FUSED):
-        closed.add("att.c_attn")
+    filled = {layer for slot in closed for layer in SEVERAL.get(slot, (slot,))}
+    closed |= filled | {slot for slot, layers in SEVERAL.items() if filled & set(layers)}
     for unit, slots in pending.items():
         pending[unit] = [slot for slot in slots if slot not in closed]
 
@@ -572,7 +574,7 @@ def by_use(pending: Pending, used: Uses) -> dict[str, Claim]:
         if use.role:
             wanted = ROLES[use.role]
         elif use.roles:
-            wanted = "att.c_attn"
+            wanted = "att.c_attn" if "query" in use.roles else "att.kv"
         else:
             wanted = {"lookup": "tok_emb", "position": "pos_emb", "matrix": "out_head"}.get(use.kind, "")
         if wanted in slots:
@@ -683,5 +685,5 @@ def slot_of(row: Row, config: GPTScratchConfig) -> Slot:
     """The shape of a row's tensor in the book."""
     outside, inside = slots(config)
     path, _, kind = re.sub(r"^trf_blocks\.\d+\.", "", row.ours[0]).rpartition(".")
-    slot = {**outside, **inside}["att.c_attn" if len(row.ours) == 3 else path]
+    slot = {**outside, **inside}[{3: "att.c_attn", 2: "att.kv"}.get(len(row.ours), path)]
     return slot.bias if kind.startswith(("bias", "shift")) else slot

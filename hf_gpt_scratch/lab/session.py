@@ -14,13 +14,14 @@ from ..errors import LabError
 from ..tokenizer import gpt2_tokenizer
 from ..weights.architecture import kind_of
 from ..weights.hub import find_source
-from ..weights.parity import probe_ids
+from ..weights.parity import FP32_LOGITS, probe_ids
 from ..weights.tokenizer_files import tokenizer_beside
 from .compare import Comparison, compare_models
 from .diagnose import Diagnosis, diagnose
 from .extras import acting, diagnosed_without_extras, gradient_fault, name_shared_blocks
 from .gradients import is_small
 from .subject import Subject, load, names_a_class
+from .trace import logits_of
 
 # Tokens: enough to show any mistake in the mask or the positions, and quick.
 PROBE = 32
@@ -100,6 +101,29 @@ def found_by(
         return Diagnosis.failed(comparison.logits.relative_error, note)
 
 
+@torch.no_grad()
+def other_length(reference: Subject, candidate: Subject, context: int) -> tuple[torch.Tensor | None, str]:
+    """Token ids of another length, one or all positions, on which the logits differ, in float32; or why there are none.
+
+    A mask or positions can be right up to some length only.
+    """
+    for length in (1, context):
+        input_ids = (
+            probe_ids(reference.config.vocab_size, context, batch=1, length=length) if reference.config else None
+        )
+        if input_ids is None:
+            continue
+        right = logits_of(reference, reference.run(input_ids), input_ids)
+        try:
+            logits = logits_of(candidate, candidate.run(input_ids), input_ids)[:, -right.shape[1] :]
+        except Exception as error:  # whatever the user's class raises
+            return None, f"it does not run on {length} of {context} tokens: {type(error).__name__}: {error}"
+        right = right[:, -logits.shape[1] :]
+        if not (right - logits).abs().max() <= FP32_LOGITS * right.abs().max():
+            return input_ids, ""
+    return None, ""
+
+
 def known(source: Any) -> bool:
     """Whether a source is a model in memory that knows its sizes."""
     return isinstance(source, nn.Module) and kind_of(source) is not None
@@ -171,6 +195,12 @@ def compare(
     if gradients is None and (quick or not (is_small(right) and is_small(other))):
         gradients = False
     comparison = compare_models(right, other, input_ids, text_ids=text_ids, gradients=gradients)
+    if comparison.is_language_model and comparison.equivalent and tokens is None and text is None and not quick:
+        step("Comparing other lengths")
+        other_ids, failure = other_length(right, other, context)
+        if other_ids is not None:
+            comparison = compare_models(right, other, other_ids, gradients=gradients)
+        comparison.failure = failure
     comparison.tokenizer, comparison.quick = tokenizer, quick
     if not comparison.is_language_model:
         return comparison

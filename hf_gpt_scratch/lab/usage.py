@@ -119,6 +119,8 @@ class Follower(TorchDispatchMode):
         if operation in PRODUCTS:
             kind, main = "matrix", max(weights, key=lambda item: item[0].ndim)
             kind = "lookup" if value.kind == "ids" else kind  # of one-hot vectors
+        elif operation == "addcmul":  # shift + normed · scale
+            kind, main = "factor", weights[-1]
         elif operation in NORMS:
             kind = "norm"
         elif operation in LOOKUPS:

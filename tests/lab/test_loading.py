@@ -206,6 +206,26 @@ def test_nan_in_both_is_no_agreement(official):
     assert not compare(broken, copy.deepcopy(broken)).same
 
 
+# Lengths
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [("x = self.drop_emb(x)", "x = x if seq_len < 30 else 2 * x")],
+        [("x = self.drop_emb(x)", "x = x if seq_len > 1 else 2 * x")],
+        [("self.mask.bool()[:num_tokens", "(self.mask * (num_tokens < 48)).bool()[:num_tokens")],
+    ],
+)
+def test_what_is_wrong_at_some_lengths_alone_is_different(compared, changes):
+    assert not compared(BOOK, *changes).same
+
+
+def test_a_model_that_does_not_run_on_all_positions_is_different(compared):
+    comparison = compared(BOOK, ("torch.arange(seq_len,", "torch.arange(seq_len + (seq_len == 48),"))
+    assert not comparison.same and "does not run on 48 of 48 tokens" in comparison.verdict
+
+
 # What is asked
 
 

@@ -183,6 +183,34 @@ class GPT(nn.Module):
             ("out_head", "HEAD"),
         ],
         "embed_in, embed_out": [("tok_emb", "embed_in"), ("pos_emb", "embed_pos"), ("out_head", "embed_out")],
+        "queries, then keys and values": [
+            (
+                "self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)\n        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)",
+                "self.W_kv = nn.Linear(d_in, 2 * d_out, bias=qkv_bias)",
+            ),
+            (
+                "keys, queries, values = self.W_key(x), self.W_query(x), self.W_value(x)",
+                "queries = self.W_query(x)\n        keys, values = self.W_kv(x).chunk(2, dim=-1)",
+            ),
+        ],
+        "keys times queries, without names": [
+            ("queries @ keys.transpose(2, 3)", "(keys @ queries.transpose(2, 3)).transpose(2, 3)"),
+            ("W_query", "aa"),
+            ("W_key", "bb"),
+            ("W_value", "cc"),
+        ],
+        "addcmul": [
+            (
+                "self.scale * (x - mean) / torch.sqrt(var + self.eps) + self.shift",
+                "torch.addcmul(self.shift, (x - mean) * torch.rsqrt(var + self.eps), self.scale)",
+            )
+        ],
+        "norms and layers in a loop": [
+            (
+                "x = x + self.drop_shortcut(self.att(self.norm1(x)))\n        return x + self.drop_shortcut(self.ff(self.norm2(x)))",
+                "for norm, part in ((self.norm1, self.att), (self.norm2, self.ff)):\n            x = x + part(norm(x))\n        return x",
+            ),
+        ],
         "one positions argument": [("def forward(self, in_idx):", "def forward(self, in_idx, start_pos):")],
         "a cache that may be None": [
             ("def forward(self, in_idx):", "def forward(self, in_idx, cache=None, use_cache=False):")
