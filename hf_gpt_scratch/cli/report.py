@@ -114,19 +114,21 @@ def diagnosis_panel(comparison: Comparison) -> Panel:
     lines = [escape(comparison.verdict)]
     if diagnosis.note:
         lines.append(f"\n[yellow]{escape(diagnosis.note)}[/]")
+    lines += [f"Observed: {escape(says)}." for says in diagnosis.observations]
     for i, fault in enumerate(diagnosis.faults, 1):
-        repaired = "Repaired, " if i == 1 else "Repaired with the above, "
         lines += [
             f"\n[bold red]{i}. {fault.name}[/]: [bold]{escape(fault.says)}[/]",
             f"   where: {escape(fault.where)}",
             f"   fix: {escape(fault.remedy)}",
-            f"   {repaired}the relative logit error is {number(fault.error)}.",
         ]
+        if diagnosis.explained:
+            repaired = "Repaired, " if i == 1 else "Repaired with the above, "
+            lines.append(f"   {repaired}the relative logit error is {number(fault.error)}.")
     if diagnosis.explained and diagnosis.faults:
         these = "this mistake" if len(diagnosis.faults) == 1 else "these mistakes"
         lines.append(
-            f"\nThe reference with {these} reproduces the candidate to {number(diagnosis.unexplained)} "
-            f"({diagnosis.tried} experiments)."
+            f"\nThe reference with {these} reproduces {diagnosis.proof}, to {number(diagnosis.unexplained)} "
+            f"({diagnosis.tried:,} experiments)."
         )
     lines += [f"Equally good explanation: {escape(says)}" for says in diagnosis.alternatives]
     return Panel("\n".join(lines), title=f"Different: {escape(diagnosis.headline)}", border_style="red")
