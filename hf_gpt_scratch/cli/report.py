@@ -82,6 +82,7 @@ def diagnosis_panel(comparison: Comparison) -> Panel:
     lines = [escape(comparison.verdict)]
     if diagnosis.note:
         lines.append(f"\n[yellow]{escape(diagnosis.note)}[/]")
+    lines += [f"Observed: {escape(says)}." for says in diagnosis.observations]
     for i, fault in enumerate(diagnosis.faults, 1):
         lines += [
             f"\n[bold red]{i}. {fault.name}[/]: [bold]{escape(fault.says)}[/]",

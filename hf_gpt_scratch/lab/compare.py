@@ -31,6 +31,7 @@ from .trace import (
     CHOICES,
     HEAD_STAGES,
     LOGITS,
+    MODULE_INPUTS,
     OTHER_STAGES,
     Activations,
     double_trace,
@@ -430,7 +431,7 @@ def stage_errors(traces: Traces, single: Traces) -> list[StageError]:
     """The errors of all stages that both traces have, in execution order; `single` are the float32 traces."""
     measured = []
     for stage in traces[0]:
-        if stage in traces[1]:
+        if stage in traces[1] and re.sub(r"^trf_blocks\.\d+\.", "", stage) not in MODULE_INPUTS:
             off, rms, relative, note = errors(traces[0][stage], traces[1][stage])
             float32 = errors(single[0][stage], single[1][stage])[2]
             measured.append(StageError(stage, meaning(stage), off, rms, relative, float32, note))

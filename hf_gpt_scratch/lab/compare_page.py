@@ -95,9 +95,10 @@ def reproduced(comparison: "Comparison") -> str:
     if diagnosis is None or not diagnosis.explained or not any(fault.kind != "gradients" for fault in diagnosis.faults):
         return ""
     these = "this mistake" if len(diagnosis.faults) == 1 else "these mistakes"
+    what = diagnosis.proof or "the candidate's logits"
     return (
-        f"The reference with {these} reproduces the candidate to {number(diagnosis.unexplained)} "
-        f"({diagnosis.tried} experiments)."
+        f"The reference with {these} reproduces {what}, to "
+        f"{number(diagnosis.unexplained)} ({diagnosis.tried:,} experiments)."
     )
 
 
@@ -137,6 +138,7 @@ def verdict_of(comparison: "Comparison") -> Verdict:
     if diagnosis is not None:
         if diagnosis.note:
             more.append(Markup("<p>{}</p>").format(diagnosis.note))
+        more += [Markup('<p class="faint">Observed: {}.</p>').format(says) for says in diagnosis.observations]
         for i, fault in enumerate(diagnosis.faults):
             where = [("where", code(fault.where)), ("fix", fault.remedy)]
             more.append(finding(fault.says, where, repaired(fault, i == 0)))

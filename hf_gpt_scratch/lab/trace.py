@@ -47,6 +47,14 @@ OTHER_STAGES = {
     "final_norm": "norm after the last block",
     LOGITS: "logits",
 }
+# What modules read: recorded for the diagnosis, which compares it with what they should read; no stages of a report.
+MODULE_INPUTS = {
+    "norm1.input": "input of the norm before attention",
+    "att.W_query.input": "input of attention",
+    "ff.layers.0.input": "input of the feed-forward network",
+    "final_norm.input": "input of the norm after the last block",
+    f"{LOGITS}.input": "input of the head",
+}
 # The stages of other heads, after the last norm.
 HEAD_STAGES = {
     "score": "label scores per token",
@@ -64,7 +72,8 @@ Activations = dict[str, torch.Tensor]  # by stage
 
 def meaning(stage: str) -> str:
     """A stage in words."""
-    return OTHER_STAGES.get(stage) or HEAD_STAGES.get(stage) or BLOCK_STAGES[re.sub(r"^trf_blocks\.\d+\.?", "", stage)]
+    short = re.sub(r"^trf_blocks\.\d+\.?", "", stage)
+    return {**OTHER_STAGES, **HEAD_STAGES, **BLOCK_STAGES, **MODULE_INPUTS}[short]
 
 
 def stages(n_layers: int) -> list[str]:
@@ -142,7 +151,7 @@ def hook_points(subject: Subject) -> Iterator[tuple[nn.Module, tuple[str, ...], 
             continue
         if names[0] != LOGITS:
             yield module, names, False
-        if re.sub(r"^trf_blocks\.\d+\.", "", names[0]) + ".input" in BLOCK_STAGES:
+        if re.sub(r"^trf_blocks\.\d+\.", "", names[0]) + ".input" in {**BLOCK_STAGES, **MODULE_INPUTS}:
             yield module, (f"{names[0]}.input",), True
     for stage, paths in blocks.items():
         path = commonpath(paths).replace("/", ".")

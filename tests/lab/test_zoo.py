@@ -62,7 +62,8 @@ def test_a_healthy_gpt_is_the_same_in_every_style(official, name, tmp_path):
 def test_one_mistake_is_found_in_every_style(official, name, tmp_path):
     comparison = compared(wrong()[name], official, tmp_path)
     assert not comparison.same
-    assert comparison.diagnosis is not None
+    assert comparison.diagnosis.explained, comparison.diagnosis
+    assert len(comparison.diagnosis.names) == 1
 
 
 def test_the_zoo_has_forty_healthy_styles_and_a_mistake_in_each():
