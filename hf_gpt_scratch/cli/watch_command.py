@@ -24,7 +24,7 @@ SETTINGS = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 def watch(
     script: Annotated[str, typer.Argument(help="The training script, a .py file. It is executed.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to watch; then the script is stopped.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to watch.")] = 3,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, run as python -m runs it.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which the script is stopped.")] = 120,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all figures; - is standard output.")] = None,

@@ -44,7 +44,7 @@ class DataFindings:
 
     def mode(self) -> None:
         trained = self.trained()
-        for number, forward in trained:
+        for number, forward in [*trained, *((len(self.steps), later) for later in self.recorder.after)]:
             drops = dropout_modules(forward.module)
             off = [name for name, module in drops if not module.training]
             if forward.idle_dropouts and not forward.dropouts and off:

@@ -69,6 +69,16 @@ class GradientFindings:
         self.findings: list[Finding] = []
 
     def all(self) -> list[Finding]:
+        for number, step in enumerate(self.recorder.steps):
+            if step.late:
+                self.add(
+                    "step-before-backward",
+                    "the optimizer steps before the backward pass, with the gradients of the step before or none",
+                    step.updates[0].where,
+                    "backward, then step",
+                    f"at step {number + 1} the loss went backward after optimizer.step()",
+                )
+                break
         self.scale()
         self.zeroing()
         self.clipping()

@@ -213,6 +213,11 @@ class LossFindings:
                 "logits.view(-1, V), with targets.view(-1)",
                 "a permutation of the logits, reshaped to (-1, V), reproduces the rows",
             )
+        if not any(equal == number >= ENOUGH for equal, number in (one.matches(offset) for offset in OFFSETS)):
+            # Some models take sequences as columns, (T, B).
+            other = Aligned(loss, one.ids.t(), one.time, one.batch, one.how, one.cut)
+            if any(equal == number >= ENOUGH for equal, number in (other.matches(offset) for offset in OFFSETS)):
+                one = other
         matched = {offset: one.matches(offset) for offset in OFFSETS}
         right, possible = matched[1]
         if possible == 0 and not any(number for _, number in matched.values()):

@@ -43,6 +43,8 @@ KEPT_LOGITS = 64_000_000
 EVALUATIONS, EVALUATIONS_AFTER = 64, 4
 # Backward passes without any step before the run is stopped.
 FRUITLESS = 64
+# How long a run goes on after the last step, until its first evaluation: seconds, and backward passes.
+PATIENCE, PASSES = 10.0, 100
 
 
 DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # what reads `tensor.data`
@@ -151,6 +153,7 @@ class Step:
     leftover: dict[int, torch.Tensor] = field(default_factory=dict)
     gradients: dict[int, torch.Tensor] = field(default_factory=dict)  # after the last backward pass
     scale: float = 1.0
+    late: bool = False  # the backward pass came after the optimizer's step
     batches: list[Any] = field(default_factory=list)
 
     def happened(self, what: str) -> list[Event]:
@@ -197,10 +200,15 @@ class Recorder:
     Args:
         steps: optimizer steps after which `Enough` is raised, at the next backward pass.
         seconds: time after which it is raised at the next event, or None.
+        patient: whether the run goes on after the last step until its first evaluation, within `PATIENCE`.
     """
 
-    def __init__(self, steps: int, seconds: float | None = None):
+    def __init__(self, steps: int, seconds: float | None = None, patient: bool = False):
         self.wanted = steps
+        self.patient = patient
+        self.waiting: float | None = None  # since when
+        self.waited = 0  # backward passes
+        self.after: list[Forward] = []  # the forward pass for training that follows an evaluation then
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.steps: list[Step] = []
         self.step = Step()
@@ -299,7 +307,7 @@ class Recorder:
         self.undo.callback(setattr, owner, name, original)
 
     def enough(self) -> bool:
-        return len(self.steps) + bool(self.step.updates) >= self.wanted
+        return self.waiting is not None or len(self.steps) + bool(self.step.updates) >= self.wanted
 
     def check_time(self) -> None:
         if self.deadline is not None and time.monotonic() > self.deadline:
@@ -307,7 +315,7 @@ class Recorder:
             raise Enough
 
     def note(self, what: str, **info: Any) -> None:
-        if not self.inside:
+        if not self.inside and self.waiting is None:
             self.step.events.append(Event(what, place(), info))
 
     def load(self, what: str, **info: Any) -> None:
@@ -372,7 +380,9 @@ class Recorder:
         forward = Forward(module, module.training, grad, (args, kwargs), place(), rng, ids)
         forward.autocast = torch.is_autocast_enabled(next(module.parameters()).device.type)
         self.forward = forward
-        if grad:
+        if grad and self.waiting is not None:
+            self.after = [forward]
+        elif grad:
             if not self.optimizers and self.step.backwards:
                 self.find_update_by_hand(module)
             self.step.forwards.append(forward)
@@ -384,7 +394,7 @@ class Recorder:
     def evaluated(self, forward: Forward) -> None:
         if self.enough():
             self.evaluations_after += 1
-            if self.evaluations_after > EVALUATIONS_AFTER:
+            if self.evaluations_after > EVALUATIONS_AFTER and not self.patient:
                 raise Enough
         if len(self.evaluations) < EVALUATIONS:
             self.evaluations.append(forward)
@@ -551,7 +561,8 @@ class Recorder:
         )
         forward.losses += 1
         if grad:
-            self.step.losses.append(loss)
+            if self.waiting is None:
+                self.step.losses.append(loss)
         elif len(self.evaluation_losses) < EVALUATIONS and kind != "gather":
             self.evaluation_losses.append(loss)
 
@@ -562,9 +573,17 @@ class Recorder:
             return func(*args, **kwargs)
         self.check_time()
         if self.enough():
-            raise Enough
-        if self.step.updates:  # a second backward pass through the same forward pass
+            if not self.wait():
+                raise Enough
+            self.inside += 1
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.inside -= 1
+        if self.step.updates:
+            late = any(loss.weights is None and loss.grad for loss in self.step.losses) and not self.step.backwards
             self.close_step()
+            self.steps[-1].late = late
         root, step = args[0], self.step
         with self.alone():
             self.weigh(root)
@@ -592,6 +611,16 @@ class Recorder:
             self.ended = f"after {FRUITLESS} backward passes without an optimizer step"
             raise Enough
         return result
+
+    def wait(self) -> bool:
+        """Whether to go on after the last step: no evaluation has been seen yet."""
+        if not self.patient or any(forward.losses for forward in self.evaluations):
+            return False
+        if self.waiting is None:
+            self.close_step()
+            self.waiting = time.monotonic()
+        self.waited += 1
+        return self.waited <= PASSES and time.monotonic() < self.waiting + PATIENCE
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -653,6 +682,8 @@ class Recorder:
         return result
 
     def before_step(self, optimizer, args, kwargs) -> None:
+        if self.waiting is not None:
+            return
         if not any(known is optimizer for known in self.optimizers):
             self.optimizers.append(optimizer)
         with self.alone():
@@ -690,6 +721,8 @@ class Recorder:
         self.inside += 1
 
     def after_step(self, optimizer, args, kwargs) -> None:
+        if self.waiting is not None:
+            return
         self.inside = max(0, self.inside - 1)
         update = self.step.updates[-1]
         with self.alone():
@@ -735,12 +768,11 @@ class Recorder:
     def on_scale(self, original, args, kwargs):
         scaled = original(*args, **kwargs)
         if not self.inside and args[0].is_enabled():
-            if self.enough():
-                raise Enough
-            if self.step.updates:
+            if self.step.updates and not self.enough():
                 self.close_step()
             self.note("scale", of=args[0])
-            self.step.scale = float(args[0].get_scale())
+            if not self.enough():
+                self.step.scale = float(args[0].get_scale())
         return scaled
 
     def on_schedule(self, original, args, kwargs):
@@ -766,7 +798,7 @@ class Recorder:
         if not any(known() is iterator for known, _ in self.loaders):
             with suppress(TypeError):
                 self.loaders.append((weakref.ref(iterator), loader_facts(iterator)))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.waiting is None:
             kept = [(name, one.detach().clone()) for name, one in named_tensors(batch) if one.numel() <= 1_000_000]
             self.pending.append(kept)
         return batch

@@ -29,6 +29,7 @@ FOLLOWS = {
     "not-in-optimizer": {"not-moved"},
     "stale-parameters": {"not-moved", "not-in-optimizer"},
     "zero-grad-before-step": {"not-moved", "backward-missing"},
+    "step-before-backward": {"zero-grad-before-step", "backward-missing", "zero-grad-misplaced", "zero-grad-missing"},
     "same-batch": {"same-random-numbers"},
     "schedule-not-stepped": {"learning-rate-zero"},
     "wrong-rows": {"loss-starts-high"},
@@ -182,6 +183,7 @@ class watch:
     """
 
     active = False
+    patient = False  # whether to wait for an evaluation after the last step
 
     def __init__(self, model: torch.nn.Module | None = None, *, steps: int = 3, timeout: float | None = None):
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
@@ -189,7 +191,7 @@ class watch:
         if model is not None and not isinstance(model, torch.nn.Module):
             raise LabError(f"got a {type(model).__name__} as the model, but it has to be a torch.nn.Module")
         self.model = model
-        self.recorder = Recorder(steps, timeout)
+        self.recorder = Recorder(steps, timeout, self.patient)
         self.report = WatchReport(wanted=steps)
 
     def __enter__(self) -> WatchReport:
@@ -269,6 +271,12 @@ def alarm(seconds: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, usual)
 
 
+class watch_run(watch):
+    """The same for a whole script, which goes on until its first evaluation."""
+
+    patient = True
+
+
 def watch_script(
     script: str | os.PathLike,
     arguments: Sequence[str] = (),
@@ -294,7 +302,7 @@ def watch_script(
     name = os.fspath(script)
     if not module and not Path(name).is_file():
         raise LabError(f"there is no script {name}; give the path of a .py file, or -m and a module")
-    watching = watch(steps=steps, timeout=timeout)
+    watching = watch_run(steps=steps, timeout=timeout)
     main = types.ModuleType("__main__")
     error: BaseException | None = None
     with as_script([name, *arguments], os.getcwd() if module else str(Path(name).resolve().parent)):

@@ -458,6 +458,8 @@ RULES: dict[str, tuple[str, str]] = {
     "decay-not-scaled-by-lr": ("weight decay is not multiplied by the learning rate", "p −= lr · decay · p"),
     "decay-missing": ("the group's weight_decay is not applied", "p −= lr · decay · p"),
     "decay-adds": ("weight decay makes the weights grow", "p −= lr · decay · p, with a minus"),
+    "one-beta-for-both": ("both moments have the same β", "m with β₁, v with β₂"),
+    "correction-outside-root": ("v is corrected for its start after the root, not before", "√(v / (1 − β₂ᵗ)) + eps"),
     "ascent": ("the update goes up the gradient", "p −= lr · …, with a minus"),
 }
 
@@ -521,6 +523,8 @@ def search_rules(before, after, gradients, rates, group) -> tuple[str, str, str,
                     return math.inf
             pull = rule.pull(rate, decay) * before[step]
             predicted = -rate * direction * (-1 if rule.ascent else 1) - pull
+            if rule.kind == "adam, decay last":
+                predicted = -rate * direction - rate * decay * (before[step] - rate * direction)
             # float32 weights and moments are rounded; the sum of both bounds what a correct program may differ by
             unit = 1.2e-7 * (before[step].abs() * 2 + delta.abs() * 16).pow(2).mean().sqrt() + 1e-30
             error = (predicted - delta).pow(2).mean().sqrt()
@@ -563,7 +567,7 @@ class Rule:
         self.ascent = "ascent" in faults
 
     def pull(self, rate: float, decay: float) -> float:
-        if self.kind != "adam" or {"l2-instead-of-decoupled", "decay-missing"} & set(self.faults):
+        if not self.kind.startswith("adam") or {"l2-instead-of-decoupled", "decay-missing"} & set(self.faults):
             return 0.0
         if "decay-not-scaled-by-lr" in self.faults:
             return decay
@@ -575,7 +579,7 @@ class Rule:
             one, two = two, one
         m = v = torch.zeros_like(gradients[0])
         for t, (weights, gradient) in enumerate(zip(before, gradients, strict=True), start=1):
-            if self.kind != "adam" or "l2-instead-of-decoupled" in faults:
+            if self.kind == "sgd" or "l2-instead-of-decoupled" in faults:
                 gradient = gradient + decay * weights
             if self.kind == "sgd":
                 m = momentum * m + gradient if t > 1 else gradient
@@ -586,6 +590,8 @@ class Rule:
             if faults & {"moments-forgotten", "state-forgotten"}:
                 m = v = torch.zeros_like(gradient)
             m = one * m + (1 - one) * gradient
+            if "one-beta-for-both" in faults:
+                two = one
             v = two * v + (1 - two) * gradient**2
             count = t + (1 if "bias-correction-off-by-one" in faults else 0)
             first = 1 - one**count
@@ -597,7 +603,11 @@ class Rule:
             mean, square = m / first, v / second
             if "gradient-not-averaged" in faults:
                 mean = gradient
-            if "no-root" in faults:
+            if self.kind == "adam, eps before correction":
+                yield mean / (v.sqrt() + eps) * second**0.5
+            elif "correction-outside-root" in faults:
+                yield mean / (v.sqrt() / second + eps)
+            elif "no-root" in faults:
                 yield mean / (square + eps)
             elif "eps-inside-root" in faults:
                 yield mean / (square + eps).sqrt()
@@ -609,7 +619,7 @@ def rules(decay: float, momentum: float) -> list[Rule]:
     """Right rules first; then Adam's with one fault, then with two."""
     decays = ["l2-instead-of-decoupled", "decay-not-scaled-by-lr", "decay-missing", "decay-adds"] if decay else []
     moments = [name for name in RULES if name not in {*decays, "ascent"} and not name.startswith(("decay", "l2"))]
-    found = [Rule(), Rule(kind="sgd")]
+    found = [Rule(), Rule(kind="sgd"), Rule(kind="adam, decay last"), Rule(kind="adam, eps before correction")]
     found += [Rule((name,)) for name in (*moments, *decays, "ascent")]
     found.append(Rule(("ascent",), kind="sgd"))
     found += [Rule(pair) for pair in itertools.product(moments, decays)]
