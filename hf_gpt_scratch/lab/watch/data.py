@@ -91,7 +91,8 @@ class DataFindings:
 
     def evaluation(self) -> None:
         for forward in self.recorder.evaluations:
-            if forward.dropouts and forward.ids is not None:
+            alone = not forward.module.training and forward.strangers  # modules that eval() does not reach
+            if forward.dropouts and forward.ids is not None and not alone:
                 cause = "in training mode" if forward.module.training else "in evaluation mode, but dropout stays on"
                 self.add(
                     "train-mode-in-evaluation",

@@ -432,6 +432,7 @@ class GradientFindings:
                 level=NOTE,
                 figures={"parameters": len(frozen), "elements": elements},
             )
+        self.unregistered(in_optimizers)
         by_hand = any(update.optimizer is None for step in recorder.steps for update in step.updates)
         stale = [key for key in in_optimizers if key not in names.parameters and key in stepped]
         left_out = [key for key in trainable if key not in in_optimizers] if not by_hand else []
@@ -447,9 +448,11 @@ class GradientFindings:
                 self.stale(dead, in_optimizers, [])
         without = [key for key in trainable if key in stepped and key not in with_gradient]
         dropped = {"zero-grad-before-step"} & {finding.name for finding in self.findings}
+        if any(update.closure for step in recorder.steps for update in step.updates):
+            return
         if any(step.backwards for step in recorder.steps) and not dropped:
             self.no_gradient(without)
-        elif not any(step.backwards for step in recorder.steps) and not by_hand:
+        elif not any(step.backwards or any(u.closure for u in step.updates) for step in recorder.steps) and not by_hand:
             self.add(
                 "backward-missing",
                 "optimizer.step() is called, but no backward pass was seen",
@@ -457,6 +460,23 @@ class GradientFindings:
                 "loss.backward() before optimizer.step()",
                 f"{counted(len(recorder.steps), 'step')} without a backward pass",
             )
+
+    def unregistered(self, in_optimizers: dict[int, torch.Tensor]) -> None:
+        forwards = [forward for step in self.recorder.steps for forward in step.forwards]
+        found = {key: parameter for forward in forwards for key, parameter in forward.strangers.items()}
+        found = {key: one for key, one in found.items() if one.requires_grad and key not in in_optimizers}
+        if not found or not in_optimizers:
+            return
+        elements = sum(parameter.numel() for parameter in found.values())
+        self.add(
+            "not-in-optimizer",
+            f"{counted(len(found), 'parameter')} ({elements:,} elements) of modules that run are not registered in the "
+            "model, so they are in no optimizer, in no state dict, and do not follow eval()",
+            forwards[0].where,
+            "keep modules in nn.ModuleList or nn.ModuleDict, not in a list or dict",
+            "these modules were called within the model's forward pass, and model.parameters() has not their weights",
+            figures={"parameters": len(found), "elements": elements},
+        )
 
     def stale(self, stale: list[int], in_optimizers: dict[int, torch.Tensor], left_out: list[int]) -> None:
         made = next((event for event in self.recorder.loaded if event.what == "optimizer_made"), Event("", ""))

@@ -91,6 +91,8 @@ class Forward:
     autocast: bool = False
     losses: int = 0
     large: bool = False  # its logits are not kept
+    registered: set[int] = field(default_factory=set)  # the module's parameters
+    strangers: dict[int, nn.Parameter] = field(default_factory=dict)  # of modules that run and are not registered in it
 
 
 @dataclass
@@ -137,6 +139,7 @@ class Update:
     state: dict[int, dict[str, Any]]
     gradient_norm: float
     own: bool  # whether the optimizer is the user's code, or there is none
+    closure: bool = False  # whether the step itself runs the model
     after: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -356,6 +359,9 @@ class Recorder:
                 self.forward = None
         if forward is not None:
             forward.called.add(id(module))
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) not in forward.registered:
+                    forward.strangers[id(parameter)] = parameter
             if isinstance(output, torch.Tensor) and output.dim() == 3 and output.is_floating_point():
                 forward.head = output.detach()
             if self.depth == 0:
@@ -378,6 +384,7 @@ class Recorder:
         rng = hash(torch.get_rng_state().numpy().tobytes())
         ids = next((value.detach().clone() for value in tensors_in((args, kwargs)) if are_ids(value)), None)
         forward = Forward(module, module.training, grad, (args, kwargs), place(), rng, ids)
+        forward.registered = {id(parameter) for parameter in module.parameters()}
         forward.autocast = torch.is_autocast_enabled(next(module.parameters()).device.type)
         self.forward = forward
         if grad and self.waiting is not None:
@@ -686,6 +693,8 @@ class Recorder:
             return
         if not any(known is optimizer for known in self.optimizers):
             self.optimizers.append(optimizer)
+        if self.step.updates and (len(args) > 1 or kwargs.get("closure") is not None):
+            self.close_step()  # whose backward passes are within it
         with self.alone():
             groups, ids, squares = [], [], 0.0
             before: dict[int, torch.Tensor] = {}
@@ -715,7 +724,8 @@ class Recorder:
                                 name: value.detach().clone() if isinstance(value, torch.Tensor) else value
                                 for name, value in optimizer.state.get(parameter, {}).items()
                             }
-        update = Update(optimizer, place(), groups, ids, before, gradients, state, squares**0.5, own)
+        closure = len(args) > 1 or kwargs.get("closure") is not None
+        update = Update(optimizer, place(), groups, ids, before, gradients, state, squares**0.5, own, closure)
         self.step.updates.append(update)
         self.step.events.append(Event("step", update.where, {"of": optimizer}))
         self.inside += 1

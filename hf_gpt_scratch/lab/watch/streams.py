@@ -78,17 +78,6 @@ def places(array: torch.Tensor, window: torch.Tensor) -> list[int]:
     return starts[:2].tolist()
 
 
-def ranges(array: torch.Tensor, rows: list[torch.Tensor]) -> list[tuple[int, int]] | None:
-    """The ranges of the array that the windows are; None unless each is in exactly one place."""
-    found = []
-    for row in rows:
-        here = places(array, row)
-        if len(here) != 1:
-            return None
-        found.append((here[0], here[0] + len(row)))
-    return found
-
-
 def overlap(
     recorder: Recorder, trained: list[tuple[int, Forward]], frames: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
@@ -107,30 +96,44 @@ def overlap(
 
 def of_arrays(evaluations: list[Forward], trained: list[tuple[int, Forward]], frames: list[dict[str, Any]]):
     """The same for windows that are cut out of arrays: those that the script's variables hold."""
-    training, checking = windows([forward for _, forward in trained]), windows(evaluations)
-    if len(training) < 2 or len(checking) < 4:
+    training = windows([forward for _, forward in trained])
+    passes = [windows([forward]) for forward in evaluations]
+    if len(training) < 2 or sum(map(len, passes)) < 4:
         return None
     arrays = sorted(id_arrays(frames), key=lambda item: len(item[1]))
     for name, array in arrays:
-        mine = ranges(array, training)
-        if not mine:
+        mine = [places(array, row) for row in training]
+        if not all(mine):
             continue
-        theirs = ranges(array, checking)
-        if not theirs:
-            return None  # the smallest array that training reads does not hold all that the evaluation reads
-        low, high = min(start for start, _ in mine), max(end for _, end in mine)
-        inside = sum(low <= start and end <= high for start, end in theirs)
-        # Another array that is not part of this one is what the evaluation should have read.
-        others = any(not places(array, other[: 4 * SHORTEST]) for _, other in arrays if len(other) < len(array))
-        if not (inside == len(theirs) or (others and 2 * inside > len(theirs))):
+        # How often the text has the same window twice by chance.
+        repeated = sum(len(one) > 1 for one in mine) / len(mine)
+        if repeated > 0.5:
             return None
-        return dict(
-            says=f"all {len(theirs)} windows of the evaluation are cut out of {name}, as those of training are",
-            proof=f"each window is in one place of {name} ({len(array)} ids): training reads ids {low} to {high}, and "
-            f"{inside} windows of the evaluation lie between these",
-            figures={"windows": len(theirs), "inside": inside},
-        )
+        found = [[places(array, row) for row in rows] for rows in passes]
+        elsewhere = [one for places_ in found if not all(places_) for one in places_]
+        if elsewhere:  # a pass that stays in the array may be meant for the training loss
+            inside = sum(map(bool, elsewhere))
+            known = len(elsewhere) >= 4 and inside > (0.25 + 1.5 * repeated) * len(elsewhere)
+            return facts_of(name, array, inside, len(elsewhere)) if known else None
+        theirs = [one[0] for places_ in found for one in places_ if len(one) == 1]
+        starts = [one[0] for one in mine if len(one) == 1]
+        within = sum(min(starts) <= start <= max(starts) for start in theirs)
+        # Another array that is not part of this one, or that overlaps it, is what the evaluation should have read.
+        shorter = [other for _, other in arrays if other is not array and len(other) < len(arrays[-1][1])]
+        pieces = [(other, places(array, other[: 4 * SHORTEST])) for other in shorter]
+        others = any(not piece or 4 * len(other) > len(array) for other, piece in pieces)
+        if theirs and (within == len(theirs) or (others and 2 * within > len(theirs))):
+            return facts_of(name, array, sum(map(len, passes)), sum(map(len, passes)))
+        return None
     return None
+
+
+def facts_of(name: str, array: torch.Tensor, inside: int, total: int) -> dict[str, Any]:
+    return dict(
+        says=f"{inside} of {total} windows of the evaluation are in {name}, out of which those of training are cut",
+        proof=f"{name} ({len(array)} ids) is the shortest array that has all windows of training",
+        figures={"windows": total, "inside": inside},
+    )
 
 
 def of_loaders(recorder: Recorder) -> dict[str, Any] | None:
@@ -178,7 +181,7 @@ def shared(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None
             )
         text, part = stream(dataset), stream(checked)
         if text is None or part is None:
-            return None
+            return same_items(dataset, indices, checked, its)
         length = min(len(part), 32)
         starts = range(0, len(part) - length + 1, max(1, (len(part) - length) // 40))
         found = [places(text, part[start : start + length]) for start in starts]
@@ -203,6 +206,34 @@ def item(dataset: Any, index: int) -> torch.Tensor | None:
         if tensor.dim() == 1 and not tensor.is_floating_point() and len(tensor) >= SHORTEST:
             return tensor.long().cpu()
     return None
+
+
+def same_items(dataset: Any, indices: list[int] | None, checked: Any, its: list[int] | None) -> dict[str, Any] | None:
+    """The same for datasets of separate texts, which are compared as wholes."""
+
+    def texts(data: Any, chosen: list[int] | None) -> list[tuple[int, ...]]:
+        found = []
+        for index in (range(len(data)) if chosen is None else chosen)[:5000]:
+            value = data[index]
+            lists = [value] if as_ids(value) is not None else list(tensors_in(value))
+            if isinstance(value, list) and value and all(type(one) is int for one in value):
+                found.append(tuple(value))
+            elif lists and lists[0].dim() == 1:
+                found.append(tuple(lists[0].tolist()))
+        return found
+
+    mine, theirs = texts(dataset, indices), texts(checked, its)
+    known = set(mine)
+    if len(theirs) < 4 or 5 * len(known) < 4 * len(mine):
+        return None  # texts that repeat themselves
+    common = sum(text in known for text in theirs)
+    if 2 * common <= len(theirs):
+        return None
+    return dict(
+        says=f"{common} of {len(theirs)} texts of the evaluation's dataset are in the training dataset too",
+        proof=f"the items of both datasets were compared; of the {len(mine)} for training {len(known)} are different",
+        figures={"items": len(theirs), "shared": common},
+    )
 
 
 def step_of(dataset: Any) -> int | None:

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .findings import NOTE, Finding
 from .gradients import Names, counted
@@ -92,7 +93,7 @@ class UpdateFindings:
                 )
                 return
             calls = [update for update in step.updates if update.optimizer is step.updates[0].optimizer]
-            if len(calls) > 1 and calls[0].optimizer is not None:
+            if len(calls) > 1 and calls[0].optimizer is not None and step.backwards:
                 self.add(
                     "stepped-twice",
                     f"the optimizer's step is called {len(calls)} times with one gradient",
@@ -125,8 +126,10 @@ class UpdateFindings:
         figures = {"learning_rates": peak}
         for n, step in enumerate(self.steps):
             order = [event.what for event in step.events]
-            if "schedule" in order and "step" in order and order.index("schedule") < order.index("step"):
-                early = step.happened("schedule")[0]
+            # One that reacts to a loss has no first learning rate to lose.
+            ordered = [e for e in step.happened("schedule") if not isinstance(e.info["of"], ReduceLROnPlateau)]
+            if ordered and "step" in order and step.events.index(ordered[0]) < order.index("step"):
+                early = ordered[0]
                 micro = len(step.happened("schedule"))
                 if micro == 1 or step.backwards <= 1:
                     self.add(
@@ -504,23 +507,30 @@ def explain_updates(history: list[Update]) -> tuple[str, str, str, str, dict[str
 def search_rules(before, after, gradients, rates, group) -> tuple[str, str, str, str, dict[str, Any]] | None:
     decay = float(group.get("weight_decay") or 0.0)
     betas = group.get("betas") or (group.get("beta1", 0.9), group.get("beta2", 0.999))
-    one, two = (float(betas[0]), float(betas[1])) if isinstance(betas, (tuple, list)) else (0.9, 0.999)
+    usual = (float(betas[0]), float(betas[1])) if isinstance(betas, (tuple, list)) else (0.9, 0.999)
     eps = float(group.get("eps") or 1e-8)
     momentum = float(group.get("momentum") or 0.0)
     deltas = [later - earlier for earlier, later in zip(before, after, strict=True)]
     if not all(bool(delta.any()) for delta in deltas):
         return None
 
+    def rate_of(rule: "Rule", step: int, direction: torch.Tensor) -> float:
+        """The learning rate: the group's, or the one that fits best."""
+        if rates[step] is not None:
+            return rates[step]
+        slope = float((deltas[step] * direction).sum() / direction.pow(2).sum().clamp(min=1e-300))
+        return slope if rule.ascent else -slope
+
     def misfit(rule: "Rule") -> float:
         """The largest error over the steps, in units of what rounding explains."""
-        worst = 0.0
-        directions = rule.directions(before, gradients, one, two, eps, momentum, decay)
+        worst, used = 0.0, []
+        one, two = rule.betas or usual
+        directions = rule.directions(before, gradients, one, two, eps, rule.momentum or momentum, decay)
         for step, (direction, delta) in enumerate(zip(directions, deltas, strict=True)):
-            rate = rates[step]
-            if rate is None:
-                rate = -float((delta * direction).sum() / direction.pow(2).sum().clamp(min=1e-300))
-                if rate <= 0 and not rule.ascent:
-                    return math.inf
+            rate = rate_of(rule, step, direction)
+            used.append(rate)
+            if rates[step] is None and (rate <= 0 or abs(rate - used[0]) > 1e-3 * used[0]):
+                return math.inf  # a rate that is not told has to be the same in all steps
             pull = rule.pull(rate, decay) * before[step]
             predicted = -rate * direction * (-1 if rule.ascent else 1) - pull
             if rule.kind == "adam, decay last":
@@ -531,7 +541,7 @@ def search_rules(before, after, gradients, rates, group) -> tuple[str, str, str,
             worst = max(worst, float(error / unit))
         return worst
 
-    fits = [(rule, misfit(rule)) for rule in rules(decay, momentum)]
+    fits = [(rule, misfit(rule)) for rule in rules(decay, told=bool(group.get("betas")), rated=rates[0] is not None)]
     good = [(rule, error) for rule, error in fits if error < 8]
     if not good:
         return None
@@ -561,9 +571,17 @@ def search_rules(before, after, gradients, rates, group) -> tuple[str, str, str,
 class Rule:
     """An update rule: Adam's with faults, or SGD's."""
 
-    def __init__(self, faults: tuple[str, ...] = (), kind: str = "adam"):
+    def __init__(
+        self,
+        faults: tuple[str, ...] = (),
+        kind: str = "adam",
+        betas: tuple[float, float] | None = None,
+        momentum: float = 0.0,
+    ):
         self.faults = list(faults)
         self.kind = kind
+        self.betas = betas
+        self.momentum = momentum
         self.ascent = "ascent" in faults
 
     def pull(self, rate: float, decay: float) -> float:
@@ -615,11 +633,15 @@ class Rule:
                 yield mean / (square.sqrt() + eps)
 
 
-def rules(decay: float, momentum: float) -> list[Rule]:
-    """Right rules first; then Adam's with one fault, then with two."""
+def rules(decay: float, told: bool, rated: bool) -> list[Rule]:
+    """Right rules first; then Adam's with one fault, then with two. `told`: the betas are; `rated`: the rates are."""
     decays = ["l2-instead-of-decoupled", "decay-not-scaled-by-lr", "decay-missing", "decay-adds"] if decay else []
     moments = [name for name in RULES if name not in {*decays, "ascent"} and not name.startswith(("decay", "l2"))]
     found = [Rule(), Rule(kind="sgd"), Rule(kind="adam, decay last"), Rule(kind="adam, eps before correction")]
+    if not rated:
+        found.append(Rule(kind="sgd", momentum=0.9))
+    if not told:
+        found += [Rule(betas=(0.9, two)) for two in (0.95, 0.98, 0.99)]
     found += [Rule((name,)) for name in (*moments, *decays, "ascent")]
     found.append(Rule(("ascent",), kind="sgd"))
     found += [Rule(pair) for pair in itertools.product(moments, decays)]

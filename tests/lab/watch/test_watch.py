@@ -85,10 +85,13 @@ finally:
 """
 
 
-@pytest.mark.parametrize(("script", "name"), [("book", "model"), ("nano", "model"), ("hand", "net"), ("lightning", "")])
-def test_watching_changes_nothing(script, name, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("script", "name", "steps"), [("book", "model", 3), ("nano", "model", 3), ("hand", "net", 20), ("lightning", "", 3)]
+)
+def test_watching_changes_nothing(script, name, steps, tmp_path):
+    """Not in the steps watched, nor, in the script without an evaluation, in those until its end."""
     alone: dict = {"__name__": "__main__"}
-    exec(compile(stopped(script, 3), "alone.py", "exec"), alone)
+    exec(compile(stopped(script, steps), "alone.py", "exec"), alone)
     left = torch.get_rng_state()
     seen = []
     usual = Recorder.__exit__
