@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .lab.explain import explain
     from .lab.inspect import inspect
     from .lab.session import compare
+    from .lab.watch.session import watch
     from .model.configuration_gpt_scratch import GPTScratchConfig
     from .model.int8 import Int8Config
     from .model.layers import (
@@ -83,6 +84,7 @@ __all__ = [
     "text_to_token_ids",
     "token_ids_to_text",
     "verify",
+    "watch",
 ]
 
 # The modules that the others are imported from.
@@ -91,6 +93,7 @@ _MODULES = {
     ".lab.explain": "explain",
     ".lab.inspect": "inspect",
     ".lab.session": "compare",
+    ".lab.watch.session": "watch",
     ".model.configuration_gpt_scratch": "GPTScratchConfig",
     ".model.int8": "Int8Config",
     ".model.layers": "GELU GPT_CONFIG_124M FeedForward GPTModel LayerNorm MultiHeadAttention TransformerBlock "
