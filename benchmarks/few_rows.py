@@ -1,8 +1,8 @@
 """Products of a few rows in float32, as F.linear and by oneDNN: python benchmarks/few_rows.py
 
-F.linear calls MKL in torch's builds for x86; oneDNN multiplies by the same weight as it is, or by a copy packed for it
-(`.generate()` does the first on AMD's CPUs). Each call uses 300 MB of different weights, like a
-model, so that none of them stays in a cache. `--cpu-time` on a machine that others use.
+F.linear calls MKL in torch's builds for x86; oneDNN multiplies by the same weight as it is, or by a copy packed for it:
+`.generate()` does the first on AMD's CPUs, `for_decoding` the second. Each call uses 300 MB of different weights, like
+a model, so that none of them stays in a cache. `--cpu-time` on a machine that others use.
 """
 
 from functools import partial

@@ -13,6 +13,7 @@ from .registration import register_once_imported
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .fast import for_decoding
     from .lab.decoding.session import check_decoding
     from .lab.explain import explain
     from .lab.inspect import inspect
@@ -77,6 +78,7 @@ __all__ = [
     "convert",
     "explain",
     "export",
+    "for_decoding",
     "generate_text_simple",
     "gpt2_tokenizer",
     "inspect",
@@ -90,6 +92,7 @@ __all__ = [
 # The modules that the others are imported from.
 _MODULES = {
     ".lab.decoding.session": "check_decoding",
+    ".fast": "for_decoding",
     ".lab.explain": "explain",
     ".lab.inspect": "inspect",
     ".lab.session": "compare",
