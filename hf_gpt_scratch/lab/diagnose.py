@@ -122,7 +122,7 @@ def in_order(weights: Weights, n_layers: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> Diagnosis | None:
-    """Why the candidate differs; None if it does not. `comparison` compares these two.
+    """Why the candidate differs; None if it does not. `comparison` compares these two; a quick one tries less.
 
     Raises:
         LabError: a model no longer runs.
@@ -151,7 +151,7 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
     runner = Runner(candidate, comparison.dtype, dropout=comparison.deterministic)
     short, brief = runner.first_of(searched_tokens(input_ids))
     experiment = Experiment(config, short, brief, bound, own)
-    outcome = forward_mistakes(experiment, mistakes(config, epsilons(candidate)))
+    outcome = forward_mistakes(experiment, mistakes(config, epsilons(candidate)), thorough=not comparison.quick)
     edits = together(outcome.found)
     proof, unexplained = proved(outcome, runner, own, edits, input_ids)
     whole = agreement(Forward(own, config, input_ids, edits)[LOGITS], activations[LOGITS])
@@ -167,6 +167,8 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
     if explained:
         return Diagnosis(faults, True, error, unexplained, tried, alternatives=outcome.alternatives, proof=proof)
     note = unexplained_note(comparison, faults, outcome, reproduced=unexplained <= bound)
+    if comparison.quick:
+        note += "; --quick has tried no pairs of mistakes, so try without it"
     seen = observations(runner, outcome, short)
     faults = [replace(fault, error=math.nan) for fault in faults]
     return Diagnosis(faults, False, error, unexplained, tried, note, observations=seen)

@@ -318,10 +318,13 @@ class Outcome:
     experiment: Experiment
 
 
-def forward_mistakes(experiment: Experiment, known: list[Mistake]) -> Outcome:
-    """The mistakes in the forward pass that explain the candidate, or as many of them as the search finds."""
-    solved, unexplained = search(experiment, known)
-    if unexplained:
+def forward_mistakes(experiment: Experiment, known: list[Mistake], *, thorough: bool = True) -> Outcome:
+    """The mistakes in the forward pass that explain the candidate, or as many of them as the search finds.
+
+    Unless `thorough`, no pairs are tried, and no stage is doubted.
+    """
+    solved, unexplained = search(experiment, known, thorough=thorough)
+    if unexplained and thorough:
         # A mistake may be behind a module's own result, so stages like the first that differs are doubted, then all
         # inside the blocks.
         inside = [stage for stage in experiment.targets if re.match(r"trf_blocks\.\d+\.(?!input$)", stage)]

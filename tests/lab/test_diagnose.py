@@ -14,11 +14,12 @@ from transformers import GPT2LMHeadModel
 from zoo_mistakes import SPECIMENS
 
 from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM
+from hf_gpt_scratch.lab.building import book_settings
 from hf_gpt_scratch.lab.compare import compare_models
 from hf_gpt_scratch.lab.diagnose import diagnose
 from hf_gpt_scratch.lab.mistakes import CATALOGUE, mistakes
 from hf_gpt_scratch.lab.simulate import Forward, everywhere
-from hf_gpt_scratch.lab.subject import SIZES, book_settings, copy_weights, subject
+from hf_gpt_scratch.lab.subject import SIZES, copy_weights, subject
 from hf_gpt_scratch.weights.parity import FLOAT64_STAGE, relative_error
 
 pytestmark = pytest.mark.slow
