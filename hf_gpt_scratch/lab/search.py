@@ -60,8 +60,11 @@ def key_of(stage: str) -> str:
 
 
 def agreement(simulated: torch.Tensor, recorded: torch.Tensor) -> float:
-    """The relative error; inf if shapes or the positions of NaNs differ, or if there is no finite number to compare."""
-    return errors(recorded, simulated)[2] if recorded.isfinite().any() else math.inf
+    """The relative error; inf if shapes or the positions of values that are not finite differ.
+
+    If no recorded value is finite, 0 where none is in the simulation: that contradicts nothing, but it is no evidence.
+    """
+    return errors(recorded, simulated)[2]
 
 
 @dataclass
@@ -93,9 +96,7 @@ class Experiment:
         self.activations = {
             stage: usable(stage, tensor, self.input_ids, self.config) for stage, tensor in self.activations.items()
         }
-        order = [stage for stage in recorded_stages(self.config.n_layers) if stage in self.activations]
-        # Where no value is finite, nothing can be compared: NaN against NaN is no agreement.
-        self.targets = [stage for stage in order if self.activations[stage].isfinite().any()]
+        self.targets = [stage for stage in recorded_stages(self.config.n_layers) if stage in self.activations]
         self.solved: dict[str, Equation] = {}
         self.given = {stage: x for stage, x in self.activations.items() if stage not in self.doubted}
         self.wrong = placed(self.findings)
@@ -196,7 +197,12 @@ def harmless(experiment: Experiment, target: str) -> bool:
 
 
 def best_edit(experiment: Experiment, target: str, known: list[Mistake], *, pairs: bool) -> Findings | None:
-    """The edit that makes the equation true, and of several the one that leaves the fewest equations false."""
+    """The edit that makes the equation true, and of several the one that leaves the fewest equations false.
+
+    None where no value is finite: any edit that makes NaN would do.
+    """
+    if not experiment.activations[target].isfinite().any():
+        return None
     read = experiment.state(target).read
     slots, places = {slot for _, slot in read}, sorted({place for place, _ in read})
     local = [mistake for mistake in known if mistake.slots & slots]
