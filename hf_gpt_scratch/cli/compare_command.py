@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import ConversionError, LabError
+from .decoding_report import decode_meanings, decoding_report, print_decoding
 from .status import DIFFERENT, FAILED
 
 
@@ -40,6 +41,13 @@ def compare(
         typer.Option(help="Compare gradients. Default: if the logits are equal, up to 400M parameters."),
     ] = None,
     quick: Annotated[bool, typer.Option(help="Fewer experiments, and no gradients.")] = False,
+    decode: Annotated[
+        bool, typer.Option(help="Also check how the candidate generates, against its own forward.")
+    ] = False,
+    generate: Annotated[str | None, typer.Option(help="With --decode: the only function to check, my.py:fn.")] = None,
+    decode_arguments: Annotated[
+        str | None, typer.Option(help="With --decode, JSON: what a parameter of the function means.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write an HTML page with plots.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all figures; - is standard output.")] = None,
 ) -> None:
@@ -52,6 +60,7 @@ def compare(
     from ..lab import session
     from .report import print_report
 
+    meanings = decode_meanings(decode, generate, decode_arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     console, errors = Console(stderr=str(json_) == "-"), Console(stderr=True)
@@ -71,11 +80,13 @@ def compare(
                 quick=quick,
                 step=status.update,
             )
+            decoding = decoding_report(reference, candidate, cfg, generate, meanings, status.update) if decode else None
     except (LabError, ConversionError, OSError) as error:
         errors.print(f"[bold red]Not compared:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
     told, written = [], True
-    for file, make in ((html, comparison.to_html), (json_, lambda: as_json(comparison))):
+    figures = comparison.to_dict() | ({} if decoding is None else {"decoding": decoding.to_dict()})
+    for file, make in ((html, lambda: comparison.to_html(decoding)), (json_, lambda: as_json(figures))):
         if file is None:
             continue
         try:
@@ -88,9 +99,12 @@ def compare(
             errors.print(f"[bold red]Not written:[/] {escape(f'{file}: {error}')}", soft_wrap=True)
             written = False
     print_report(comparison, console)
+    if decoding is not None:
+        print_decoding(decoding, console)
     for line in told:
         console.print(line, soft_wrap=True)
-    sys.exit(DIFFERENT if not comparison.same else 0 if written else FAILED)
+    same = comparison.same and (decoding is None or decoding.right)
+    sys.exit(DIFFERENT if not same else 0 if written else FAILED)
 
 
 def check_outputs(html: Path | None, json_: Path | None) -> None:
@@ -112,8 +126,8 @@ def check_writable(option: str, file: Path) -> None:
         raise LabError(f"{option} {file} cannot be written; give a file in an existing directory that you can write to")
 
 
-def as_json(comparison) -> str:
-    return json.dumps(comparison.to_dict(), indent=2, allow_nan=False)
+def as_json(figures) -> str:
+    return json.dumps(figures, indent=2, allow_nan=False)
 
 
 if __name__ == "__main__":

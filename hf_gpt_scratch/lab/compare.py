@@ -41,6 +41,7 @@ from .trace import (
 )
 
 if TYPE_CHECKING:
+    from .decoding.report import DecodingReport
     from .diagnose import Diagnosis
 
 Traces = tuple[Activations, Activations]  # of reference and candidate
@@ -229,9 +230,9 @@ class Comparison:
             for rank in range(len(tops[0].values))
         ]
 
-    def to_html(self) -> str:
-        """The report as one self-contained page."""
-        return html_report(self)
+    def to_html(self, decoding: "DecodingReport | None" = None) -> str:
+        """The report as one self-contained page; `decoding` is what `check_decoding` found of the candidate."""
+        return html_report(self, decoding)
 
     def _repr_html_(self) -> str:
         return html_fragment(self)

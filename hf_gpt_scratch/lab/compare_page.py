@@ -6,6 +6,7 @@ Shapes: H heads, T tokens.
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ from .trace import BLOCK_STAGES
 
 if TYPE_CHECKING:
     from .compare import Comparison, StageError
+    from .decoding.report import DecodingReport
 
 HEADS_SHOWN, TOKENS_SHOWN = 6, 24
 
@@ -105,9 +107,25 @@ def reproduced(comparison: "Comparison") -> str:
 # The page
 
 
-def html_report(comparison: "Comparison") -> str:
-    """One self-contained page."""
-    return page(title_of(comparison), verdict_of(comparison), sections_of(comparison))
+def html_report(comparison: "Comparison", decoding: "DecodingReport | None" = None) -> str:
+    """One self-contained page, with a section on how the candidate generates if that was checked, too."""
+    verdict, sections = verdict_of(comparison), sections_of(comparison)
+    if decoding is not None:
+        sections = [decoding_section(decoding), *sections]
+        if not decoding.right:
+            verdict = replace(verdict, state="bad", text=f"{verdict.text} {decoding.verdict}.".strip())
+    return page(title_of(comparison), verdict, sections)
+
+
+def decoding_section(decoding: "DecodingReport") -> Section:
+    """What `compare --decode` found."""
+    findings = [
+        finding(f"{one.name}: {one.says}", [("where", one.where), ("fix", one.remedy)], one.proof)
+        for one in decoding.findings
+    ]
+    rows = [(check.where, check.what, check.outcome, check.why) for check in decoding.checks]
+    checks = table(("where", "question", "outcome", "why"), rows)
+    return Section("Decoding", lines([*findings, checks]), note=" ".join([f"{decoding.verdict}.", *decoding.notes]))
 
 
 def html_fragment(comparison: "Comparison") -> str:
