@@ -238,10 +238,10 @@ def proved(outcome: Outcome, runner: Runner, own: Weights, edits: Edits, input_i
     on = f"on {batch} × {tokens} tokens that the search has not seen"
     if recorded[LOGITS].isfinite().any():
         return f"the candidate's logits {on}", attempt(forward, LOGITS, recorded[LOGITS])
-    compared = Experiment(config, fresh, recorded, 0.0, own).targets
-    figures = [attempt(forward, s, recorded[s]) for s in compared if s not in outcome.experiment.doubted]
-    says = f"the {len(figures)} of the candidate's stages that have finite values, {on}"
-    return says, max(figures, default=math.inf)
+    fresh_run = Experiment(config, fresh, recorded, 0.0, own, doubted=outcome.experiment.doubted)
+    figures = [attempt(forward, stage, fresh_run.activations[stage]) for stage in fresh_run.compared]
+    finite = sum(bool(fresh_run.activations[stage].isfinite().any()) for stage in fresh_run.compared)
+    return f"the {finite} of the candidate's stages that have finite values, {on}", max(figures) if finite else math.inf
 
 
 def attempt(forward: Forward, stage: str, recorded: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, E emb_dim, H heads.
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,7 @@ def fits(experiment: "Experiment", target: str) -> list[Mistake]:
     if len({place for place, _ in slots}) == 1 or target.endswith(".input"):
         for place, slot in sorted(slots, key=str):
             if slot in SUMS:
-                found += guarded(lambda place=place, slot=slot: fitted_sums(experiment, target, place, slot))
+                found += guarded(partial(fitted_sums, experiment, target, place, slot))
     stage = re.sub(r"^trf_blocks\.\d+\.?", "", target)
     n = int(number[1]) if (number := re.match(r"trf_blocks\.(\d+)", target)) else -1
     forward = experiment.forward(target)
@@ -59,10 +60,7 @@ def fits(experiment: "Experiment", target: str) -> list[Mistake]:
         "att.weights": lambda: fitted_attention(experiment, forward, recorded, n),
         "ff.layers.2.input": lambda: fitted_activation(experiment, forward[f"trf_blocks.{n}.ff.layers.0"], recorded),
         LOGITS: lambda: fitted_logits(forward, recorded),
-        **{
-            stage: lambda name=name: fitted_eps(experiment, forward, recorded, n, name)
-            for stage, name in NORMED.items()
-        },
+        **{key: partial(fitted_eps, experiment, forward, recorded, n, name) for key, name in NORMED.items()},
     }
     if stage in makers:
         found += guarded(makers[stage])
@@ -137,9 +135,9 @@ def extra_operands(slot: str, place: int) -> Iterator[Operand]:
         yield ("final_norm", plus("final_norm"))
     if slot not in WIRING:
         return
-    sums = (plus("input"), plus("input", "att"), plus("norm1"), plus("norm2"), plus("att"), plus("ff"))
-    sums += (plus("norm1", "att"), plus("att", "ff"), plus("input", "att", "ff"), plus("input", "ff"))
-    sums += (plus("input", "norm1"), plus("input", "norm2"))
+    sums = [plus("input"), plus("input", "att"), plus("norm1"), plus("norm2"), plus("att"), plus("ff")]
+    sums += [plus("norm1", "att"), plus("att", "ff"), plus("input", "att", "ff"), plus("input", "ff")]
+    sums += [plus("input", "norm1"), plus("input", "norm2")]
     for module in ("norm1", "norm2", "ff", "att", "act", "final_norm"):
         for operands in sums:
             if module != "act" or operands in (plus("ff"), plus("att")):
@@ -184,16 +182,15 @@ def snap(value: float) -> float:
 def named_sum(slot: str, operands: Sum) -> Mistake:
     if slot in WIRING:
         return wiring_mistake({slot: operands})
-    remedies = {"embedded": EMBEDDED, "input": CHAIN}
-    shown = sum_shown(operands)
+    shown, changes = sum_shown(operands), ((slot, operands),)
     if slot == "embedded":
-        return row("wrong-embedding", "input", f"the blocks read {shown}, not tok_emb + the positions", EMBEDDED,
-                   embedded=operands)  # fmt: skip
+        says = f"the blocks read {shown}, not tok_emb + the positions"
+        return Mistake("wrong-embedding", "input", says, EMBEDDED, changes)
     if slot == "head.input":
         says = f"the head reads {shown}, not final_norm's output"
-        return row("wrong-wiring", LOGITS, says, LOGITS_REMEDY, **{slot: operands})
+        return Mistake("wrong-wiring", LOGITS, says, LOGITS_REMEDY, changes)
     says = f"it reads {shown}, not what the place before it returns"
-    return row("wrong-wiring", "input", says, remedies[slot], **{slot: operands})
+    return Mistake("wrong-wiring", "input", says, CHAIN, changes)
 
 
 # Constants
@@ -261,7 +258,7 @@ def visible_band(seen: torch.Tensor, rows: torch.Tensor) -> tuple[int | None, in
 
 
 def band_row(behind: int | None, ahead: int | None, fill: float = -math.inf) -> Mistake:
-    changes = {"mask": (behind, ahead), **({} if fill == -math.inf else {"fill": ("set", fill)})}
+    changes: dict[str, Any] = {"mask": (behind, ahead), **({} if fill == -math.inf else {"fill": ("set", fill)})}
     if ahead == 0 and behind is not None:
         says = f"a local window: a token sees only itself and the {behind} tokens before it"
         return row("local-window", "att.weights", says, MASK, **changes)
@@ -324,11 +321,11 @@ def fitted_activation(experiment: "Experiment", x: torch.Tensor, recorded: torch
     if negative.any():
         slope = (y[negative] / x[negative]).median().item()
         add(f"the activation is a leaky ReLU with slope {slope:.6g}, not {right}", ("leaky", slope))
-    for kind in (right, "gelu", "relu", "silu"):
-        z = activate(x, kind)
+    for base in (right, "gelu", "relu", "silu"):
+        z = activate(x, base)
         factor = snap((y @ z / (z @ z)).item()) if (z @ z).item() else 0.0
         if factor and abs(factor - 1) > 1e-7:
-            add(f"the activation is {factor:.6g} · {kind}(x), not {right}(x)", ("times", factor, kind))
+            add(f"the activation is {factor:.6g} · {base}(x), not {right}(x)", ("times", factor, base))
     return found
 
 

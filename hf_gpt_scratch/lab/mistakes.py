@@ -11,7 +11,7 @@ from itertools import permutations, product
 from typing import Any
 
 from ..model.configuration_gpt_scratch import GPTScratchConfig
-from .simulate import AFFINE, FORMULAS, GPT2, NORMS, OUTPUTS, PLAIN, QKV, SCALES, TOKENS, WIRING, Sum, plus
+from .simulate import AFFINE, FORMULAS, NORMS, OUTPUTS, PLAIN, QKV, SCALES, TOKENS, WIRING, Sum, plus
 from .trace import BLOCK_STAGES, LOGITS, stages
 
 
@@ -39,9 +39,9 @@ class Mistake:
         return frozenset(slot for slot, _ in self.changes)
 
 
-def row(name: str, stage: str, says: str, remedy: str, *, common: bool = False, **changes: Any) -> Mistake:
-    """A row for slots whose names have no dot, and, as `all_norms_x`, for slot x of all norms."""
-    slots = {}
+def row(name: str, stage: str, says: str, remedy: str, *, common=False, **changes) -> Mistake:
+    """A row, with its slots as keywords; slot x of all norms is `all_norms_x`."""
+    slots: dict[str, Any] = {}
     for slot, value in changes.items():
         if slot.startswith("all_norms_"):
             slots |= {f"{norm}.{slot.removeprefix('all_norms_')}": value for norm in NORMS}
@@ -73,7 +73,7 @@ def sums(**slots: Sum) -> dict[str, Sum]:
 
 PARALLEL = "x = x + att(norm1(x)), and only then ff(norm2(x))"
 # Ways to join the parts of a block, by what each reads: name, first stage, description, remedy, whether common.
-WIRINGS: tuple[tuple[str, str, str, str, dict[str, Sum], bool], ...] = (
+WIRINGS: tuple[tuple[str, str, str, str, dict[str, Any], bool], ...] = (
     ("post-norm", "norm1", "the norms come after the shortcuts are added (post-norm)", BOTH_NORMS,
      sums(norm1=plus("input", "att"), att=plus("input"), norm2=plus("norm1", "ff"), ff=plus("norm1"),
           output=plus("norm2")), True),
@@ -577,7 +577,7 @@ def reachable(wiring: Mapping[str, Sum]) -> dict[str, Sum]:
 
 def names_in(operands: Sum) -> list[str]:
     """The names in a sum. A module that is applied to something else is not one of them."""
-    names = []
+    names: list[str] = []
     for operand, _ in operands:
         names += names_in(operand[1]) if isinstance(operand, tuple) else [operand]
     return names
@@ -667,10 +667,3 @@ def twice_before(place: int) -> tuple[Any, ...]:
 
 def numbered_blocks(blocks: list[int]) -> str:
     return f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
-
-
-def check_slots(known: Iterable[Mistake]) -> None:
-    """Raises ValueError for a slot that the simulation does not have."""
-    for mistake in known:
-        if unknown := mistake.slots - GPT2.keys():
-            raise ValueError(f"{mistake.name} sets {sorted(unknown)}, but the slots are {sorted(GPT2)}")

@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens.
 """
 
-import re
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -37,31 +36,44 @@ def broken(stage: str, recorded: torch.Tensor) -> list[str]:
     return [f"{bad} of {recorded.numel()} values of {stage} are NaN or infinite"] if bad else []
 
 
+def by_token(stage: str, recorded: torch.Tensor) -> torch.Tensor:
+    """The values that a stage has for each token, (B, T, …)."""
+    if stage.endswith("att.weights"):  # (B, H, T, T)
+        return recorded.transpose(1, 2)
+    return recorded.expand(1, *recorded.shape) if recorded.ndim == 2 else recorded
+
+
 def of_tokens(
-    run: Callable[[torch.Tensor], Activations], stage: str, before: torch.Tensor, input_ids: torch.Tensor, vocab: int
+    run: Callable[[torch.Tensor], Activations], stage: str, recorded: torch.Tensor, input_ids: torch.Tensor, vocab: int
 ) -> list[str]:
     """Whether a token changes the stage at earlier positions, at its own, and in another sequence."""
-    if before.ndim < 3 or before.shape[0] != len(input_ids) or re.search(r"att\.weights$", stage):
-        stage, before = LOGITS, run(input_ids)[LOGITS]
     batch, tokens = input_ids.shape
-    if before.shape[:2] != (batch, tokens):
-        return []
+    before = by_token(stage, recorded)
+    if before.ndim < 3 or before.shape[:2] != (batch, tokens):
+        return [f"{stage} has the shape {tuple(recorded.shape)}"]
     changed = input_ids.clone()
     middle = tokens // 2
     changed[0, middle] = (changed[0, middle] + 1) % vocab
-    after = run(changed).get(stage)
-    if after is None or after.shape != before.shape:
-        return []
+    again = run(changed).get(stage)
+    after = before if again is None else by_token(stage, again)
+    if after.shape != before.shape:
+        return [f"{stage} has a shape that depends on the tokens"]
     differs = ~torch.isclose(before, after, rtol=1e-9, atol=1e-12, equal_nan=True).flatten(2).all(-1)  # (B, T)
     says = []
     if differs[0, :middle].any():
         says.append(f"{stage} at a position depends on later tokens")
     if not differs[0, middle]:
         says.append(f"{stage} at a position does not depend on the token there")
-    if middle + 1 < tokens and not differs[0, middle + 1 :].any() and not stage.startswith(("tok", "pos")):
+    if middle + 1 < tokens and not differs[0, middle + 1 :].any() and mixes(stage):
         says.append(f"{stage} at a position does not depend on earlier tokens")
     if differs[1:].any():
         says.append(f"{stage} of one sequence depends on another sequence of the batch")
     return says or [
-        f"{stage} depends on the tokens that it should: on its own and the earlier ones, in its own sequence"
+        f"{stage} depends on the tokens that it should: on its own and on earlier ones, in its own sequence"
     ]
+
+
+def mixes(stage: str) -> bool:
+    """Whether a stage should depend on earlier tokens: all from the first attention weights on."""
+    own = ("tok_emb", "pos_emb", *(f"trf_blocks.0.{name}" for name in ("input", "norm1", "att.W_")))
+    return not stage.startswith(own)

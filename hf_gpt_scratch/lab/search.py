@@ -60,8 +60,11 @@ def key_of(stage: str) -> str:
 
 
 def agreement(simulated: torch.Tensor, recorded: torch.Tensor) -> float:
-    """The relative error; inf if shapes or the positions of NaNs differ, or if there is no finite number to compare."""
-    return errors(recorded, simulated)[2] if recorded.isfinite().any() else math.inf
+    """The relative error; inf if shapes or the positions of values that are not finite differ.
+
+    If no recorded value is finite, 0 where none is in the simulation: that contradicts nothing, but it is no evidence.
+    """
+    return errors(recorded, simulated)[2]
 
 
 @dataclass
@@ -93,9 +96,7 @@ class Experiment:
         self.activations = {
             stage: usable(stage, tensor, self.input_ids, self.config) for stage, tensor in self.activations.items()
         }
-        order = [stage for stage in recorded_stages(self.config.n_layers) if stage in self.activations]
-        # Where no value is finite, nothing can be compared: NaN against NaN is no agreement.
-        self.targets = [stage for stage in order if self.activations[stage].isfinite().any()]
+        self.targets = [stage for stage in recorded_stages(self.config.n_layers) if stage in self.activations]
         self.solved: dict[str, Equation] = {}
         self.given = {stage: x for stage, x in self.activations.items() if stage not in self.doubted}
         self.wrong = placed(self.findings)
@@ -158,9 +159,12 @@ def usable(stage: str, tensor: torch.Tensor, input_ids: torch.Tensor, config: GP
 def search(experiment: Experiment, known: list[Mistake], *, thorough: bool = True) -> tuple[Experiment, list[str]]:
     """The experiment with findings that make as many equations true as possible, and the stages still unexplained.
 
-    If `thorough`, pairs of mistakes are tried where no single one explains a stage.
+    If `thorough`, pairs of mistakes are tried where no single one explains a stage, and the search goes on behind an
+    unexplained stage. Then it names only what a stage in one place shows by itself: an edit found across several
+    places, of which one is not understood, may reproduce one stage by chance.
     """
     unexplained: list[str] = []
+    firm: Findings = []
     while len(experiment.findings) < MOST:
         failing = [target for target in experiment.compared if experiment.fails(target) and target not in unexplained]
         if not failing:
@@ -173,10 +177,15 @@ def search(experiment: Experiment, known: list[Mistake], *, thorough: bool = Tru
         added = best_edit(experiment, target, known, pairs=pairs)
         if added is None:
             unexplained.append(target)
+            if not thorough:
+                break
         else:
+            firm += added if len({place for place, _ in experiment.state(target).read}) == 1 else []
             experiment = experiment.with_findings([*experiment.findings, *added])
+    if unexplained:
+        experiment = experiment.with_findings(firm)
     failing = [target for target in experiment.compared if experiment.fails(target)]
-    return experiment, failing
+    return experiment, [*unexplained, *(target for target in failing if target not in unexplained)]
 
 
 def harmless(experiment: Experiment, target: str) -> bool:
@@ -188,7 +197,12 @@ def harmless(experiment: Experiment, target: str) -> bool:
 
 
 def best_edit(experiment: Experiment, target: str, known: list[Mistake], *, pairs: bool) -> Findings | None:
-    """The edit that makes the equation true, and of several the one that leaves the fewest equations false."""
+    """The edit that makes the equation true, and of several the one that leaves the fewest equations false.
+
+    None where no value is finite: any edit that makes NaN would do.
+    """
+    if not experiment.activations[target].isfinite().any():
+        return None
     read = experiment.state(target).read
     slots, places = {slot for _, slot in read}, sorted({place for place, _ in read})
     local = [mistake for mistake in known if mistake.slots & slots]
@@ -214,7 +228,7 @@ def work(experiment: Experiment, read: frozenset[tuple[int, str]]) -> float:
     total = 0.0
     for place in {place for place, _ in read}:
         slots = {slot for other, slot in read if other == place}
-        matrices = sum(slot.endswith(".transposed") for slot in slots)
+        matrices: float = sum(slot.endswith(".transposed") for slot in slots)
         matrices += 3 * any("ff.layers" in slot for slot in slots)
         if "logits" in slots:
             matrices += experiment.config.vocab_size / width
@@ -228,7 +242,7 @@ def options_of(
     """The groups of mistakes that make the equation of `target` true, each with its rank and places."""
     n_layers = experiment.config.n_layers
     whole = frozenset(everywhere(n_layers))
-    options = []
+    options: list[tuple[tuple[float, ...], Findings]] = []
     groups = list(groups)
     for number, group in enumerate(groups):
         changes = {slot: value for mistake in group for slot, value in mistake.changes}

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, E emb_dim, H heads, D = E / H, I n_inner, V vocabular
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -501,7 +501,7 @@ def activate(x: torch.Tensor, kind: Any) -> torch.Tensor:
     return PLAIN[name](x)
 
 
-PLAIN = {
+PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "elu": F.elu,
     "selu": F.selu,
     "celu": F.celu,

@@ -42,7 +42,7 @@ from .building import (
     read_cfg,
     values_of,
 )
-from .calling import logits_in, own_caller
+from .calling import own_caller
 from .pairing import Folded, Match, joined, match_parameters, parameters, part_of
 from .usage import uses
 
@@ -177,9 +177,15 @@ def rows_of(match: Match, parameter: torch.Tensor) -> int:
 
 
 def few_tokens(config: GPTScratchConfig) -> torch.Tensor:
-    """Four token ids (1, 4) that are no positions, for looking at how a model uses its parameters."""
-    length = min(4, config.context_length)
-    return torch.arange(config.vocab_size - 1, -1, -1).repeat(2)[:length].unsqueeze(0)
+    """Some token ids (1, T) that are no positions, for looking at how a model uses its parameters.
+
+    T is no other size, if the context allows it, so that the dimensions of the scores are known by it.
+    """
+    others = (config.n_heads, config.emb_dim, config.emb_dim // config.n_heads, config.n_inner, 1)
+    length = next((n for n in (5, 7, 11, 13, 17, 19) if n not in others), 5)
+    length = min(length, config.context_length)
+    ids = torch.arange(config.vocab_size - 1, -1, -1)
+    return ids.repeat(1 + length // len(ids))[:length].unsqueeze(0)
 
 
 def known_matches(module: Any, kind: type[GPTScratchPreTrainedModel]) -> tuple[list[Match], GPTScratchConfig]:
@@ -358,12 +364,6 @@ def load_code(
                 "convert a model.pth, or give the checkpoint first"
             )
         result.notes += copy_weights(like, result)
-        if not reproduces(like, result) and (swapped := with_queries_for_keys(result)):
-            copy_weights(like, swapped)
-            if reproduces(like, swapped):
-                result = swapped
-            else:
-                copy_weights(like, result)
     elif like is not None:
         what = "is a model" if ready else "returns a model"
         result.notes.append(
@@ -494,44 +494,6 @@ def misfits(values: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor],
         if values[name].shape != own[name].shape
     ]
     return sorted(wrong)
-
-
-@torch.no_grad()
-def reproduces(reference: Subject, candidate: Subject) -> bool:
-    """Whether both return the same logits for a few tokens, as far as both run."""
-    model, config = candidate.module, reference.config
-    training = [part for part in model.modules() if part.training]
-    try:
-        model.eval()
-        if config is None:
-            return False
-        input_ids = few_tokens(config)
-        logits = [
-            logits_in(subject.run(input_ids), input_ids.shape, config.vocab_size, subject.name)[
-                :, -1, : config.vocab_size
-            ]
-            for subject in (reference, candidate)
-        ]
-        return torch.allclose(*logits, rtol=1e-3, atol=1e-4)
-    except Exception:  # whatever the user's class raises, which the comparison then reports
-        return False
-    finally:
-        for part in training:
-            part.training = True
-
-
-def with_queries_for_keys(candidate: Subject) -> Subject | None:
-    """The subject with the other pairing of queries and keys, where neither has a name that says which it is."""
-    names = {"att.W_query.": "att.W_key.", "att.W_key.": "att.W_query."}
-
-    def other(match: Match) -> Match:
-        if not match.reason.startswith(("use as query", "use as key")):
-            return match
-        ours = tuple(re.sub(r"att\.W_(query|key)\.", lambda found: names[found[0]], name) for name in match.row.ours)
-        return replace(match, row=replace(match.row, ours=ours))
-
-    matches = [other(match) for match in candidate.matches]
-    return None if matches == candidate.matches else replace(candidate, matches=matches)
 
 
 @torch.no_grad()

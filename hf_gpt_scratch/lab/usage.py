@@ -8,7 +8,7 @@ Shapes: T tokens.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,11 +44,16 @@ class Use:
 
 @dataclass(frozen=True)
 class Label:
-    """What a value comes from: parameters alone (`pure`), or the tokens, and then the parameters applied last."""
+    """What a value comes from: parameters alone (`pure`), or the tokens, and then the parameters applied last.
+
+    Of scores, `pair` are the parameters of their rows and columns; `flipped` is whether these were transposed since.
+    """
 
     pure: bool
     names: tuple[str, ...] = ()
     kind: str = ""
+    pair: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    flipped: bool = False
 
 
 class Follower(TorchDispatchMode):
@@ -65,11 +70,15 @@ class Follower(TorchDispatchMode):
             names.setdefault(storage(parameter), []).append(name)
         self.labels |= {key: Label(True, tuple(found)) for key, found in names.items()}
         self.labels[storage(input_ids)] = Label(False, (), "ids")
+        self.tokens = input_ids.shape[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        label = self.combined(func._schema.name.split("::")[-1].removesuffix("_"), inputs)
+        operation = func._schema.name.split("::")[-1].removesuffix("_")
+        label = self.combined(operation, inputs)
+        if label is not None and label.kind == "scores" and self.flips(operation, args):
+            label = replace(label, flipped=not label.flipped)
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 self.kept.append(value)
@@ -89,27 +98,43 @@ class Follower(TorchDispatchMode):
             return self.used(operation, weights, values[0])
         if "scaled_dot_product" in operation and len(values) >= 3:
             for label, role in zip(values[:3], ("query", "key", "value"), strict=True):
-                self.play(label, role)
+                self.play(label.names, role)
             return Label(False, (), "context")
         if operation in PRODUCTS and len(values) >= 2:
             return self.product(*values[-2:])
         if len(values) == 1 or all(label.kind == values[0].kind for label in values):
             names = tuple(dict.fromkeys(name for label in values for name in label.names))
-            return Label(False, names if operation not in SUMS or len(values) == 1 else (), values[0].kind)
+            return replace(values[0], names=names if operation not in SUMS or len(values) == 1 else ())
         added = [label for label in values if label.kind == "applied"]
         return Label(False, added[0].names if len(added) == 1 else (), "stream")
 
     def product(self, left: Label, right: Label) -> Label:
         """Of two values: queries and keys first, then the scores and the values."""
-        if "scores" in (left.kind, right.kind):
-            self.play(right if left.kind == "scores" else left, "value")
-            return Label(False, (), "context")
-        self.play(left, "query")
-        self.play(right, "key")
-        return Label(False, (), "scores")
+        if "scores" not in (left.kind, right.kind):
+            return Label(False, (), "scores", (left.names, right.names))
+        scores, values = (left, right) if left.kind == "scores" else (right, left)
+        rows, columns = scores.pair
+        # The values are summed over the keys: over the scores' last dimension, if they are the first factor.
+        queries, keys = (rows, columns) if scores.flipped == (scores is right) else (columns, rows)
+        for names, role in ((queries, "query"), (keys, "key"), (values.names, "value")):
+            self.play(names, role)
+        return Label(False, (), "context")
 
-    def play(self, label: Label, role: str) -> None:
-        for name in label.names:
+    def flips(self, operation: str, args: Any) -> bool:
+        """Whether an operation exchanges the scores' two dimensions, which are the only ones as long as the tokens."""
+        if operation not in ("transpose", "t", "permute"):
+            return False
+        sizes, order = args[0].shape, list(range(args[0].ndim))
+        if operation == "permute":
+            order = [dim % len(order) for dim in args[1]]
+        else:
+            first, second = args[1:3] if operation == "transpose" else (0, 1)
+            order[first], order[second] = order[second], order[first]
+        places = [order.index(dim) for dim, size in enumerate(sizes) if size == self.tokens]
+        return len(places) == 2 and places[0] > places[1]
+
+    def play(self, names: tuple[str, ...], role: str) -> None:
+        for name in names:
             if name in self.uses:
                 self.uses[name].roles.add(role)
 
