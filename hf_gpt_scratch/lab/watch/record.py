@@ -231,6 +231,7 @@ class Recorder:
         self.pending: list[Any] = []  # batches that no forward pass has seen yet
         self.wrong_ids: dict[str, Any] | None = None
         self.reference: dict[int, torch.Tensor] = {}
+        self.stepped = False  # by an optimizer
         self.found_own_loss = False
         self.room = KEPT_LOGITS
         self.finished = False
@@ -390,7 +391,7 @@ class Recorder:
         if grad and self.waiting is not None:
             self.after = [forward]
         elif grad:
-            if not self.optimizers and self.step.backwards:
+            if not self.stepped and self.step.backwards:
                 self.find_update_by_hand(module)
             self.step.forwards.append(forward)
             self.step.batches += self.pending
@@ -612,7 +613,7 @@ class Recorder:
                 for key, parameter in self.followed().items()
                 if parameter.grad is not None and not parameter.grad.is_sparse
             }
-            if not self.optimizers:
+            if not self.stepped:
                 self.reference = {key: one.detach().clone() for key, one in self.followed().items()}
         if self.backwards > FRUITLESS and not self.steps:
             self.ended = f"after {FRUITLESS} backward passes without an optimizer step"
@@ -691,6 +692,9 @@ class Recorder:
     def before_step(self, optimizer, args, kwargs) -> None:
         if self.waiting is not None:
             return
+        if len(self.steps) >= self.wanted:  # of a training that calls no backward()
+            raise Enough
+        self.stepped = True
         if not any(known is optimizer for known in self.optimizers):
             self.optimizers.append(optimizer)
         if self.step.updates and (len(args) > 1 or kwargs.get("closure") is not None):
@@ -893,5 +897,5 @@ def row_weights(loss: Loss, factor: torch.Tensor) -> torch.Tensor | None:
 
 def are_probabilities(rows: torch.Tensor) -> bool:
     """Whether each row is a distribution."""
-    sums = rows.double().sum(-1)
+    sums = rows.sum(-1, dtype=torch.float64)
     return bool((rows >= 0).all()) and bool(((sums - 1).abs() < 1e-3 if rows.shape[-1] > 1 else sums > 2).all())

@@ -40,18 +40,21 @@ FOLLOWS = {
 
 def report_of(recorder: Recorder, report: WatchReport, frames: list[dict[str, Any]]) -> None:
     """Fills the report with what the recorder has seen. `frames`: the script's variables, where its data is."""
+    found: list[Finding] = []
     with torch.no_grad():
         names = Names(recorder)
         losses = LossFindings(recorder)
-        parts: list[Any] = [
-            losses,
-            GradientFindings(recorder, names),
-            UpdateFindings(recorder, names),
-            DataFindings(recorder, losses, frames),
-        ]
-        found: list[Finding] = []
-        for part in parts:
-            found += part.all()
+        parts: dict[str, Any] = {
+            "losses": losses,
+            "gradients": GradientFindings(recorder, names),
+            "updates": UpdateFindings(recorder, names),
+            "modes and data": DataFindings(recorder, losses, frames),
+        }
+        for what, part in parts.items():
+            try:
+                found += part.all()
+            except Exception as error:  # the others are still worth telling
+                report.seen.append(f"{what} could not be judged: {type(error).__name__}: {error}")
         found += wrong_ids(recorder)
     if not recorder.steps and recorder.backwards > 4:
         found.append(
@@ -70,7 +73,7 @@ def report_of(recorder: Recorder, report: WatchReport, frames: list[dict[str, An
     report.steps = steps_of(recorder)
     rows = [loss.rows for step in recorder.steps for loss in step.losses if loss.rows is not None]
     report.vocabulary = rows[0].shape[-1] if rows else 0
-    report.seen = seen(recorder)
+    report.seen += seen(recorder)
 
 
 def wrong_ids(recorder: Recorder) -> list[Finding]:

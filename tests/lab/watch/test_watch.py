@@ -159,6 +159,23 @@ def test_a_block_of_a_notebook_is_left_after_the_steps():
     assert json.loads(json.dumps(report.to_dict()))["findings"][0]["name"] == "not-shifted"
 
 
+def test_a_block_without_backward_is_left_too():
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    done = 0
+    with watch(steps=2) as report:
+        for _ in range(10):
+            x = torch.randint(0, 20, (4, 9))
+            loss = torch.nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+            for parameter, grad in zip(
+                model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+            ):
+                parameter.grad = grad
+            optimizer.step()
+            done += 1
+    assert done == 2 and len(report.steps) == 2 and not report.faults
+
+
 def test_errors_in_a_block_pass_through_and_the_report_has_them():
     with pytest.raises(KeyError, match="mine"), watch() as report:
         raise KeyError("mine")
