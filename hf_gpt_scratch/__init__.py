@@ -13,6 +13,7 @@ from .registration import register_once_imported
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .lab.decoding.session import check_decoding
     from .lab.explain import explain
     from .lab.inspect import inspect
     from .lab.session import compare
@@ -71,6 +72,7 @@ __all__ = [
     "UnknownArchitecture",
     "UnknownName",
     "__version__",
+    "check_decoding",
     "compare",
     "convert",
     "explain",
@@ -87,6 +89,7 @@ __all__ = [
 
 # The modules that the others are imported from.
 _MODULES = {
+    ".lab.decoding.session": "check_decoding",
     ".lab.explain": "explain",
     ".lab.inspect": "inspect",
     ".lab.session": "compare",

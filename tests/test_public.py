@@ -118,7 +118,7 @@ def test_errors_are_of_one_family():
 
 def test_imports_go_one_way():
     """model ← weights ← lab ← cli, and no circle among the modules."""
-    rooms = {"errors": 0, "version": 0, "model": 0, "tokenizer": 1, "weights": 1, "lab": 2, "cli": 3}
+    rooms = {"template": -1, "errors": 0, "version": 0, "model": 0, "tokenizer": 1, "weights": 1, "lab": 2, "cli": 3}
     arrows = {}
     for file in PACKAGE.rglob("*.py"):
         *place, stem = file.relative_to(PACKAGE).with_suffix("").parts  # formats/ is a package in a room

@@ -20,6 +20,7 @@ from .compare_command import compare
 from .doctor import JSON_HELP
 from .doctor import doctor as examine
 from .generate_command import chat, generate
+from .new_command import new
 from .status import FAILED, INTERRUPTED
 from .verify_receipt_command import verify_receipt_command
 from .watch_command import SETTINGS as WATCH_SETTINGS
@@ -66,6 +67,7 @@ Tokenizer = Annotated[
         help="Directory, hub id or nanoGPT's meta.pkl; gpt2; none. Otherwise the source's, or GPT-2's by its size."
     ),
 ]
+Optimizer = Annotated[bool, typer.Option(help="Take AdamW's state along, for Trainer to resume from, if there is one.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing target.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
 MODEL = "124M, 355M, 774M or 1558M; book for the book's GPT_CONFIG_124M; a directory, hub id or config.json."
@@ -82,6 +84,7 @@ def convert(
     activation: Activation = None,
     lora_scale: LoraScale = None,
     tokenizer: Tokenizer = None,
+    optimizer: Optimizer = True,
     overwrite: Overwrite = False,
 ) -> None:
     """Converts a GPT-2 checkpoint into the book's layers; the weights stay the same.
@@ -94,7 +97,7 @@ def convert(
     from .terminal import convert_and_report
 
     options: dict[str, Any] = dict(n_heads=n_heads, activation_function=activation, lora_scale=lora_scale)
-    options |= dict(tokenizer=tokenizer, revision=revision, check=check, overwrite=overwrite)
+    options |= dict(tokenizer=tokenizer, optimizer=optimizer, revision=revision, check=check, overwrite=overwrite)
     convert_and_report(conversion.convert, source, target, max_shard_size=max_shard_size, **options)
 
 
@@ -110,6 +113,7 @@ def export(
     activation: Activation = None,
     lora_scale: LoraScale = None,
     tokenizer: Tokenizer = None,
+    optimizer: Optimizer = True,
     overwrite: Overwrite = False,
 ) -> None:
     """Converts a GPTScratch checkpoint, or another program's, to an official GPT-2 checkpoint or another format."""
@@ -118,7 +122,7 @@ def export(
     from .terminal import convert_and_report
 
     options: dict[str, Any] = dict(n_heads=n_heads, activation_function=activation, lora_scale=lora_scale)
-    options |= dict(tokenizer=tokenizer, revision=revision, check=check, overwrite=overwrite)
+    options |= dict(tokenizer=tokenizer, optimizer=optimizer, revision=revision, check=check, overwrite=overwrite)
     options |= dict(format=format, max_shard_size=max_shard_size)
     convert_and_report(conversion.export, source, target, **options)
 
@@ -171,7 +175,7 @@ doctor.__doc__ = examine.__doc__
 
 
 # The subcommands; a new one is imported above, in a module that imports no large library, and added here.
-COMMANDS = (convert, export, verify, compare, generate, chat, explain, inspect, doctor)
+COMMANDS = (convert, export, verify, compare, generate, chat, explain, inspect, new, doctor)
 
 
 class Commands(TyperGroup):

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..errors import LabError
+from ..errors import LabError, few
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM
 from ..weights.parity import (
     FLOAT64_STAGE,
@@ -21,25 +21,27 @@ from ..weights.parity import (
     differing,
     differing_settings,
     finite,
-    relative_errors,
 )
-from .pairing import Match, parameters
+from .compare_page import html_fragment, html_report
+from .gradients import gradient_bound, gradient_errors
+from .pairing import Match
 from .subject import Subject
 from .trace import (
     BLOCK_STAGES,
     CHOICES,
     HEAD_STAGES,
     LOGITS,
+    MODULE_INPUTS,
     OTHER_STAGES,
     Activations,
     double_trace,
-    first_tensor,
     meaning,
     stages,
     trace,
 )
 
 if TYPE_CHECKING:
+    from .decoding.report import DecodingReport
     from .diagnose import Diagnosis
 
 Traces = tuple[Activations, Activations]  # of reference and candidate
@@ -100,6 +102,9 @@ class Comparison:
     tensors: int = 0
     different_tensors: list[str] | None = None
     different_settings: list[str] = field(default_factory=list)
+    extras: list[str] = field(default_factory=list)
+    quick: bool = False
+    failure: str = ""
     traces: Traces = field(default=({}, {}), repr=False)
     tokenizer: Any = field(default=None, repr=False)
 
@@ -123,7 +128,18 @@ class Comparison:
     @property
     def same(self) -> bool:
         """Whether they are equivalent and, as two checkpoints, have equal weights bit for bit and equal settings."""
-        return self.equivalent and not self.different_tensors and not self.different_settings
+        same_function = self.equivalent and not self.failure and not self.extras and self.gradients_agree is not False
+        return same_function and not self.different_tensors and not self.different_settings
+
+    @property
+    def gradients_agree(self) -> bool | None:
+        """Whether all gradients are equal within rounding; None if they were not compared."""
+        return None if self.gradients is None else self.worst_gradient[1] <= gradient_bound(self.dtype)
+
+    @property
+    def worst_gradient(self) -> tuple[str, float]:
+        """The parameter with the largest gradient error, and that error; nan if there is none in common."""
+        return max((self.gradients or {"": math.nan}).items(), key=lambda item: (math.isnan(item[1]), item[1]))
 
     @property
     def growth(self) -> list[float]:
@@ -136,7 +152,21 @@ class Comparison:
         if self.same:
             more = f" and {bug:.1e} in float64: the float32 error is rounding" if self.dtype == "float64" else ""
             bits = f"; {self.tensors} tensors equal bit for bit" if self.different_tensors is not None else ""
-            return f"the same model: relative logit error {rounding:.1e} in float32{more}{bits}"
+            told = f"{more}{self.about_gradients}{bits}"
+            return f"the same model: relative logit error {rounding:.1e} in float32{told}"
+        if self.equivalent and self.failure:
+            return f"different: the logits of {len(self.tokens[0])} tokens are equal, but {self.failure}"
+        if self.equivalent and self.extras:
+            return (
+                "different: with these weights the logits are equal, but the candidate has parameters that GPT-2 does "
+                f"not have, and they change the logits: {few(self.extras, 4)}"
+            )
+        if self.equivalent and self.gradients_agree is False:
+            name, error = self.worst_gradient
+            return (
+                f"different gradients: the logits are equal ({rounding:.1e} in float32), but the gradient of {name} "
+                f"has a relative error of {error:.1e}, so the two do not learn alike"
+            )
         if self.equivalent and not self.different_tensors:
             return (
                 f"different settings: the outputs are equal, but the configs have {'; '.join(self.different_settings)}"
@@ -152,9 +182,25 @@ class Comparison:
             return "different: logits that are NaN or infinite equal nothing"
         if bug <= logit_bound(self.dtype):
             return f"different: the {OTHER_STAGES[LOGITS]} agree, but not the {HEAD_STAGES[CHOICES]}"
+        fewer = "; --quick: fewer experiments" * self.quick
         if self.dtype == "float64":
-            return f"different: relative logit error {rounding:.1e} in float32 and {bug:.1e} in float64: not rounding"
-        return f"different: relative logit error {rounding:.1e} in float32; these models do not run in float64"
+            both = f"{rounding:.1e} in float32 and {bug:.1e} in float64"
+            return f"different: relative logit error {both}: not rounding{fewer}"
+        return f"different: relative logit error {rounding:.1e} in float32; these models do not run in float64{fewer}"
+
+    @property
+    def findings(self) -> list[dict[str, Any]]:
+        """The mistakes that were found: name, says, where, remedy, kind, and the logit error once repaired."""
+        return self.to_dict()["diagnosis"]["faults"] if self.diagnosis else []
+
+    @property
+    def about_gradients(self) -> str:
+        """What the verdict may say about gradients."""
+        if not self.is_language_model:
+            return ""
+        if self.gradients is None:
+            return "; gradients not compared" + ", as asked by --quick" * self.quick
+        return f"; gradients agree to {self.worst_gradient[1]:.1e}"
 
     @property
     def last_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +230,13 @@ class Comparison:
             for rank in range(len(tops[0].values))
         ]
 
+    def to_html(self, decoding: "DecodingReport | None" = None) -> str:
+        """The report as one self-contained page; `decoding` is what `check_decoding` found of the candidate."""
+        return html_report(self, decoding)
+
+    def _repr_html_(self) -> str:
+        return html_fragment(self)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers that are not finite are strings."""
         first = self.first_divergence
@@ -207,6 +260,10 @@ class Comparison:
                 "stages": [asdict(stage) for stage in self.stages],
                 "growth": self.growth,
                 "gradients": self.gradients,
+                "gradients_agree": self.gradients_agree,
+                "extras": self.extras,
+                "quick": self.quick,
+                "failure": self.failure,
                 "worst_token": list(self.worst_token),
                 "top_tokens": self.top_tokens() if self.is_language_model else [],
                 "mapping": {side: [match.to_dict() for match in matches] for side, matches in self.matches.items()},
@@ -310,13 +367,13 @@ def compare_models(
     input_ids: torch.Tensor,
     *,
     text_ids: torch.Tensor | None = None,
-    gradients: bool = False,
+    gradients: bool | None = False,
 ) -> Comparison:
     """Runs both models on `input_ids` (B, T) in float32 and, if they can, in float64, and compares all stages.
 
     Args:
         text_ids: (1, any length), for the perplexity of both.
-        gradients: also compare the gradients of the mean loss on `input_ids`.
+        gradients: also compare the gradients of the mean loss on `input_ids`; None: if the logits are equal.
 
     Raises:
         LabError: the models are of different kinds, or one does not run on the tokens.
@@ -355,12 +412,12 @@ def compare_models(
             side: perplexity(subject, text_ids, input_ids.shape[1])
             for side, subject in (("reference", reference), ("candidate", candidate))
         }
-    if gradients:
-        result.gradients = gradient_errors(reference, candidate, input_ids)
+    if gradients or (gradients is None and reference.is_language_model and result.equivalent):
+        result.gradients = gradient_errors(reference, candidate, input_ids, getattr(torch, dtype))
     return result
 
 
-def refuse_kinds(reference: Subject, candidate: Subject, *, gradients: bool) -> None:
+def refuse_kinds(reference: Subject, candidate: Subject, *, gradients: bool | None) -> None:
     """Raises LabError if the models are of two kinds, or have no loss to differentiate."""
     if reference.kind is not candidate.kind:
         kinds = " and ".join(f"{subject.name} as {subject.kind.__name__}" for subject in (reference, candidate))
@@ -375,7 +432,7 @@ def stage_errors(traces: Traces, single: Traces) -> list[StageError]:
     """The errors of all stages that both traces have, in execution order; `single` are the float32 traces."""
     measured = []
     for stage in traces[0]:
-        if stage in traces[1]:
+        if stage in traces[1] and re.sub(r"^trf_blocks\.\d+\.", "", stage) not in MODULE_INPUTS:
             off, rms, relative, note = errors(traces[0][stage], traces[1][stage])
             float32 = errors(single[0][stage], single[1][stage])[2]
             measured.append(StageError(stage, meaning(stage), off, rms, relative, float32, note))
@@ -393,42 +450,3 @@ def perplexity(subject: Subject, text_ids: torch.Tensor, window: int) -> float:
             loss += F.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="sum").item()
             tokens += ids.shape[1] - 1
     return math.exp(loss / tokens) if tokens and loss / tokens < 700 else math.nan
-
-
-def tied(subject: Subject) -> bool:
-    """Whether the head is the token embedding's matrix."""
-    own = {ours: parameters(subject.module)[m.row.theirs] for m in subject.matches for ours in m.row.ours}
-    return own.get(f"{LOGITS}.weight", own.get("tok_emb.weight")) is own.get("tok_emb.weight")
-
-
-def gradient_errors(reference: Subject, candidate: Subject, input_ids: torch.Tensor) -> dict[str, float]:
-    """The relative gradient error of each parameter that both have, in float32, by the book's names."""
-    first, second = (gradients_of(subject, input_ids) for subject in (reference, candidate))
-    if tied(reference) or tied(candidate):
-        # A tied matrix has the sum of both gradients, so two untied ones are compared by their sum.
-        for subject, gradients in ((reference, first), (candidate, second)):
-            head = gradients.pop(f"{LOGITS}.weight", None)
-            if head is not None and not tied(subject):
-                gradients["tok_emb.weight"] = gradients["tok_emb.weight"] + head
-    shared = [name for name in first if name in second and first[name].shape == second[name].shape]
-    if not shared:
-        return {}
-    return relative_errors({name: first[name] for name in shared}, {name: second[name] for name in shared})
-
-
-@torch.enable_grad()
-def gradients_of(subject: Subject, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The gradients of the mean loss of each next token, by the book's names. The model's own are cleared.
-
-    Raises:
-        LabError: the model does not return logits for each token.
-    """
-    subject.module.zero_grad()
-    output = subject.module(input_ids)
-    logits = first_tensor(output.logits if hasattr(output, "logits") else output)
-    if logits is None or logits.shape[1] != input_ids.shape[1]:
-        raise LabError(f"{subject.name} does not return logits for each token, so there is no loss to differentiate")
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).backward()
-    gradients = {name: p.grad for name, p in parameters(subject.module).items() if p.grad is not None}
-    subject.module.zero_grad()  # which sets them to None, so that these stay as they are
-    return subject.in_book_names(gradients)

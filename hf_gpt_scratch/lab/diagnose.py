@@ -1,10 +1,10 @@
-"""Why a candidate differs from the reference: the known mistakes that reproduce it, established by experiment.
+"""Why a candidate differs from the reference: the mistakes that reproduce it, established by experiment.
 
 Weights and forward pass are diagnosed separately. Weights: which tensors differ, and what was done to them
-(`weight_faults.py`). Forward pass: GPT-2's, with one switch for each mistake (`simulate.py`), runs on the candidate's
-own weights until it reproduces the candidate's activations stage by stage (`search.py`), block by block where hooks
-reach the blocks, so that each mistake is located. The proof is the same run with the mistakes undone one after another:
-the error against the reference vanishes.
+(`weight_faults.py`). Forward pass: GPT-2's, made of small operations (`simulate.py`), is edited until it computes from
+the candidate's own values what the candidate computes, stage by stage (`search.py`), so that each mistake is located.
+The proof: with these edits and the candidate's weights it reproduces the candidate's logits on tokens that the search
+has not seen. Where no edit does, `observe.py` says what the stage depends on.
 
 Shapes: B batch, T tokens, E emb_dim, V vocabulary.
 """
@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
-from ..errors import few
+from ..errors import LabError, few
+from ..model.configuration_gpt_scratch import GPTScratchConfig
 from .compare import Comparison, errors, logit_bound, stage_bound
-from .mistakes import Mistake, mistakes
-from .search import SHORT, Experiment, Forward, forward_mistakes
-from .simulate import QKV, Weights, everywhere
+from .mistakes import mistakes
+from .observe import observations
+from .search import SHORT, Experiment, Found, Outcome, agreement, forward_mistakes
+from .simulate import QKV, Edits, Forward, Weights, everywhere
 from .subject import Subject
-from .trace import LOGITS, Activations, double_trace, stages, trace
+from .trace import LOGITS, Activations, double_trace, meaning, stages, trace
 from .weight_faults import Change, grouped, in_any_block, is_bias, listed, weight_changes
 
 
@@ -30,8 +32,8 @@ from .weight_faults import Change, grouped, in_any_block, is_bias, listed, weigh
 class Fault:
     """A mistake confirmed by experiment.
 
-    `error` is the relative logit error against the reference with this fault and those before it repaired; `blocks` are
-    the blocks that have it, empty if the whole model does.
+    `error` is the relative logit error against the reference with this fault and those before it repaired, NaN unless
+    the diagnosis is explained; `blocks` are the blocks that have it, empty if the whole model does.
     """
 
     name: str
@@ -49,10 +51,11 @@ class Fault:
 
 @dataclass
 class Diagnosis:
-    """The faults in execution order; `explained` if together they reproduce the candidate.
+    """The faults in execution order; `explained` if together they reproduce the candidate on fresh tokens.
 
-    `error` is the candidate's relative logit error, `unexplained` the error that remains against the reference with
-    these faults, `tried` the number of experiments.
+    `error` is the candidate's relative logit error, `unexplained` the error with which GPT-2 with these faults
+    reproduces the candidate, inf if nothing could be compared, `tried` the number of experiments. `proof` says what was
+    reproduced, `observations` what the first unexplained stage depends on.
     """
 
     faults: list[Fault]
@@ -62,6 +65,8 @@ class Diagnosis:
     tried: int
     note: str = ""
     alternatives: list[str] = field(default_factory=list)
+    proof: str = ""
+    observations: list[str] = field(default_factory=list)
 
     @classmethod
     def failed(cls, error: float, note: str, tried: int = 0) -> "Diagnosis":
@@ -117,7 +122,7 @@ def in_order(weights: Weights, n_layers: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> Diagnosis | None:
-    """Why the candidate differs; None if it does not. `comparison` compares these two.
+    """Why the candidate differs; None if it does not. `comparison` compares these two; a quick one tries less.
 
     Raises:
         LabError: a model no longer runs.
@@ -131,36 +136,130 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
     input_ids, target = torch.tensor(comparison.tokens), comparison.traces[0][LOGITS]
     dtype, bound = getattr(torch, comparison.dtype), stage_bound(comparison.dtype)
     right = in_order({name: w.to(dtype) for name, w in reference.weights().items()}, config.n_layers)
-    everything = everywhere(config.n_layers)
-    check = Experiment(config, input_ids, comparison.traces[0], bound, right, everything)
-    if not check.explained_by([]):
+    if not agreement(Forward(right, config, input_ids, {})[LOGITS], target) <= bound:
         note = "the reference itself is not the GPT-2 that its config describes, so nothing can be diagnosed against it"
-        return Diagnosis.failed(error, note, len(check.tried))
+        return Diagnosis.failed(error, note, 1)
     activations = deterministic_trace(comparison, candidate)
     if activations is None:
         note = "the candidate is random even with dropout switched off; make it deterministic first"
-        return Diagnosis.failed(error, note, len(check.tried))
+        return Diagnosis.failed(error, note, 1)
 
     given = {name: w.to(dtype) for name, w in candidate.weights().items()}
     # Tensors that are equal are kept once: in float64 a large model is large.
     given = {name: right[name] if name in right and torch.equal(w, right[name]) else w for name, w in given.items()}
     own, changes = complete(given, right), grouped(weight_changes(right, given))
-    short = input_ids[:1, :SHORT]
-    brief = run(candidate, short, comparison.dtype, dropout=comparison.deterministic)
-    experiment = Experiment(config, short, brief, bound, own, everything)
-    forward = forward_mistakes(experiment, mistakes(config, epsilons(candidate)))
-    whole = Experiment(config, input_ids, activations, bound, own, everything)
-    unexplained = errors(whole.outcome(forward.findings), activations[LOGITS])[2]
-    faults = undone(whole, target, right, changes, forward)
+    runner = Runner(candidate, comparison.dtype, dropout=comparison.deterministic)
+    short, brief = runner.first_of(searched_tokens(input_ids))
+    experiment = Experiment(config, short, brief, bound, own)
+    outcome = forward_mistakes(experiment, mistakes(config, epsilons(candidate)), thorough=not comparison.quick)
+    edits = together(outcome.found)
+    proof, unexplained = proved(outcome, runner, own, edits, input_ids)
+    whole = agreement(Forward(own, config, input_ids, edits)[LOGITS], activations[LOGITS])
+    explained = not outcome.unexplained and unexplained <= bound
+    if activations[LOGITS].isfinite().any():
+        explained &= whole <= bound
+    faults = undone(config, input_ids, target, own, right, changes, outcome.found)
     if not comparison.deterministic:
-        blocks = replace(whole, activations=comparison.traces[1]).differing_blocks(forward.findings)
+        blocks = random_blocks(outcome, comparison.traces[1], input_ids)
         fault = dropout_fault(candidate.module.training, blocks, config.n_layers)
         faults.insert(0, replace(fault, error=errors(target, activations[LOGITS])[2]))
-    tried = len(check.tried) + len(experiment.tried)
-    if unexplained <= bound:
-        return Diagnosis(faults, True, error, unexplained, tried, alternatives=forward.alternatives)
-    note = unexplained_note(comparison, faults, forward.unexplained)
-    return Diagnosis(faults, False, error, unexplained, tried, note)
+    tried = experiment.tried[0] + 1
+    if explained:
+        return Diagnosis(faults, True, error, unexplained, tried, alternatives=outcome.alternatives, proof=proof)
+    note = unexplained_note(comparison, faults, outcome, reproduced=unexplained <= bound)
+    if comparison.quick:
+        note += "; --quick has tried no pairs of mistakes, so try without it"
+    seen = observations(runner, outcome, short)
+    faults = [replace(fault, error=math.nan) for fault in faults]
+    return Diagnosis(faults, False, error, unexplained, tried, note, observations=seen)
+
+
+@dataclass
+class Runner:
+    """Runs the candidate in a dtype in which it is known to run."""
+
+    candidate: Subject
+    dtype: str
+    dropout: bool
+
+    def __call__(self, input_ids: torch.Tensor) -> Activations:
+        """The candidate's trace.
+
+        Raises:
+            LabError: it does not run on these tokens.
+        """
+        return run(self.candidate, input_ids, self.dtype, dropout=self.dropout)
+
+    def first_of(self, choices: list[torch.Tensor]) -> tuple[torch.Tensor, Activations]:
+        """The first tokens on which the candidate runs, and its trace; the last must be known to work."""
+        for input_ids in choices[:-1]:
+            try:
+                return input_ids, self(input_ids)
+            except LabError:
+                continue
+        return choices[-1], self(choices[-1])
+
+
+def searched_tokens(input_ids: torch.Tensor) -> list[torch.Tensor]:
+    """The tokens for the search: two sequences if possible, so that what mixes them shows."""
+    short = input_ids[:2, :SHORT]
+    two = torch.cat([short, short.flip(1)]) if len(short) == 1 else short
+    return [two, short]
+
+
+def fresh_tokens(input_ids: torch.Tensor, vocab_size: int, context: int) -> list[torch.Tensor]:
+    """Tokens that the search has not seen: of another length in another batch size, if the candidate runs on them."""
+    tokens = min(input_ids.shape[1], SHORT)
+    other = tokens - 5 if tokens > 10 else min(tokens + 3, context)
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((3, other), (2, other), (1, other), (len(input_ids[:2]), tokens))
+    return [torch.randint(vocab_size, shape, generator=generator) for shape in shapes]
+
+
+def together(found: list[Found]) -> Edits:
+    """The edits of all mistakes, by place."""
+    edits: dict[int, dict[str, Any]] = {}
+    for one in found:
+        for place, changes in one.edits.items():
+            edits.setdefault(place, {}).update(changes)
+    return edits
+
+
+def proved(outcome: Outcome, runner: Runner, own: Weights, edits: Edits, input_ids: torch.Tensor) -> tuple[str, float]:
+    """What GPT-2 with these edits reproduces of the candidate on fresh tokens, and its relative error.
+
+    That are the logits, or, if no logit is finite, the stages that have finite values.
+    """
+    config = outcome.experiment.config
+    choices = fresh_tokens(input_ids, config.vocab_size, config.context_length)
+    fresh, recorded = runner.first_of(choices)
+    forward = Forward(own, config, fresh, edits)
+    batch, tokens = fresh.shape
+    on = f"on {batch} × {tokens} tokens that the search has not seen"
+    if recorded[LOGITS].isfinite().any():
+        return f"the candidate's logits {on}", attempt(forward, LOGITS, recorded[LOGITS])
+    compared = Experiment(config, fresh, recorded, 0.0, own).targets
+    figures = [attempt(forward, s, recorded[s]) for s in compared if s not in outcome.experiment.doubted]
+    says = f"the {len(figures)} of the candidate's stages that have finite values, {on}"
+    return says, max(figures, default=math.inf)
+
+
+def attempt(forward: Forward, stage: str, recorded: torch.Tensor) -> float:
+    """The relative error of a stage; inf if the edits make no forward pass."""
+    try:
+        return agreement(forward[stage], recorded)
+    except (ValueError, RuntimeError, KeyError, IndexError):
+        return math.inf
+
+
+def random_blocks(outcome: Outcome, random: Activations, input_ids: torch.Tensor) -> list[int]:
+    """The blocks in which a run with dropout differs from what they compute without."""
+    solved = outcome.experiment
+    run = replace(solved, input_ids=input_ids, activations=random)
+    inside = [stage for stage in run.targets if re.match(r"trf_blocks\.\d+\.(?!input$)", stage)]
+    ends = run.doubting(inside)
+    numbers = [re.fullmatch(r"trf_blocks\.(\d+)(\.input)?", stage) for stage in ends.compared if ends.fails(stage)]
+    return sorted({int(number[1]) for number in numbers if number and not number[2]})
 
 
 def deterministic_trace(comparison: Comparison, candidate: Subject) -> Activations | None:
@@ -178,34 +277,35 @@ def epsilons(model: Subject) -> list[float]:
 
 
 def undone(
-    experiment: Experiment,
+    config: GPTScratchConfig,
+    input_ids: torch.Tensor,
     target: torch.Tensor,
+    own: Weights,
     right: Weights,
     changes: list[list[Change]],
-    forward: Forward,
+    forward: list[Found],
 ) -> list[Fault]:
     """All faults in execution order, each with the error that remains once it and those before it are undone.
 
     Args:
         target: the reference's logits.
+        own: the candidate's weights.
         right: the reference's weights.
     """
-    n_layers = experiment.config.n_layers
-    order = stages(n_layers)
-    found: list[tuple[int, Fault, list[str], Mistake | None]] = []
+    order = stages(config.n_layers)
+    found: list[tuple[int, Fault, list[str], Found | None]] = []
     for alike in changes:
         tensors = [change.tensor for change in alike]
-        found.append((order.index(tensors[0].rpartition(".")[0]), weight_fault(alike, n_layers), tensors, None))
-    for mistake, places in forward.findings:
-        first, fault = forward_fault(mistake, places, forward.undetectable[mistake], n_layers)
-        found.append((order.index(first), fault, [], mistake))
+        found.append((order.index(tensors[0].rpartition(".")[0]), weight_fault(alike, config.n_layers), tensors, None))
+    for one in forward:
+        first, fault = forward_fault(one, config.n_layers)
+        found.append((order.index(first), fault, [], one))
     found.sort(key=lambda item: item[0])
-    left, faults = list(forward.findings), []
-    weights = dict(experiment.weights)
+    left, faults, weights = list(forward), [], dict(own)
     for _, fault, tensors, undone_mistake in found:
         weights |= {name: right[name] for name in tensors}
-        left = [(mistake, places) for mistake, places in left if mistake != undone_mistake]
-        error = errors(target, replace(experiment, weights=weights).outcome(left))[2]
+        left = [one for one in left if one is not undone_mistake]
+        error = attempt(Forward(weights, config, input_ids, together(left)), LOGITS, target)
         faults.append(replace(fault, error=error))
     return faults
 
@@ -234,18 +334,17 @@ def some_blocks(tensors: list[str], n_layers: int) -> list[int]:
     return blocks if all(numbers) and len(blocks) < n_layers else []
 
 
-def forward_fault(
-    mistake: Mistake, places: frozenset[int], undetectable: list[int], n_layers: int
-) -> tuple[str, Fault]:
-    """The stage where a mistake in the forward pass first shows, and the fault.
-
-    Args:
-        undetectable: the other blocks where it would make no difference.
-    """
+def forward_fault(one: Found, n_layers: int) -> tuple[str, Fault]:
+    """The stage where a mistake in the forward pass first shows, and the fault."""
+    mistake, places = one.mistake, one.places
     if len(places) == len(everywhere(n_layers)):
         fault = Fault(mistake.name, mistake.says, mistake.stage_in("{n}"), mistake.remedy, "forward")
         return mistake.stage_in(0), fault
     blocks = sorted(n for n in places if 0 <= n < n_layers)
+    if mistake.slots == {"input"} or mistake.stage_in(0) == mistake.stage_in(1):
+        # What blocks read from each other is said by the mistake itself.
+        first = [mistake.stage_in(n) for n in blocks] or ["final_norm"]
+        return first[0], Fault(mistake.name, mistake.says, listed(first), mistake.remedy, "forward")
     stages_hit = [mistake.stage_in(n) for n in blocks]
     where = []
     if blocks:
@@ -254,8 +353,8 @@ def forward_fault(
         stages_hit.append("final_norm")
         where.append("the final norm")
     says = f"{mistake.says}, in {' and '.join(where)}"
-    if undetectable:
-        says += f"; in {named_blocks(undetectable)} it makes no difference"
+    if one.undetectable:
+        says += f"; in {named_blocks(one.undetectable)} it makes no difference"
     elif len(blocks) + (n_layers in places) == 1:
         says += " only"
     return stages_hit[0], Fault(mistake.name, says, listed(stages_hit), mistake.remedy, "forward", blocks=blocks)
@@ -270,15 +369,34 @@ def named_blocks(blocks: list[int], *, only: bool = False) -> str:
     return f"blocks {', '.join(map(str, blocks[:-1]))} and {blocks[-1]}"
 
 
-def unexplained_note(comparison: Comparison, faults: list[Fault], unexplained: list[range]) -> str:
-    first = comparison.first_divergence
-    where = f"the first stage that differs is {first.stage} ({first.meaning})" if first else "only the logits differ"
-    if faults and unexplained and len(unexplained[0]) == 1:
-        n, last = unexplained[0][0], len(comparison.growth)
-        place = "before the blocks" if n < 0 else f"in block {n}" if n < last else "after the blocks"
-        where = f"the unexplained error arises {place}"
+def unexplained_note(comparison: Comparison, faults: list[Fault], outcome: Outcome, *, reproduced: bool) -> str:
+    """What is not explained, and where it arises as far as that was recorded."""
     known = "the mistakes named do not explain everything" if faults else "no known mistake explains it"
-    return f"{known}; {where}: look there"
+    if not outcome.unexplained:
+        if reproduced:
+            return (
+                f"{known}: the search's tokens are reproduced, but not all of those compared; compare on fewer tokens"
+            )
+        return (
+            f"{known}: each recorded stage is reproduced by itself, but not the logits on tokens not used in the search"
+        )
+    stage = outcome.unexplained[0]
+    places = {place for place, _ in outcome.experiment.state(stage).read}
+    n_layers = outcome.experiment.config.n_layers
+    if len(places) > 1:
+        return (
+            f"{known}; what was recorded does not say where it arises: {places_in_words(places, n_layers)} may have it"
+        )
+    [n] = places
+    where = "before the blocks" if n < 0 else f"in block {n}" if n < n_layers else "after the blocks"
+    return f"{known}; the unexplained error arises {where}, at {stage} ({meaning(stage)}): look there"
+
+
+def places_in_words(places: set[int], n_layers: int) -> str:
+    blocks = sorted(n for n in places if 0 <= n < n_layers)
+    words = ["the embeddings"] if -1 in places else []
+    words += [named_blocks(blocks)] if blocks else []
+    return ", ".join([*words, *(["what follows the blocks"] if n_layers in places else [])])
 
 
 def run(candidate: Subject, input_ids: torch.Tensor, dtype: str, *, dropout: bool) -> Activations:

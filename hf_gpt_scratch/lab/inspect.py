@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel
 
 from ..model.configuration_gpt_scratch import PRESETS, GPTScratchConfig
 from ..model.layers import GELU, GPT_CONFIG_124M, MultiHeadAttention
@@ -111,7 +111,7 @@ def resolve(
                 f"got a {type(model).__name__}, but only models of transformers' own GPT-2 classes and of ours are "
                 "supported; give the config instead"
             )
-        return GPTScratchConfig.from_gpt2(model.config), kind
+        return GPTScratchConfig.from_gpt2(cast(GPT2Config, model.config)), kind
     if isinstance(model, nn.Module):
         raise ValueError(f"got a {type(model).__name__}, which has no config; give the config instead")
     if isinstance(model, GPTScratchConfig):

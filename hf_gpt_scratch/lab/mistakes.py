@@ -1,170 +1,520 @@
-"""The mistakes that people make in a GPT's forward pass, as a table.
+"""The mistakes that people make in a GPT's forward pass, as a table, and the words for those that are not in it.
 
-A row has a mistake's name, the first stage that shows it, its description, its remedy, and the switch of the simulation
-(`Switches` in simulate.py) that makes it. Functions below the table add the rows that depend on the config.
+A row has a mistake's name, the first stage that shows it, its description, its remedy, and the slots of the simulation
+(`GPT2` in simulate.py) with the values that make it. Functions below the table add the rows that depend on the config,
+and what a fit (fits.py) finds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 from ..model.configuration_gpt_scratch import GPTScratchConfig
-from .simulate import QKV, Switches
+from .simulate import AFFINE, FORMULAS, GPT2, NORMS, OUTPUTS, PLAIN, QKV, SCALES, TOKENS, WIRING, Sum, plus
 from .trace import BLOCK_STAGES, LOGITS, stages
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A mistake in the forward pass. `stage` is the first that shows it, without the block's number in a block."""
+    """A mistake in the forward pass. `stage` is the first that shows it, without the block's number in a block.
+
+    `changes` are the slots with their values; `common` mistakes are also tried in pairs, and in models of which little
+    can be recorded.
+    """
 
     name: str
     stage: str
     says: str
     remedy: str
-    switch: str
-    value: Any = True
+    changes: tuple[tuple[str, Any], ...]
+    common: bool = False
 
     def stage_in(self, block: int | str) -> str:
         """The full name of `stage`, in this block if it is in a block."""
         return f"trf_blocks.{block}.{self.stage}".rstrip(".") if self.stage in BLOCK_STAGES else self.stage
 
-    def switched_on(self, switches: Switches) -> Switches:
-        """The switches with that of this mistake set too."""
-        return Switches(**{**vars(switches), self.switch: self.value})
+    @property
+    def slots(self) -> frozenset[str]:
+        return frozenset(slot for slot, _ in self.changes)
+
+
+def row(name: str, stage: str, says: str, remedy: str, *, common: bool = False, **changes: Any) -> Mistake:
+    """A row for slots whose names have no dot, and, as `all_norms_x`, for slot x of all norms."""
+    slots = {}
+    for slot, value in changes.items():
+        if slot.startswith("all_norms_"):
+            slots |= {f"{norm}.{slot.removeprefix('all_norms_')}": value for norm in NORMS}
+        else:
+            slots[slot] = value
+    return Mistake(name, stage, says, remedy, tuple(slots.items()), common)
 
 
 BOTH_NORMS = "x = x + att(norm1(x)); x = x + ff(norm2(x))"
 MASK = "scores.masked_fill(torch.triu(ones, diagonal=1).bool(), -inf), then softmax"
 SCALE = "attn_scores / keys.shape[-1] ** 0.5, once"
 POSITIONS = "pos_emb(torch.arange(num_tokens)): the first token has position 0"
+EMBEDDED = "x = tok_emb(idx) + pos_emb(torch.arange(num_tokens))"
 TRANSPOSE = "GPT-2 stores its matrices [in, out], nn.Linear [out, in]: transpose"
 BIAS = "every layer of GPT-2 but the head has a bias"
 SHORTCUT = "x = x + shortcut after attention and after the feed-forward network"
 HIDES_DIAGONAL = "the mask includes the diagonal: a token does not see itself"
+HEADS = ".view(B, T, H, D).transpose(1, 2), and back, .transpose(1, 2).reshape(B, T, E), before out_proj"
+LAYER_NORM = "scale * (x - mean) / torch.sqrt(var + eps) + shift, over the last dimension"
+SOFTMAX_REMEDY = "torch.softmax(scores, dim=-1): each row over the keys"
+LOGITS_REMEDY = "return out_head(final_norm(x)) as it is"
+IDS = "look up the ids as they are: a shift belongs to the targets of the loss"
+
+
+def sums(**slots: Sum) -> dict[str, Sum]:
+    """The wiring with other sums: norm1, att, norm2, ff say what these read, output what the block returns."""
+    return {("output" if slot == "output" else f"{slot}.input"): value for slot, value in slots.items()}
+
+
+PARALLEL = "x = x + att(norm1(x)), and only then ff(norm2(x))"
+# Ways to join the parts of a block, by what each reads: name, first stage, description, remedy, whether common.
+WIRINGS: tuple[tuple[str, str, str, str, dict[str, Sum], bool], ...] = (
+    ("post-norm", "norm1", "the norms come after the shortcuts are added (post-norm)", BOTH_NORMS,
+     sums(norm1=plus("input", "att"), att=plus("input"), norm2=plus("norm1", "ff"), ff=plus("norm1"),
+          output=plus("norm2")), True),
+    ("norm-on-output", "norm1", "the norms are applied to the outputs of attention and feed-forward", BOTH_NORMS,
+     sums(norm1=plus("att"), att=plus("input"), norm2=plus("ff"), ff=plus("input", "norm1"),
+          output=plus("input", "norm1", "norm2")), True),
+    ("shortcut-after-norm", "norm2.input", "the shortcut adds the normalized input, not the input",
+     "keep shortcut = x before x = norm1(x)",
+     sums(norm2=plus("norm1", "att"), output=plus("norm2", "ff")), True),
+    ("shortcut-after-norm", "norm2.input", "the shortcut around attention adds the normalized input, not the input",
+     "keep shortcut = x before x = norm1(x)",
+     sums(norm2=plus("norm1", "att"), output=plus("norm1", "att", "ff")), False),
+    ("shortcut-after-norm", "", "the shortcut around feed-forward adds the normalized input, not the input",
+     "keep shortcut = x before x = norm2(x)", sums(output=plus("norm2", "ff")), False),
+    ("missing-shortcut", "norm2.input", "there is no shortcut around attention", SHORTCUT,
+     sums(norm2=plus("att"), output=plus("att", "ff")), True),
+    ("missing-shortcut", "norm2.input", "there is no shortcut around attention and feed-forward", SHORTCUT,
+     sums(norm2=plus("att"), output=plus("ff")), True),
+    ("missing-shortcut", "", "there is no shortcut around feed-forward", SHORTCUT, sums(output=plus("ff")), True),
+    ("stale-shortcut", "", "the second shortcut adds the block's input, not what attention returned", SHORTCUT,
+     sums(output=plus("input", "ff")), True),
+    ("doubled-shortcut", "norm2.input", "the shortcut around attention is added twice", SHORTCUT,
+     sums(norm2=(("input", 2.0), ("att", 1.0)), output=(("input", 2.0), ("att", 1.0), ("ff", 1.0))), True),
+    ("doubled-shortcut", "", "the shortcut around feed-forward is added twice", SHORTCUT,
+     sums(output=(("input", 2.0), ("att", 2.0), ("ff", 1.0))), True),
+    ("doubled-shortcut", "norm2.input", "both shortcuts are added twice", SHORTCUT,
+     sums(norm2=(("input", 2.0), ("att", 1.0)), output=(("input", 4.0), ("att", 2.0), ("ff", 1.0))), False),
+    ("doubled-shortcut", "", "the block's input is added a second time at its end", SHORTCUT,
+     sums(output=(("input", 2.0), ("att", 1.0), ("ff", 1.0))), True),
+    ("missing-norm", "norm1", "norm1 is left out: attention reads the block's input", BOTH_NORMS,
+     sums(att=plus("input")), True),
+    ("missing-norm", "norm2", "norm2 is left out: feed-forward reads its input without a norm", BOTH_NORMS,
+     sums(ff=plus("input", "att")), True),
+    ("missing-norm", "norm1", "both norms are left out of the block", BOTH_NORMS,
+     sums(att=plus("input"), ff=plus("input", "att")), True),
+    ("one-norm-for-both", "norm2", "norm1 is used in place of norm2", "x = ff(norm2(x))",
+     sums(ff=plus(("norm1", plus("input", "att")))), True),
+    ("doubled-norm", "norm1", "norm1 is applied twice", BOTH_NORMS,
+     sums(att=plus(("norm1", plus("norm1")))), True),
+    ("doubled-norm", "norm2", "norm2 is applied twice", BOTH_NORMS,
+     sums(ff=plus(("norm2", plus("norm2")))), True),
+    ("doubled-norm", "norm1", "both norms are applied twice", BOTH_NORMS,
+     sums(att=plus(("norm1", plus("norm1"))), ff=plus(("norm2", plus("norm2")))), False),
+    ("swapped-norms", "norm1", "norm1 and norm2 are exchanged", BOTH_NORMS,
+     sums(att=plus("norm2"), norm2=plus("input"), norm1=plus("input", "att"), ff=plus("norm1")), True),
+    ("parallel-block", "norm2.input", "attention and feed-forward are parallel: both read the block's input", PARALLEL,
+     sums(norm2=plus("input")), True),
+    ("parallel-block", "ff.layers.0", "attention and feed-forward are parallel: both read norm1's output", PARALLEL,
+     sums(ff=plus("norm1")), True),
+    ("wrong-input", "norm2.input", "feed-forward reads attention's output without the shortcut", BOTH_NORMS,
+     sums(norm2=plus("att")), True),
+    ("feed-forward-first", "norm1", "feed-forward runs before attention", BOTH_NORMS,
+     sums(norm2=plus("input"), norm1=plus("input", "ff")), True),
+    ("missing-feed-forward", "", "the feed-forward network is left out", BOTH_NORMS, sums(output=plus("input", "att")),
+     True),
+    ("missing-attention", "norm2.input", "attention is left out", BOTH_NORMS,
+     sums(norm2=plus("input"), output=plus("input", "ff")), True),
+    ("missing-attention", "norm2.input", "attention is left out; its norm is added instead", BOTH_NORMS,
+     sums(norm2=plus("input", "norm1"), output=plus("input", "norm1", "ff")), False),
+    ("doubled-feed-forward", "", "the feed-forward network's output is added twice", BOTH_NORMS,
+     sums(output=(("input", 1.0), ("att", 1.0), ("ff", 2.0))), True),
+    ("doubled-feed-forward", "", "the feed-forward network is applied to its own output", BOTH_NORMS,
+     sums(output=plus("input", "att", ("ff", plus("ff")))), True),
+    ("doubled-feed-forward", "", "the second half of the block runs twice", BOTH_NORMS,
+     sums(output=plus("input", "att", "ff", ("ff", plus(("norm2", plus("input", "att", "ff")))))), True),
+    ("doubled-attention", "norm2.input", "attention's output is added twice", BOTH_NORMS,
+     sums(norm2=(("input", 1.0), ("att", 2.0)), output=(("input", 1.0), ("att", 2.0), ("ff", 1.0))), True),
+    ("doubled-attention", "norm2.input", "attention is applied to its own output", BOTH_NORMS,
+     sums(norm2=plus("input", ("att", plus("att"))), output=plus("input", ("att", plus("att")), "ff")), True),
+    ("sandwich-norm", "", "norm2 is also applied to the block's output", BOTH_NORMS,
+     sums(output=plus(("norm2", plus("input", "att", "ff")))), True),
+    ("positions-in-each-block", "input", "positions are added again in each block", EMBEDDED,
+     sums(norm1=plus("input", "pos_emb"), norm2=plus("input", "pos_emb", "att"),
+          output=plus("input", "pos_emb", "att", "ff")), True),
+    ("no-activation", "ff.layers.2.input", "the activation comes after the second linear layer", "linear, GELU, linear",
+     {"activation": "linear", **sums(output=plus("input", "att", ("act", plus("ff"))))}, True),
+)  # fmt: skip
 
 # Rows of one stage are tried in this order.
 CATALOGUE = (
-    Mistake("off-by-one-positions", "pos_emb", "positions start at 1 instead of 0", POSITIONS, "positions", 1),
-    Mistake("off-by-one-positions", "pos_emb", "positions start at -1 instead of 0", POSITIONS, "positions", -1),
-    Mistake("off-by-one-positions", "pos_emb", "positions start at 2 instead of 0", POSITIONS, "positions", 2),
-    Mistake("no-positions", "input", "the position embedding is not added",
-            "x = tok_emb(idx) + pos_emb(torch.arange(num_tokens))", "positions", "none"),
-    Mistake("unbiased-variance", "norm1", "LayerNorm divides the variance by E − 1, not by E",
-            "x.var(dim=-1, keepdim=True, unbiased=False)", "unbiased"),
-    Mistake("eps-outside-root", "norm1", "LayerNorm adds eps to the standard deviation, not to the variance",
-            "(x - mean) / torch.sqrt(var + eps)", "eps_on_std"),
-    Mistake("post-norm", "norm1", "the norms come after the shortcuts are added (post-norm)",
-            BOTH_NORMS, "norm_order", "post"),
-    Mistake("norm-on-output", "norm1", "the norms are applied to the outputs of attention and feed-forward",
-            BOTH_NORMS, "norm_order", "on output"),
-    Mistake("missing-bias", "norm1", "the norms add no bias (shift)", BIAS, "no_bias", ("norm",)),
-    Mistake("not-transposed", "att.W_query", "W_query, W_key, W_value are applied transposed",
-            TRANSPOSE, "transposed", QKV),
-    Mistake("not-transposed", "att.W_query", "out_proj, W_query, W_key, W_value are applied transposed",
-            TRANSPOSE, "transposed", ("out_proj", *QKV)),
-    Mistake("missing-bias", "att.W_query", "W_query, W_key, W_value add no bias", BIAS, "no_bias", QKV),
-    Mistake("heads-not-transposed", "att.weights", "heads are split by .view(B, H, T, D) without transpose",
-            ".view(B, T, H, D).transpose(1, 2), and back before out_proj", "heads_not_moved"),
-    Mistake("missing-scale", "att.weights", "attention scores are not divided by √head_dim", SCALE, "scale", "none"),
-    Mistake("doubled-scale", "att.weights", "attention scores are divided by √head_dim twice", SCALE, "scale", "twice"),
-    Mistake("scale-by-emb-dim", "att.weights", "attention scores are divided by √emb_dim, not by √head_dim",
-            SCALE, "scale", "emb_dim"),
-    Mistake("scale-by-n-heads", "att.weights", "attention scores are divided by √n_heads, not by √head_dim",
-            SCALE, "scale", "n_heads"),
-    Mistake("inverted-scale", "att.weights", "attention scores are multiplied by √head_dim, not divided",
-            SCALE, "scale", "times"),
-    Mistake("no-mask", "att.weights", "there is no causal mask: tokens see the tokens after them",
-            MASK, "mask", "none"),
-    Mistake("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, "mask", "hides itself"),
-    Mistake("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, "mask", "hides itself, softly"),
-    Mistake("mask-sees-ahead", "att.weights", "the mask is off by one: a token sees the next one",
-            MASK, "mask", "sees one ahead"),
-    Mistake("mask-upside-down", "att.weights", "the mask is upside down: a token sees itself and the tokens after it",
-            MASK, "mask", "upside down"),
-    Mistake("mask-after-softmax", "att.weights", "the mask is applied after softmax: rows do not sum to 1",
-            MASK, "mask", "after softmax"),
-    Mistake("mask-zero-scores", "att.weights", "masked scores are set to 0, not to -inf, before softmax",
-            MASK, "mask", "zero scores"),
-    Mistake("not-transposed", "att.out_proj", "out_proj is applied transposed",
-            TRANSPOSE, "transposed", ("out_proj",)),
-    Mistake("missing-bias", "att.out_proj", "out_proj adds no bias", BIAS, "no_bias", ("out_proj",)),
-    Mistake("shortcut-after-norm", "norm2.input", "the shortcut adds the normalized input, not the input",
-            "keep shortcut = x before x = norm1(x)", "norm_order", "shortcut after norm"),
-    Mistake("missing-shortcut", "norm2.input", "there is no shortcut around attention",
-            SHORTCUT, "shortcuts", ("attention",)),
-    Mistake("missing-shortcut", "norm2.input", "there is no shortcut around attention and feed-forward",
-            SHORTCUT, "shortcuts", ("attention", "feed-forward")),
-    Mistake("one-norm-for-both", "norm2", "norm1 is used in place of norm2", "x = ff(norm2(x))", "single_norm"),
-    Mistake("missing-bias", "ff.layers.0", "ff.layers.0 adds no bias", BIAS, "no_bias", ("ff.layers.0",)),
-    Mistake("missing-bias", "ff.layers.2", "ff.layers.2 adds no bias", BIAS, "no_bias", ("ff.layers.2",)),
-    Mistake("missing-shortcut", "", "there is no shortcut around feed-forward",
-            SHORTCUT, "shortcuts", ("feed-forward",)),
-    Mistake("missing-final-norm", "final_norm", "there is no norm after the last block",
-            "logits = out_head(final_norm(x))", "final_norm", "missing"),
-    Mistake("wrong-head", LOGITS, "the head is tok_emb's matrix, but the checkpoint has a head of its own",
-            "load out_head.weight", "tied_head"),
-    Mistake("not-logits", LOGITS, "the model returns log_softmax of the logits",
-            "return the logits", "output", "log_softmax"),
-    Mistake("not-logits", LOGITS, "the model returns softmax of the logits", "return the logits", "output", "softmax"),
+    row("off-by-one-positions", "pos_emb", "positions start at 1 instead of 0", POSITIONS, positions=(1, 1),
+        common=True),
+    row("off-by-one-positions", "pos_emb", "positions start at -1 instead of 0", POSITIONS, positions=(-1, 1)),
+    row("off-by-one-positions", "pos_emb", "positions start at 2 instead of 0", POSITIONS, positions=(2, 1)),
+    row("wrong-positions", "pos_emb", "positions count backwards: the last token has position 0", POSITIONS,
+        positions="reversed", common=True),
+    row("wrong-positions", "pos_emb", "positions count down from the last row of the table", POSITIONS,
+        positions="from the end"),
+    row("wrong-positions", "pos_emb", "positions are the last rows of the table", POSITIONS, positions="last"),
+    row("wrong-positions", "pos_emb", "every token has position 0", POSITIONS, positions=(0, 0), common=True),
+    row("wrong-positions", "pos_emb", "positions go in steps of 2", POSITIONS, positions=(0, 2)),
+    row("wrong-positions", "pos_emb", "token ids are looked up as positions", POSITIONS, positions="tokens"),
+    row("sinusoidal-positions", "pos_emb", "positions are sinusoidal, not the checkpoint's", POSITIONS,
+        positions="sinusoidal", common=True),
+    row("sinusoidal-positions", "pos_emb", "positions are sinusoidal, sines before cosines, not the checkpoint's",
+        POSITIONS, positions="sinusoidal, halves"),
+    row("no-positions", "input", "the position embedding is not added", EMBEDDED, embedded=plus("tok_emb"),
+        common=True),
+    row("wrong-embedding", "input", "positions are added twice", EMBEDDED,
+        embedded=(("tok_emb", 1.0), ("pos_emb", 2.0))),
+    row("wrong-embedding", "input", "the token embedding is not added", EMBEDDED, embedded=plus("pos_emb")),
+    row("unbiased-variance", "norm1", "LayerNorm divides the variance by E − 1, not by E",
+        "x.var(dim=-1, keepdim=True, unbiased=False)", all_norms_unbiased=True, common=True),
+    row("eps-outside-root", "norm1", "LayerNorm adds eps to the standard deviation, not to the variance",
+        "(x - mean) / torch.sqrt(var + eps)", all_norms_eps_on_std=True, common=True),
+    row("missing-bias", "norm1", "the norms add no bias (shift)", BIAS, all_norms_affine="no shift", common=True),
+    row("missing-norm-scale", "norm1", "the norms are not multiplied by their scale", LAYER_NORM,
+        all_norms_affine="no scale", common=True),
+    row("not-transposed", "att.W_query", "W_query, W_key, W_value are applied transposed", TRANSPOSE, common=True,
+        **{f"{name}.transposed": True for name in QKV}),
+    row("not-transposed", "att.W_query", "out_proj, W_query, W_key, W_value are applied transposed", TRANSPOSE,
+        common=True, **{f"{name}.transposed": True for name in (*QKV, "out_proj")}),
+    row("missing-bias", "att.W_query", "W_query, W_key, W_value add no bias", BIAS, common=True,
+        **{f"{name}.bias": 0.0 for name in QKV}),
+    row("heads-not-transposed", "att.weights", "heads are split by .view(B, H, T, D) without transpose", HEADS,
+        split="htd", merge="htd", common=True),
+    row("heads-not-transposed", "att.weights", "heads are split by .view(B, H, T, D), but joined with the transpose",
+        HEADS, split="htd", common=True),
+    row("heads-not-transposed", "att.out_proj.input", "heads are joined without transposing back", HEADS,
+        merge="htd", common=True),
+    row("heads-interleaved", "att.weights", "heads are interleaved: split by .view(B, T, D, H)", HEADS,
+        split="tdh", merge="tdh", common=True),
+    row("heads-interleaved", "att.weights", "heads are split by .view(B, T, D, H), but joined in the right order",
+        HEADS, split="tdh"),
+    row("heads-interleaved", "att.out_proj.input", "heads are joined in the order D, H, not H, D", HEADS, merge="tdh"),
+    row("attention-over-heads", "att.weights", "the heads of a token attend to each other, not the tokens", HEADS,
+        over="heads", mask=(None, None), common=True),
+    row("attention-over-heads", "att.weights", "the heads of a token attend to each other, under a causal mask", HEADS,
+        over="heads"),
+    row("attention-over-batch", "att.weights", "the sequences of a batch attend to each other, not the tokens",
+        "nn.MultiheadAttention(…, batch_first=True), or (B, H, T, D) before the product",
+        over="batch", mask=(None, None), common=True),
+    row("attention-over-batch", "att.weights", "the sequences of a batch attend to each other, under a causal mask",
+        "nn.MultiheadAttention(…, batch_first=True), or (B, H, T, D) before the product", over="batch"),
+    row("rotary-positions", "att.weights", "queries and keys are rotated (RoPE)", "GPT-2 has learned positions only",
+        rotary="halves", common=True),
+    row("rotary-positions", "att.weights", "queries and keys are rotated (RoPE, neighbouring pairs)",
+        "GPT-2 has learned positions only", rotary="pairs"),
+    row("rotary-positions", "input", "positions are rotary (RoPE), and the position embedding is not added", EMBEDDED,
+        rotary="halves", embedded=plus("tok_emb")),
+    row("distance-bias", "att.weights", "a penalty for distance is added to the scores (ALiBi)",
+        "GPT-2 has learned positions only", distance=1.0, common=True),
+    row("distance-bias", "att.weights", "a bonus for distance is added to the scores (ALiBi with another sign)",
+        "GPT-2 has learned positions only", distance=-1.0),
+    row("missing-scale", "att.weights", "attention scores are not divided by √head_dim", SCALE, scale="none",
+        common=True),
+    row("doubled-scale", "att.weights", "attention scores are divided by √head_dim twice", SCALE, scale="twice",
+        common=True),
+    row("scale-by-emb-dim", "att.weights", "attention scores are divided by √emb_dim, not by √head_dim", SCALE,
+        scale="emb_dim", common=True),
+    row("scale-by-n-heads", "att.weights", "attention scores are divided by √n_heads, not by √head_dim", SCALE,
+        scale="n_heads", common=True),
+    row("inverted-scale", "att.weights", "attention scores are multiplied by √head_dim, not divided", SCALE,
+        scale="times", common=True),
+    row("scale-by-layer", "att.weights", "attention scores are also divided by the number of the layer", SCALE,
+        scale="by layer", common=True),
+    row("no-mask", "att.weights", "there is no causal mask: tokens see the tokens after them", MASK,
+        mask=(None, None), common=True),
+    row("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, mask=(None, -1), common=True),
+    row("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, mask=(None, -1), fill=("set", -1e30), common=True),
+    row("mask-sees-ahead", "att.weights", "the mask is off by one: a token sees the next one", MASK, mask=(None, 1),
+        common=True),
+    row("mask-upside-down", "att.weights", "the mask is upside down: a token sees itself and the tokens after it",
+        MASK, mask=(0, None), common=True),
+    row("mask-upside-down", "att.weights", "the mask is inverted: a token sees only the tokens after it", MASK,
+        mask=(-1, None), common=True),
+    row("mask-upside-down", "att.weights", "the mask is inverted: a token sees only the tokens after it", MASK,
+        mask=(-1, None), fill=("set", -1e30), common=True),
+    row("mask-after-softmax", "att.weights", "the mask is applied after softmax: rows do not sum to 1", MASK,
+        mask_after=True, common=True),
+    row("mask-zero-scores", "att.weights", "masked scores are set to 0, not to -inf, before softmax", MASK,
+        fill=("set", 0.0), common=True),
+    row("mask-zero-scores", "att.weights", "masked scores are multiplied by 0, not set to -inf, before softmax", MASK,
+        fill=("multiply", 0.0)),
+    row("mask-added", "att.weights", "the mask is added as 1, not as -inf", MASK, fill=("add", 1.0)),
+    row("not-transposed", "att.out_proj", "out_proj is applied transposed", TRANSPOSE, common=True,
+        **{"out_proj.transposed": True}),
+    row("missing-out-proj", "att.out_proj", "out_proj is not applied", "return out_proj(context)", out_proj=False,
+        common=True),
+    row("missing-bias", "att.out_proj", "out_proj adds no bias", BIAS, common=True, **{"out_proj.bias": 0.0}),
+    row("missing-bias", "ff.layers.0", "ff.layers.0 adds no bias", BIAS, common=True, **{"ff.layers.0.bias": 0.0}),
+    row("missing-bias", "ff.layers.2", "ff.layers.2 adds no bias", BIAS, common=True, **{"ff.layers.2.bias": 0.0}),
+    row("missing-final-norm", "final_norm", "there is no norm after the last block",
+        "logits = out_head(final_norm(x))", common=True, **{"head.input": plus("input")}),
+    row("missing-final-norm", "final_norm", "there is no norm after the last block", "logits = out_head(final_norm(x))",
+        **{"final_norm.formula": "identity"}),
+    row("doubled-norm", "final_norm", "final_norm is applied twice", "logits = out_head(final_norm(x))", common=True,
+        **{"head.input": plus(("final_norm", plus("final_norm")))}),
+    row("wrong-norm", "final_norm", "the last block's norm2 is used in place of final_norm", "out_head(final_norm(x))",
+        **{"final_norm.weights": "norm2"}),
+    row("wrong-norm", "final_norm", "the last block's norm1 is used in place of final_norm", "out_head(final_norm(x))",
+        **{"final_norm.weights": "norm1"}),
+    row("wrong-head", LOGITS, "the head is tok_emb's matrix, but the checkpoint has a head of its own",
+        "load out_head.weight", head="tok_emb", common=True),
+    row("not-logits", LOGITS, "the model returns log_softmax of the logits", "return the logits", logits="log_softmax",
+        common=True),
+    row("not-logits", LOGITS, "the model returns softmax of the logits", "return the logits", logits="softmax",
+        common=True),
+    row("shifted-logits", LOGITS, "the logits are shifted by one token: those of token t + 1 come at t", LOGITS_REMEDY,
+        logits=("rolled", -1), common=True),
+    row("shifted-logits", LOGITS, "the logits are shifted by one token: those of token t − 1 come at t", LOGITS_REMEDY,
+        logits=("rolled", 1), common=True),
 )  # fmt: skip
 
 EPSILONS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0)
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "quick_gelu", "tanh", "linear")
+MORE_ACTIVATIONS = ("sigmoid", "leaky_relu", "mish", "relu2", "relu6", *((name,) for name in PLAIN))
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
 
 
-def scaled_embedding(config: GPTScratchConfig) -> Mistake:
-    says = f"token embeddings are multiplied by √emb_dim = {config.emb_dim**0.5:.4g}"
-    return Mistake("embedding-scale", "input", says, "GPT-2 adds tok_emb and pos_emb as they are", "embedding_scale")
+def wrong_wirings() -> list[Mistake]:
+    return [
+        Mistake(name, stage, says, remedy, tuple(changes.items()), common)
+        for name, stage, says, remedy, changes, common in WIRINGS
+    ]
+
+
+def scaled_embedding(config: GPTScratchConfig) -> list[Mistake]:
+    remedy = "GPT-2 adds tok_emb and pos_emb as they are"
+    root = config.emb_dim**0.5
+    says = f"token embeddings are multiplied by √emb_dim = {root:.4g}"
+    both = f"token and position embeddings are multiplied by √emb_dim = {root:.4g}"
+    return [
+        row("embedding-scale", "input", says, remedy, embedded=(("tok_emb", root), ("pos_emb", 1.0)), common=True),
+        row("embedding-scale", "input", both, remedy, embedded=(("tok_emb", root), ("pos_emb", root))),
+    ]
+
+
+def wrong_tokens() -> list[Mistake]:
+    kinds = [*TOKENS, "plus 1", "minus 1"]
+    return [row("wrong-tokens", "tok_emb", f"other ids are looked up: {kind}", IDS, tokens=kind) for kind in kinds]
 
 
 def wrong_eps(config: GPTScratchConfig, candidate: Iterable[float]) -> list[Mistake]:
     """Other epsilons: those of the candidate's norms, and the usual ones."""
     eps = config.layer_norm_epsilon
-    remedy = f"build the norms with eps={eps:g}"
-    return [
-        Mistake("wrong-eps", "norm1", f"LayerNorm has eps={value:g} instead of {eps:g}", remedy, "norm_eps", value)
-        for value in dict.fromkeys([*candidate, *EPSILONS])
-        if value != eps
-    ]
+    return [eps_row(config, value) for value in dict.fromkeys([*candidate, *EPSILONS]) if value != eps]
+
+
+def eps_row(config: GPTScratchConfig, value: float, norms: Iterable[str] = NORMS) -> Mistake:
+    eps = config.layer_norm_epsilon
+    changes = tuple((f"{norm}.eps", value) for norm in norms)
+    says = f"LayerNorm has eps={value:g} instead of {eps:g}"
+    return Mistake("wrong-eps", "norm1", says, f"build the norms with eps={eps:g}", changes)
+
+
+NORM_NAMES = {"rms": "rms-norm", "identity": "missing-norm"}
+DIMS = {
+    (1,): "the tokens",
+    (0,): "the batch",
+    (1, 2): "tokens and embedding",
+    (0, 1): "batch and tokens",
+    (0, 1, 2): "all dimensions",
+    (0, 2): "batch and embedding",
+}
+
+
+def wrong_norms() -> list[Mistake]:
+    """Other formulas of LayerNorm, in all norms."""
+    rows = []
+    for formula, says in FORMULAS.items():
+        name = NORM_NAMES.get(formula, "wrong-norm")
+        rows.append(
+            row(name, "norm1", f"LayerNorm {says}", LAYER_NORM, all_norms_formula=formula, common=formula == "rms")
+        )
+    no_shift = dict(all_norms_formula="rms", all_norms_affine="no shift")
+    says = "LayerNorm is RMSNorm: it neither subtracts the mean nor adds the shift"
+    rows.append(row("rms-norm", "norm1", says, LAYER_NORM, **no_shift, common=True))
+    for dims, over in DIMS.items():
+        says = f"LayerNorm takes mean and variance over {over}, not over the embedding"
+        rows.append(row("norm-dimension", "norm1", says, LAYER_NORM, all_norms_dims=dims))
+    for affine in AFFINE:
+        if affine not in ("", "no shift", "no scale"):
+            says = f"LayerNorm's scale and shift are applied in another way: {affine}"
+            rows.append(row("wrong-norm", "norm1", says, LAYER_NORM, all_norms_affine=affine))
+    return rows
+
+
+NORM_SHOWN = {"final_norm": "the final norm"}
+
+
+def some_norms(known: Iterable[Mistake]) -> list[Mistake]:
+    """The mistakes in all norms, also in those of the blocks and in each alone."""
+    rows = []
+    for mistake in known:
+        if {slot.partition(".")[0] for slot in mistake.slots} == set(NORMS):
+            for norms, where in (
+                (("norm1", "norm2"), "norm1 and norm2"),
+                *(((norm,), NORM_SHOWN.get(norm, norm)) for norm in NORMS),
+            ):
+                changes = tuple((slot, value) for slot, value in mistake.changes if slot.partition(".")[0] in norms)
+                stage = norms[0]
+                rows.append(Mistake(mistake.name, stage, f"{mistake.says}, in {where} only", mistake.remedy, changes))
+    return rows
 
 
 def wrong_qkv_orders() -> list[Mistake]:
     remedy = "GPT-2's c_attn holds query, key, value, in this order"
-    rows = []
-    for order in list(permutations(range(3)))[1:]:  # the first is the right one
-        names = ", ".join(QKV[i].removeprefix("W_") for i in order)
-        says = f"{names} are used as query, key, value"
-        rows.append(Mistake("qkv-order", "att.weights", says, remedy, "qkv_order", order))
+    orders = list(permutations(range(3)))[1:]  # the first is the right one
+    rows = [qkv_row(order, remedy, "qkv-order", common=True) for order in orders]
+    repeated = [order for order in product(range(3), repeat=3) if len(set(order)) < 3]
+    rows += [qkv_row(order, "softmax(query @ key.T) @ value", "wrong-operand", common=False) for order in repeated]
+    for layout in ("h3d", "hd3", "3dh", "dh3", "d3h"):
+        says = f"c_attn's output is split in the order {' × '.join(AXES[axis] for axis in layout)}"
+        rows.append(row("qkv-interleaved", "att.weights", says, f"{remedy}, each with its heads side by side",
+                        **{"qkv.layout": layout}))  # fmt: skip
     return rows
 
 
+AXES = {"3": "(query, key, value)", "h": "heads", "d": "head_dim"}
+
+
+def qkv_row(order: tuple[int, ...], remedy: str, name: str, *, common: bool) -> Mistake:
+    names = ", ".join(QKV[i].removeprefix("W_") for i in order)
+    return row(name, "att.weights", f"{names} are used as query, key, value", remedy, qkv=order, common=common)
+
+
 def wrong_heads(config: GPTScratchConfig) -> list[Mistake]:
-    """All other numbers of heads that divide emb_dim."""
+    """All other numbers of heads that divide emb_dim, and the other ways to split and join them."""
     remedy = f"build the model with n_heads={config.n_heads}; no tensor's shape shows it"
     rows = []
     for heads in range(1, config.emb_dim + 1):
         if config.emb_dim % heads == 0 and heads != config.n_heads:
             says = f"attention has {heads} head{'s' * (heads > 1)} instead of {config.n_heads}"
-            rows.append(Mistake("wrong-n-heads", "att.weights", says, remedy, "n_heads", heads))
+            rows.append(row("wrong-n-heads", "att.weights", says, remedy, n_heads=heads, common=True))
+    shown = {"t": "T", "h": "H", "d": "D"}
+    for order in map("".join, permutations("thd")):
+        if order in ("thd", "htd", "tdh"):
+            continue
+        dims = ", ".join(shown[axis] for axis in order)
+        for says, stage, changes in (
+            (f"heads are split and joined in the order {dims}", "att.weights", dict(split=order, merge=order)),
+            (f"heads are split in the order {dims}", "att.weights", dict(split=order)),
+            (f"heads are joined in the order {dims}", "att.out_proj.input", dict(merge=order)),
+        ):
+            rows.append(row("heads-not-transposed", stage, says, HEADS, **changes))
     return rows
+
+
+SOFTMAX_ROWS = {
+    "queries": ("softmax-dimension", "softmax is taken over the queries, not over the keys"),
+    "heads": ("softmax-dimension", "softmax is taken over the heads, not over the keys"),
+    "batch": ("softmax-dimension", "softmax is taken over the batch, not over the keys"),
+    "keys and queries": ("softmax-dimension", "softmax is taken over keys and queries together, not over the keys"),
+    "log": ("wrong-softmax", "log_softmax is used in place of softmax"),
+    "twice": ("wrong-softmax", "softmax is applied twice"),
+    "plus one": ("wrong-softmax", "softmax's denominator has 1 more"),
+    "none": ("wrong-softmax", "there is no softmax: the scores are used as attention weights, masked ones as 0"),
+    "exponential": ("wrong-softmax", "the exponentials of the scores are not divided by their sum"),
+    "sigmoid": ("wrong-softmax", "a sigmoid is used in place of softmax"),
+    "relu": ("wrong-softmax", "a ReLU is used in place of softmax"),
+    "sum": ("wrong-softmax", "the scores are divided by their sum, without exponentials"),
+}
+
+
+def wrong_softmax() -> list[Mistake]:
+    rows = []
+    for kind, (name, says) in SOFTMAX_ROWS.items():
+        common = name == "softmax-dimension" and "and" not in kind
+        rows.append(row(name, "att.weights", says, SOFTMAX_REMEDY, softmax=kind, common=common))
+        if kind in ("none", "relu", "log", "sum"):
+            says = f"{says}; the mask comes after it"
+            rows.append(row(name, "att.weights", says, SOFTMAX_REMEDY, softmax=kind, mask_after=True))
+    says = "softmax is taken over the queries, and the mask is applied after it"
+    rows.append(row("softmax-dimension", "att.weights", says, SOFTMAX_REMEDY, softmax="queries", mask_after=True))
+    for name in SCALES:
+        if name not in ("none", "twice", "emb_dim", "n_heads", "times", "by layer"):
+            rows.append(
+                row("wrong-scale", "att.weights", f"attention scores have another scale: {name}", SCALE, scale=name)
+            )
+    return rows
+
+
+def wrong_biases() -> list[Mistake]:
+    rows = []
+    for layer in (*QKV, "out_proj", "ff.layers.0", "ff.layers.2"):
+        stage = f"att.{layer}" if not layer.startswith("ff") else layer
+        if layer in QKV:
+            rows.append(Mistake("missing-bias", stage, f"{layer} adds no bias", BIAS, ((f"{layer}.bias", 0.0),)))
+        rows.append(
+            Mistake("doubled-bias", stage, f"{layer}'s bias is added twice", "add it once", ((f"{layer}.bias", 2.0),))
+        )
+        if not layer.startswith("ff") and layer != "out_proj":
+            says = f"{layer} is applied transposed"
+            rows.append(Mistake("not-transposed", stage, says, TRANSPOSE, ((f"{layer}.transposed", True),)))
+    return rows
+
+
+def activation_remedy(config: GPTScratchConfig) -> str:
+    right = config.activation_function
+    return 'GPT-2 has nn.GELU(approximate="tanh")' if right == "gelu_new" else f"use {right}"
 
 
 def wrong_activations(config: GPTScratchConfig) -> list[Mistake]:
-    right = config.activation_function
-    remedy = 'GPT-2 has nn.GELU(approximate="tanh")' if right == "gelu_new" else f"use {right}"
+    right, remedy, stage = config.activation_function, activation_remedy(config), "ff.layers.2.input"
     rows = []
-    for other in ACTIVATIONS:
+    twice = [] if right in ("relu", "relu6", "linear") else [("twice", right)]  # those are the same twice
+    for other in (*ACTIVATIONS, *MORE_ACTIVATIONS, *twice):
         if other == right or (other in TANH_GELUS and right in TANH_GELUS):
             continue
-        name, says = "wrong-activation", f"the activation is {other}, not {right}"
+        shown = other if isinstance(other, str) else " ".join(other)
+        name, says = "wrong-activation", f"the activation is {shown}, not {right}"
         if other == "linear":
             says = f"there is no activation instead of {right}"
+        elif other == ("twice", right):
+            says = f"the activation {right} is applied twice"
         elif (other, right) == ("gelu", "gelu_new"):
             name, says = "exact-gelu", "GELU is the exact x · Φ(x), not the tanh approximation"
-        rows.append(Mistake(name, "ff.layers.2.input", says, remedy, "activation", other))
+        rows.append(row(name, stage, says, remedy, activation=other, common=other in ACTIVATIONS))
     return rows
+
+
+def wrong_outputs() -> list[Mistake]:
+    rows = []
+    for kind in OUTPUTS:
+        if kind not in ("log_softmax", "softmax"):
+            name = "shifted-logits" if kind == "reversed" else "not-logits"
+            says = f"what the model returns is not the logits, but these: {kind}"
+            rows.append(row(name, LOGITS, says, LOGITS_REMEDY, logits=kind))
+    return rows
+
+
+# Names for what is read between the blocks.
+
+
+def wrong_order() -> list[Mistake]:
+    """Blocks that are left out, run twice, or read what they should not."""
+    remedy = CHAIN
+    twice = plus(("block before", plus("previous")))
+    return [
+        row(
+            "blocks-not-chained",
+            "input",
+            "each block reads the embeddings",
+            remedy,
+            input=plus("embedded"),
+            common=True,
+        ),
+        row("skipped-block", "input", "the block before is left out", remedy, input=plus("two before"), common=True),
+        row("doubled-block", "input", "the block before runs twice", remedy, input=twice, common=True),
+    ]
 
 
 def mistakes(config: GPTScratchConfig, candidate_eps: Iterable[float] = ()) -> list[Mistake]:
@@ -173,7 +523,154 @@ def mistakes(config: GPTScratchConfig, candidate_eps: Iterable[float] = ()) -> l
     Args:
         candidate_eps: the epsilons of the candidate's norms.
     """
-    generated = [scaled_embedding(config), *wrong_eps(config, candidate_eps), *wrong_qkv_orders()]
-    generated += [*wrong_heads(config), *wrong_activations(config)]
+    generated = [*scaled_embedding(config), *wrong_tokens(), *wrong_eps(config, candidate_eps), *wrong_norms()]
+    generated += [*wrong_qkv_orders(), *wrong_heads(config), *wrong_softmax(), *wrong_biases()]
+    generated += [*wrong_activations(config), *wrong_outputs(), *wrong_wirings(), *wrong_order()]
+    everything = [*CATALOGUE, *generated]
+    everything += some_norms(everything)
     order = stages(1)
-    return sorted([*generated, *CATALOGUE], key=lambda mistake: order.index(mistake.stage_in(0)))
+    return sorted(everything, key=lambda mistake: order.index(mistake.stage_in(0)))
+
+
+# Words for what is found by a fit
+
+WORDS = {"input": "x", "previous": "what the block before returns", "embedded": "the embeddings", "tok_emb": "tok_emb",
+         "pos_emb": "the positions"}  # fmt: skip
+
+
+def operand_shown(operand: Any) -> str:
+    if isinstance(operand, tuple):
+        return f"{operand[0]}({sum_shown(operand[1])})"
+    return WORDS.get(operand, operand)
+
+
+def sum_shown(operands: Sum) -> str:
+    """x + att; 2·x − 0.5·ff; norm1(x + att); nothing."""
+    text = ""
+    for operand, factor in operands:
+        sign = "−" if factor < 0 else "+"
+        size = "" if abs(factor) == 1 else f"{abs(factor):.6g}·"
+        text += (
+            f" {sign} {size}{operand_shown(operand)}" if text else f"{'−' * (factor < 0)}{size}{operand_shown(operand)}"
+        )
+    return text or "nothing"
+
+
+READERS = {"norm1.input": "norm1 reads", "att.input": "attention reads", "norm2.input": "norm2 reads",
+           "ff.input": "feed-forward reads", "output": "the block returns", "head.input": "the head reads",
+           "embedded": "the embeddings are", "input": "it reads"}  # fmt: skip
+WIRING_STAGES = {"norm1.input": "norm1", "att.input": "att.W_query", "norm2.input": "norm2.input",
+                 "ff.input": "ff.layers.0", "output": ""}  # fmt: skip
+
+
+def reachable(wiring: Mapping[str, Sum]) -> dict[str, Sum]:
+    """The sums that a block's output depends on."""
+    found: dict[str, Sum] = {}
+    todo = ["output"]
+    while todo:
+        slot = todo.pop()
+        if slot in wiring and slot not in found:
+            found[slot] = wiring[slot]
+            todo += [f"{name}.input" for name in names_in(wiring[slot])]
+    return found
+
+
+def names_in(operands: Sum) -> list[str]:
+    """The names in a sum. A module that is applied to something else is not one of them."""
+    names = []
+    for operand, _ in operands:
+        names += names_in(operand[1]) if isinstance(operand, tuple) else [operand]
+    return names
+
+
+def canonical(wiring: Mapping[str, Any]) -> dict[str, Any]:
+    """A block's sums, all that matter, in an order of their own, with other slots that were changed."""
+    whole = {**WIRING, **{slot: value for slot, value in wiring.items() if slot in WIRING}}
+    return {slot: tuple(sorted(value, key=repr)) for slot, value in reachable(whole).items()}
+
+
+def wiring_mistake(changes: Mapping[str, Sum]) -> Mistake:
+    """The one mistake that a block's changed sums make: by name if it has one, else in words."""
+    right = canonical({})
+    found = canonical(changes)
+    for name, stage, says, remedy, named, _ in WIRINGS:
+        if set(named) <= set(WIRING) and canonical(named) == found:
+            return Mistake(name, stage, says, remedy, tuple(named.items()))
+    different = {slot: value for slot, value in found.items() if right.get(slot) != value} or dict(changes)
+    told = [f"{READERS[slot]} {sum_shown(changes.get(slot, WIRING[slot]))}, not {sum_shown(WIRING[slot])}"
+            for slot in WIRING if slot in different]  # fmt: skip
+    first = next(slot for slot in WIRING if slot in different)
+    return Mistake("wrong-wiring", WIRING_STAGES[first], "; ".join(told), BOTH_NORMS, tuple(changes.items()))
+
+
+CHAIN = "for block in trf_blocks: x = block(x)"
+
+
+def order_mistake(reads: Mapping[int, Sum], n_layers: int) -> Mistake:
+    """The one mistake that is made by what the blocks, and the final norm behind them, read from each other.
+
+    Args:
+        reads: the sum that a place reads, where it is not the result of the place before.
+    """
+    path, doubled = block_path(reads, n_layers)
+    if path is None:
+        told = [f"{'final_norm' if n == n_layers else f'block {n}'} reads {sum_shown(reads[n])}" for n in sorted(reads)]
+        says = "; ".join(told).replace(WORDS["previous"], "the block before")
+        name = "wrong-wiring"
+    elif doubled:
+        name, says = "doubled-block", f"{numbered_blocks(doubled)} run{'s' * (len(doubled) == 1)} twice"
+    elif sorted(path) == list(range(n_layers)):
+        name, says = "block-order", f"the blocks run in the order {', '.join(map(str, path))}"
+    else:
+        unused = [n for n in range(n_layers) if n not in path]
+        name, says = "skipped-block", f"the result of {numbered_blocks(unused)} is not used"
+        if path == [n_layers - 1] and len(reads) > 1:
+            name, says = "blocks-not-chained", "each block reads the embeddings; only the last block counts"
+    return Mistake(name, "input", says, CHAIN, (("input", tuple(sorted(reads.items()))),))
+
+
+def block_path(reads: Mapping[int, Sum], n_layers: int) -> tuple[list[int] | None, list[int]]:
+    """The blocks through which x goes, in order, and those that run twice; None if it is no single path."""
+    before: dict[int, int] = {}
+    doubled = []
+    for place in range(n_layers + 1):
+        operands = reads.get(place, plus("previous"))
+        if len(operands) != 1 or operands[0][1] != 1:
+            return None, []
+        operand = operands[0][0]
+        if isinstance(operand, tuple):
+            if operand not in twice_before(place):
+                return None, []
+            doubled.append(place - 1)
+            operand = "previous"
+        source = {"previous": place - 1, "two before": place - 2, "embedded": -1}.get(operand)
+        if source is None:
+            if not operand.startswith("block "):
+                return None, []
+            source = int(operand.removeprefix("block "))
+        before[place] = max(source, -1)
+    path: list[int] = []
+    place = n_layers
+    while before[place] >= 0:
+        place = before[place]
+        if place in path:
+            return None, []
+        path.insert(0, place)
+    return path, doubled
+
+
+def twice_before(place: int) -> tuple[Any, ...]:
+    """The ways to say that the block before a place is applied to its own result."""
+    own = f"block {place - 1}"
+    return (own, plus("previous")), (own, plus(own)), ("block before", plus("previous"))
+
+
+def numbered_blocks(blocks: list[int]) -> str:
+    return f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
+
+
+def check_slots(known: Iterable[Mistake]) -> None:
+    """Raises ValueError for a slot that the simulation does not have."""
+    for mistake in known:
+        if unknown := mistake.slots - GPT2.keys():
+            raise ValueError(f"{mistake.name} sets {sorted(unknown)}, but the slots are {sorted(GPT2)}")

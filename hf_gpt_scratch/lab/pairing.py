@@ -1,17 +1,24 @@
-"""Pairs the parameters of a class of your own with the book's, by name, shape and order."""
+"""Pairs the parameters of a class of your own with the book's, by name, use, shape and order.
+
+Shapes: E emb_dim, H heads, D = E / H, I n_inner, V vocabulary, C context_length.
+"""
 
 import difflib
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import LabError, few
 from ..model.configuration_gpt_scratch import GPTScratchConfig
 from ..model.weight_map import TABLE, Row
+from .usage import Use
 
 # What others call the book's layers; the whole path inside the block has to match.
 ATTENTION = r"(?:self_?)?(?:att|attn|attention|mha|sa|multi_?head)[^.]*\."
@@ -23,6 +30,7 @@ ALIASES = {
     "att.W_key": ATTENTION + r"(w_?k(ey)?|k(ey)?(_?(proj|linear))?|to_k)",
     "att.W_value": ATTENTION + r"(w_?v(alue)?|v(alue)?(_?(proj|linear))?|to_v)",
     "att.c_attn": ATTENTION + r"(c_attn|(w_?)?qkv(_?proj)?|in_?proj|query_key_value|to_qkv)",
+    "att.kv": ATTENTION + r"(c_kv|(w_?)?kv(_?proj)?|key_value|to_kv)",
     "att.out_proj": ATTENTION + r"(out_?proj|[co]_?proj|w_?o(ut)?|proj(ection)?|dense|to_out|out)",
     "ff.layers.0": FEED_FORWARD + r"((layers|net)\.0|0|c_fc|fc_?(1|in)|w_?1|linear_?1|up(_?proj)?)",
     "ff.layers.2": FEED_FORWARD + r"((layers|net)\.2|2|c_proj|fc_?(2|out)|w_?2|linear_?2|down(_?proj)?|proj)",
@@ -32,16 +40,58 @@ ALIASES = {
     "out_head": r"(.*\.)?(out_?head|lm_?head|head|output|out|unembed|to_logits)",
 }
 FUSED = tuple(f"att.{name}" for name in ("W_query", "W_key", "W_value"))
+# Slots that hold several of the book's matrices.
+SEVERAL = {"att.c_attn": FUSED, "att.kv": FUSED[1:]}
+ROLES = {"query": FUSED[0], "key": FUSED[1], "value": FUSED[2], "output": "att.out_proj"}
 SHIFT_NAMES = ("shift", "bias", "beta", "b", "offset")
 # The least difflib ratio of a similar name that is not an alias, and its least lead over the next best slot.
 ALIKE, LEAD = 0.6, 0.15
-# What a model may lack and still be compared; the diagnosis then shows the effect.
+# The layers without a bias in GPT-2, and what the model must have to be compared at all.
+UNBIASED = ("tok_emb", "pos_emb", "out_head")
+# What a model may lack even if others of its parameters are left over.
 OPTIONAL = ("pos_emb", "final_norm", "out_head")
 
 Shape = tuple[int, ...]
-Parameters = Mapping[str, nn.Parameter]
+Shapes = Mapping[str, Shape]
+Uses = Mapping[str, Use]
 Pending = dict[str, list[str]]  # a unit's module -> the slots that it fits
 Claim = tuple[str, float, str]  # slot, confidence, reason
+
+
+@dataclass(frozen=True)
+class Folded(Row):
+    """A row whose tensor has a shape of its own, such as W_Q [H, E, D].
+
+    `order` are its dimensions, without those of size 1, in the order rows, columns of the book's matrix, of which
+    `straight` is the shape; it may have more rows than that.
+    """
+
+    shape: Shape = ()
+    order: Shape = ()
+    straight: Shape = ()
+
+    def to_ours(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        plain = [size for size in tensor.shape if size != 1] or [1]
+        whole = tensor.reshape(plain).permute(self.order)
+        whole = whole.reshape(-1, *self.straight[1:])[: self.straight[0]]
+        return whole.chunk(len(self.ours), dim=0)
+
+    def to_theirs(self, tensors: Any) -> torch.Tensor:
+        """The inverse of `to_ours`, with as many rows as are given."""
+        whole = torch.cat(list(tensors), dim=0)
+        places = [i for i, size in enumerate(self.shape) if size != 1] or [0]
+        permuted = [self.shape[places[i]] for i in self.order]
+        permuted[0] = whole.numel() // math.prod(permuted[1:])
+        sizes = list(self.shape)
+        sizes[places[self.order[0]]] = permuted[0]
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return whole.reshape(permuted).permute(back).reshape(sizes).contiguous()
+
+    @property
+    def layout(self) -> str:
+        if self.order in ((0, 1), (0,), (1, 0)):
+            return super().layout
+        return f"{tuple(self.shape)} as {tuple(self.straight)}"
 
 
 @dataclass(frozen=True)
@@ -66,75 +116,158 @@ def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(remove_duplicate=False))
 
 
-# Pairing the parameters of a class of your own
+def joined(tensors: Mapping[str, torch.Tensor], dim: int) -> dict[str, torch.Tensor]:
+    """The tensors, those of single heads, "name[0/4]", put together along `dim`."""
+    whole: dict[str, torch.Tensor] = {}
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if part := re.fullmatch(r"(.+)\[(\d+)/(\d+)\](.*)", name):
+            found = parts.setdefault(part[1] + part[4], {})
+            found[int(part[2])] = tensor
+            if len(found) == int(part[3]):
+                whole[part[1] + part[4]] = torch.cat([found[i] for i in range(len(found))], dim=dim)
+        else:
+            whole[name] = tensor
+    return whole
 
 
-def shapes(config: GPTScratchConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """The weights' shapes outside and inside the blocks by module, `[out, in]` as in `nn.Linear`."""
-    width, inner = config.emb_dim, config.n_inner or 4 * config.emb_dim
+def part_of(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    """The tensor of this name, or of "name[0/4]" the first quarter of its rows."""
+    if part := re.fullmatch(r"(.+)\[(\d+)/(\d+)\]", name):
+        whole = tensors.get(part[1])
+        return None if whole is None else whole.chunk(int(part[3]), dim=0)[int(part[2])]
+    return tensors.get(name)
+
+
+# Shapes
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The shape of a layer's weight in the book, and the shapes that others give it.
+
+    `rows` and `columns` are the ways to write its two dimensions; a norm's has no columns. `padded` is whether others
+    have more rows of it, or, of positions, another number.
+    """
+
+    rows: tuple[Shape, ...]
+    columns: tuple[Shape, ...] = ((),)
+    padded: str = ""
+
+    @property
+    def straight(self) -> Shape:
+        """The book's shape, [out, in]."""
+        return self.rows[0] + self.columns[0]
+
+    def orders(self, shape: Shape, *, exactly: bool = True) -> list[Shape]:
+        """The orders of a parameter's dimensions that make it this weight, as `Folded.order`."""
+        plain = tuple(size for size in shape if size != 1) or (1,)
+        found = []
+        for order in permutations(range(len(plain))):
+            sizes = tuple(plain[i] for i in order)
+            for rows in self.rows:
+                first, rest = sizes[: len(rows)], sizes[len(rows) :]
+                other = bool(self.padded) and not exactly and (self.padded == "positions" or first >= rows)
+                if rest in self.columns and (first == rows or (other and len(first) == 1)):
+                    found.append(order)
+        return found
+
+    @property
+    def bias(self) -> "Slot":
+        return Slot(self.rows)
+
+
+def slots(config: GPTScratchConfig) -> tuple[dict[str, Slot], dict[str, Slot]]:
+    """The weights outside and inside the blocks, by the book's module."""
+    width, inner, heads = config.emb_dim, config.n_inner or 4 * config.emb_dim, config.n_heads
+    per_head = (heads, width // heads) if heads > 1 else (width,)
+    across, plain = ((width,), per_head), ((width,),)
+    vocabulary = Slot(((config.vocab_size,),), plain, "vocabulary")
     outside = {
-        "tok_emb": (config.vocab_size, width),
-        "pos_emb": (config.context_length, width),
-        "final_norm": (width,),
-        "out_head": (config.vocab_size, width),
+        "tok_emb": vocabulary,
+        "pos_emb": Slot(((config.context_length,),), plain, "positions"),
+        "final_norm": Slot(plain),
+        "out_head": vocabulary,
     }
     inside = {
-        "norm1": (width,),
-        **dict.fromkeys(FUSED, (width, width)),
-        "att.c_attn": (3 * width, width),
-        "att.out_proj": (width, width),
-        "norm2": (width,),
-        "ff.layers.0": (inner, width),
-        "ff.layers.2": (width, inner),
+        "norm1": Slot(plain),
+        **dict.fromkeys(FUSED, Slot(across, plain)),
+        "att.c_attn": Slot(((3 * width,), (3, width), (3, *per_head)), plain),
+        "att.kv": Slot(((2 * width,), (2, width), (2, *per_head)), plain),
+        "att.out_proj": Slot(plain, across),
+        "norm2": Slot(plain),
+        "ff.layers.0": Slot(((inner,),), plain),
+        "ff.layers.2": Slot(plain, ((inner,),)),
     }
     return outside, inside
+
+
+# Pairing
 
 
 @dataclass(frozen=True)
 class Place:
     """One of the blocks, or everything outside them.
 
-    `own` are the model's unpaired parameters there, by name without `prefix`; `slots` are the book's modules with the
-    shapes of their weights, by name without `book_prefix`.
+    `own` are the shapes of the model's unpaired parameters there, by the name inside the block; `names` are their whole
+    names, of a layer with a module for each head all of them. `slots` are the book's modules, by name without
+    `book_prefix`.
     """
 
-    prefix: str
     book_prefix: str
-    own: dict[str, nn.Parameter]
-    slots: dict[str, Shape]
+    own: dict[str, Shape]
+    names: dict[str, list[str]]
+    slots: dict[str, Slot]
 
     def has(self, slot: str, name: str) -> bool:
         """Whether the book's parameter of this name belongs to a slot here."""
         return name.startswith(f"{self.book_prefix}{slot}.")
 
+    def use(self, name: str, uses: Uses) -> Use | None:
+        """The use of a parameter, whose partner is given by its name here too."""
+        use = uses.get(self.names[name][0])
+        if use is None or use.partner is None:
+            return use
+        partner = next((short for short, names in self.names.items() if use.partner in names), None)
+        return replace(use, partner=partner)
 
-def match_parameters(module: nn.Module, config: GPTScratchConfig, mapping: Mapping[str, str | None]) -> list[Match]:
-    """Pairs each parameter of a model of your own with the book's: by `mapping`, then by name, shape and order.
+
+def match_parameters(
+    module: nn.Module, config: GPTScratchConfig, mapping: Mapping[str, str | None], uses: Uses | None = None
+) -> list[Match]:
+    """Pairs each parameter of a model of your own with the book's: by `mapping`, then by name, use, shape and order.
+
+    What is left over although all of GPT-2's has been found is not GPT-2's, and has no match.
+
+    Args:
+        uses: what the forward pass does with each parameter.
 
     Raises:
         LabError: the pairing is ambiguous; the message lists what is left over on either side.
     """
+    uses = uses or {}
     own = parameters(module)
-    given = mapped(own, config, mapping)
-    given |= beside(given, own)
+    shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    given = mapped(shapes, config, mapping)
+    given |= beside(given, shapes)
     matches = [match for match in given.values() if match]
     for match in matches:
-        check_shape(match.row, own, config)
+        check_shape(match.row, shapes, config)
     taken = [name for match in matches for name in match.row.ours]
-    places = places_of({name: p for name, p in own.items() if name not in given}, taken, config)
-    problems = []
+    places = places_of({name: shape for name, shape in shapes.items() if name not in given}, taken, config)
+    left = [name for name, match in given.items() if match is None]
     for place in places:
-        found, unmatched = match_place(place, module, taken)
+        found, unmatched = match_place(place, module, taken, uses)
         matches += found
-        problems += unmatched
-    problems += [f"nothing for {name}" for name in lacking(places, matches)]
-    refuse_doubt(type(module).__name__, problems, matches)
-    return [with_layout(match, module, own, config, matches) for match in matches]
+        left += unmatched
+    refuse_doubt(type(module).__name__, left, lacking(places, matches), matches)
+    return [with_layout(match, module, shapes, config, matches, uses) for match in matches]
 
 
-def refuse_doubt(name: str, problems: list[str], matches: list[Match]) -> None:
-    """Raises LabError if something is left over, or two parameters match one of the book's."""
-    if problems:
+def refuse_doubt(name: str, left: list[str], lacking: list[str], matches: list[Match]) -> None:
+    """Raises LabError if parameters are left over on both sides, or two match one of the book's."""
+    if (left and lacking) or "tok_emb" in lacking:
+        problems = [*left, *(f"nothing for {slot}" for slot in lacking)]
         raise LabError(
             f"the parameters of {name} cannot be paired with GPT-2's unambiguously: {few(problems, 8)}; say "
             'what they are with --map FILE, JSON such as {"blocks.{n}.proj.weight": '
@@ -145,36 +278,99 @@ def refuse_doubt(name: str, problems: list[str], matches: list[Match]) -> None:
         raise LabError(f"several parameters are mapped to {', '.join(sorted(twice))}; map each to one name")
 
 
-def places_of(rest: Parameters, taken: list[str], config: GPTScratchConfig) -> list[Place]:
+def places_of(rest: Shapes, taken: list[str], config: GPTScratchConfig) -> list[Place]:
     """The places of the unpaired parameters; `taken` are the book's names that have a match."""
     begun = {int(number[1]) for name in taken if (number := re.match(r"trf_blocks\.(\d+)\.", name))}
-    numbered = any(re.search(r"\.\d+\.", name) for name in rest)
+    layers = layers_of(rest, config.n_layers)
     # A map may name everything in the blocks; then no list of blocks is needed.
-    complete = begun.issuperset(range(config.n_layers)) and not numbered
-    container = "" if complete else block_container(rest, config.n_layers)
-    in_blocks = [name for name in rest if container and name.startswith(container)]
-    outside, inside = shapes(config)
-    places = [Place("", "", {name: p for name, p in rest.items() if name not in in_blocks}, outside)]
+    if not layers and not begun.issuperset(range(config.n_layers)):
+        raise LabError(
+            f"there is no list of {config.n_layers} equal blocks among the parameters ({', '.join(list(rest)[:4])}, …)"
+            "; check n_layers in the cfg, keep the blocks in an nn.ModuleList or nn.Sequential, or name all parameters "
+            "in --map"
+        )
+    outside, inside = slots(config)
+    others = {name: shape for name, shape in rest.items() if name not in layers}
+    places = [Place("", others, {name: [name] for name in others}, outside)]
     for n in range(config.n_layers):
-        prefix = f"{container}{n}."
-        own = {name.removeprefix(prefix): rest[name] for name in in_blocks if name.startswith(prefix)}
-        places.append(Place(prefix, f"trf_blocks.{n}.", own, inside))
+        own = {short: name for name, (layer, short) in layers.items() if layer == n}
+        shapes, names = with_heads_stacked({short: rest[name] for short, name in own.items()}, config)
+        whole = {short: [own[part] for part in parts] for short, parts in names.items()}
+        places.append(Place(f"trf_blocks.{n}.", shapes, whole, inside))
     return places
 
 
-def match_place(place: Place, module: nn.Module, taken: list[str]) -> tuple[list[Match], list[str]]:
+def layers_of(shapes: Shapes, n_layers: int) -> dict[str, tuple[int, str]]:
+    """The block of each parameter that is in one, and its name there.
+
+    A block is known by a number: the first in a name that has `n_layers` consecutive values, with equal shapes.
+    """
+    found: dict[str, tuple[int, str, str]] = {}
+    for name, shape in shapes.items():
+        for number in re.finditer(r"\d+", name):
+            before, after = name[: number.start()], name[number.end() :]
+            like = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+            values = sorted(int(m[1]) for other in shapes if shapes[other] == shape and (m := like.fullmatch(other)))
+            alone = f".{before}".endswith(".") and after.startswith(".") and values == [0]
+            consecutive = values == list(range(values[0], values[0] + n_layers))
+            if consecutive and (n_layers > 1 or alone):
+                found[name] = (int(number[0]) - values[0], before, after.removeprefix("."))
+                break
+            if len(values) > 1:
+                break
+    lists = {before for _, before, _ in found.values()}
+    single = len(lists) == 1
+    return {name: (n, after if single else f"{before}{after}") for name, (n, before, after) in found.items()}
+
+
+def with_heads_stacked(
+    own: dict[str, Shape], config: GPTScratchConfig
+) -> tuple[dict[str, Shape], dict[str, list[str]]]:
+    """The parameters of a block, those of one module for each head as one of shape (H, …); and the names of each."""
+    heads, size = config.n_heads, config.emb_dim // config.n_heads
+    shapes, names = dict(own), {name: [name] for name in own}
+    if heads == 1:
+        return shapes, names
+    for name, shape in own.items():
+        if name not in shapes or size not in shape or len(shape) > 2:
+            continue
+        for number in re.finditer(r"\d+", name):
+            before, after = name[: number.start()], name[number.end() :]
+            parts = [f"{before}{h}{after}" for h in range(heads)]
+            if all(own.get(part) == shape for part in parts) and f"{before}{heads}{after}" not in own:
+                for part in parts:
+                    del shapes[part], names[part]
+                whole = f"{before}{{h}}{after}"
+                shapes[whole], names[whole] = (heads, *shape), parts
+                break
+    return shapes, names
+
+
+def match_place(place: Place, module: nn.Module, taken: list[str], uses: Uses) -> tuple[list[Match], list[str]]:
     """The matches of a place, and the names of the parameters that match nothing."""
     free = {slot: shape for slot, shape in place.slots.items() if not any(place.has(slot, name) for name in taken)}
-    layouts = {name: layout_of(module, place.prefix + name) for name in place.own}
-    found, unmatched = match_units(place.own, free, layouts)
-    together = units(place.own)
+    used = {name: use for name in place.own if (use := place.use(name, uses))}
+    layouts = {name: layout_of(module, place.names[name][0]) or layout_by_use(used.get(name)) for name in place.own}
+    together = units(place.own, used)
+    pending = {unit: fitting(place.own, kinds, free, layouts) for unit, kinds in together.items()}
+    by_unit = {unit: used[name] for unit, kinds in together.items() if (name := kinds.get("weight", "")) in used}
+    found = settled(pending, by_unit)
     matches = []
+    left = [name for unit in pending for kind in together[unit].values() for name in place.names[kind]]
     for unit, (slot, confidence, reason) in found.items():
         for kind, name in together[unit].items():
-            layers = FUSED if slot == "att.c_attn" else (slot,)
+            wanted = place.slots[slot].bias if kind == "bias" else place.slots[slot]
+            if kind == "bias" and (slot in UNBIASED or not wanted.orders(place.own[name])):
+                left += place.names[name]
+                continue
+            layers = SEVERAL.get(slot, (slot,))
             ours = tuple(f"{place.book_prefix}{layer}.{kind_of_tensor(slot, kind)}" for layer in layers)
-            matches.append(Match(Row(place.prefix + name, ours, False, ""), confidence, reason))
-    return matches, [place.prefix + name for unit in unmatched for name in together[unit].values()]
+            parts = place.names[name]
+            for h, theirs in enumerate(parts):
+                part = f"[{h}/{len(parts)}]" if len(parts) > 1 else ""
+                row = Row(theirs, tuple(our + part for our in ours), False, "")
+                matches.append(Match(row, confidence, reason))
+    return matches, left
 
 
 def kind_of_tensor(slot: str, kind: str) -> str:
@@ -183,18 +379,18 @@ def kind_of_tensor(slot: str, kind: str) -> str:
 
 
 def lacking(places: list[Place], matches: list[Match]) -> list[str]:
-    """The book's modules whose weight is unmatched, except those that a model may lack."""
-    matched = {name for match in matches for name in match.row.ours}
+    """The book's modules whose weight is unmatched, except those that a model may always lack."""
+    matched = {re.sub(r"\[.*", "", name) for match in matches for name in match.row.ours}
     return [
         place.book_prefix + slot
         for place in places
         for slot in place.slots
-        if slot not in (*OPTIONAL, "att.c_attn")
+        if slot not in (*OPTIONAL, *SEVERAL)
         and f"{place.book_prefix}{slot}.{kind_of_tensor(slot, 'weight')}" not in matched
     ]
 
 
-def mapped(own: Parameters, config: GPTScratchConfig, mapping: Mapping[str, str | None]) -> dict[str, Match | None]:
+def mapped(shapes: Shapes, config: GPTScratchConfig, mapping: Mapping[str, str | None]) -> dict[str, Match | None]:
     """The matches in a map, `{n}` being every layer; None for a parameter that GPT-2 does not have.
 
     Raises:
@@ -205,11 +401,11 @@ def mapped(own: Parameters, config: GPTScratchConfig, mapping: Mapping[str, str 
         row, layer = (None, None) if target is None else target_row(theirs, target)
         for n in range(config.n_layers if "{n}" in theirs else 1):
             name = theirs.replace("{n}", str(n))
-            if name not in own:
-                raise LabError(f"the map names {name!r}, which the model does not have; it has {', '.join(own)}")
+            if name not in shapes:
+                raise LabError(f"the map names {name!r}, which the model does not have; it has {', '.join(shapes)}")
             given[name] = None
             if row is not None:
-                row_here = replace(row, theirs=name, transposed=row.transposed and own[name].ndim > 1)
+                row_here = replace(row, theirs=name, transposed=row.transposed and len(shapes[name]) > 1)
                 given[name] = Match(row_here.at(n if layer is None else layer), 1.0, "your map")
     return given
 
@@ -234,13 +430,13 @@ def target_row(theirs: str, target: str) -> tuple[Row, int | None]:
     return row, int(layer[0]) if layer else None
 
 
-def beside(given: Mapping[str, Match | None], own: Parameters) -> dict[str, Match | None]:
+def beside(given: Mapping[str, Match | None], shapes: Shapes) -> dict[str, Match | None]:
     """The other parameter of each module of which the map names one: a weight's bias, or a bias's weight."""
     other_kind = {"weight": "bias", "bias": "weight", "scale": "shift", "shift": "scale"}
     found: dict[str, Match | None] = {}
     for name, match in given.items():
         owner = name.rpartition(".")[0]
-        others = [other for other in own if other.rpartition(".")[0] == owner and other != name]
+        others = [other for other in shapes if other.rpartition(".")[0] == owner and other != name]
         if match and len(others) == 1 and others[0] not in given:
             names = [ours.rpartition(".") for ours in match.row.ours]
             ours = tuple(f"{module}.{other_kind[kind]}" for module, _, kind in names)
@@ -248,43 +444,31 @@ def beside(given: Mapping[str, Match | None], own: Parameters) -> dict[str, Matc
     return found
 
 
-def block_container(names: Collection[str], n_layers: int) -> str:
-    """The path of the list of blocks with its dot: `n_layers` children numbered from 0, with the same names in each."""
-    counts: dict[str, int] = {}
-    for name in names:
-        for number in re.finditer(r"(?<=\.)\d+(?=\.)", name):
-            counts[name[: number.start()]] = counts.get(name[: number.start()], 0) + 1
-    for path in sorted(counts, key=lambda path: (-counts[path], len(path))):
-        insides: dict[str, set[str]] = {}
-        for name in names:
-            if name.startswith(path):
-                layer, _, inside = name.removeprefix(path).partition(".")
-                insides.setdefault(layer, set()).add(inside)
-        if insides.keys() == {str(n) for n in range(n_layers)} and len(set(map(frozenset, insides.values()))) == 1:
-            return path
-    raise LabError(
-        f"there is no list of {n_layers} equal blocks among the parameters ({', '.join(list(names)[:4])}, …); check "
-        "n_layers in the cfg, keep the blocks in an nn.ModuleList or nn.Sequential, or name all parameters in --map"
-    )
+def units(own: Shapes, used: Uses) -> dict[str, dict[str, str]]:
+    """Parameters that belong together: {module or weight: {"weight": name, "bias": name}}.
 
-
-def units(own: Parameters) -> dict[str, dict[str, str]]:
-    """Parameters that belong together, by the path of their module: {path: {"weight": name, "bias": name}}.
-
-    A module with several matrices of its own makes one unit for each.
+    A bias belongs to the weight after which it is added, else to the weight in its module. A module with several
+    matrices of its own makes one unit for each.
     """
+    pairs = {name: use.partner for name, use in used.items() if use.partner and use.partner in own}
+    pairs = {bias: weight for bias, weight in pairs.items() if weight not in pairs}
     together: dict[str, list[str]] = {}
     for name in own:
         together.setdefault(name.rpartition(".")[0], []).append(name)
     result: dict[str, dict[str, str]] = {}
     for path, names in together.items():
-        matrices = [name for name in names if own[name].ndim > 1]
-        if len(names) > 2 or len(matrices) > 1 or not path:
-            result |= {name: {"weight": name} for name in names}
+        alone = [name for name in names if name not in pairs and name not in pairs.values()]
+        for bias, weight in pairs.items():
+            if weight in names:
+                whole = path if set(names) == {bias, weight} else weight
+                result[whole] = {"weight": weight, "bias": bias}
+        matrices = [name for name in alone if len(own[name]) > 1]
+        if len(alone) > 2 or len(matrices) > 1 or not path or (alone and len(alone) < len(names)):
+            result |= {name: {"weight": name} for name in alone}
         elif matrices:
-            result[path] = {"weight" if own[name].ndim > 1 else "bias": name for name in names}
-        else:
-            result[path] = {"bias" if n.rpartition(".")[2] in SHIFT_NAMES else "weight": n for n in names}
+            result[path] = {"weight" if len(own[name]) > 1 else "bias": name for name in alone}
+        elif alone:
+            result[path] = {"bias" if n.rpartition(".")[2] in SHIFT_NAMES else "weight": n for n in alone}
     return result
 
 
@@ -293,34 +477,56 @@ def layout_of(module: nn.Module, name: str) -> str | None:
     owner = module.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, Conv1D):
         return "[in, out]"
-    return "[out, in]" if isinstance(owner, nn.Linear | nn.Embedding) else None
+    return "[out, in]" if isinstance(owner, nn.Linear | nn.Embedding | nn.Conv1d) else None
 
 
-def match_units(
-    own: Parameters, slots: Mapping[str, Shape], layouts: Mapping[str, str | None]
-) -> tuple[dict[str, Claim], list[str]]:
-    """The slot of each unit, with confidence and reason; and the units without one.
+def layout_by_use(use: Use | None) -> str | None:
+    if use is None or use.transposed is None:
+        return None
+    return "[in, out]" if use.transposed else "[out, in]"
 
-    Each pass claims slots for what the last one left: by name, similar name, elimination, order of the norms.
+
+def settled(pending: Pending, used: Uses) -> dict[str, Claim]:
+    """The slot of each unit, with confidence and reason; what is left in `pending` has none.
+
+    Each pass claims slots for what the last one left: norms by their use, then by name, use, similar name, elimination,
+    order of the norms.
     """
-    pending = {unit: fitting(own, kinds, slots, layouts) for unit, kinds in units(own).items()}
+    passes: list[Callable[[Pending], dict[str, Claim]]] = [
+        lambda pending: by_use_of_norms(pending, used),
+        by_name,
+        lambda pending: by_use(pending, used),
+        by_similar_name,
+        by_elimination,
+        by_order_of_norms,
+    ]
     found: dict[str, Claim] = {}
-    for claims in (by_name, by_similar_name, by_elimination, by_order_of_norms):
+    for claims in passes:
         settle(claims(pending), pending, found)
-    return found, list(pending)
+    return found
 
 
 def fitting(
-    own: Parameters, kinds: dict[str, str], slots: Mapping[str, Shape], layouts: Mapping[str, str | None]
+    own: Shapes, kinds: dict[str, str], free: Mapping[str, Slot], layouts: Mapping[str, str | None]
 ) -> list[str]:
-    """The slots that a unit fits by shape, as it is or transposed, as far as its module allows."""
-    name = kinds.get("weight", next(iter(kinds.values())))
-    shape, layout = tuple(own[name].shape), layouts[name]
-    return [
-        slot
-        for slot, straight in slots.items()
-        if (layout != "[in, out]" and shape == straight) or (layout != "[out, in]" and shape == straight[::-1])
-    ]
+    """The slots that a unit fits by shape, in any layout that its module allows.
+
+    One with other numbers of rows counts only where none fits exactly.
+    """
+    if "weight" not in kinds:
+        return []
+    name = kinds["weight"]
+    layout = layouts[name] if len(own[name]) == 2 else None
+    allowed = {"[out, in]": ((0, 1), (0,)), "[in, out]": ((1, 0),), None: None}[layout]
+    for exactly in (True, False):
+        fit = [
+            slot
+            for slot, wanted in free.items()
+            if any(allowed is None or order in allowed for order in wanted.orders(own[name], exactly=exactly))
+        ]
+        if fit:
+            return fit
+    return []
 
 
 def settle(claims: dict[str, Claim], pending: Pending, found: dict[str, Claim]) -> None:
@@ -331,10 +537,8 @@ def settle(claims: dict[str, Claim], pending: Pending, found: dict[str, Claim]) 
             found[unit] = claim
             del pending[unit]
     closed = {slot for slot, _, _ in found.values()}
-    if "att.c_attn" in closed:
-        closed |= set(FUSED)
-    elif closed & set(FUSED):
-        closed.add("att.c_attn")
+    filled = {layer for slot in closed for layer in SEVERAL.get(slot, (slot,))}
+    closed |= filled | {slot for slot, layers in SEVERAL.items() if filled & set(layers)}
     for unit, slots in pending.items():
         pending[unit] = [slot for slot in slots if slot not in closed]
 
@@ -348,9 +552,41 @@ def by_name(pending: Pending) -> dict[str, Claim]:
     return claims
 
 
+def by_use_of_norms(pending: Pending, used: Uses) -> dict[str, Claim]:
+    """Norms in the order in which they run, whatever they are called, if as many run as there are slots."""
+    norms = {unit: slots for unit, slots in pending.items() if slots and all("norm" in slot for slot in slots)}
+    running = sorted((used[unit].order, unit) for unit in norms if unit in used)
+    open_slots = next(iter(norms.values()), [])
+    first_matrix = min((use.order for use in used.values() if use.kind == "matrix"), default=math.inf)
+    if len(running) == 1 and len(open_slots) == 2 and running[0][0] < first_matrix:
+        open_slots = open_slots[:1]  # the other does not run; this one may run twice
+    if len(running) != len(open_slots):
+        return {}
+    return {unit: (slot, 0.9, "order of use, and shape") for (_, unit), slot in zip(running, open_slots, strict=True)}
+
+
+def by_use(pending: Pending, used: Uses) -> dict[str, Claim]:
+    claims: dict[str, Claim] = {}
+    for unit, slots in pending.items():
+        use = used.get(unit)
+        if use is None:
+            continue
+        if use.role:
+            wanted = ROLES[use.role]
+        elif use.roles:
+            wanted = "att.c_attn" if "query" in use.roles else "att.kv"
+        else:
+            wanted = {"lookup": "tok_emb", "position": "pos_emb", "matrix": "out_head"}.get(use.kind, "")
+        if wanted in slots:
+            claims[unit] = (wanted, 0.95, f"use as {use.role or use.kind}, and shape")
+    return claims
+
+
 def by_similar_name(pending: Pending) -> dict[str, Claim]:
     claims: dict[str, Claim] = {}
     for unit, slots in pending.items():
+        if all("norm" in slot for slot in slots):  # of which only the order is known
+            continue
         ratios = sorted(((alikeness(unit, slot), slot) for slot in slots), reverse=True)
         if ratios and ratios[0][0] >= ALIKE and ratios[0][0] - (ratios[1][0] if ratios[1:] else 0) >= LEAD:
             claims[unit] = (ratios[0][1], ratios[0][0], "similar name, and shape")
@@ -382,27 +618,39 @@ def alikeness(unit: str, slot: str) -> float:
 
 
 def with_layout(
-    match: Match, module: nn.Module, own: Parameters, config: GPTScratchConfig, matches: list[Match]
+    match: Match, module: nn.Module, shapes: Shapes, config: GPTScratchConfig, matches: list[Match], uses: Uses
 ) -> Match:
-    """The match with its matrix's layout: by its shape or, if square, by its module or the other matrices."""
-    shape, straight = own[match.row.theirs].shape, shape_of(match.row, config)
-    if len(shape) < 2:
-        return match
-    if straight[0] != straight[1]:
-        return replace(match, row=replace(match.row, transposed=shape != straight))
-    if known := layout_of(module, match.row.theirs):
-        layout, reason = known, f"{known} as its module has it"
-    elif match.reason == "your map":
-        return match
-    else:
-        layout = layout_of_others(match, module, own, config, matches)
-        reason = f"square: {layout} as the other bare matrices"
-    row = replace(match.row, transposed=layout == "[in, out]")
-    return replace(match, row=row, reason=f"{match.reason}; {reason}")
+    """The match with its tensor's layout: by its shape or, if square, by its module, its use or the other matrices."""
+    row, shape, slot = match.row, shapes[match.row.theirs], slot_of(match.row, config)
+    orders = slot.orders(shape) or slot.orders(shape, exactly=False)
+    straight = slot.straight
+    if part := re.search(r"/(\d+)\]$", row.ours[0]):  # of one head
+        straight = (straight[0] // int(part[1]), *straight[1:])
+        orders = Slot((straight[:1],), (straight[1:],)).orders(shape)
+    reason = match.reason
+    order = orders[0]
+    if {(0, 1), (1, 0)} <= set(orders):
+        known = layout_of(module, row.theirs)
+        use = uses.get(row.theirs)
+        if known:
+            reason = f"{reason}; {known} as its module has it"
+        elif match.reason == "your map":
+            known = "[in, out]" if row.transposed else "[out, in]"
+        elif "emb" in row.ours[0]:
+            known = "[out, in]"
+        elif use is not None and use.transposed is not None:
+            known = "[in, out]" if use.transposed else "[out, in]"
+            reason = f"{reason}; square: {known} as it is multiplied"
+        else:
+            known = layout_of_others(match, module, shapes, config, matches)
+            reason = f"{reason}; square: {known} as the other bare matrices"
+        order = (1, 0) if known == "[in, out]" else (0, 1)
+    folded = Folded(row.theirs, row.ours, order == (1, 0), row.meaning, shape, order, straight)
+    return replace(match, row=folded, reason=reason)
 
 
 def layout_of_others(
-    match: Match, module: nn.Module, own: Parameters, config: GPTScratchConfig, matches: list[Match]
+    match: Match, module: nn.Module, shapes: Shapes, config: GPTScratchConfig, matches: list[Match]
 ) -> str:
     """The layout of the blocks' rectangular bare matrices, which must have one in common.
 
@@ -411,10 +659,10 @@ def layout_of_others(
     """
     layouts = set()
     for row in (other.row for other in matches):
-        shape = own[row.theirs].shape
+        shape = shapes[row.theirs]
         bare = row.ours[0].startswith("trf_blocks") and not layout_of(module, row.theirs)
-        if bare and len(shape) > 1 and shape[0] != shape[1]:
-            layouts.add("[out, in]" if shape == shape_of(row, config) else "[in, out]")
+        if bare and len(shape) == 2 and shape[0] != shape[1]:
+            layouts.add("[out, in]" if shape == slot_of(row, config).straight else "[in, out]")
     if len(layouts) != 1:
         theirs, name = match.row.theirs, match.row.ours[0]
         raise LabError(
@@ -424,16 +672,18 @@ def layout_of_others(
     return layouts.pop()
 
 
-def check_shape(row: Row, own: Parameters, config: GPTScratchConfig) -> None:
-    shape, straight = tuple(own[row.theirs].shape), shape_of(row, config)
-    if shape not in ((straight, straight[::-1]) if len(shape) > 1 else (straight[:1],)):
+def check_shape(row: Row, shapes: Shapes, config: GPTScratchConfig) -> None:
+    shape, slot = shapes[row.theirs], slot_of(row, config)
+    if not (slot.orders(shape) or slot.orders(shape, exactly=False)):
         raise LabError(
-            f"{row.theirs} has shape {shape}, but {' + '.join(row.ours)} is {straight}; build both models with the "
-            "same sizes (--cfg), or map it elsewhere"
+            f"{row.theirs} has shape {shape}, but {' + '.join(row.ours)} is {slot.straight}; build both models with "
+            "the same sizes (--cfg), or map it elsewhere"
         )
 
 
-def shape_of(row: Row, config: GPTScratchConfig) -> Shape:
-    outside, inside = shapes(config)
-    path = re.sub(r"^trf_blocks\.\d+\.", "", row.ours[0]).rpartition(".")[0]
-    return {**outside, **inside}["att.c_attn" if len(row.ours) == 3 else path]
+def slot_of(row: Row, config: GPTScratchConfig) -> Slot:
+    """The shape of a row's tensor in the book."""
+    outside, inside = slots(config)
+    path, _, kind = re.sub(r"^trf_blocks\.\d+\.", "", row.ours[0]).rpartition(".")
+    slot = {**outside, **inside}[{3: "att.c_attn", 2: "att.kv"}.get(len(row.ours), path)]
+    return slot.bias if kind.startswith(("bias", "shift")) else slot

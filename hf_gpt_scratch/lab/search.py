@@ -1,52 +1,83 @@
-"""The search for mistakes in the forward pass: which of them reproduce the candidate, by experiment.
+"""The search for mistakes in the forward pass: which edits reproduce the candidate, stage by stage.
+
+Each recorded stage is an equation: what the candidate computed there must be what GPT-2 computes from the candidate's
+own values before it. So no mistake hides another. Where the equation fails, edits of what it consults are tried: those
+of the table (mistakes.py) and those fitted to the numbers (fits.py).
 
 Shapes: B batch, T tokens, E emb_dim.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import combinations, pairwise
+from itertools import combinations
+from typing import Any
 
 import torch
 
 from ..model.configuration_gpt_scratch import GPTScratchConfig
 from .compare import errors
-from .mistakes import Mistake
-from .simulate import Switches, simulate
-from .trace import meaning, stages
+from .fits import fits
+from .mistakes import Mistake, order_mistake, wiring_mistake
+from .simulate import WIRING, Edits, Forward, everywhere
+from .trace import BLOCK_STAGES, LOGITS, MODULE_INPUTS
 
-# The most mistakes that a search combines, and how many tokens it runs on: enough for any mask, and quick.
-MOST, SHORT = 4, 12
+# The most mistakes that are combined, and the most multiplications that a search for pairs may cost.
+MOST, MOST_WORK, LEAST_WORK = 12, 6e11, 1e8
+# The most tokens per sequence that a search runs on: enough for any mask, and quick.
+SHORT = 32
+# A relative error below this is rounding, so that of two explanations the first is taken.
+ROUNDING = 1e-11
 
-# Mistakes, each with the places that have it.
-Findings = list[tuple[Mistake, frozenset[int]]]
-# How many recorded stages agree before the first that does not, and the last one's error (inf until all agree).
-Agreement = tuple[int, float]
+Findings = list[tuple[Mistake, frozenset[int]]]  # mistakes, each with the places that have it
+FAILURES = (ValueError, RuntimeError, KeyError, IndexError, TypeError)  # of edits that do not fit this model
 
 
-def placed(findings: Findings) -> dict[int, Switches]:
-    """The switches of each place."""
-    wrong: dict[int, Switches] = {}
+def placed(findings: Findings) -> dict[int, dict[str, Any]]:
+    """The edits of each place."""
+    wrong: dict[int, dict[str, Any]] = {}
     for mistake, places in findings:
         for place in places:
-            wrong[place] = mistake.switched_on(wrong.get(place, Switches()))
+            wrong.setdefault(place, {}).update(mistake.changes)
     return wrong
 
 
-def place_of(stage: str, n_layers: int) -> int:
-    """The place whose computation a stage shows; the input of block n is the result of the place before."""
-    if number := re.match(r"trf_blocks\.(\d+)(\.input$)?", stage):
-        return int(number[1]) - bool(number[2])
-    return -1 if stage in ("tok_emb", "pos_emb") else n_layers
+def recorded_stages(n_layers: int) -> list[str]:
+    """Everything that may be recorded, in execution order."""
+    inside: list[str] = []
+    for stage in BLOCK_STAGES:
+        if f"{stage}.input" in MODULE_INPUTS:
+            inside.append(f"{stage}.input")
+        inside.append(stage)
+    blocks = [f"trf_blocks.{n}.{stage}".rstrip(".") for n in range(n_layers) for stage in inside]
+    return ["tok_emb", "pos_emb", *blocks, "final_norm.input", "final_norm", f"{LOGITS}.input", LOGITS]
+
+
+def key_of(stage: str) -> str:
+    """A stage without the number of its block."""
+    return re.sub(r"^trf_blocks\.\d+", "block", stage)
+
+
+def agreement(simulated: torch.Tensor, recorded: torch.Tensor) -> float:
+    """The relative error; inf if shapes or the positions of NaNs differ, or if there is no finite number to compare."""
+    return errors(recorded, simulated)[2] if recorded.isfinite().any() else math.inf
+
+
+@dataclass
+class Equation:
+    """A recorded stage: its error, the slots consulted and the given stages used."""
+
+    error: float
+    read: frozenset[tuple[int, str]]
+    taken: frozenset[str]
 
 
 @dataclass
 class Experiment:
-    """The candidate's trace, and everything needed to reproduce it in some consecutive places.
+    """The candidate's trace, and everything needed to reproduce it.
 
-    `start` is the input of the first place (B, T, E), `tried` all experiments so far.
+    `findings` are accepted so far; `doubted` stages are neither given nor compared. `tried` counts experiments.
     """
 
     config: GPTScratchConfig
@@ -54,246 +85,307 @@ class Experiment:
     activations: Mapping[str, torch.Tensor]
     bound: float
     weights: Mapping[str, torch.Tensor]
-    places: range
-    start: torch.Tensor | None = None
-    tried: list[Findings] = field(default_factory=list)
+    findings: Findings = field(default_factory=list)
+    doubted: frozenset[str] = frozenset()
+    tried: list[int] = field(default_factory=lambda: [0])
+
+    def __post_init__(self):
+        self.activations = {
+            stage: usable(stage, tensor, self.input_ids, self.config) for stage, tensor in self.activations.items()
+        }
+        order = [stage for stage in recorded_stages(self.config.n_layers) if stage in self.activations]
+        # Where no value is finite, nothing can be compared: NaN against NaN is no agreement.
+        self.targets = [stage for stage in order if self.activations[stage].isfinite().any()]
+        self.solved: dict[str, Equation] = {}
+        self.given = {stage: x for stage, x in self.activations.items() if stage not in self.doubted}
+        self.wrong = placed(self.findings)
+
+    def forward(self, target: str, more: Edits | None = None) -> Forward:
+        """The pass that computes one stage from all that was recorded but itself, with the findings and more edits."""
+        wrong = self.wrong
+        if more:
+            wrong = wrong | {place: {**wrong.get(place, {}), **edits} for place, edits in more.items()}
+        return Forward(self.weights, self.config, self.input_ids, wrong, self.given, target)
+
+    def equation(self, target: str, more: Edits | None = None) -> Equation:
+        self.tried[0] += 1
+        forward = self.forward(target, more)
+        try:
+            error = agreement(forward.compute(target), self.activations[target])
+        except FAILURES:
+            error = math.inf
+        return Equation(error, frozenset(forward.read), frozenset(forward.taken))
+
+    def state(self, target: str) -> Equation:
+        """The equation of a stage with the findings so far."""
+        if target not in self.solved:
+            self.solved[target] = self.equation(target)
+        return self.solved[target]
+
+    def fails(self, target: str) -> bool:
+        return not self.state(target).error <= self.bound
 
     @property
-    def shared(self) -> list[str]:
-        """The recorded stages here, in execution order."""
-        n_layers = self.config.n_layers
-        return [s for s in stages(n_layers) if s in self.activations and place_of(s, n_layers) in self.places]
+    def compared(self) -> list[str]:
+        return [target for target in self.targets if target not in self.doubted]
 
-    def agreement(self, findings: Findings) -> Agreement:
-        """How far the simulation with these mistakes agrees with the candidate."""
-        self.tried.append(findings)
-        agreed, error = 0, math.inf
-        for stage, tensor in self.simulated(findings):
-            if stage in self.activations:
-                error = errors(tensor, self.activations[stage])[2]
-                if not error <= self.bound:
-                    return agreed, math.inf
-                agreed += 1
-        return agreed, error
+    def with_findings(self, findings: Findings) -> "Experiment":
+        return replace(self, findings=findings)
 
-    def explained_by(self, findings: Findings) -> bool:
-        return self.agreement(findings)[1] <= self.bound
+    def doubting(self, stages: Iterable[str]) -> "Experiment":
+        return replace(self, doubted=self.doubted | frozenset(stages))
 
-    def simulated(self, findings: Findings) -> Iterator[tuple[str, torch.Tensor]]:
-        return simulate(self.weights, self.config, self.input_ids, placed(findings), self.places, self.start)
+    def affected(self, added: Findings) -> list[str]:
+        """The compared stages whose equation consults what these mistakes change."""
+        changed = {(place, slot) for mistake, places in added for place in places for slot in mistake.slots}
+        return [target for target in self.compared if self.state(target).read & changed]
 
-    def outcome(self, findings: Findings) -> torch.Tensor:
-        """The result of the last place: the logits, or the next block's input (B, T, E)."""
-        *_, (_, x) = self.simulated(findings)
-        return x
-
-    def throughout(self, *mistakes: Mistake) -> Findings:
-        """The mistakes, each in all places."""
-        return [(mistake, frozenset(self.places)) for mistake in mistakes]
-
-    def suspects(self, agreed: int) -> range:
-        """The places that may be the only wrong one: from the last stage that agrees to the first that does not."""
-        if len(self.places) == 1:
-            return range(0)  # then it is all places
-        shared, n_layers = self.shared, self.config.n_layers
-        first = place_of(shared[agreed - 1], n_layers) if agreed else self.places.start
-        return range(first, place_of(shared[agreed], n_layers) + 1)
-
-    def without(self, doubted: frozenset[str]) -> "Experiment":
-        """The same experiment without the stages of these meanings, except the last stage."""
-        kept = [stage for stage in self.shared if meaning(stage) not in doubted or stage == self.shared[-1]]
-        return replace(self, activations={stage: self.activations[stage] for stage in kept})
-
-    def parts(self) -> list[range]:
-        """The places, split wherever the activation between two was recorded: into single blocks if all were."""
-        between = [stage for stage in self.activations if re.fullmatch(r"trf_blocks\.\d+(\.input)?", stage)]
-        cuts = {self.places.start, self.places.stop, *(place_of(s, self.config.n_layers) + 1 for s in between)}
-        return [range(*pair) for pair in pairwise(sorted(cuts))]
-
-    def activation_before(self, place: int) -> torch.Tensor | None:
-        """The candidate's own input to a place (B, T, E); None if it was not recorded."""
-        for name in (f"trf_blocks.{place}.input", f"trf_blocks.{place - 1}"):
-            x = self.activations.get(name)
-            if x is not None and x.shape == (*self.input_ids.shape, self.config.emb_dim):
-                return x
-        return None
-
-    def differing_blocks(self, findings: Findings) -> list[int]:
-        """The blocks that these mistakes do not explain, each run on the candidate's own input to it."""
-        parts = [replace(self, places=places, start=self.activation_before(places.start)) for places in self.parts()]
-        differ = [part for part in parts if part.start is not None and not part.explained_by(findings)]
-        return [n for part in differ for n in part.places if n < self.config.n_layers]
+    def outcome(self, findings: Findings, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """The logits of the whole pass, nothing given (B, T, V)."""
+        return Forward(weights or self.weights, self.config, self.input_ids, placed(findings))[LOGITS]
 
 
-def search(experiment: Experiment, known: list[Mistake], *, thorough: bool = True) -> Findings:
-    """The mistakes that reproduce the candidate with its own weights, found greedily, at most `MOST`.
+def usable(stage: str, tensor: torch.Tensor, input_ids: torch.Tensor, config: GPTScratchConfig) -> torch.Tensor:
+    """A recorded tensor in the usual shape (B, T, …), if it has as many values."""
+    if stage.endswith("att.weights") or stage == "pos_emb" or tensor.ndim == 3:
+        return tensor
+    return tensor.reshape(*input_ids.shape, -1) if tensor.numel() % input_ids.numel() == 0 else tensor
 
-    Each step adds what makes the simulation agree with the candidate furthest down the graph. If `thorough`, a mistake
-    may sit in one place alone, and where no single one gets further, pairs are tried.
+
+# The search
+
+
+def search(experiment: Experiment, known: list[Mistake], *, thorough: bool = True) -> tuple[Experiment, list[str]]:
+    """The experiment with findings that make as many equations true as possible, and the stages still unexplained.
+
+    If `thorough`, pairs of mistakes are tried where no single one explains a stage.
     """
-    findings: Findings = []
-    reached = experiment.agreement(findings)
-    while reached[1] > experiment.bound and len(findings) < MOST:
-        for group in additions(experiment, known, findings, reached[0], thorough=thorough):
-            best, added = furthest(experiment, findings, group)
-            if best[0] > reached[0] or best[1] <= experiment.bound:
-                reached, findings = best, [*findings, *added]
-                break
-        else:
+    unexplained: list[str] = []
+    while len(experiment.findings) < MOST:
+        failing = [target for target in experiment.compared if experiment.fails(target) and target not in unexplained]
+        if not failing:
             break
-    return findings
-
-
-def additions(
-    experiment: Experiment, known: list[Mistake], findings: Findings, agreed: int, *, thorough: bool
-) -> list[Iterable[Findings]]:
-    """What a step of the search may add: single mistakes, then pairs. No switch is set twice."""
-    used = {mistake.switch for mistake, _ in findings}
-    free = [mistake for mistake in known if mistake.switch not in used]
-    singles = [experiment.throughout(mistake) for mistake in free]
-    if not thorough:
-        return [singles]
-    singles += [[(mistake, frozenset({n}))] for n in experiment.suspects(agreed) for mistake in known]
-    return [singles, (experiment.throughout(a, b) for a, b in combinations(free, 2) if a.switch != b.switch)]
-
-
-def furthest(experiment: Experiment, findings: Findings, group: Iterable[Findings]) -> tuple[Agreement, Findings]:
-    """The member of a group that agrees furthest, then with the least error, and how far; the first of equals."""
-    best: tuple[Agreement, Findings] = ((-1, math.inf), [])
-    for added in group:
-        agreed, error = experiment.agreement([*findings, *added])
-        if (agreed, -error) > (best[0][0], -best[0][1]):
-            best = (agreed, error), added
-    return best
-
-
-@dataclass
-class Part:
-    """Consecutive places examined by themselves: their mistakes, and whether these explain them.
-
-    `doubted` are the meanings of the stages that the comparison ignored; `experiment` is without them.
-    """
-
-    experiment: Experiment
-    findings: Findings
-    doubted: frozenset[str]
-    explained: bool
-
-    @property
-    def mistakes(self) -> list[Mistake]:
-        return [mistake for mistake, _ in self.findings]
-
-
-def explain_part(experiment: Experiment, known: list[Mistake], earlier: list[Part], *, thorough: bool) -> Part:
-    """The mistakes of some places: those of an earlier part if they explain this one too, else by search."""
-    for mistakes, doubted in precedents(earlier):
-        judge, findings = experiment.without(doubted), experiment.throughout(*mistakes)
-        if judge.explained_by(findings):
-            return Part(judge, findings, doubted, True)
-    shared, (agreed, _) = experiment.shared, experiment.agreement([])
-    nothing: frozenset[str] = frozenset()
-    partial: Findings = []
-    # A mistake may be inside a module, so that the module's own output shows it, or after it. So all stages are
-    # trusted first, then all but those like the first that differs, finally only the last. Then every experiment
-    # runs to the end, so in several places only single mistakes are tried.
-    for doubted, exhaustive in (
-        (nothing, thorough),
-        (frozenset({meaning(shared[agreed])}), thorough),
-        (frozenset(map(meaning, shared)), thorough and len(experiment.places) == 1),
-    ):
-        judge = experiment.without(doubted)
-        if doubted and judge.shared == shared:
+        target = failing[0]
+        if harmless(experiment, target):
+            experiment = experiment.doubting([target])
             continue
-        findings = search(judge, known, thorough=exhaustive)
-        if judge.explained_by(findings):
-            return Part(judge, findings, doubted, True)
-        partial = partial or findings
-    return Part(experiment, partial, nothing, False)
+        pairs = thorough and not any(key_of(other) == key_of(target) for other in unexplained)
+        added = best_edit(experiment, target, known, pairs=pairs)
+        if added is None:
+            unexplained.append(target)
+        else:
+            experiment = experiment.with_findings([*experiment.findings, *added])
+    failing = [target for target in experiment.compared if experiment.fails(target)]
+    return experiment, failing
 
 
-def precedents(earlier: list[Part]) -> list[tuple[list[Mistake], frozenset[str]]]:
-    """Mistakes and doubted stages to try first: none at all, then what explained the earlier parts."""
-    ways: list[tuple[list[Mistake], frozenset[str]]] = [([], frozenset())]
-    for part in earlier:
-        for way in ((part.mistakes, part.doubted), ([], part.doubted)):
-            if part.explained and way not in ways:
-                ways.append(way)
-    return ways
+def harmless(experiment: Experiment, target: str) -> bool:
+    """Whether a stage differs, but nothing that follows from it: it is not what the candidate goes on with."""
+    without = experiment.doubting([target])
+    followers = [other for other in experiment.compared if target in experiment.state(other).taken]
+    limit = min(experiment.bound, 1e-3 * experiment.state(target).error)
+    return bool(followers) and all(without.equation(other).error <= limit for other in followers)
+
+
+def best_edit(experiment: Experiment, target: str, known: list[Mistake], *, pairs: bool) -> Findings | None:
+    """The edit that makes the equation true, and of several the one that leaves the fewest equations false."""
+    read = experiment.state(target).read
+    slots, places = {slot for _, slot in read}, sorted({place for place, _ in read})
+    local = [mistake for mistake in known if mistake.slots & slots]
+    listed = {mistake.changes for mistake in local}
+    fitted = [mistake for mistake in fits(experiment, target) if mistake.changes not in listed]
+    options = options_of(experiment, target, ([mistake] for mistake in dict.fromkeys([*local, *fitted])), places)
+    if not options and pairs:
+        common = [mistake for mistake in local if mistake.common]
+        narrow = len(places) == 1 and len(local) < 90
+        chosen = [*(local if narrow else common), *fitted]
+        both = [[a, b] for a, b in combinations(chosen, 2) if not a.slots & b.slots]
+        if len(both) * work(experiment, read) <= MOST_WORK:
+            options = options_of(experiment, target, both, [])
+    if not options:
+        return None
+    options.sort(key=lambda option: option[0])
+    return options[0][1]
+
+
+def work(experiment: Experiment, read: frozenset[tuple[int, str]]) -> float:
+    """Multiplications of one experiment, roughly."""
+    width, tokens = experiment.config.emb_dim, experiment.input_ids.numel()
+    total = 0.0
+    for place in {place for place, _ in read}:
+        slots = {slot for other, slot in read if other == place}
+        matrices = sum(slot.endswith(".transposed") for slot in slots)
+        matrices += 3 * any("ff.layers" in slot for slot in slots)
+        if "logits" in slots:
+            matrices += experiment.config.vocab_size / width
+        total += matrices * width * width * tokens + 4 * width * tokens * tokens
+    return max(total, LEAST_WORK)
+
+
+def options_of(
+    experiment: Experiment, target: str, groups: Iterable[list[Mistake]], places: list[int]
+) -> list[tuple[tuple[float, ...], Findings]]:
+    """The groups of mistakes that make the equation of `target` true, each with its rank and places."""
+    n_layers = experiment.config.n_layers
+    whole = frozenset(everywhere(n_layers))
+    options = []
+    groups = list(groups)
+    for number, group in enumerate(groups):
+        changes = {slot: value for mistake in group for slot, value in mistake.changes}
+        error = experiment.equation(target, dict.fromkeys(whole, changes)).error
+        if error <= experiment.bound:
+            left, added = extent(experiment, group, target)
+            rank = left, 0.0 if error < ROUNDING else error, float(added[0][1] != whole), float(number)
+            options.append((rank, added))
+    if not options and len(places) > 1:
+        for number, group in enumerate(groups):
+            if len(group) == 1 and group[0].common:
+                for place in places:
+                    error = experiment.equation(target, {place: dict(group[0].changes)}).error
+                    if error <= experiment.bound:
+                        rank = 0.0, 0.0 if error < ROUNDING else error, 1.0, float(number)
+                        options.append((rank, [(group[0], frozenset({place}))]))
+    return options
+
+
+def extent(experiment: Experiment, group: list[Mistake], target: str) -> tuple[float, Findings]:
+    """How many equations stay false, at least, with mistakes in all places or in those that have them, and which."""
+    whole = frozenset(everywhere(experiment.config.n_layers))
+    throughout: Findings = [(mistake, whole) for mistake in group]
+    changed = experiment.with_findings([*experiment.findings, *throughout])
+    mended, harmed, harmed_in = set(), 0, set()
+    slots = frozenset().union(*(mistake.slots for mistake in group))
+    affected = experiment.affected(throughout)
+    still = 0
+    for other in affected:
+        before, after = experiment.fails(other), changed.fails(other)
+        where = {place for place, slot in experiment.state(other).read if slot in slots}
+        if before and not after:
+            mended |= where
+        elif after and not before:
+            harmed += 1
+            harmed_in |= where if len(where) == 1 else set()
+        still += before and after
+    total = sum(experiment.fails(other) for other in experiment.compared if other not in affected)
+    if not harmed:
+        return float(total + still), throughout
+    own = {place for place, slot in experiment.state(target).read if slot in slots}
+    # In the places where it mends something; elsewhere it would harm, or make no difference.
+    some = frozenset((mended - harmed_in) | own)
+    partly: Findings = [(mistake, some) for mistake in group]
+    changed = experiment.with_findings([*experiment.findings, *partly])
+    return float(total + sum(changed.fails(other) for other in affected)), partly
+
+
+# The whole search
 
 
 @dataclass
-class Forward:
-    """The mistakes in the forward pass.
+class Found:
+    """A mistake, the places that have it, and its edits there.
 
-    `undetectable` are the other blocks in which a mistake would make no difference, `unexplained` the places that no
-    mistake explains, `alternatives` what other mistakes would explain a single one's effects.
+    `undetectable` are the other blocks in which it would make no difference.
     """
 
-    findings: Findings
-    undetectable: dict[Mistake, list[int]]
-    unexplained: list[range]
+    mistake: Mistake
+    edits: dict[int, dict[str, Any]]
+    undetectable: list[int] = field(default_factory=list)
+
+    @property
+    def places(self) -> frozenset[int]:
+        return frozenset(self.edits)
+
+
+@dataclass
+class Outcome:
+    """The mistakes in the forward pass, and the experiment that found them.
+
+    `unexplained` are the stages that no mistake explains, `alternatives` what other mistakes would explain a single
+    one's effects.
+    """
+
+    found: list[Found]
+    unexplained: list[str]
     alternatives: list[str]
+    experiment: Experiment
 
 
-def forward_mistakes(experiment: Experiment, known: list[Mistake]) -> Forward:
-    """The mistakes in the forward pass that explain the candidate, or as many of them as the search finds."""
-    parts = explain_parts(experiment, known)
-    unexplained = [part.experiment.places for part in parts if not part.explained]
-    if unexplained and len(experiment.parts()) > 1:
-        blind = experiment.without(frozenset(map(meaning, experiment.shared)))
-        together = search(blind, known, thorough=False)
-        if blind.explained_by(together):
-            parts, unexplained = [Part(blind, together, frozenset(), True)], []
-    findings: Findings = []
-    undetectable: dict[Mistake, list[int]] = {}
-    for mistake in (mistake for part in parts for mistake in part.mistakes):
-        if mistake not in undetectable:
-            places, undetectable[mistake] = extent(experiment, parts, mistake)
-            findings.append((mistake, places))
-    alternatives = other_explanations(parts, known, *findings[0]) if len(findings) == 1 and not unexplained else []
-    return Forward(findings, undetectable, unexplained, alternatives)
+def forward_mistakes(experiment: Experiment, known: list[Mistake], *, thorough: bool = True) -> Outcome:
+    """The mistakes in the forward pass that explain the candidate, or as many of them as the search finds.
 
-
-def explain_parts(experiment: Experiment, known: list[Mistake]) -> list[Part]:
-    """Each part by itself, run on the candidate's own input to it, so that no mistake hides another.
-
-    Stops after an unexplained part if the input of the next was not recorded.
+    Unless `thorough`, no pairs are tried, and no stage is doubted.
     """
-    parts: list[Part] = []
-    start: torch.Tensor | None = None
-    for places in experiment.parts():
-        here = replace(experiment, places=places, start=start)
-        part = explain_part(here, known, parts, thorough=all(part.explained for part in parts))
-        parts.append(part)
-        start = part.experiment.outcome(part.findings) if part.explained else experiment.activation_before(places.stop)
-        if start is None:
-            break
-    return parts
+    solved, unexplained = search(experiment, known, thorough=thorough)
+    if unexplained and thorough:
+        # A mistake may be behind a module's own result, so stages like the first that differs are doubted, then all
+        # inside the blocks.
+        inside = [stage for stage in experiment.targets if re.match(r"trf_blocks\.\d+\.(?!input$)", stage)]
+        for doubted in ([s for s in experiment.targets if key_of(s) == key_of(unexplained[0])], inside):
+            other, left = search(experiment.doubting(doubted), known, thorough=False)
+            if not left and other.compared:
+                solved, unexplained = other, left
+                break
+    found = merged(solved.findings, experiment.config.n_layers)
+    for one in found:
+        one.undetectable = elsewhere(solved, one)
+    alternatives = []
+    if len(solved.findings) == 1 and not unexplained:
+        alternatives = other_explanations(solved.with_findings([]), known, *solved.findings[0])
+    return Outcome(found, unexplained, alternatives, solved)
 
 
-def extent(experiment: Experiment, parts: list[Part], mistake: Mistake) -> tuple[frozenset[int], list[int]]:
-    """The places that have a mistake, and the other blocks where it would make no difference.
+def merged(findings: Findings, n_layers: int) -> list[Found]:
+    """The findings with what each block's modules read as one mistake, so too what the blocks read from each other."""
+    wirings: dict[int, list[Mistake]] = {}
+    chain: dict[int, Mistake] = {}
+    result: dict[Mistake, Found] = {}
+    for mistake, places in findings:
+        for place in sorted(places):
+            if mistake.slots <= set(WIRING):
+                if 0 <= place < n_layers:
+                    wirings.setdefault(place, []).append(mistake)
+            elif mistake.slots == {"input"}:
+                if place >= 0:
+                    chain[place] = mistake
+            else:
+                result.setdefault(mistake, Found(mistake, {})).edits[place] = dict(mistake.changes)
+    for place, several in wirings.items():
+        changes = {slot: value for mistake in several for slot, value in mistake.changes}
+        one = several[0] if len(several) == 1 else wiring_mistake(changes)
+        result.setdefault(one, Found(one, {})).edits[place] = changes
+    for found in result.values():
+        if found.mistake.slots <= set(WIRING) and found.places == set(range(n_layers)):
+            found.edits |= {-1: {}, n_layers: {}}  # the whole model: nothing else has such slots
+    if chain:
+        one = order_mistake({place: dict(mistake.changes)["input"] for place, mistake in chain.items()}, n_layers)
+        result[one] = Found(one, {place: dict(mistake.changes) for place, mistake in chain.items()})
+    return list(result.values())
 
-    A mistake that all explained parts could have is one of the whole model.
-    """
-    explained = [part for part in parts if part.explained]
-    possible = [
-        part
-        for part in explained
-        if part.experiment.explained_by([*part.findings, *part.experiment.throughout(mistake)])
-    ]
-    places = frozenset(n for part in parts for other, where in part.findings if other == mistake for n in where)
-    if len(possible) == len(explained):
-        places = frozenset(experiment.places)
-    blocks = {n for part in possible for n in part.experiment.places if 0 <= n < experiment.config.n_layers}
-    return places, sorted(blocks - places)
+
+def elsewhere(experiment: Experiment, found: Found) -> list[int]:
+    """The other blocks in which a mistake would make no difference."""
+    n_layers, others = experiment.config.n_layers, []
+    for n in sorted(set(range(n_layers)) - found.places):
+        consulted = experiment.affected([(found.mistake, frozenset({n}))])
+        more = {n: dict(found.mistake.changes)}
+        if all(experiment.equation(other, more).error <= experiment.bound for other in consulted):
+            others.append(n)
+    return others
 
 
-def other_explanations(parts: list[Part], known: list[Mistake], named: Mistake, places: frozenset[int]) -> list[str]:
-    """The descriptions of other mistakes that, in the same places, would explain all parts as well."""
-    return [
-        other.says
-        for other in known
-        if other.name != named.name
-        and all(part.experiment.explained_by([(other, places & frozenset(part.experiment.places))]) for part in parts)
-    ]
+def other_explanations(
+    experiment: Experiment, known: list[Mistake], named: Mistake, places: frozenset[int]
+) -> list[str]:
+    """The descriptions of other mistakes that, in the same places, make all equations true as well."""
+    failing = [target for target in experiment.compared if experiment.fails(target)]
+    says = []
+    for other in known if failing else []:
+        added: Findings = [(other, places)]
+        if other.name == named.name or failing[0] not in experiment.affected(added):
+            continue
+        more = {place: dict(other.changes) for place in places}
+        if experiment.equation(failing[0], more).error <= experiment.bound:
+            changed = experiment.with_findings(added)
+            if not any(changed.fails(target) for target in {*failing, *experiment.affected(added)}):
+                says.append(other.says)
+    return says

@@ -3,9 +3,7 @@
 Shapes: E emb_dim, I n_inner, V vocabulary, C context_length.
 """
 
-import importlib
-import importlib.util
-import inspect
+import copy
 import json
 import re
 import sys
@@ -24,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConversionError, LabError, few
 from ..model.book_files import bare, weights_in
-from ..model.configuration_gpt_scratch import SIZES, TO_GPT2, GPTScratchConfig
+from ..model.configuration_gpt_scratch import SIZES, GPTScratchConfig
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
 from ..model.weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, Row, rows
 from ..weights.architecture import architecture, kind_of
@@ -33,7 +31,20 @@ from ..weights.formats.directory import Weights
 from ..weights.hub import find_source
 from ..weights.tensors import LazyTensor, to_scratch
 from ..weights.torch_archive import Stored
-from .pairing import Match, match_parameters, parameters
+from .building import (
+    Settings,
+    book_settings,
+    build,
+    concept,
+    defaults_of,
+    import_file,
+    public_model,
+    read_cfg,
+    values_of,
+)
+from .calling import logits_in, own_caller
+from .pairing import Folded, Match, joined, match_parameters, parameters, part_of
+from .usage import uses
 
 
 @dataclass
@@ -42,7 +53,9 @@ class Subject:
 
     `config` is None if only the model's own code knows it; `guessed` is whether `matches` were guessed. `kind` is our
     corresponding class; a class of your own counts as a language model. `tensors` are those in a checkpoint's files, by
-    the book's names, in the files' dtype.
+    the book's names, in the files' dtype. `extras` are the parameters that GPT-2 does not have, `vocab_size` the tokens
+    that are compared, where the model may have more, `positions` those that are, where one of the two has fewer than
+    the other. `call` runs a model that needs more than the tokens.
     """
 
     name: str
@@ -53,6 +66,29 @@ class Subject:
     notes: list[str] = field(default_factory=list)
     kind: type[GPTScratchPreTrainedModel] = GPTScratchForCausalLM
     tensors: Mapping[str, LazyTensor] | None = None
+    extras: list[str] = field(default_factory=list)
+    vocab_size: int | None = None
+    positions: int | None = None
+    call: Callable[[torch.Tensor], Any] | None = None
+
+    @property
+    def blocks(self) -> set[str]:
+        """The numbers of the blocks."""
+        names = (match.row.ours[0].split(".") for match in self.matches)
+        return {parts[1] for parts in names if parts[0] == "trf_blocks"}
+
+    @property
+    def shared(self) -> list[int]:
+        """The blocks that share a parameter with another, because they are one object."""
+        own, places = parameters(self.module), dict[int, set[int]]()
+        for match in self.matches:
+            if number := re.match(r"trf_blocks\.(\d+)", match.row.ours[0]):
+                places.setdefault(id(own[match.row.theirs]), set()).add(int(number[1]))
+        return sorted({n for found in places.values() if len(found) > 1 for n in found})
+
+    def run(self, input_ids: torch.Tensor) -> Any:
+        """What the model returns for token ids (B, T)."""
+        return self.module(input_ids) if self.call is None else self.call(input_ids)
 
     @property
     def is_language_model(self) -> bool:
@@ -64,6 +100,9 @@ class Subject:
         for match in self.matches:
             if match.row.theirs in tensors:
                 ours.update(zip(match.row.ours, match.row.to_ours(tensors[match.row.theirs]), strict=True))
+        ours = joined(ours, dim=0)
+        if self.positions and "pos_emb.weight" in ours:
+            ours["pos_emb.weight"] = ours["pos_emb.weight"][: self.positions]
         return ours
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -71,12 +110,19 @@ class Subject:
         return self.in_book_names({name: p.detach() for name, p in parameters(self.module).items()})
 
 
-def subject(module: nn.Module, config: GPTScratchConfig | None = None, name: str = "", mapping=None) -> Subject:
+def subject(
+    module: nn.Module,
+    config: GPTScratchConfig | None = None,
+    name: str = "",
+    mapping: Mapping[str, str | None] | None = None,
+    my_forward: Callable[..., Any] | None = None,
+) -> Subject:
     """A model in memory; its mode and weights are not changed.
 
     Args:
         config: the sizes of a class of your own; official models and ours have a config.
         mapping: your names -> the book's or GPT-2's, where the guess is wrong.
+        my_forward: a function of a model of your own and token ids (B, T), instead of the model itself.
 
     Raises:
         LabError: the parameters cannot be paired unambiguously; the message names them.
@@ -85,12 +131,55 @@ def subject(module: nn.Module, config: GPTScratchConfig | None = None, name: str
     kind = kind_of(module)
     if kind is not None:
         matches, config = known_matches(module, kind)
-        if not mapping and {match.row.theirs for match in matches} == parameters(module).keys():
+        if not mapping and my_forward is None and {match.row.theirs for match in matches} == parameters(module).keys():
             return Subject(name, module, matches, config, kind=kind)
     if config is None:
         raise LabError(f"the sizes of {name} are unknown; give its cfg")
-    matches = match_parameters(module, config, mapping or {})
-    return Subject(name, module, matches, config, guessed=True, kind=kind or GPTScratchForCausalLM)
+    notes: list[str] = []
+    call = own_caller(module, name, notes, my_forward)
+    used = uses(module, call, few_tokens(config)) if not mapping or len(mapping) < len(parameters(module)) else {}
+    matches = match_parameters(module, config, mapping or {}, used)
+    result = Subject(
+        name,
+        module,
+        matches,
+        config,
+        guessed=True,
+        kind=kind or GPTScratchForCausalLM,
+        notes=notes,
+        vocab_size=config.vocab_size,
+        call=call,
+    )
+    matched = {match.row.theirs for match in matches}
+    result.extras = [name for name in parameters(module) if name not in matched]
+    if result.extras:
+        notes.append(f"{name} has parameters that GPT-2 does not have: {few(result.extras, 6)}")
+    for match in matches:
+        size = rows_of(match, parameters(module)[match.row.theirs])
+        if match.row.ours[0] in ("tok_emb.weight", "out_head.weight") and size > config.vocab_size:
+            notes.append(
+                f"{match.row.theirs} has {size} rows, {size - config.vocab_size} more than the vocabulary, which are "
+                "not compared"
+            )
+        elif match.row.ours[0] == "pos_emb.weight" and size != config.context_length:
+            notes.append(
+                f"{match.row.theirs} has {size} positions instead of {config.context_length}; only those that both "
+                "models have are compared"
+            )
+    return result
+
+
+def rows_of(match: Match, parameter: torch.Tensor) -> int:
+    """The rows of a match's matrix in the book's layout, padding included."""
+    row = match.row
+    plain = [size for size in parameter.shape if size != 1] or [1]
+    return plain[row.order[0]] if isinstance(row, Folded) else len(parameter)
+
+
+def few_tokens(config: GPTScratchConfig) -> torch.Tensor:
+    """Four token ids (1, 4) that are no positions, for looking at how a model uses its parameters."""
+    length = min(4, config.context_length)
+    return torch.arange(config.vocab_size - 1, -1, -1).repeat(2)[:length].unsqueeze(0)
 
 
 def known_matches(module: Any, kind: type[GPTScratchPreTrainedModel]) -> tuple[list[Match], GPTScratchConfig]:
@@ -110,56 +199,45 @@ def known_matches(module: Any, kind: type[GPTScratchPreTrainedModel]) -> tuple[l
 # Loading
 
 
-class Settings(dict):
-    """A config with the book's access, `cfg["emb_dim"]`, and nanoGPT's, `config.n_embd`."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the cfg has no {name!r}; add it with --cfg") from None
+# The weights of a class or function: those of the other model.
+REFERENCE = Path("reference")
 
 
-def book_settings(config: GPTScratchConfig) -> Settings:
-    """The config under the book's names, GPT-2's and nanoGPT's."""
-    values = {name: getattr(config, name) for name in SIZES}
-    theirs = {TO_GPT2.get(name, name): value for name, value in values.items()}
-    others = {"block_size": config.context_length, "dropout": config.drop_rate, "bias": True}
-    return Settings(values | theirs | others, drop_rate=config.drop_rate, qkv_bias=config.qkv_bias)
-
-
-def names_a_class(source: str) -> bool:
-    """Whether a source is `file.py:Name` or `package.module:Name`; no hub id has a colon."""
-    return bool(re.fullmatch(r".+:\w+", source))
+def names_a_class(source: Any) -> bool:
+    """Whether a source is code: a class, function or model, or `file.py:Name`; no hub id has a colon."""
+    return not isinstance(source, str) or bool(re.fullmatch(r".+:[\w.]+", source))
 
 
 def load(
-    source: str,
+    source: Any,
     *,
     weights: Path | None = None,
-    cfg: str | None = None,
+    cfg: Any = None,
     mapping: Mapping[str, str | None] | None = None,
+    forward: str | Callable[..., Any] | None = None,
     like: Subject | None = None,
 ) -> Subject:
-    """A model to compare, in float32 and evaluation mode.
+    """A model to compare, in float32 and evaluation mode; one in memory keeps its mode.
 
     Args:
         source: directory or hub id of an official checkpoint or one of ours, or `file.py:Name` of a class, a function
-            that makes a model, or a model. That file is executed.
-        weights: a class's state dict, `.pth` or `.safetensors`.
-        cfg: a class's config: JSON, a JSON file, or the name of a dict in its file. Default: the sizes of `like`.
+            that makes a model, or a model, or one of these itself. That file is executed; it may be a notebook.
+        weights: a state dict, `.pth` or `.safetensors`; `REFERENCE` for the weights of `like`.
+        cfg: a config: JSON, a JSON file, the name of one in its file, or a mapping. Default: the sizes of `like`.
         mapping: your parameter names -> the book's or GPT-2's, where the guess is wrong.
+        forward: a function of the model and token ids (B, T) that returns logits, or its name in the file.
         like: the other model, whose weights a class without `weights` gets.
 
     Raises:
         LabError: it cannot be loaded, or its parameters cannot be paired.
     """
     if names_a_class(source):
-        file, _, attribute = source.rpartition(":")
-        return load_class(source, file, attribute, weights, cfg, mapping or {}, like)
-    if weights or cfg or mapping:
-        raise LabError(f"weights, cfg and map are for a class of your own, file.py:Name, but this is {source!r}")
-    if source.endswith(".py"):
+        return load_code(source, weights, cfg, mapping or {}, forward, like)
+    if weights or cfg or mapping or forward:
+        raise LabError(
+            f"weights, cfg, map and forward are for a class of your own, file.py:Name, but this is {source!r}"
+        )
+    if source.endswith((".py", ".ipynb")):
         raise LabError(f"got {source}, but a file can contain several models; name one of them, {source}:Name")
     if Path(source).is_file():
         raise LabError(
@@ -225,67 +303,111 @@ def check_loaded(info: Mapping[str, Any], source: str) -> None:
             raise LabError(f"{source} does not fit its class: {what} {few(names, 5)}; download or save it again")
 
 
-def load_class(
-    source: str,
-    file: str,
-    attribute: str,
+def load_code(
+    source: Any,
     weights: Path | None,
-    cfg: str | None,
+    cfg: Any,
     mapping: Mapping[str, str | None],
+    forward: str | Callable[..., Any] | None,
     like: Subject | None,
 ) -> Subject:
-    """A model from a Python file. An instance keeps its mode, and its weights unless `weights` are given."""
-    module = import_file(file)
-    made = public_model(module, attribute, file)
-    if isinstance(made, type) and issubclass(made, PreTrainedModel):
-        return load_own_checkpoint(source, made, weights, cfg, mapping)
+    """A model from your code. A model, and what a function returns, keeps its weights unless `weights` are given."""
+    if isinstance(source, str):
+        file, _, attribute = source.rpartition(":")
+        module: ModuleType | None = import_file(file, attribute)
+        made, name = public_model(module, attribute, file), source
+    else:
+        file, made = "your code", source
+        name = getattr(source, "__name__", type(source).__name__)
+        home = getattr(made, "__module__", "")
+        module = sys.modules.get(home, ModuleType(home))
+    is_class = isinstance(made, type)
+    if is_class and issubclass(made, PreTrainedModel):
+        return load_own_checkpoint(name, made, weights, cfg, mapping)
     if weights is not None and weights.is_dir():
         raise LabError(
-            f"--weights {weights} is a directory, which only Transformers classes load; give {source}'s model.pth or "
+            f"--weights {weights} is a directory, which only Transformers classes load; give {name}'s model.pth or "
             ".safetensors"
         )
-    ready, notes = isinstance(made, nn.Module), []
-    settings = read_cfg(cfg, module)
-    if settings is None:
-        if like is None or like.config is None:
-            raise LabError(f"{source} needs a cfg: JSON, a JSON file, or the name of a dict in {file}")
-        settings = book_settings(like.config)
-        if not ready:
-            values = {name: settings[name] for name in SIZES}
-            notes.append(f"no cfg given; using the other model's: {json.dumps(values)}, qkv_bias {settings.qkv_bias}")
-    config = sizes(settings, source)
-    model = made if ready else build(made, settings, source)
-    result = subject(model, config, source, mapping)
-    if result.guessed:
-        result.config = config if cfg is not None else None
-    result.notes = notes
-    if weights is not None:
+    if isinstance(forward, str):
+        forward = public_model(module, forward, file) if module else None
+    notes: list[str] = []
+    ready = isinstance(made, nn.Module)
+    kind = kind_of(made) if ready else None
+    if kind is not None and cfg is None:  # knows its sizes
+        _, config = known_matches(made, kind)
+    else:
+        config, model_of = configured(made, module, cfg, like, name, notes)
+    model = made if ready else model_of()
+    elsewhere = ready and any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters())
+    if not is_class and (weights is not None or elsewhere):
+        model = copy.deepcopy(model).to("cpu", torch.float32)  # the caller's own stays as it is
+        if elsewhere:
+            notes.append(f"{name} is compared as a copy on the CPU in float32")
+    result = subject(model, config, name, mapping, forward if callable(forward) else None)
+    result.notes = notes + result.notes
+    if result.guessed and cfg is None:
+        result.config = None
+    if weights is not None and weights != REFERENCE:
         model.load_state_dict(read_weights(weights, model))
-        notes.append(f"weights: {weights}")
-    elif not ready:
+        result.notes.append(f"weights: {weights}")
+    elif is_class or weights == REFERENCE:
         if like is None:
             raise LabError(
-                f"{source} is a class, and has no weights of its own, so the first model must be a checkpoint: "
+                f"{name} is a class, and has no weights of its own, so the first model must be a checkpoint: "
                 "convert a model.pth, or give the checkpoint first"
             )
-        copy_weights(like, result)
-        notes.append("no weights given; using the other model's, through the mapping")
+        result.notes += copy_weights(like, result)
+        if not reproduces(like, result) and (swapped := with_queries_for_keys(result)):
+            copy_weights(like, swapped)
+            if reproduces(like, swapped):
+                result = swapped
+            else:
+                copy_weights(like, result)
+    elif like is not None:
+        what = "is a model" if ready else "returns a model"
+        result.notes.append(
+            f"{name} {what}, which is judged with its own weights; --weights reference gives it the other model's, to "
+            "test its forward pass alone"
+        )
     if not ready:
         model.float().eval()
     return result
 
 
-def public_model(module: ModuleType, attribute: str, file: str) -> Any:
-    """The class, function or model of this name.
-
-    Raises:
-        LabError: there is none; the message names the file's classes.
-    """
-    made = getattr(module, attribute, None)
-    if made is None:
-        models = [n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, nn.Module)]
-        raise LabError(f"{file} has no {attribute!r}; its models are {', '.join(models) or 'none'}")
-    return made
+def configured(
+    made: Any, module: ModuleType | None, cfg: Any, like: Subject | None, name: str, notes: list[str]
+) -> tuple[GPTScratchConfig, Callable[[], nn.Module]]:
+    """The sizes of a class, function or model, and the call that builds it. Sizes that a cfg lacks are the other's."""
+    given = read_cfg(cfg, module)
+    base = book_settings(like.config) if like is not None and like.config is not None else Settings()
+    base.defaults = defaults_of(module)
+    if given is None:
+        if not base:
+            raise LabError(f"{name} needs a cfg: JSON, a JSON file, or the name of a config in its file")
+        if not isinstance(made, nn.Module):
+            values = {size: base[size] for size in SIZES}
+            notes.append(f"no cfg given; using the other model's: {json.dumps(values)}, qkv_bias {base.qkv_bias}")
+        settings = base
+    else:
+        own = values_of(given)
+        meant = {size: value for key, value in own.items() if (size := concept(key))}
+        if "emb_dim" in meant or "n_heads" in meant:  # what follows from them
+            for size in ("n_inner", "head_dim"):
+                dict.pop(base, size, None)
+        kept = {key: value for key, value in base.items() if (concept(key) or key) not in meant}
+        settings = Settings({**kept, **meant, **own})
+        settings.defaults = base.defaults
+        for inner in settings.values():
+            if isinstance(inner, Settings):  # what an inner config lacks, the outer has
+                inner.defaults = settings
+    config = sizes(settings, name)
+    if given is not None:
+        settings.setdefault("n_inner", config.n_inner or 4 * config.emb_dim)
+        settings.setdefault("head_dim", config.emb_dim // config.n_heads)
+        for key, value in (("device", "cpu"), ("model_type", None), ("drop_rate", config.drop_rate)):
+            settings.setdefault(key, value)
+    return config, lambda: build(made, settings, name, module, given)
 
 
 def load_own_checkpoint(source, made: Any, weights: Path | None, cfg, mapping) -> Subject:
@@ -305,74 +427,15 @@ def load_own_checkpoint(source, made: Any, weights: Path | None, cfg, mapping) -
     return result
 
 
-def import_file(file: str) -> ModuleType:
-    """Executes a Python file, or imports a module by its dotted name."""
-    path = Path(file).expanduser()
-    try:
-        if path.suffix != ".py":
-            return importlib.import_module(file)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if not path.is_file() or spec is None or spec.loader is None:
-            raise LabError(f"there is no file {file}; check the path")
-        module = importlib.util.module_from_spec(spec)
-        sys.path.insert(0, str(path.parent.resolve()))  # its own imports
-        try:
-            sys.modules[path.stem] = module
-            spec.loader.exec_module(module)
-        finally:
-            sys.path.pop(0)
-        return module
-    except LabError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever the file raises
-        raise LabError(f"{file} does not run: {type(error).__name__}: {error}") from error
-
-
-def read_cfg(cfg: str | None, module: ModuleType) -> Settings | None:
-    if cfg is None:
-        return None
-    if isinstance(named := getattr(module, cfg, None), dict):
-        return Settings(named)
-    if cfg.endswith(".json") and not Path(cfg).is_file():
-        raise LabError(f"there is no file {cfg}; check the path")
-    try:
-        values = json.loads(Path(cfg).read_text(encoding="utf-8") if not cfg.lstrip().startswith("{") else cfg)
-        return Settings(**values)
-    except (OSError, ValueError, TypeError) as error:
-        raise LabError(
-            f"got cfg {cfg!r}, which is neither JSON, nor a JSON file, nor a dict in your file ({error})"
-        ) from error
-
-
-def build(make: Callable[..., nn.Module], settings: Settings, source: str) -> nn.Module:
-    """The model: `make(cfg)` if its one required argument is not a setting, else with the settings it names."""
-    if not callable(make):
-        raise LabError(f"{source} is a {type(make).__name__}; name a model, a class or a function that returns one")
-    accepted = inspect.signature(make).parameters
-    required = [p.name for p in accepted.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    try:
-        if len(required) == 1 and required[0] not in settings:
-            model = make(settings)
-        else:
-            model = make(**{name: settings[name] for name in accepted if name in settings})
-    except Exception as error:  # whatever the class raises
-        raise LabError(f"{source} cannot be built: {type(error).__name__}: {error}; see --cfg") from error
-    if not isinstance(model, nn.Module):
-        raise LabError(f"{source} returns a {type(model).__name__}, not a torch.nn.Module; name one that does")
-    return model
-
-
 def sizes(settings: Settings, source: str) -> GPTScratchConfig:
     """The sizes in a cfg, under the book's names, GPT-2's or nanoGPT's."""
-    aliases = {"context_length": "block_size", "drop_rate": "dropout"}
-    values: dict[str, Any] = {}
-    for name in (*SIZES, "drop_rate", "n_inner", "qkv_bias"):
-        for known in (name, TO_GPT2.get(name), aliases.get(name)):
-            if known in settings:
-                values.setdefault(name, settings[known])
+    wanted = (*SIZES, "drop_rate", "n_inner", "qkv_bias", "layer_norm_epsilon")
+    values = {name: settings[name] for name in wanted if settings.knows(name)}
     missing = set(SIZES) - values.keys()
     if missing:
-        raise LabError(f"the cfg of {source} lacks {', '.join(sorted(missing))}, in the book's names or GPT-2's")
+        raise LabError(
+            f"the cfg of {source} lacks {', '.join(sorted(missing))}; add them, in the book's names or GPT-2's"
+        )
     try:
         return GPTScratchConfig(bos_token_id=None, eos_token_id=None, **values)
     except StrictDataclassError as error:
@@ -434,12 +497,73 @@ def misfits(values: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor],
 
 
 @torch.no_grad()
-def copy_weights(source: Subject, target: Subject) -> None:
-    """Copies the source's weights into the target, by both pairings; biases that the source lacks become zeros."""
+def reproduces(reference: Subject, candidate: Subject) -> bool:
+    """Whether both return the same logits for a few tokens, as far as both run."""
+    model, config = candidate.module, reference.config
+    training = [part for part in model.modules() if part.training]
+    try:
+        model.eval()
+        if config is None:
+            return False
+        input_ids = few_tokens(config)
+        logits = [
+            logits_in(subject.run(input_ids), input_ids.shape, config.vocab_size, subject.name)[
+                :, -1, : config.vocab_size
+            ]
+            for subject in (reference, candidate)
+        ]
+        return torch.allclose(*logits, rtol=1e-3, atol=1e-4)
+    except Exception:  # whatever the user's class raises, which the comparison then reports
+        return False
+    finally:
+        for part in training:
+            part.training = True
+
+
+def with_queries_for_keys(candidate: Subject) -> Subject | None:
+    """The subject with the other pairing of queries and keys, where neither has a name that says which it is."""
+    names = {"att.W_query.": "att.W_key.", "att.W_key.": "att.W_query."}
+
+    def other(match: Match) -> Match:
+        if not match.reason.startswith(("use as query", "use as key")):
+            return match
+        ours = tuple(re.sub(r"att\.W_(query|key)\.", lambda found: names[found[0]], name) for name in match.row.ours)
+        return replace(match, row=replace(match.row, ours=ours))
+
+    matches = [other(match) for match in candidate.matches]
+    return None if matches == candidate.matches else replace(candidate, matches=matches)
+
+
+@torch.no_grad()
+def copy_weights(source: Subject, target: Subject) -> list[str]:
+    """Copies the source's weights into the target, by both pairings; what was done to the target, in words.
+
+    Biases that the source lacks become zeros, which GPT-2's checkpoints have there. What the source has nothing like
+    becomes random, so that its effect shows.
+    """
     ours, own = source.weights(), parameters(target.module)
+    generator = torch.Generator().manual_seed(0)
+    zeroed = []
     for match in target.matches:
-        tensors = [ours.get(name) for name in match.row.ours]
-        if any(tensor is None for tensor in tensors):
-            own[match.row.theirs].zero_()
+        tensors = [part_of(ours, name) for name in match.row.ours]
+        found = [tensor for tensor in tensors if tensor is not None]
+        mine = own[match.row.theirs]
+        if len(found) < len(tensors):
+            zeroed.append(match.row.theirs)
+            mine.zero_()
+            continue
+        values = match.row.to_theirs(found)
+        if values.shape != mine.shape:  # a padded vocabulary, or another number of positions
+            mine.normal_(0, 0.5, generator=generator)
+            common = tuple(slice(0, min(sizes)) for sizes in zip(mine.shape, values.shape, strict=True))
+            mine[common] = values[common].to(mine.dtype)
         else:
-            own[match.row.theirs].copy_(match.row.to_theirs([tensor for tensor in tensors if tensor is not None]))
+            mine.copy_(values)
+    for name in target.extras:
+        if own[name].is_floating_point() and own[name].requires_grad:  # others are constants, such as a mask
+            own[name].normal_(0, 0.5, generator=generator)
+    changed = f"the other model's weights were copied into {len(target.matches)} parameters of {target.name}"
+    notes = [f"{changed}, by the pairing, so that its forward pass alone is tested"]
+    if zeroed:
+        notes.append(f"{few(zeroed, 4)}: set to zero, since the other model has no such bias")
+    return notes

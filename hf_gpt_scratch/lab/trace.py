@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, E emb_dim, H heads, V vocabulary.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from os.path import commonpath
 from typing import Any
@@ -18,7 +18,10 @@ from transformers.utils import ModelOutput
 
 from ..errors import LabError
 from ..weights.parity import warm_up
+from .calling import logits_in
+from .pairing import joined
 from .subject import Subject
+from .usage import every_operation
 
 LOGITS, CHOICES = "out_head", "mc_logits"
 # The stages inside a block, in execution order. `x.input` is the input of x.
@@ -44,6 +47,14 @@ OTHER_STAGES = {
     "final_norm": "norm after the last block",
     LOGITS: "logits",
 }
+# What modules read: recorded for the diagnosis, which compares it with what they should read; no stages of a report.
+MODULE_INPUTS = {
+    "norm1.input": "input of the norm before attention",
+    "att.W_query.input": "input of attention",
+    "ff.layers.0.input": "input of the feed-forward network",
+    "final_norm.input": "input of the norm after the last block",
+    f"{LOGITS}.input": "input of the head",
+}
 # The stages of other heads, after the last norm.
 HEAD_STAGES = {
     "score": "label scores per token",
@@ -61,7 +72,8 @@ Activations = dict[str, torch.Tensor]  # by stage
 
 def meaning(stage: str) -> str:
     """A stage in words."""
-    return OTHER_STAGES.get(stage) or HEAD_STAGES.get(stage) or BLOCK_STAGES[re.sub(r"^trf_blocks\.\d+\.?", "", stage)]
+    short = re.sub(r"^trf_blocks\.\d+\.?", "", stage)
+    return {**OTHER_STAGES, **HEAD_STAGES, **BLOCK_STAGES, **MODULE_INPUTS}[short]
 
 
 def stages(n_layers: int) -> list[str]:
@@ -88,9 +100,19 @@ class AttentionRecorder(TorchFunctionMode):
         if not self.dropout and func is KERNEL:
             args, kwargs = without_dropout(args, kwargs)
         result = func(*args, **kwargs)
-        if func in SOFTMAX and result.ndim == 4 and result.shape[-1] == result.shape[-2]:
+        if func in SOFTMAX and result.ndim in (3, 4) and result.shape[-1] == result.shape[-2]:
             self.weights.append(result.detach())
         return result
+
+    def by_layer(self, layers: int) -> list[torch.Tensor]:
+        """The weights of each layer (B, H, T, T); none if there is not one softmax for each layer, or each head."""
+        found = self.weights
+        if len(found) == layers and all(weights.ndim == 4 for weights in found):
+            return found
+        heads = len(found) // max(layers, 1)
+        if heads and len(found) == layers * heads and all(weights.ndim == 3 for weights in found):
+            return [torch.stack(found[n * heads : (n + 1) * heads], dim=1) for n in range(layers)]
+        return []
 
 
 def without_dropout(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -107,29 +129,48 @@ def first_tensor(output: Any) -> torch.Tensor | None:
     return output if isinstance(output, torch.Tensor) else None
 
 
-def hook_points(subject: Subject) -> Iterator[tuple[str, nn.Module, tuple[str, ...], bool]]:
-    """Where to hook: path and module, the stages side by side in its tensor's last dimension, and whether its input."""
+def hook_points(subject: Subject) -> Iterator[tuple[nn.Module, tuple[str, ...], bool]]:
+    """Where to hook: the module, the stages side by side in its tensor's last dimension, and whether its input."""
     owners: dict[str, set[tuple[str, ...]]] = {}
     blocks: dict[str, list[str]] = {}
     for match in subject.matches:
         owner = match.row.theirs.rpartition(".")[0]
-        owners.setdefault(owner, set()).add(tuple(name.rpartition(".")[0] for name in match.row.ours))
+        owners.setdefault(owner, set()).add(tuple(re.sub(r"\.\w+(?=\[|$)", "", name) for name in match.row.ours))
         if layer := re.match(r"trf_blocks\.\d+", match.row.ours[0]):
             blocks.setdefault(layer[0], []).append(owner.replace(".", "/"))
     for owner, named in owners.items():
         if len(named) > 1 or not owner:  # one output cannot be attributed to several matrices
             continue
         module, names = subject.module.get_submodule(owner), next(iter(named))
+        if isinstance(module, nn.MultiheadAttention):  # never calls its out_proj, and returns what that would
+            yield module, (re.sub(r"W_query$", "out_proj", names[0]),), False
+            continue
+        if isinstance(module, nn.Conv1d) or any(
+            True for _ in module.children()
+        ):  # its output is not that of its own matrix alone
+            continue
         if names[0] != LOGITS:
-            yield owner, module, names, False
-        if re.sub(r"^trf_blocks\.\d+\.", "", names[0]) + ".input" in BLOCK_STAGES:
-            yield owner, module, (f"{names[0]}.input",), True
+            yield module, names, False
+        if re.sub(r"^trf_blocks\.\d+\.", "", names[0]) + ".input" in {**BLOCK_STAGES, **MODULE_INPUTS}:
+            yield module, (f"{names[0]}.input",), True
     for stage, paths in blocks.items():
         path = commonpath(paths).replace("/", ".")
         if path and len(set(paths)) > 1:
             module = subject.module.get_submodule(path)
-            yield path, module, (f"{stage}.input",), True
-            yield path, module, (stage,), False
+            if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+                yield module, (f"{stage}.input",), True
+                yield module, (stage,), False
+
+
+def hooked(subject: Subject) -> list[tuple[nn.Module, bool, list[tuple[str, ...]]]]:
+    """The hook points by module: one that is in several places has the stages of each call, in execution order."""
+    points: dict[tuple[int, bool], tuple[nn.Module, bool, list[tuple[str, ...]]]] = {}
+    for module, names, is_input in hook_points(subject):
+        points.setdefault((id(module), is_input), (module, is_input, []))[2].append(names)
+    order = {name: place for place, name in enumerate(stages(len(subject.blocks)))}
+    for _, _, calls in points.values():
+        calls.sort(key=lambda names: order.get(re.sub(r"\[.*?\]", "", names[0]), -1))
+    return list(points.values())
 
 
 def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) -> Activations:
@@ -145,46 +186,56 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
     activations: Activations = {}
 
     def record(names: tuple[str, ...], value: Any) -> None:
-        tensor = first_tensor(value)
+        tensor = first_tensor(value) if names else None
         if tensor is not None and tensor.ndim and tensor.shape[-1] % len(names) == 0:
+            if tensor.ndim == 3 and tensor.shape[:2] == input_ids.shape[::-1] != input_ids.shape:
+                tensor = tensor.transpose(0, 1)  # tokens come first inside
             for name, part in zip(names, tensor.detach().chunk(len(names), dim=-1), strict=True):
                 # A copy: later operations may be in place. Of several calls the first counts.
                 activations.setdefault(name, part.clone())
 
-    def before(names):
-        return lambda module, args, kwargs: record(names, args or tuple(kwargs.values()))
+    def before(calls: Iterator[tuple[str, ...]]) -> Callable[..., None]:
+        return lambda module, args, kwargs: record(next(calls, ()), args or tuple(kwargs.values()))
 
-    def after(names):
-        return lambda module, args, output: record(names, output)
+    def after(calls: Iterator[tuple[str, ...]]) -> Callable[..., None]:
+        return lambda module, args, output: record(next(calls, ()), output)
 
     with ExitStack() as stack:
-        for _, module, names, is_input in hook_points(subject):
+        for module, is_input, calls in hooked(subject):
             if is_input:
-                handle = module.register_forward_pre_hook(before(names), with_kwargs=True)
+                handle = module.register_forward_pre_hook(before(iter(calls)), with_kwargs=True)
             else:
-                handle = module.register_forward_hook(after(names))
+                handle = module.register_forward_hook(after(iter(calls)))
             stack.callback(handle.remove)
         stack.enter_context(written_out_attention(subject.module))
+        stack.enter_context(every_operation())
         attention = stack.enter_context(AttentionRecorder(dropout))
         try:
-            output = subject.module(input_ids)
+            output = subject.run(input_ids)
         except Exception as error:  # whatever the user's class raises
             raise LabError(
                 f"{subject.name} does not run on tokens of shape {tuple(input_ids.shape)}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}; if it must be called in another way, write a function that does, "
+                "def run(model, input_ids): …, and give it with --forward run (in Python: my_forward=run)"
             ) from error
-    logits = outputs_of(output)
-    if logits is None or logits.ndim != 3:
-        raise LabError(
-            f"{subject.name} returns {type(output).__name__} instead of logits (B, T, V); return them, alone or first"
-        )
-    layers = {match.row.ours[0].split(".")[1] for match in subject.matches if match.row.ours[0].startswith("trf")}
-    if len(attention.weights) == len(layers):
-        activations |= {f"trf_blocks.{n}.att.weights": weights for n, weights in enumerate(attention.weights)}
+    activations = joined(activations, dim=-1)
+    logits = logits_of(subject, output, input_ids)
+    weights = attention.by_layer(len(subject.blocks))
+    activations |= {f"trf_blocks.{n}.att.weights": found for n, found in enumerate(weights)}
     if isinstance(getattr(output, CHOICES, None), torch.Tensor):
         activations[CHOICES] = output.mc_logits
     activations[LOGITS] = logits
     return activations
+
+
+def logits_of(subject: Subject, output: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """The logits (B, T, V) in a model's output; of a padded vocabulary, those of the real tokens."""
+    if isinstance(output, ModelOutput) and not subject.guessed:
+        logits = outputs_of(output)
+        if logits is None or logits.ndim != 3:
+            raise LabError(f"{subject.name} returns {type(output).__name__} instead of logits (B, T, V); return them")
+        return logits
+    return logits_in(output, input_ids.shape, subject.vocab_size, subject.name)[..., : subject.vocab_size]
 
 
 def outputs_of(output: Any) -> torch.Tensor | None:

@@ -76,7 +76,8 @@ def what_happened(name: str, right: torch.Tensor, got: torch.Tensor | None, refe
             "build both with the same sizes",
         )
     return (
-        other_way_round(right, got)
+        not_finite(got)
+        or other_way_round(right, got)
         or another_tensor(name, got, reference)
         or never_loaded(name, got)
         or shifted(name, right, got)
@@ -84,6 +85,12 @@ def what_happened(name: str, right: torch.Tensor, got: torch.Tensor | None, refe
         or scaled(right, got)
         or ("other-weights", "holds other values", "load the reference's checkpoint, without further training")
     )
+
+
+def not_finite(got: torch.Tensor) -> What | None:
+    broken = int((~got.isfinite()).sum())
+    says = f"has {broken:,} of {got.numel():,} values that are NaN or infinite"
+    return ("nan-weights", says, "load the checkpoint again, or an earlier one") if broken else None
 
 
 def is_bias(name: str) -> bool:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationMixin, PreTrainedModel
 
 OLDEST_TESTED, NEWEST_TESTED = "5.4.0", "5.24.0"
 INSTALLED = transformers.__version__
+PACKAGE = __name__.rpartition(".")[0]  # this folder as a package: the installed one's, or one that came with a model
+IN_PACKAGE = PACKAGE.partition(".")[0] == "hf_gpt_scratch"
 
 # transformers' name for the cache: `cache` from 5.24 on, in forward passes, outputs and `generate`.
 _names = signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -41,6 +43,32 @@ def advice() -> str:
         f"this is transformers {INSTALLED}, and {OLDEST_TESTED} to {NEWEST_TESTED} were tested: "
         f'pip install "transformers<={NEWEST_TESTED}", or a newer hf_gpt_scratch'
     )
+
+
+class NoTranslation(PreTrainedModel):
+    """In place of `Interop` in code that came along with a model: says what has it."""
+
+    @classmethod
+    def from_book(cls, *args, **kwargs):
+        """Not in the code that comes along with a model."""
+        raise ImportError(f"{cls.__name__}.from_book is in the package: pip install hf-gpt-scratch")
+
+    @classmethod
+    def from_gpt2(cls, *args, **kwargs):
+        """Not in the code that comes along with a model."""
+        raise ImportError(f"{cls.__name__}.from_gpt2 is in the package: pip install hf-gpt-scratch")
+
+    def to_gpt2(self, *args, **kwargs):
+        """Not in the code that comes along with a model."""
+        raise ImportError(f"{type(self).__name__}.to_gpt2 is in the package: pip install hf-gpt-scratch")
+
+    def save_as_gpt2(self, *args, **kwargs):
+        """Not in the code that comes along with a model."""
+        raise ImportError(f"{type(self).__name__}.save_as_gpt2 is in the package: pip install hf-gpt-scratch")
+
+
+def few(names):
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @contextmanager

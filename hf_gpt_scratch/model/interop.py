@@ -17,14 +17,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2PreTrainedModel, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
 from .book_files import BARE, bare, bare_matrices, heads_in_a_list, parts, shared, weights_in
+from .compat import few
 from .configuration_gpt_scratch import SIZES, GPTScratchConfig
 from .own_code import bring_package, refuse_own_files
-from .weight_map import to_gpt2_state_dict
+from .weight_map import DROPPED_PATTERNS, conversions, to_gpt2_state_dict
 
 logger = logging.get_logger(__name__)
+
+
+def register_conversions(model_type: str = GPTScratchConfig.model_type) -> None:
+    """Makes transformers' own loader read official GPT-2 checkpoints by our table."""
+    register_checkpoint_conversion_mapping(model_type, conversions(), overwrite=True)
 
 
 class Interop(PreTrainedModel):
@@ -33,29 +40,36 @@ class Interop(PreTrainedModel):
     config_class: type[GPTScratchConfig]
     gpt2_class: type[GPT2PreTrainedModel]  # the official model of the same kind
 
+    # The last are the mask buffers in the book's state dicts.
+    _keys_to_ignore_on_load_unexpected = [*DROPPED_PATTERNS, r"\.att\.mask$"]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # A class with a model type of its own loads official checkpoints, too.
+        register_conversions(cls.config_class.model_type)
+
     @classmethod
     def kinds(cls) -> "tuple[type[Interop], ...]":
         """The classes that compute the same as their official ones."""
         raise NotImplementedError
 
-    def auto_map(self) -> dict[str, str]:
-        """For a saved model: the class that each Auto class loads, with its module."""
-        raise NotImplementedError
-
-    def save_pretrained(  # type: ignore[override]  # keyword-only, with another default
-        self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs
-    ):
-        """As in transformers, but by our names unless `save_original_format=True`; for GPT-2's see `save_as_gpt2`."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):  # type: ignore[override]  # as the models do
+        """Refuses what would load as another model, and makes what is saved independent of this package."""
         _refuse_file(save_directory)
         if save_original_format:
             _refuse_quantized(self)
         _refuse_to_save_other_code(self)
         refuse_own_files(self, save_directory, bool(kwargs.get("push_to_hub")))
-        if auto_map := self.auto_map():
-            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
         if kwargs.get("is_main_process", True):
             bring_package(self, Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Reads official checkpoints, too, by the weight map."""
+        # For a subclass's model type; and again, as a second copy of this module may have been loaded meanwhile.
+        register_conversions(cls.config_class.model_type)
+        return super().from_pretrained(*args, **kwargs)
 
     @classmethod
     def from_book(
@@ -438,7 +452,7 @@ def _check_fit(model_class, config, weights):
     lacks = sorted(expected.keys() - weights.keys() - {tied})
     has = sorted(name for name in weights.keys() - expected.keys() if not re.search(ignored, name))
     wrong = [
-        f"{len(names)} tensors {what}: {some(names)}" for what, names in (("missing", lacks), ("unknown", has)) if names
+        f"{len(names)} tensors {what}: {few(names)}" for what, names in (("missing", lacks), ("unknown", has)) if names
     ]
     wrong += [
         f"{name} has shape {list(tensor.shape)} instead of {list(expected[name].shape)}"
@@ -450,10 +464,6 @@ def _check_fit(model_class, config, weights):
             f"the state dict does not fit the config ({'; '.join(wrong)}); give the complete state dict of a GPTModel "
             "and the cfg that it was built with"
         )
-
-
-def some(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _official_class(model_class):

@@ -4,14 +4,30 @@
 Shapes: B batch, T query tokens, S key tokens (cached ones and T), E emb_dim, V vocabulary.
 """
 
+import os
+import re
 from functools import wraps
+from importlib import import_module
 from typing import Any, Self, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .compat import CACHE, advice, check_growth, check_mask, explained, is_untested, one_cache, refuse_unread
+from .compat import (
+    CACHE,
+    IN_PACKAGE,
+    PACKAGE,
+    NoTranslation,
+    advice,
+    check_growth,
+    check_mask,
+    explained,
+    few,
+    is_untested,
+    one_cache,
+    refuse_unread,
+)
 
 with explained():
     from transformers import (
@@ -29,7 +45,6 @@ with explained():
     )
     from transformers import initialization as init
     from transformers.activations import ACT2FN
-    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
     from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
     from transformers.modeling_layers import (
         GenericForQuestionAnswering,
@@ -49,32 +64,33 @@ with explained():
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-    from .book_files import bare  # noqa: F401  # trf-ignore: TRF035 older versions fetch only what this file imports
     from .configuration_gpt_scratch import GPTScratchConfig, check_length
-    from .decoding import growing_cache
+    from .decoding import growing_cache, onednn_products, product
     from .int8 import Int8Config  # noqa: F401  # trf-ignore: TRF035 a quantized model ships its quantizer
-    from .interop import Interop, some
     from .layers import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
     from .library_check import LibraryCheck
     from .loss import LOSS_OPTIONS, LazyLogitsOutput, can_skip_logits, head_loss
-    from .own_code import own_files  # noqa: F401  # trf-ignore: TRF035 as above
     from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN, refuse_tensor_parallel_loading
-    from .weight_map import DROPPED_PATTERNS, conversions, is_base_weight
 
 logger = logging.get_logger(__name__)
 
 
-def register_conversions(model_type: str = GPTScratchConfig.model_type) -> None:
-    """Makes transformers' own loader read official GPT-2 checkpoints by our table."""
-    register_checkpoint_conversion_mapping(model_type, conversions(), overwrite=True)
-
-
-register_conversions()
+# Translation does not ship: a model that comes along with its code does without.
+Translation: Any = import_module(f"{PACKAGE}.interop").Interop if IN_PACKAGE else NoTranslation
 check_library = LibraryCheck(lambda: GPTScratchForCausalLM)
 
 
-class FusedLayerNorm(LayerNorm):
-    """The book's `LayerNorm` in one operation, which is as exact as the official one in half precision, too."""
+class FusedLayerNorm(LayerNorm, nn.LayerNorm):
+    """The book's `LayerNorm` in one operation, which is as exact as the official one in half precision, too.
+
+    By its class Trainer knows that its parameters have no weight decay.
+    """
+
+    def __init__(self, emb_dim, eps=1e-5):
+        nn.Module.__init__(self)  # not nn.LayerNorm's, which makes parameters of other names
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(emb_dim))
+        self.shift = nn.Parameter(torch.zeros(emb_dim))
 
     def forward(self, x):
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, self.eps)
@@ -99,6 +115,12 @@ class AnyFeedForward(FeedForward):
             FusedGELU() if book_gelu else ACT2FN[config.activation_function],
             nn.Linear(n_inner, config.emb_dim),
         )
+
+    def forward(self, x):  # (B, T, E)
+        if self.layers._forward_hooks or self.layers._forward_pre_hooks:
+            return self.layers(x)
+        widen, activation, narrow = self.layers
+        return product(narrow, activation(product(widen, x)))
 
 
 def eager_attention(module, queries, keys, values, attention_mask=None, *, scaling, dropout=0.0, **kwargs):
@@ -154,7 +176,10 @@ class CachedAttention(MultiHeadAttention):
 
     def keys_and_values(self, x, past_key_values, kwargs):
         """Keys and values of x (B, T, E), after those in the cache: (B, H, S, D) each."""
-        keys, values = self.at_positions(self.heads(self.W_key(x)), **kwargs), self.heads(self.W_value(x))
+        keys, values = (
+            self.at_positions(self.heads(product(self.W_key, x)), **kwargs),
+            self.heads(product(self.W_value, x)),
+        )
         if past_key_values is None:
             return keys, values
         return past_key_values.update(keys, values, self.layer_idx, kwargs=kwargs)
@@ -174,7 +199,7 @@ class CachedAttention(MultiHeadAttention):
             states: (B, S, E), which keys and values are computed from; default: x.
             kwargs: passed to the attention function.
         """
-        queries = self.at_positions(self.heads(self.W_query(x)), **kwargs)  # (B, H, T, D)
+        queries = self.at_positions(self.heads(product(self.W_query, x)), **kwargs)  # (B, H, T, D)
         keys, values = self.keys_and_values(x if states is None else states, past_key_values, kwargs)
         # CODEPATH: no official checkpoint uses it, but Stanford's Mistral models do
         eager = upcast_attention if self.config.reorder_and_upcast_attn else eager_attention
@@ -189,7 +214,7 @@ class CachedAttention(MultiHeadAttention):
             dropout=self.dropout.p if self.training else 0.0,
             **kwargs,
         )  # (B, T, H, D); vLLM: (B·T, H·D)
-        return self.out_proj(context_vec.reshape(*x.shape[:2], -1)), attn_weights
+        return product(self.out_proj, context_vec.reshape(*x.shape[:2], -1)), attn_weights
 
 
 class CrossAttention(CachedAttention):
@@ -256,10 +281,31 @@ class GPTScratchBlock(GradientCheckpointingLayer, TransformerBlock):
         return x + shortcut
 
 
-class GPTScratchPreTrainedModel(Interop):
-    """The base of all models here: initialisation, loading, and `Interop` with the book and GPT-2."""
+# The parameters that every base model has; any other kind of them is a quantized weight's, or another norm's.
+BASE_WEIGHT = re.compile(
+    r"(model\.)?(tok_emb|pos_emb|final_norm|trf_blocks\.\d+\.(att\.(W_query|W_key|W_value|out_proj)|ff\.layers\.[02]|norm[12]))"
+    r"\.(?P<kind>\w+)"
+)
+QUANTIZED_HEAD = re.compile(r"out_head\.(?!weight$|bias$)\w+")  # unlike a float one, it is never newly initialised
 
-    config_class = GPTScratchConfig
+
+def is_base_weight(name: str, exactly: bool = False) -> bool:
+    """Whether a parameter, with or without the prefix, quantized or not, belongs to a module of every base model.
+
+    Args:
+        exactly: count only GPT-2's own parameters, not others of these modules: a quantized weight, or an RMSNorm's.
+    """
+    found = BASE_WEIGHT.fullmatch(name)
+    if exactly:
+        kinds = ("scale", "shift") if "norm" in name else ("weight", "bias")
+        return found is not None and found["kind"] in kinds and not name.endswith("emb.bias")
+    return found is not None or QUANTIZED_HEAD.fullmatch(name) is not None
+
+
+class GPTScratchPreTrainedModel(Translation):
+    """The base of all models here: initialisation and loading; in the package, `Interop` with the book and GPT-2."""
+
+    config_class: type[GPTScratchConfig] = GPTScratchConfig
     config: GPTScratchConfig
     block_class: type[GPTScratchBlock] = GPTScratchBlock  # which a subclass may replace
     base_model_prefix = "model"
@@ -267,8 +313,6 @@ class GPTScratchPreTrainedModel(Interop):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPTScratchBlock"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    # The last are the mask buffers in the book's state dicts.
-    _keys_to_ignore_on_load_unexpected = [*DROPPED_PATTERNS, r"\.att\.mask$"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -284,8 +328,6 @@ class GPTScratchPreTrainedModel(Interop):
         super().__init_subclass__(**kwargs)
         # accelerate keeps modules of these classes on one device.
         cls._no_split_modules = [cls.block_class.__name__]
-        # A class with a model type of its own loads official checkpoints, too.
-        register_conversions(cls.config_class.model_type)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -310,15 +352,13 @@ class GPTScratchPreTrainedModel(Interop):
         refuse_tensor_parallel_loading(kwargs)
         if is_untested():
             check_library()
-        # For a subclass's model type, too; and again, as a second copy of this module may have been loaded meanwhile.
-        register_conversions(cls.config_class.model_type)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         own_block = cls.block_class is not GPTScratchBlock  # whose weights may be new
         missing = sorted(name for name in info["missing_keys"] if is_base_weight(name, exactly=own_block))
         if missing and not output_loading_info:
             raise ValueError(
-                f"the checkpoint has no weights for {some(missing)}, which would be random; use a "
+                f"the checkpoint has no weights for {few(missing)}, which would be random; use a "
                 f"complete GPT-2 or GPTScratch checkpoint. If it is one, {advice()}"
             )
         if cls in cls.kinds():
@@ -330,6 +370,14 @@ class GPTScratchPreTrainedModel(Interop):
                     f"may compute something else; load it with its own class"
                 )
         return (model, info) if output_loading_info else model  # type: ignore[return-value]  # as transformers does
+
+    def save_pretrained(  # type: ignore[override]  # keyword-only, with another default
+        self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs
+    ):
+        """As in transformers, but by our names unless `save_original_format=True`; for GPT-2's see `save_as_gpt2`."""
+        if auto_map := self.auto_map():
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     @classmethod
     def kinds(cls) -> "tuple[type[GPTScratchPreTrainedModel], ...]":
@@ -352,7 +400,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
     def __init__(self, config: GPTScratchConfig, block_class: type[GPTScratchBlock] | None = None):
         super().__init__(config)
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
-        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.pos_emb: nn.Module = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate if config.drop_rate_emb is None else config.drop_rate_emb)
         make_block = block_class or self.block_class
         self.trf_blocks = nn.ModuleList(make_block(config, i) for i in range(config.n_layers))
@@ -523,7 +571,8 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             RuntimeError: it does not.
         """
         check_library()
-        return super().generate(*args, **kwargs)
+        with onednn_products():
+            return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """As in transformers, with the check of `generate`."""
@@ -608,7 +657,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             return output
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.out_head(x[:, kept, :])  # (B, T, V)
+        logits = product(self.out_head, x[:, kept, :])  # (B, T, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -673,7 +722,7 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
         given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
         shape = given.shape  # type: ignore[union-attr]  # the base model has checked that one of them is given
         x = outputs.last_hidden_state.view(*shape, -1)  # (B, C, T, E)
-        logits = self.out_head(x)  # (B, C, T, V)
+        logits = product(self.out_head, x)  # (B, C, T, V)
         mc_logits = self.multiple_choice_head(x, mc_token_ids).squeeze(-1)  # (B, C)
         loss, mc_loss = None, None
         if labels is not None:

@@ -2,17 +2,15 @@
 
 transformers copies the module of the class, and what that imports relatively. In the copy, then,
 `from hf_gpt_scratch import GPTScratchBlock` becomes `from .modeling_gpt_scratch import GPTScratchBlock`, and the files
-of this folder go along.
+that ship with every model go along.
 """
 
 import ast
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -48,7 +46,7 @@ def refuse_own_files(model: PreTrainedModel, folder: str | os.PathLike, push_to_
         ValueError: files of the user's own would be replaced by others of their name, or be uploaded alone.
     """
     own = own_files(model)
-    if taken := sorted(name for name in own if (HERE / name).is_file()):
+    if taken := sorted(own.keys() & {f"{room}.py" for room in shipped()}):
         raise ValueError(
             f"{', '.join(str(own[name]) for name in taken)} cannot be saved with the model, since a file that is saved "
             "with every model has this name; rename yours"
@@ -140,13 +138,13 @@ def shipped_in(module: str, name: str) -> str | None:
     """The file of this folder, without its ending, that defines what `from module import name` gives; None if none."""
     value = getattr(import_module(module), name, None)
     for room in shipped() if value is not None else ():
-        if vars(room).get(name) is value and getattr(value, "__module__", room.__name__) == room.__name__:
-            return room.__name__.rpartition(".")[2]
+        full_name = f"{__name__.rpartition('.')[0]}.{room}"
+        if vars(import_module(full_name)).get(name) is value and getattr(value, "__module__", full_name) == full_name:
+            return room
     return None
 
 
-def shipped() -> Iterator[ModuleType]:
-    package = __name__.rpartition(".")[0]
-    for path in HERE.glob("*.py"):
-        if path.stem != "__init__":
-            yield import_module(f"{package}.{path.stem}")
+def shipped() -> list[str]:
+    """The files of this folder that are saved with every model, without their ending."""
+    model = HERE / "modeling_gpt_scratch.py"
+    return [model.stem, *sorted({Path(file).stem for file in get_relative_import_files(model)})]

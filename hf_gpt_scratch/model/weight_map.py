@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from .parallel import SHARDED_LOADING, Gather, Scatter
+from .parallel import SHARDED_LOADING
+from .sharded_loading import Gather, Scatter
 
 # The base model's name in a model with a head: transformers' `GPT2LMHeadModel.transformer`, and ours.
 GPT2_PREFIX, SCRATCH_PREFIX = "transformer.", "model."
@@ -140,24 +141,6 @@ def rows(n_layers: int, table: Iterable[Row] = TABLE) -> Iterator[Row]:
     """The table's rows for a model of `n_layers`; a row with `{n}` is repeated for each layer."""
     for row in table:
         yield from (row.at(n) for n in range(n_layers)) if "{n}" in row.theirs else (row,)
-
-
-def is_base_weight(name: str, exactly: bool = False) -> bool:
-    """Whether a parameter, with or without the prefix, quantized or not, belongs to a module of every base model.
-
-    A quantized head counts, too: unlike a float one, it is never newly initialised.
-
-    Args:
-        exactly: count only GPT-2's own parameters, not others of these modules: a quantized weight, or an RMSNorm's.
-    """
-    name = re.sub(r"(?<=^trf_blocks\.)\d+", "{n}", name.removeprefix(SCRATCH_PREFIX))
-    if exactly:
-        return any(name in row.ours for row in BASE)
-    module, _, kind = name.rpartition(".")
-    if "cross" in module or module.endswith(".ff.layers.1"):
-        return False
-    modules = {ours.rpartition(".")[0] for row in BASE for ours in row.ours}
-    return module in modules or (module == "out_head" and kind not in ("weight", "bias"))
 
 
 def without_prefix(state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from .formats import FORMATS, Format, Found, Source, detect, open_source, read, 
 from .formats.directory import GPT2, NATIVE
 from .formats.format import MAX_SHARD_SIZE, Contents, Options
 from .hub import find_source, quiet_transformers
+from .optimizer import REMEDY, State, state_that_goes_along
 from .parity import same_bits, verify_models
 from .publish import (
     RECEIPT,
@@ -64,6 +65,7 @@ def convert(
     activation_function: str | None = None,
     lora_scale: float | None = None,
     tokenizer: str | os.PathLike | None = None,
+    optimizer: bool = True,
     revision: str | None = None,
     check: Check = True,
     overwrite: bool = False,
@@ -86,6 +88,8 @@ def convert(
             its first printing.
         tokenizer: a directory, a hub id, nanoGPT's meta.pkl, "gpt2" or "none"; None: the source's own, or GPT-2's if
             it has none and its vocabulary has GPT-2's size, or none.
+        optimizer: take AdamW's state along from the book's and nanoGPT's files, for Trainer to resume from; what is
+            left behind is noted.
         revision: branch, tag or commit of a hub id.
         check: before the result is published, compare it with the official model in float32, with both models in
             memory; "weights": compare only the weights, bit for bit, streaming; False: compare nothing.
@@ -102,7 +106,7 @@ def convert(
     """
     options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
     options |= dict(n_heads=n_heads, activation_function=activation_function, lora_scale=lora_scale)
-    return _convert(source, target, NATIVE, tokenizer=tokenizer, revision=revision, **options)
+    return _convert(source, target, NATIVE, tokenizer=tokenizer, optimizer=optimizer, revision=revision, **options)
 
 
 def export(
@@ -114,6 +118,7 @@ def export(
     activation_function: str | None = None,
     lora_scale: float | None = None,
     tokenizer: str | os.PathLike | None = None,
+    optimizer: bool = True,
     revision: str | None = None,
     bias: bool | None = None,
     check: Check = True,
@@ -132,6 +137,7 @@ def export(
         format: "gpt2", "book", "nanogpt", "gguf", "llmc" or "native".
         n_heads, activation_function, lora_scale: as in `convert`.
         tokenizer: as in `convert`, for the formats that have a place for one.
+        optimizer: as in `convert`, for "gpt2".
         revision: branch, tag or commit of a hub id.
         bias: for "nanogpt": whether to store biases; None: unless all are zero and `qkv_bias` is off.
         check: as in `convert`.
@@ -148,7 +154,7 @@ def export(
     """
     options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
     options |= dict(n_heads=n_heads, activation_function=activation_function, lora_scale=lora_scale)
-    options |= dict(tokenizer=tokenizer, revision=revision, bias=bias)
+    options |= dict(tokenizer=tokenizer, optimizer=optimizer, revision=revision, bias=bias)
     return _convert(source, target, writable(format), **options)
 
 
@@ -176,6 +182,7 @@ def _convert(
     activation_function: str | None = None,
     lora_scale: float | None = None,
     tokenizer: str | os.PathLike | None = None,
+    optimizer: bool = True,
     revision: str | None = None,
     bias: bool | None = None,
     check: Check = True,
@@ -205,7 +212,9 @@ def _convert(
         contents = source.format.read(source, n_heads)
         wanted.check(contents, options)
         chosen = _tokenizer(tokenizer, source, contents, wanted)
+        state, about_state = state_that_goes_along(source, contents, wanted, optimizer)
     needed = wanted.copies * sum(tensor.nbytes for tensor in contents.tensors.values())
+    needed += 2 * state.nbytes if state else 0
     with (
         publishing(place, overwrite, needed) as staging,
         stamps.hashed_meanwhile(source.files) as source_files,
@@ -215,7 +224,11 @@ def _convert(
         inside = chosen.tokenizer if wanted.tokenizer == "inside" else None
         written = wanted.write(contents, file, replace(options, tokenizer=inside))
         carried = put_tokenizer(chosen, staging) if wanted.tokenizer == "beside" else written.tokenizer
+        hashes = {**written.hashes, **(state.write(staging, options) if state else {})}
         notes = [*source.notes, *_zero_biases(contents, wanted), *written.notes, *chosen.notes, *strip_code(staging)]
+        notes += about_state
+        if state and check:
+            _verify_optimizer(state, source, contents, staging, wanted, options.progress)
         parity = _verify(source, contents, file, wanted, check, options.progress) if check else None
         receipt = new_receipt(
             f"{source.format.name} converted to {wanted.name}",
@@ -225,7 +238,7 @@ def _convert(
             notes=notes,
         )
         wanted.finish(staging, contents, receipt, None if path == local_path(name) else str(name))
-        seal(staging, receipt, written.hashes)
+        seal(staging, receipt, hashes)
     return receipt
 
 
@@ -307,6 +320,17 @@ def _verify(
     ]
     models.sort(key=lambda model: not isinstance(model, official))
     return verify_models(*models).to_dict()
+
+
+def _verify_optimizer(
+    state: State, source: Source, contents: Contents, written: Path, wanted: Format, progress: Progress
+) -> None:
+    """Raises ParityError if the optimizer's state, read back from the target, is not the source's."""
+    for there, back in state.read_back(written, wanted, source.format, contents.config.n_layers):
+        try:
+            verify_weights(there, back, progress)
+        except ParityError as error:
+            raise ParityError(f"of the optimizer's state: {error}; {REMEDY}") from error
 
 
 def verify_weights(source: Mapping[str, LazyTensor], back: Mapping[str, LazyTensor], progress: Progress) -> None:

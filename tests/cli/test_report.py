@@ -21,9 +21,11 @@ from typer.testing import CliRunner
 from hf_gpt_scratch import GPTModel
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.cli.compare_command import compare
-from hf_gpt_scratch.cli.report import HEADS_SHOWN, heat_map, html_report, logarithmic, number, print_report, shade
+from hf_gpt_scratch.cli.report import print_report
 from hf_gpt_scratch.lab.compare import compare_models
+from hf_gpt_scratch.lab.compare_page import HEADS_SHOWN, heat_map, html_report, number
 from hf_gpt_scratch.lab.diagnose import diagnose
+from hf_gpt_scratch.lab.page import logarithmic, picture, shade
 from hf_gpt_scratch.lab.subject import copy_weights, subject
 
 pytestmark = pytest.mark.slow
@@ -45,6 +47,17 @@ class MyWrongGPT(GPTModel):
         super().__init__(cfg)
         for block in self.trf_blocks:
             block.ff.layers[1] = nn.GELU()
+"""
+
+MASKED = """
+from hf_gpt_scratch import GPTModel
+
+class MaskedGPT(GPTModel):
+    def forward(self, in_idx, mask):
+        return super().forward(in_idx)
+
+def run(model, input_ids):
+    return model(input_ids, None)
 """
 
 
@@ -170,7 +183,9 @@ def test_the_page_stands_alone_and_names_the_mistake(different):
     assert "Mistake found: exact-gelu" in text
     assert "first differs" in text
     assert "my <b>model</b> [red]" in text
-    assert sum(fetched.startswith("data:image") for fetched in page.fetched) == 1
+    assert sum(fetched.startswith("data:image") for fetched in page.fetched) == 3 * 4, "three maps of each head"
+    assert "prefers-color-scheme: dark" in html_report(different) and "width=device-width" in html_report(different)
+    assert text.index("Mistake found") < text.index("Repaired") < text.index("Error through depth")
 
 
 @pytest.mark.parametrize("sabotage", [None, broken_norm])
@@ -182,14 +197,32 @@ def test_the_page_is_drawn_of_healthy_and_of_broken_models(sabotage):
     assert "NaN" in terminal_text(comparison) or sabotage is None
 
 
-def test_drawing_leaves_the_callers_matplotlib_as_it_was(different):
-    import matplotlib
+def test_the_report_stands_in_a_notebook_with_a_style_of_its_own(different):
+    shown = different._repr_html_()
+    assert shown.startswith('<div class="lab">') and "<html" not in shown
+    assert "Mistake found: exact-gelu" in shown
+    style = re.sub(r"@media[^{]*|[{][^{}]*[}]", " ", shown[shown.index("<style>") + 7 : shown.index("</style>")])
+    assert all(
+        part.strip().startswith(".lab") for rule in style.split("{") for part in re.findall(r"[.][\w .>:-]+", rule)
+    )
 
-    with matplotlib.rc_context({"font.size": 17, "svg.fonttype": "path", "backend": "svg"}):
-        before = dict(matplotlib.rcParams)
-        text = html_report(different)
-        assert dict(matplotlib.rcParams) == before
-    assert "font: 9px" in text.replace("font-size: 9", "font: 9"), "the page has its own style"
+
+def test_pictures_have_a_pixel_for_each_value():
+    pixels = decoded(picture(torch.tensor([[0.0, 1.0, -0.5], [float("nan"), 0.25, 2.0]]), 1.0))
+    assert pixels.shape == (2, 3, 4)
+    assert pixels[..., 3].tolist() == [[0, 255, 128], [255, 64, 255]]
+    assert pixels[0, 1, 2] > pixels[0, 1, 0] and pixels[0, 2, 0] > pixels[0, 2, 2], "blue above 0, red below"
+    assert pixels[1, 0, :3].tolist() == [0, 0, 0]
+
+
+def decoded(data):
+    import base64
+    import io
+
+    import numpy
+    from PIL import Image
+
+    return numpy.array(Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))))
 
 
 def test_another_number_of_heads_is_drawn():
@@ -211,7 +244,7 @@ def test_the_heat_map_has_a_cell_for_every_layer_and_stage(different):
     cells = [cell for _, row in heat["rows"] for cell in row]
     assert len(cells) == 3 * len(heat["columns"])
     assert all(cell is not None for cell in cells)
-    colours = {shade(cell) for cell in cells}
+    colours = {shade(cell.relative) for cell in cells}
     assert len(colours) > 3
     assert shade(None) not in colours
 
@@ -281,6 +314,23 @@ def test_the_command_names_the_mistake_and_exits_3(files, tmp_path):
     assert figures["same"] is False
 
 
+def test_quick_answers_say_so(files):
+    result = run(files / "official", f"{files / 'mine.py'}:MyWrongGPT", "--quick")
+    assert result.exit_code == 3 and "exact-gelu" in result.output and "--quick: fewer experiments" in result.output
+    result = run(files / "official", f"{files / 'mine.py'}:MyGPT", "--quick")
+    assert result.exit_code == 0 and "not compared, as asked by --quick" in re.sub(r"[\s│]+", " ", result.output)
+
+
+def test_a_model_that_must_be_called_otherwise_is_called_by_a_function(files, tmp_path):
+    (tmp_path / "masked.py").write_text(MASKED)
+    result = run(files / "official", f"{tmp_path / 'masked.py'}:MaskedGPT")
+    assert result.exit_code == 1 and "--forward run" in result.output
+    result = run(files / "official", f"{tmp_path / 'masked.py'}:MaskedGPT", "--forward", "run")
+    assert result.exit_code == 0, result.output
+    result = run(files / "official", f"{tmp_path / 'masked.py'}:MaskedGPT", "--forward", "walk")
+    assert result.exit_code == 1 and "has no 'walk'" in result.output
+
+
 def test_json_alone_on_standard_output(files):
     result = run(files / "official", files / "ours", "--json", "-")
     assert json.loads(result.stdout)["same"] is True
@@ -313,7 +363,7 @@ def test_a_map_and_a_cfg_are_read_from_files(files, tmp_path):
     wrong = run(official, raw, "--map", tmp_path / "map.json", "--cfg", json.dumps(sizes | {"n_heads": 6}))
     assert wrong.exit_code == 3
     assert "wrong-n-heads" in wrong.output
-    assert run(official, raw).exit_code == 1
+    assert run(official, raw).exit_code == 0, "its use shows what each parameter is"
 
 
 @pytest.mark.parametrize(
@@ -410,48 +460,61 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(files, option,
         assert result.exit_code == 1 and f"{option} {file} cannot be written" in result.output
 
 
-def test_a_missing_matplotlib_is_told_before_the_work(files, monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_gpt_scratch.lab.session.load_both", lambda *_: pytest.fail("the work has begun"))
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def test_the_page_needs_no_library_for_drawing(files, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run(files / "official", files / "ours", "--html", tmp_path / "report.html")
-    assert result.exit_code == 1 and "hf-gpt-scratch[examples]" in result.output
+    assert result.exit_code == 0 and "The same model" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_page_that_fails_takes_neither_the_json_nor_the_verdict_along(files, monkeypatch, tmp_path):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("hf_gpt_scratch.cli.report.html_report", full)
-    for candidate, status in ((files / "ours", 0), (f"{files / 'mine.py'}:MyWrongGPT", 3)):
+    monkeypatch.setattr("hf_gpt_scratch.lab.compare.html_report", full)
+    for candidate, status in ((files / "ours", 1), (f"{files / 'mine.py'}:MyWrongGPT", 3)):
         result = run(files / "official", candidate, "--html", tmp_path / "a.html", "--json", tmp_path / "a.json")
         assert result.exit_code == status, result.output
-        assert "Not written: no space left" in result.output
-        assert json.loads((tmp_path / "a.json").read_text())["same"] is (status == 0)
+        assert "a.html: no space left" in result.output
+        assert json.loads((tmp_path / "a.json").read_text())["same"] is (status == 1)
 
 
 def test_a_wrong_command_line_exits_2():
     assert run("only one").exit_code == 2
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
-def test_a_browser_draws_the_page(different, tmp_path):
-    (tmp_path / "report.html").write_text(html_report(different), encoding="utf-8")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    page = (tmp_path / "report.html").as_uri()
-    text = subprocess.run([BROWSER, *flags, "--dump-dom", page], capture_output=True, text=True, timeout=120).stdout
-    assert "Mistake found: exact-gelu" in text
-    shot = tmp_path / "report.png"
-    subprocess.run(
-        [BROWSER, *flags, "--window-size=1200,2600", f"--screenshot={shot}", page], capture_output=True, timeout=120
-    )
-    from matplotlib.image import imread
+BROWSER_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
 
-    pixels = imread(shot)
-    assert pixels.shape[:2] == (2600, 1200)
-    assert len({tuple(colour) for colour in (pixels[::7, ::7, :3].reshape(-1, 3) * 15).astype(int)}) > 50
+
+def browsed(tmp_path, page, *flags):
+    """What Chromium prints about a page."""
+    command = [BROWSER, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
+def test_a_browser_draws_the_page_light_and_dark(different, tmp_path):
+    from PIL import Image
+
+    page = tmp_path / "report.html"
+    page.write_text(html_report(different), encoding="utf-8")
+    assert "Mistake found: exact-gelu" in browsed(tmp_path, page, "--dump-dom")
+    light = {}
+    for scheme, flags in (("light", ()), ("dark", ("--blink-settings=preferredColorScheme=0",))):
+        shot = tmp_path / f"{scheme}.png"
+        browsed(tmp_path, page, "--window-size=1200,2600", f"--screenshot={shot}", *flags)
+        picture = Image.open(shot).convert("RGB")
+        assert picture.size == (1200, 2600)
+        assert len(picture.resize((300, 650)).getcolors(10**6)) > 50, "figures are drawn"
+        light[scheme] = sum(picture.getpixel((5, 5)))
+    assert light["dark"] < 100 < 600 < light["light"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page in")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_no_page_is_wider_than_its_window(different, tmp_path, width):
+    around = tmp_path / "around.html"
+    inside = html_report(different).replace("&", "&amp;").replace('"', "&quot;")
+    script = "onload = () => document.title = f.contentDocument.documentElement.scrollWidth"
+    frame = f'<iframe id="f" style="width:{width}px;height:900px;border:0" srcdoc="{inside}"></iframe>'
+    around.write_text(f"<body>{frame}<script>{script}</script></body>", encoding="utf-8")
+    assert f"<title>{width}</title>" in browsed(tmp_path, around, "--dump-dom")

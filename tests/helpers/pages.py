@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import typer
+import yaml
 from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -92,6 +93,9 @@ def run_page(text, name):
                 output = run_bash(fence.code)
             elif fence.language == "python":
                 output = run_python(fence, name, namespace)
+            elif fence.language == "yaml":
+                yaml.safe_load(fence.code)
+                output = run_bash("\n".join(re.findall(r"^ *- run: (.+)$", fence.code, re.M)))
             else:
                 raise WrongPage(f"a block of {fence.language or 'no language'}, which no test runs")
         except Exception as error:
@@ -228,6 +232,8 @@ def check_pip(words):
                     raise WrongPage(f"pyproject.toml has no extra {extra}")
         elif not word.startswith("-"):
             name = canonicalize_name(Requirement(word).name)
+            if name == PROJECT["project"]["name"]:
+                continue
             if not re.search(rf"^{re.escape(name)}==", LOCK, re.M):
                 raise WrongPage(f"requirements.lock does not have {name}")
 

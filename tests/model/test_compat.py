@@ -99,8 +99,6 @@ def test_a_cache_that_did_not_take_what_it_was_given_is_noticed(model):
 
 @pytest.mark.slow
 def test_import_says_nothing_and_an_untested_version_gets_one_line(monkeypatch, unchecked, model, caplog):
-    if Version(transformers.__version__) < Version("5.18"):
-        monkeypatch.setattr(library_check, "CROSS_MODES", {})  # their official model forgets the encoder's mask
     monkeypatch.setattr(library_check, "INSTALLED", "5.99.0")
     monkeypatch.setattr(compat, "_UNTESTED", True)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -215,14 +213,51 @@ def test_a_cache_in_another_place_and_what_is_no_cache_are_refused(model):
 
 def test_the_tiny_model_tells_prompts_positions_and_padding_apart():
     with library_check._undisturbed():
-        _, official, book = library_check._tiny_models(GPTScratchForCausalLM).values()
-        right = library_check._greedy(book)
-        assert torch.equal(right, library_check.MODES["greedy"](official))
-        assert len(set(right.flatten().tolist())) > 5
+        ours, book = library_check._tiny_models(GPTScratchForCausalLM)
+        official, right = ours.to_gpt2(), library_check._greedy(book)
+        assert len(set(right.flatten().tolist())) > 4
         ids, _ = library_check._padded()
-        assert not torch.equal(library_check.MODES["beams"](official), right)
+        assert not torch.equal(library_check._beams(book)[:, :5], right)
         unmasked = official.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
         assert not torch.equal(unmasked[0, 5:], right[0])
+
+
+@pytest.mark.parametrize("name", library_check.MODES)
+def test_what_the_check_takes_for_right_is_the_official_models(name):
+    with library_check._undisturbed():
+        ours, book = library_check._tiny_models(GPTScratchForCausalLM)
+        official = library_check.MODES[name](ours.to_gpt2())
+        torch.testing.assert_close(library_check.RIGHT[name](book), official, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="it forgets the encoder's mask")
+def test_the_cross_attention_of_the_check_is_the_official_models():
+    with library_check._undisturbed():
+        ours, _ = library_check._tiny_models(GPTScratchForCausalLM, add_cross_attention=True)
+        expected = torch.tensor(library_check.CROSS_LOGITS)
+        torch.testing.assert_close(library_check._cross(ours.to_gpt2()), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_mode_that_the_official_model_lacks_is_not_checked(monkeypatch, unchecked):
+    def gone(model):
+        raise NotImplementedError("removed from transformers")
+
+    monkeypatch.setitem(library_check.MODES, "beams", gone)
+    modeling.check_library()
+    assert modeling.check_library.passed == {"generate"}
+
+
+def test_a_mode_that_only_this_model_lacks_is_an_error(monkeypatch, unchecked):
+    right = library_check.MODES["beams"]
+
+    def ours_fails(model):
+        if isinstance(model, GPTScratchForCausalLM):
+            raise NotImplementedError("no such thing")
+        return right(model)
+
+    monkeypatch.setitem(library_check.MODES, "beams", ours_fails)
+    with pytest.raises(RuntimeError, match=r"generate \(beams\) .*NotImplementedError"):
+        modeling.check_library()
 
 
 def test_an_import_that_fails_says_which_versions_do_not():

@@ -16,7 +16,14 @@ from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, relative_error
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK", 7)  # several of them, the last one short
+    monkeypatch.setattr(loss_module, "COMPILED_CHUNK", 11)
     monkeypatch.setattr(loss_module, "PART", 40)  # and of these
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -29,9 +36,9 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def loss_and_gradients(model, **inputs):
+def loss_and_gradients(model, forward=None, **inputs):
     model.zero_grad()
-    loss = model(**inputs).loss
+    loss = (model if forward is None else forward)(**inputs).loss
     loss.backward()
     return loss.detach(), gradients(model)
 
@@ -49,10 +56,12 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_loss_and_gradients_equal_those_of_the_logits(pair, options):
+def test_loss_and_gradients_equal_those_of_the_logits(pair, options, compiled):
     _, ours = pair
-    got, got_gradients = loss_and_gradients(ours, input_ids=IDS, **options)
+    forward = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
+    got, got_gradients = loss_and_gradients(ours, forward, input_ids=IDS, **options)
     ours.chunked_loss = False
     expected, expected_gradients = loss_and_gradients(ours, input_ids=IDS, **options)
     torch.testing.assert_close(got, expected)
@@ -60,6 +69,19 @@ def test_loss_and_gradients_equal_those_of_the_logits(pair, options):
     scale = max(gradient.abs().max() for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
         assert (got_gradients[name] - gradient).abs().max() < FP32_GRADIENTS * scale, name
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="torch 2.13 brought it")
+def test_a_compiled_graph_on_the_cpu_has_torchs_own_chunked_loss(pair):
+    _, ours = pair
+    names = []
+
+    def backend(graph, example_inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(ours, backend=backend, fullgraph=True)(IDS, labels=IDS)
+    assert any("linear_cross_entropy" in name for name in names)
 
 
 def test_a_wrong_target_would_be_seen(pair):
@@ -76,14 +98,16 @@ def test_it_equals_transformers_own_training(pair):
     torch.testing.assert_close(ours(IDS, labels=MASKED).loss, expected)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("factor", [1, 0.25])
-def test_a_scaled_loss_and_a_second_backward_have_their_gradients(pair, factor):
+def test_a_scaled_loss_and_a_second_backward_have_their_gradients(pair, factor, compiled):
     _, ours = pair
     results = []
     for chunked in (True, False):
         ours.chunked_loss = chunked
         ours.zero_grad()
-        loss = factor * ours(IDS, labels=IDS).loss
+        forward = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled and chunked else ours
+        loss = factor * forward(IDS, labels=IDS).loss
         loss.backward(retain_graph=True)
         loss.backward()
         results.append(gradients(ours)["model.tok_emb.weight"])

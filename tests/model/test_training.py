@@ -6,6 +6,7 @@ from pairs import VOCAB, random_ids, random_pair
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM
+from hf_gpt_scratch.model.weight_map import BASE, rows
 from hf_gpt_scratch.weights.parity import FP32_LOSS, relative_error
 
 pytestmark = pytest.mark.slow
@@ -50,6 +51,19 @@ def test_trainer_has_the_officials_loss_curve(tmp_path, settings):
     assert len(ours) == 8
     assert ours[-1] < ours[0]
     assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_trainer_decays_the_weights_that_it_decays_in_the_official_model():
+    gpt2, scratch = random_pair()
+    theirs, ours = (set(Trainer.get_decay_parameter_names(None, model)) for model in (gpt2, scratch))
+    assert 0 < len(theirs) < len(list(gpt2.parameters()))
+    named = {
+        f"model.{name}"
+        for row in rows(scratch.config.n_layers, BASE)
+        if f"transformer.{row.theirs}" in theirs
+        for name in row.ours
+    }
+    assert ours - {"out_head.weight"} == named  # the head is tied
 
 
 def test_resumed_run_is_the_uninterrupted_one(tmp_path):

@@ -188,7 +188,9 @@ def test_a_state_dict_is_found_in_what_training_saved(tmp_path, key):
     optimizer.step()
     content = {"epoch": 3, key: model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "loss": 1.5}
     path = saved(tmp_path / "model_and_optimizer.pth", content)
-    assert convert(path, tmp_path / "out", n_heads=HEADS)["notes"] == []
+    [note, about_schedule] = convert(path, tmp_path / "out", n_heads=HEADS)["notes"]
+    assert "the optimizer came along" in note
+    assert "nothing of clipping or of a schedule" in about_schedule
     for ours in (
         GPTScratchForCausalLM.from_pretrained(tmp_path / "out"),
         GPTScratchForCausalLM.from_book(path, n_heads=HEADS),

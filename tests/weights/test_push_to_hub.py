@@ -28,8 +28,7 @@ pytestmark = pytest.mark.slow
 TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "push_to_hub.py"
 MODULES = """
-book_files compat configuration_gpt_scratch decoding int8 interop layers library_check loss modeling_gpt_scratch
-own_code parallel weight_map
+compat configuration_gpt_scratch decoding int8 layers library_check loss modeling_gpt_scratch parallel
 """
 CODE = {f"{module}.py" for module in MODULES.split()}
 

@@ -52,7 +52,9 @@ class Book(Format):
         if why := refusal({name: tensor.shape for name, tensor in there.tensors.items()}):
             raise ConversionError(f"{found.path} {why}")
         asks = ("activation_function", *(["lora_scale"] if has_adapters(there.tensors) else []))
-        return Source(self, found.path, there.tensors, {**there.metadata}, [*there.notes], asks=asks)
+        return Source(
+            self, found.path, there.tensors, {**there.metadata}, [*there.notes], asks=asks, training=there.training
+        )
 
     def read(self, source: Source, n_heads: int | None = None) -> Contents:
         metadata, path, source_names = source.metadata, source.path, list(source.tensors)
@@ -73,6 +75,9 @@ class Book(Format):
                 "also in training. GPTScratchForCausalLM.from_book keeps them untied if the file has two copies"
             )
         return contents
+
+    def in_layout(self, tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+        return made(tensors, None, path)
 
     def _classify(self, contents: Contents, source: Source, score: dict[str, LazyTensor]) -> None:
         """Makes chapter 6's classifier of what was read."""

@@ -35,7 +35,7 @@ MAX_LABELS = 1_000_000
 MAX_LAYERS = 1000
 
 _DROPPED = [re.compile(pattern) for pattern in DROPPED_PATTERNS]
-_PREFIXES = {"gpt2": GPT2_PREFIX, "gpt_scratch": SCRATCH_PREFIX}
+PREFIXES = {"gpt2": GPT2_PREFIX, "gpt_scratch": SCRATCH_PREFIX}
 
 
 def config_of(directory: Path) -> Any:
@@ -213,7 +213,7 @@ class Weights:
 
     def _match(self) -> dict[str, str]:
         """The names in the files, by the names in the table."""
-        prefix = _PREFIXES[self.model_type]
+        prefix = PREFIXES[self.model_type]
         shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in self.model.state_dict().items()}
         tied = {
             second.removeprefix(prefix): first.removeprefix(prefix) for second, first in _tied_names(self.model).items()
@@ -270,7 +270,7 @@ class Weights:
                 "that this returns"
             )
         for bare in sorted(shapes, key=len, reverse=True):
-            for known in (_PREFIXES[self.model_type] + bare, bare):
+            for known in (PREFIXES[self.model_type] + bare, bare):
                 if name.endswith(f".{known}"):
                     prefix = name.removesuffix(known)[:200]
                     return f"remove the prefix {prefix!r} from the names, with name.removeprefix({prefix!r})"
@@ -378,7 +378,7 @@ def write_model(
         raise
     except Exception as error:  # wrong settings raise errors of many types
         raise ConversionError(f"the model's settings cannot be saved: {error}; correct them") from error
-    prefix = _PREFIXES[model.config.model_type]
+    prefix = PREFIXES[model.config.model_type]
     names = [name for name in model.state_dict() if name not in _tied_names(model)]
     lazies = {name: tensors[name.removeprefix(prefix)] for name in names}
     specs = {name: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for name, lazy in lazies.items()}

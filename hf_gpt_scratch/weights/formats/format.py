@@ -124,6 +124,23 @@ def renamed(names: Callable[[Row], str], transposed: bool, head: Row | None = LM
     return (*plain, *([head] if head else []))
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a file has beside the weights for a training run to go on; nothing of it is checked.
+
+    Args:
+        optimizers: the states of optimizers, by the names under which they lie.
+        parameters: the shapes of the weights and buffers, in the model's order.
+        steps: how many the run has made; None if the file does not say it.
+        settings: of the run, as its program saves them.
+    """
+
+    optimizers: dict[str, Any]
+    parameters: dict[str, torch.Size]
+    steps: int | None
+    settings: dict[str, Any]
+
+
 @dataclass
 class Source:
     """A checkpoint as it is stored: its tensors under their own names, and its metadata under ours.
@@ -133,6 +150,7 @@ class Source:
         files: those that are read.
         asks: settings that the file does not store, beside `n_heads`; `answer` takes them.
         tokenizer: makes the one that is inside the file, if there is one.
+        training: what lies beside the weights for training to go on.
     """
 
     format: "Format"
@@ -143,6 +161,7 @@ class Source:
     files: list[Path] = field(default_factory=list)
     asks: tuple[str, ...] = ()
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
+    training: Training | None = None
 
     def __post_init__(self):
         inside = self.path.iterdir() if self.path.is_dir() else [self.path]
@@ -300,6 +319,10 @@ class Format:
             config.tie_word_embeddings = True
             del ours["out_head.weight"]
         return Contents(str(path), config, ours, ours["tok_emb.weight"].dtype)
+
+    def in_layout(self, tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+        """Tensors under the names of a file, as they are under those of the layout."""
+        return tensors
 
     def _sizes(self, source: Source) -> dict[str, int]:
         """The sizes, from the tensors' shapes; raises ConversionError if the metadata say otherwise."""

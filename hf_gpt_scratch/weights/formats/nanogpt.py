@@ -41,7 +41,7 @@ class NanoGPT(Format):
 
     def open(self, found: Found) -> Source:
         there = state_dict(found) or StateDict({})
-        source = Source(self, found.path, there.tensors, {**there.metadata}, [*there.notes])
+        source = Source(self, found.path, there.tensors, {**there.metadata}, [*there.notes], training=there.training)
         if "activation_function" not in source.metadata:
             source.asks = ("activation_function",)
         return source

@@ -4,7 +4,7 @@ import hashlib
 import io
 import mmap
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ...model.book_files import bare, shared, weights_in
 from ..checkpoint import Progress, kind_of, lazy, read_pickle, safetensors, shown
 from ..tensors import LazyTensor
 from ..torch_archive import Stored, Unbuilt
-from .format import Found, readable
+from .format import Found, Training, readable
 
 # nanoGPT's `model_args`, in our names.
 MODEL_ARGS = {
@@ -41,11 +41,13 @@ class StateDict:
         tensors: by their names, without the prefixes of torch.compile, DataParallel and Lightning.
         metadata: what nanoGPT's `model_args` or build-nanogpt's `config` beside them say, in our names.
         notes: what its reader should know, in sentences.
+        training: what lies beside the weights for training to go on.
     """
 
     tensors: dict[str, LazyTensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    training: Training | None = None
 
 
 def state_dict(found: Found) -> StateDict | None:
@@ -91,7 +93,8 @@ def _read(path: Path) -> StateDict:
             raise ConversionError(
                 f"{path} holds {name!r}: {kind_of(tensor)}, but a state dict maps names to dense tensors"
             )
-    found = StateDict(_named(path, {name: lazy(tensor) for name, tensor in tensors.items()}))
+    named = _named(path, {name: lazy(tensor) for name, tensor in tensors.items()})
+    found = StateDict(named, training=_training(content, named))
     if place is not None:
         others = {name: value for name, value in content.items() if name != place and isinstance(value, dict)}
         others = {name: value for name, value in others.items() if any(isinstance(v, Stored) for v in value.values())}
@@ -108,6 +111,19 @@ def _read(path: Path) -> StateDict:
                 found.metadata["activation_function"] = "gelu_new"
                 found.notes.append("its config is build-nanogpt's, whose activation is the tanh GELU, 'gelu_new'")
     return found
+
+
+def _training(content: dict[Any, Any], named: Mapping[str, LazyTensor]) -> Training:
+    """What lies beside the weights for training to go on; its steps are nanoGPT's "iter_num", or "step"."""
+    optimizers: dict[str, Any] = {}
+    for name, value in content.items():
+        states = value if isinstance(value, list) else [value]
+        states = [state for state in states if isinstance(state, dict) and {"state", "param_groups"} & state.keys()]
+        optimizers |= {name if i == 0 else f"{name} {i}": state for i, state in enumerate(states)}
+    steps = [content[name] for name in ("iter_num", "step") if type(content.get(name)) is int and content[name] >= 0]
+    config = content.get("config")
+    shapes = {name: tensor.shape for name, tensor in named.items()}
+    return Training(optimizers, shapes, steps[0] if steps else None, config if isinstance(config, dict) else {})
 
 
 def _named(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -151,6 +167,24 @@ def save_tensors(
 ) -> dict[str, dict[str, Any]]:
     """Writes lazy tensors with `torch.save`: a plain state dict, or a state dict under the key `place`, beside `about`.
 
+    Returns:
+        sha256 and size of the file, by file name.
+    """
+
+    def content(state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return state_dict if place is None else {place: state_dict, **about}
+
+    return save_lazily(tensors, content, target, progress)
+
+
+def save_lazily(
+    tensors: Mapping[Any, LazyTensor],
+    content: Callable[[dict[Any, torch.Tensor]], Any],
+    target: Path,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Writes what `content` makes of the tensors with `torch.save`.
+
     `torch.save` needs all tensors at once. So the values are first written to a temporary file, one tensor at a time,
     and `torch.save` is given tensors that are mapped from it, whose memory the system can reclaim at any time.
 
@@ -170,9 +204,8 @@ def save_tensors(
         values = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.shape.numel(), offset=offset)
         mapped[tensor] = values.reshape(tensor.shape)
         offset += tensor.nbytes
-    state_dict = {name: mapped[tensor] for name, tensor in tensors.items()}
     with Hashed(target, progress) as file:
-        torch.save(state_dict if place is None else {place: state_dict, **about}, file)
+        torch.save(content({name: mapped[tensor] for name, tensor in tensors.items()}), file)
     return {target.name: {"sha256": file.digest.hexdigest(), "bytes": target.stat().st_size}}
 
 

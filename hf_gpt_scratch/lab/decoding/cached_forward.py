@@ -1,0 +1,96 @@
+"""A generation with the cache of a candidate's forward pass, for a candidate whose own generation does not use it."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from .decoders import MEANINGS, Decoder
+
+CACHES = (
+    "past_key_values",
+    "past_key_value",
+    "past",
+    "past_kv",
+    "past_kvs",
+    "kv_cache",
+    "kv_caches",
+    "cache",
+    "caches",
+    "layer_past",
+    "kv",
+    "cached_kv",
+    "present",
+)
+STARTS = ("start_pos", "start", "offset", "pos_offset", "past_len", "past_length", "position", "start_position")
+POSITIONS = ("input_pos", "cache_position", "position_ids", "positions", "pos")
+RESETS = (
+    "reset_kv_cache",
+    "reset_cache",
+    "clear_kv_cache",
+    "clear_cache",
+    "clear_caches",
+    "reset_caches",
+    "empty_cache",
+    "init_cache",
+    "reset",
+)
+
+
+def reset_method(module: nn.Module) -> str | None:
+    return next((name for name in RESETS if callable(getattr(module, name, None))), None)
+
+
+def forward_decoder(module: nn.Module) -> Decoder | None:
+    """The decoder, or None if the forward pass has no cache that its parameters tell."""
+    accepted = inspect.signature(type(module).forward).parameters
+    flag = next(
+        (n for n, p in accepted.items() if MEANINGS.get(n) == "use_cache" and isinstance(p.default, bool)), None
+    )
+    cache = next((n for n, p in accepted.items() if n in CACHES and not isinstance(p.default, bool)), None)
+    if flag is None and cache is None:
+        return None
+    start = next((n for n in accepted if n in STARTS), None)
+    positions = next((n for n, p in accepted.items() if n in POSITIONS and p.default is p.empty), None)
+    reset = reset_method(module)
+
+    def loop(model: nn.Module, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        if reset is not None:
+            getattr(model, reset)()
+        kept, fed, seen = None, ids, 0
+        for _ in range(max_new_tokens):
+            arguments: dict[str, Any] = {} if flag is None else {flag: True}
+            if cache is not None:
+                arguments[cache] = kept
+            if start is not None:
+                arguments[start] = seen
+            if positions is not None:
+                arguments[positions] = torch.arange(seen, seen + fed.shape[1])
+            output = model(fed, **arguments)
+            logits, returned = split(output)
+            if cache is not None:
+                if returned is None:
+                    raise ValueError(f"forward takes {cache}, but returns none with its logits")
+                kept = returned
+            seen += fed.shape[1]
+            fed = logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, fed], dim=1)
+        return ids
+
+    name = f"{type(module).__name__}.forward with {cache or flag}"
+    return Decoder(name, loop, {"model": "model", "ids": "ids", "max_new_tokens": "max_new_tokens"})
+
+
+def split(output: Any) -> tuple[torch.Tensor, Any]:
+    """Logits, and the cache, of what a forward pass returns."""
+    if isinstance(output, torch.Tensor):
+        return output, None
+    if isinstance(output, tuple | list):
+        return output[0], next((item for item in output[1:] if item is not None and not is_loss(item)), None)
+    kept = next((getattr(output, name) for name in CACHES if getattr(output, name, None) is not None), None)
+    return output.logits, kept
+
+
+def is_loss(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 0

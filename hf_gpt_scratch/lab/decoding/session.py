@@ -1,0 +1,114 @@
+"""`check_decoding`: a candidate by name, its decoders, all checks."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...errors import LabError
+from ..subject import book_settings, import_file, load, names_a_class, public_model, read_cfg, sizes
+from .bench import causal_forward, make_bench
+from .cached_forward import forward_decoder
+from .checks import Examination, ready
+from .decoders import find_decoders
+from .report import DecodingFinding, DecodingReport
+
+
+def check_decoding(
+    reference: str | os.PathLike,
+    candidate: str | os.PathLike,
+    *,
+    cfg: str | None = None,
+    generate: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    step: Callable[[str], None] = lambda step: None,
+) -> DecodingReport:
+    """Whether what a class of your own generates is what its own forward pass says.
+
+    The forward pass without a cache is the reference, so that decoding is judged apart from it. The class is built
+    small, with random weights, which decoding does not depend on.
+
+    Args:
+        reference: a model whose sizes the class gets if there is no cfg.
+        candidate: `my_gpt.py:MyGPTModel`. The file is executed.
+        cfg: its config: JSON, a JSON file, or the name of a dict in its file.
+        generate: the one function or method to check; default: all whose names say that they generate. A function of
+            another file is `other.py:name`.
+        arguments: parameter -> what it means (a name in `decoders.SETTINGS`), or {"value": …}.
+        step: called with the name of each step.
+
+    Raises:
+        LabError: there is nothing that generates, or it does not run, or a parameter's meaning is unknown.
+    """
+    reference, candidate = os.fspath(reference), os.fspath(candidate)
+    if not names_a_class(candidate):
+        raise LabError(f"--decode is for a class of your own, file.py:Name, but the candidate is {candidate!r}")
+    file, _, attribute = candidate.rpartition(":")
+    step("Loading")
+    module = import_file(file)
+    made = public_model(module, attribute, file)
+    if isinstance(made, type) and issubclass(made, PreTrainedModel):
+        raise LabError(
+            f"{candidate} is a Transformers class, which generates with transformers' own code; nothing to check"
+        )
+    settings = read_cfg(cfg, module)
+    if settings is None:
+        config = load(reference, cfg=cfg if names_a_class(reference) else None).config
+        if config is None:
+            raise LabError("the models' sizes are unknown; give --cfg")
+        settings = book_settings(config)
+    known = sizes(settings, candidate)
+    bench = make_bench(made, settings, known.vocab_size, known.context_length, candidate)
+    place = module
+    if generate is not None and names_a_class(generate):
+        other, _, generate = generate.rpartition(":")
+        place = module if Path(other).resolve() == Path(file).resolve() else import_file(other)
+    model_class: type[nn.Module] = type(bench.module)
+    for one_file in {id(module): module, id(place): place}.values():
+        bench.keep_state_of(one_file)
+    decoders, notes = find_decoders(place, model_class, generate, arguments or {})
+    report = DecodingReport(candidate, [], notes=notes)
+    failures: list[str] = []
+    used_cache = False
+    bench.causal = causal_forward(bench)
+    if not bench.causal:
+        report.findings.append(
+            DecodingFinding(
+                "future-leak",
+                "without a cache, tokens see the tokens after them, so no cache can give the same logits",
+                f"{model_class.__name__}.forward",
+                "mask the scores of later tokens: scores.masked_fill_(torch.triu(ones, diagonal=1).bool(), -inf)",
+                True,
+                "another last token changes the logits of the tokens before it",
+                shortest={"prompt": bench.ids(2, 0), "new_tokens": 1},
+            )
+        )
+    for decoder in decoders:
+        step(f"Checking {decoder.name}")
+        one, failure = ready(bench, decoder)
+        if failure:
+            failures.append(f"{decoder.name} does not run: {failure}")
+            continue
+        report.decoders.append(one.name)
+        examination = Examination(bench, one, report)
+        examination.everything()
+        used_cache |= examination.uses_cache()
+    if not used_cache and (of_forward := forward_decoder(bench.module)) is not None and generate is None:
+        step(f"Checking {of_forward.name}")
+        one, failure = ready(bench, of_forward)
+        if failure:
+            report.notes.append(
+                f"{of_forward.name} was not checked, because the cache is used in another way: {failure}"
+            )
+        else:
+            report.decoders.append(one.name)
+            Examination(bench, one, report).everything()
+    if not report.decoders:
+        why = "; ".join([*failures, *notes]) or "no function or method of it generates; name one with --generate"
+        raise LabError(f"{candidate}: {why}")
+    report.notes += failures
+    report.replays = bench.replays
+    return report

@@ -1,0 +1,153 @@
+# ruff: noqa: E501
+"""Decoders that are right, and sabotages of them: a style, what is replaced in its source, and the name to be found."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+STYLES = Path(__file__).parent / "styles"
+CLASSES = {
+    "book": "GPTModel",
+    "layers": "GPTModel",
+    "nano": "GPT",
+    "returned": "TinyGPT",
+    "slots": "Model",
+    "fast": "Transformer",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A style with replacements. `names`: the findings that are expected; none if it is right."""
+
+    style: str
+    replaced: tuple[tuple[str, str], ...]
+    names: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        text = (STYLES / f"{self.style}.py").read_text(encoding="utf-8")
+        for old, new in self.replaced:
+            assert text.count(old) >= 1, f"{self.style} has no {old!r}"
+            text = text.replace(old, new)
+        return text
+
+    @property
+    def title(self) -> str:
+        return f"{self.style}: {'; '.join(new.strip() for _, new in self.replaced)}"[:80]
+
+
+def wrong(style, name, *replaced):
+    pairs = tuple(zip(replaced[::2], replaced[1::2], strict=True))
+    return Case(style, pairs, (name,))
+
+
+def right(style, *replaced):
+    return Case(style, tuple(zip(replaced[::2], replaced[1::2], strict=True)))
+
+
+SABOTAGES = [
+    # The cache: positions, mask, what is in it.
+    wrong("layers", "positions-ignore-cache", "torch.arange(self.current_pos, self.current_pos + seq_len, ", "torch.arange(0, seq_len, "),
+    wrong("layers", "positions-stand-still", "            self.current_pos += seq_len\n", "            self.current_pos = max(self.current_pos, seq_len)\n"),
+    wrong("layers", "mask-not-moved", "self.ptr_current_pos : self.ptr_current_pos + num_tokens_q, :num_tokens_k", ":num_tokens_q, :num_tokens_k"),
+    wrong("layers", "cache-not-reset", "            model.reset_kv_cache()\n", ""),
+    wrong("layers", "cache-not-reset", "    def reset_kv_cache(self):\n        for blk in self.trf_blocks:\n            blk.att.reset_cache()\n", "    def reset_kv_cache(self):\n"),
+    wrong("layers", "cache-loses-tokens", "self.cache_k = torch.cat([self.cache_k, keys_new], dim=1)", "prev_k, self.cache_k = self.cache_k[:, -1:], keys_new; keys_new = torch.cat([prev_k, keys_new], 1)", "self.cache_v = torch.cat([self.cache_v, values_new], dim=1)", "prev_v, self.cache_v = self.cache_v[:, -1:], values_new; values_new = torch.cat([prev_v, values_new], 1)", "keys, values = self.cache_k, self.cache_v\n", "keys, values = keys_new, values_new\n", "self.ptr_current_pos : self.ptr_current_pos + num_tokens_q, :num_tokens_k", "num_tokens_k - num_tokens_q : num_tokens_k, :num_tokens_k"),
+    wrong("returned", "cache-overwritten", "        if past is not None:\n            k, v = torch", "        new = k, v\n        if past is not None:\n            k, v = torch", "reshape(b, t, w)), (k, v)", "reshape(b, t, w)), new", "else past_key_values[0][0].size(2)", "else int(self.seen)", "        x = self.wte(ids) + where", "        self.seen = start + ids.size(1)\n        x = self.wte(ids) + where"),
+    wrong("layers", "future-leak", "        attn_scores.masked_fill_(mask_bool, -torch.inf)\n", "        if not use_cache:\n            attn_scores.masked_fill_(mask_bool, -torch.inf)\n"),
+    wrong("layers", "wrong-tokens-fed", "logits = model(next_idx, use_cache=True)", "logits = model(idx, use_cache=True)"),
+    wrong("returned", "positions-ignore-cache", "start = 0 if past_key_values is None else past_key_values[0][0].size(2)", "start = 0"),
+    wrong("returned", "positions-off-by-one", "else past_key_values[0][0].size(2)", "else past_key_values[0][0].size(2) + 1"),
+    wrong("returned", "positions-off-by-one", "else past_key_values[0][0].size(2)", "else past_key_values[0][0].size(2) - 1"),
+    wrong("returned", "mask-not-moved", "[total - t :, :total]", "[:t, :total]"),
+    wrong("returned", "cache-ignored", "            presents.append(present)", "            presents.append((present[0][:, :, :0], present[1][:, :, :0]))", "else past_key_values[0][0].size(2)", "else int(self.seen)", "        x = self.wte(ids) + where", "        self.seen = start + ids.size(1)\n        x = self.wte(ids) + where"),
+    wrong("returned", "cache-not-extended", "            presents.append(present)", "            presents.append(present if past_key_values is None else past_key_values[n])", "else past_key_values[0][0].size(2)", "else int(self.seen)", "        x = self.wte(ids) + where", "        self.seen = start + ids.size(1)\n        x = self.wte(ids) + where"),
+    wrong("slots", "positions-ignore-cache", "self.pos(torch.arange(start, start + T))", "self.pos(torch.arange(T))"),
+    wrong("slots", "mask-not-moved", ".tril(diagonal=past)", ".tril()"),
+    wrong("slots", "cache-not-reset", "        cache = KVCache(*self.shape)\n        out", "        cache = self.__dict__.setdefault('kept', KVCache(*self.shape))\n        out"),
+    wrong("slots", "mask-hides-itself", ".tril(diagonal=past)", ".tril(diagonal=past - (past > 0))"),
+    wrong("fast", "positions-ignore-cache", "self.pos(input_pos)", "self.pos(torch.arange(t))"),
+    wrong("fast", "positions-stand-still", "        input_pos = input_pos[-1:] + 1\n", "        input_pos = torch.tensor([prompt.shape[1]])\n"),
+    # Beyond the context.
+    wrong("book", "prompt-cut-wrong-side", "idx[:, -context_size:]", "idx[:, :context_size]"),
+    wrong("nano", "prompt-cut-wrong-side", "idx[:, -self.config.block_size :]", "idx[:, : self.config.block_size]"),
+    wrong("nano", "window-too-short", "idx if idx.size(1) <= self.config.block_size else idx[:, -self.config.block_size :]", "idx[:, -self.config.block_size + 1 :]"),
+    wrong("returned", "cache-past-window", "if past is not None and past[0][0].size(2) >= self.cfg[\"context_length\"]:", "if False:", "self.wpe[start : start + ids.size(1)]", "self.wpe[torch.arange(start, start + ids.size(1)).clamp(max=self.cfg[\"context_length\"] - 1)]"),
+    wrong("returned", "cache-past-window", "if past is not None and past[0][0].size(2) >= self.cfg[\"context_length\"]:", "if False:", "self.wpe[start : start + ids.size(1)]", "self.wpe[torch.arange(start, start + ids.size(1)) % self.cfg[\"context_length\"]]"),
+    wrong("returned", "prompt-cut-wrong-side", "step_input = input_ids[:, -self.cfg[\"context_length\"] :]\n        finished", "step_input = input_ids[:, : self.cfg[\"context_length\"]]\n        finished"),
+    # The choice of the token.
+    wrong("book", "greedy-samples", "idx_next = torch.argmax(probas, dim=-1, keepdim=True)", "idx_next = torch.multinomial(probas, 1)"),
+    wrong("book", "greedy-samples", "            idx_next = torch.argmax(logits, dim=-1, keepdim=True)", "            idx_next = torch.multinomial(torch.softmax(logits, -1), 1)"),
+    wrong("returned", "greedy-samples", "next_id = logits.argmax(-1, keepdim=True)", "next_id = torch.multinomial(logits.softmax(-1), 1)"),
+    wrong("book", "wrong-row", "        logits = logits[:, -1, :]\n        probas", "        logits = logits[:, 0, :]\n        probas"),
+    wrong("book", "wrong-row", "        logits = logits[:, -1, :]\n        probas", "        logits = logits[:, -2, :]\n        probas"),
+    # Sampling.
+    wrong("book", "temperature-after-softmax", "logits = logits / temperature\n            probs = torch.softmax(logits, dim=-1)", "probs = torch.softmax(logits, dim=-1) / temperature"),
+    wrong("nano", "temperature-multiplied", "logits[:, -1, :] / temperature", "logits[:, -1, :] * temperature"),
+    wrong("returned", "temperature-ignored", "logits = logits / temperature", "pass"),
+    wrong("nano", "top-k-sorted-indices", "                logits[logits < v[:, [-1]]] = -float(\"Inf\")\n", "                logits = v\n"),
+    wrong("nano", "top-k-off-by-one", "logits < v[:, [-1]]", "logits <= v[:, [-1]]"),
+    wrong("nano", "top-k-off-by-one", "min(top_k, logits", "min(top_k + 1, logits"),
+    wrong("nano", "top-k-of-first-row", "logits < v[:, [-1]]", "logits < v[0, -1]"),
+    wrong("nano", "top-k-zeros", "= -float(\"Inf\")", "= 0.0"),
+    wrong("nano", "softmax-twice", "logits = logits[:, -1, :] / temperature", "logits = (logits[:, -1, :] / temperature).softmax(-1)"),
+    wrong("book", "top-k-sorted-indices", "top_logits, _ = torch.topk(logits, top_k)\n            min_val = top_logits[:, -1]\n            logits = torch.where(logits < min_val, torch.tensor(float(\"-inf\")).to(logits.device), logits)", "logits, order = torch.topk(logits, top_k)"),
+    wrong("returned", "top-p-off-by-one", "remove[:, 1:] = remove[:, :-1].clone()\n", "pass\n"),
+    wrong("returned", "top-p-sorted-indices", "remove.scatter(1, sorted_idx, remove)", "remove"),
+    wrong("slots", "top-p-sorted-indices", "int(order[torch.multinomial(sorted_probs, 1)])", "int(torch.multinomial(sorted_probs, 1))"),
+    wrong("slots", "top-p-off-by-one", "before = sorted_probs.cumsum(0) - sorted_probs", "before = sorted_probs.cumsum(0)"),
+    wrong("fast", "top-k-off-by-one", "min(top_k, ", "min(top_k - 1, "),
+    wrong("fast", "temperature-multiplied", "logits / max(", "logits * max("),
+    # Ends.
+    wrong("returned", "rows-end-together", "finished.all()", "finished.any()"),
+    wrong("returned", "row-continues-after-end", "next_id = next_id.masked_fill(finished[:, None], pad_token_id)", "pass"),
+    wrong("returned", "end-id-0-ignored", "if eos_token_id is not None", "if eos_token_id"),
+    wrong("book", "end-ignored", "if idx_next == eos_id:", "if idx_next is eos_id:"),
+    wrong("book", "end-token-lost", "            break\n", "            idx = idx[:, :-1]\n            break\n"),
+    wrong("book", "end-token-of-prompt-counted", "if idx_next == eos_id:", "if idx_next == eos_id or (eos_id is not None and (idx == eos_id).any()):"),
+    wrong("slots", "end-counted-late", "            if token == stop:\n                break\n", "            if stop is not None and stop in out[len(prompt) : -1]:\n                break\n"),
+    wrong("book", "wrong-number-of-tokens", "    for _ in range(max_new_tokens):\n        idx_cond = idx[:, -context_size:]\n        with torch.no_grad():\n            logits = model(idx_cond)\n        logits = logits[:, -1, :]\n        probas", "    for _ in range(max_new_tokens - 1):\n        idx_cond = idx[:, -context_size:]\n        with torch.no_grad():\n            logits = model(idx_cond)\n        logits = logits[:, -1, :]\n        probas"),
+    # Batches and padding.
+    wrong("returned", "padding-on-wrong-side", "[pad_id] * (longest - len(p)) + list(p)", "list(p) + [pad_id] * (longest - len(p))", "[0] * (longest - len(p)) + [1] * len(p)", "[1] * len(p) + [0] * (longest - len(p))"),
+    wrong("returned", "padding-seen", "model.generate(ids, attention_mask=mask, ", "model.generate(ids, "),
+    wrong("returned", "positions-count-padding", "            where = self.wpe[pos]\n", "            where = self.wpe[start : start + ids.size(1)]\n"),
+    wrong("nano", "first-row-for-all", "idx_next = torch.multinomial(probs, num_samples=1)", "idx_next = torch.multinomial(probs[:1], num_samples=1).expand(idx.size(0), 1)"),
+    # Beams.
+    wrong("returned", "cache-not-reordered", "past = [(k[parent], v[parent]) for k, v in past]\n        seqs", "seqs"),
+    wrong("returned", "cache-not-reordered", "past = [(k[parent], v[parent])", "past = [(k[parent.sort().values], v[parent.sort().values])"),
+    # Modes.
+    wrong("layers", "dropout-on", "    model.eval()\n", "    model.train()\n"),
+]  # fmt: skip
+
+HEALTHY = [
+    *(right(style) for style in CLASSES),
+    right("book", "        if idx_next == eos_id:\n            break\n        idx = torch.cat((idx, idx_next), dim=1)", "        idx = torch.cat((idx, idx_next), dim=1)\n        if idx_next == eos_id:\n            break"),
+    right("book", "if temperature > 0.0:\n            logits = logits / temperature\n", "if temperature > 0.0:\n            logits = logits.div(temperature)\n            logits = logits - logits.max(dim=-1, keepdim=True).values\n"),
+    right("book", "probs = torch.softmax(logits, dim=-1)", "probs = torch.softmax(logits.float(), dim=-1)"),
+    right("nano", "probs = F.softmax(logits, dim=-1)\n            idx_next = torch.multinomial(probs, num_samples=1)", "idx_next = torch.distributions.Categorical(logits=logits).sample()[:, None]"),
+    right("nano", "logits[logits < v[:, [-1]]] = -float(\"Inf\")\n            probs = F.softmax(logits, dim=-1)\n            idx_next = torch.multinomial(probs, num_samples=1)", "logits[logits < v[:, [-1]]] = -float(\"Inf\")\n            gumbel = -torch.log(-torch.log(torch.rand_like(logits)))\n            idx_next = (logits + gumbel).argmax(-1, keepdim=True)"),
+    right("nano", "v, _ = torch.topk(logits, min(top_k, logits.size(-1)))\n                logits[logits < v[:, [-1]]] = -float(\"Inf\")\n            probs = F.softmax(logits, dim=-1)\n            idx_next = torch.multinomial(probs, num_samples=1)", "v, ix = torch.topk(logits, min(top_k, logits.size(-1)))\n                idx_next = ix.gather(-1, torch.multinomial(v.softmax(-1), 1))\n            else:\n                idx_next = torch.multinomial(F.softmax(logits, dim=-1), 1)"),
+    right("nano", "idx = torch.cat((idx, idx_next), dim=1)\n        return idx", "idx = torch.cat((idx, idx_next), dim=1)\n        return idx[:, -max_new_tokens:]"),
+    right("layers", "        if use_cache:\n            model.reset_kv_cache()\n            logits = model(idx[:, -ctx_len:], use_cache=True)", "        if use_cache:\n            model.reset_kv_cache()\n            for t in range(idx.shape[1]):\n                logits = model(idx[:, t : t + 1], use_cache=True)"),
+    right("layers", "                logits = model(next_idx, use_cache=True)", "                if idx.shape[1] > ctx_len:\n                    model.reset_kv_cache()\n                    logits = model(idx[:, -ctx_len:], use_cache=True)\n                else:\n                    logits = model(next_idx, use_cache=True)"),
+    right("layers", "                next_idx = logits[:, -1].argmax(dim=-1, keepdim=True)\n                idx = torch.cat([idx, next_idx], dim=1)\n                logits = model(next_idx, use_cache=True)", "                next_idx = logits[:, -1].argmax(dim=-1, keepdim=True)\n                idx = torch.cat([idx, next_idx], dim=1)\n                if idx.shape[1] >= ctx_len:\n                    break\n                logits = model(next_idx, use_cache=True)"),
+    right("returned", "top_k=0,", "top_k=50,", "top_p=1.0", "top_p=0.9"),
+    right("returned", "pad_token_id=0", "pad_token_id=None", "next_id.masked_fill(finished[:, None], pad_token_id)", "next_id.masked_fill(finished[:, None], eos_token_id if pad_token_id is None else pad_token_id)"),
+    right("returned", "                logits = logits / temperature\n", "", "next_id = torch.multinomial(logits.softmax(-1), 1)", "next_id = torch.multinomial((logits / temperature).softmax(-1), 1)"),
+    right("returned", "past[0][0].size(2) >= self.cfg[\"context_length\"]:", "past[0][0].size(2) + 1 > self.cfg[\"context_length\"]:"),
+    right("slots", "pending = out[-self.max_len // 2 :]", "pending = out[-self.max_len :]"),
+    right("slots", "        return out\n", "        return out[len(prompt) :]\n"),
+    right("fast", "    q = torch.empty_like(probs).exponential_(1)\n    return torch.argmax(probs / q, dim=-1, keepdim=True)", "    return torch.multinomial(probs, 1)"),
+    right("fast", "logits / max(temperature, 1e-5)", "logits * (1 / max(temperature, 1e-5))"),
+]  # fmt: skip
+
+# Candidates with a cache and no generation: the same layers without the functions.
+_NO_FUNCTION = ("def generate_text_simple_cached(", "def _unused(")
+_NO_METHODS = ("    @torch.inference_mode()\n    def generate(", "    def _unused(", "def beam_search(", "def _beams(", "def generate_batch(", "def _batch(")  # fmt: skip
+SABOTAGES += [
+    wrong("layers", "positions-ignore-cache", *_NO_FUNCTION, "torch.arange(self.current_pos, self.current_pos + seq_len, ", "torch.arange(0, seq_len, "),
+    wrong("layers", "cache-not-reset", *_NO_FUNCTION, "            blk.att.reset_cache()\n        self.current_pos = 0", "            blk.att.reset_cache()"),
+    wrong("returned", "mask-not-moved", *_NO_METHODS, "[total - t :, :total]", "[:t, :total]"),
+    wrong("returned", "future-leak", *_NO_METHODS, "scores.masked_fill(~keep, -1e9)", "scores if past is None and hidden is None and self.training is False and FLAG else scores.masked_fill(~keep, -1e9)", "presents = []", "presents = []; global FLAG; FLAG = use_cache"),
+]  # fmt: skip
+HEALTHY += [right("layers", *_NO_FUNCTION), right("returned", *_NO_METHODS)]
