@@ -225,10 +225,13 @@ def test_the_command_hands_the_arguments_on_and_the_json_is_json(tmp_path):
     text = script.read_text(encoding="utf-8")
     script.write_text("import sys; print('started with', sys.argv[1:])\n" + text, encoding="utf-8")
     file = tmp_path / "figures.json"
-    result = run("--json", file, "--steps", 2, script, "--steps", "7", "--lr=3", "-x")
+    page = tmp_path / "report.html"
+    result = run("--json", file, "--html", page, "--steps", 2, script, "--steps", "7", "--lr=3", "-x")
     assert result.exit_code == 0, result.output
     assert "started with ['--steps', '7', '--lr=3', '-x']" in result.output
     figures = json.loads(file.read_text(encoding="utf-8"))
+    html = page.read_text(encoding="utf-8")
+    assert figures["verdict"] in html and "<h2>Steps</h2>" in html and "decay-on-embeddings" in html
     assert len(figures["steps"]) == 2 and figures["verdict"] == "No known mistake in 2 optimizer steps."
     result = run("--json", "-", script)
     assert json.loads(result.stdout)["model"] == "Net"
