@@ -177,7 +177,8 @@ def tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
 def are_ids(value: Any) -> bool:
     """Whether these may be token ids (B, T)."""
     integer = isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
-    return integer and value.dim() == 2 and value.numel() > 0 and not are_positions(value)
+    there = integer and value.dim() == 2 and value.numel() > 0 and value.device.type != "meta"
+    return there and not are_positions(value)
 
 
 def are_positions(ids: torch.Tensor) -> bool:
@@ -231,6 +232,7 @@ class Recorder:
         self.pending: list[Any] = []  # batches that no forward pass has seen yet
         self.wrong_ids: dict[str, Any] | None = None
         self.reference: dict[int, torch.Tensor] = {}
+        self.no_graph = ""  # where a loss without a graph was to go backward
         self.stepped = False  # by an optimizer
         self.found_own_loss = False
         self.room = KEPT_LOGITS
@@ -510,7 +512,7 @@ class Recorder:
         if isinstance(index, tuple) and index and source.is_floating_point() and len(index) == source.dim() >= 2:
             last = index[-1]
             if isinstance(last, torch.Tensor) and last.dtype in (torch.int64, torch.int32) and last.dim():
-                rows = [one for one in index[:-1] if isinstance(one, (torch.Tensor, int))]
+                rows = [one for one in index[:-1] if is_index(one)]
                 if len(rows) == len(index) - 1:
                     ids = torch.broadcast_tensors(*[torch.as_tensor(one) for one in index])
                     self.chosen(source[tuple(one.reshape(-1) for one in ids[:-1])], ids[-1], output)
@@ -593,6 +595,8 @@ class Recorder:
             self.close_step()
             self.steps[-1].late = late
         root, step = args[0], self.step
+        if not root.requires_grad:
+            self.no_graph = place()
         with self.alone():
             self.weigh(root)
             self.note_leftovers()
@@ -816,6 +820,12 @@ class Recorder:
             kept = [(name, one.detach().clone()) for name, one in named_tensors(batch) if one.numel() <= 1_000_000]
             self.pending.append(kept)
         return batch
+
+
+def is_index(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dtype in (torch.int64, torch.int32)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_own(optimizer: Any) -> bool:

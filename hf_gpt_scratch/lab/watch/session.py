@@ -56,6 +56,18 @@ def report_of(recorder: Recorder, report: WatchReport, frames: list[dict[str, An
             except Exception as error:  # the others are still worth telling
                 report.seen.append(f"{what} could not be judged: {type(error).__name__}: {error}")
         found += wrong_ids(recorder)
+    if recorder.no_graph and not any(finding.name == "graph-cut" for finding in found):
+        # Its pass without gradients is no evaluation.
+        found = [finding for finding in found if finding.name != "train-mode-in-evaluation"]
+        found.append(
+            Finding(
+                "graph-cut",
+                "the loss that is to go backward has no graph: it was computed under no_grad, or detached",
+                recorder.no_graph,
+                "compute the loss with gradients, and without detach() or item()",
+                "loss.requires_grad is False",
+            )
+        )
     if not recorder.steps and recorder.backwards > 4:
         found.append(
             Finding(
@@ -119,7 +131,10 @@ def steps_of(recorder: Recorder) -> list[WatchedStep]:
     for number, step in enumerate(recorder.steps, start=1):
         used = [loss for loss in step.losses if loss.weights is not None and loss.rows is not None]
         tokens = sum(loss.tokens for loss in used)
-        total = 0.0
+        # Of logits that were too large to keep, the loss itself.
+        known = [loss for loss in step.losses if loss.tokens and loss.rows is None and loss.reduction == "mean"]
+        tokens += sum(loss.tokens for loss in known)
+        total = sum(float(loss.output) * loss.tokens for loss in known)
         for loss in used:
             assert loss.rows is not None and loss.weights is not None
             counted = (loss.weights != 0) & (loss.targets >= 0) & (loss.targets < loss.rows.shape[-1])
