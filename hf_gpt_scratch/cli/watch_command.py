@@ -1,6 +1,5 @@
 """`watch`: a training script, run for a few steps and judged."""
 
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import LabError
-from .compare_command import check_writable
+from .compare_command import as_json, check_outputs
 from .status import FAILED
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ def watch(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to watch.")] = 3,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, run as python -m runs it.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which the script is stopped.")] = 120,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all figures; - is standard output.")] = None,
 ) -> None:
     """Runs a training script, unchanged, for a few steps, and names the mistakes in its training.
@@ -38,8 +38,7 @@ def watch(
     to_output = str(json_) == "-"
     console, errors = Console(stderr=to_output), Console(stderr=True)
     try:
-        if json_ is not None and not to_output:
-            check_writable("--json", json_)
+        check_outputs(html, json_)
         # What the script prints must not get into the JSON.
         with redirect_stdout(sys.stderr if to_output else sys.stdout):
             report = watch_script(script, arguments or [], steps=steps, timeout=timeout, module=module)
@@ -47,17 +46,20 @@ def watch(
         errors.print(f"[bold red]Not watched:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
     print_watch(report, console)
-    if json_ is not None:
-        text = json.dumps(report.to_dict(), indent=2, allow_nan=False)
-        if to_output:
-            print(text)
-        else:
-            try:
-                json_.write_text(text, encoding="utf-8")
-                console.print(f"Written: {escape(str(json_))}", soft_wrap=True)
-            except OSError as error:
-                errors.print(f"[bold red]Not written:[/] {escape(str(error))}", soft_wrap=True)
-    sys.exit(report.exit_status)
+    written = True
+    for file, make in ((html, lambda: report.to_html(script)), (json_, lambda: as_json(report.to_dict()))):
+        if file is None:
+            continue
+        try:
+            if str(file) == "-":
+                print(make())
+                continue
+            file.write_text(make(), encoding="utf-8")
+            console.print(f"Written: {escape(str(file))}", soft_wrap=True)
+        except Exception as error:  # what cannot be written takes neither the other nor the verdict along
+            errors.print(f"[bold red]Not written:[/] {escape(f'{file}: {error}')}", soft_wrap=True)
+            written = False
+    sys.exit(report.exit_status or (0 if written else FAILED))
 
 
 def print_watch(report: "WatchReport", console: Console) -> None:

@@ -7,7 +7,7 @@ import torch
 from .findings import NOTE, Finding
 from .losses import LossFindings
 from .record import Forward, Recorder
-from .streams import overlap
+from .streams import glued, overlap
 
 
 class DataFindings:
@@ -46,14 +46,13 @@ class DataFindings:
         trained = self.trained()
         for number, forward in [*trained, *((len(self.steps), later) for later in self.recorder.after)]:
             drops = dropout_modules(forward.module)
-            off = [name for name, module in drops if not module.training]
-            if forward.idle_dropouts and not forward.dropouts and off:
+            if not forward.training and forward.idle_dropouts and not forward.dropouts:
                 early = (
                     "after an evaluation" if self.was_training(number) or self.recorder.evaluations else "all the time"
                 )
                 self.add(
                     "eval-mode-in-training",
-                    f"the model is in evaluation mode in training ({early}), so its {len(off)} dropouts do nothing",
+                    f"the model is in evaluation mode in training ({early}), so its dropouts do nothing",
                     forward.where,
                     "model.train() before the training step, and after each evaluation",
                     f"in the forward pass of step {number + 1} dropout was called {forward.idle_dropouts} times with "
@@ -61,7 +60,7 @@ class DataFindings:
                     figures={"step": number + 1, "dropouts": forward.idle_dropouts},
                 )
                 return
-            if not forward.module.training and not drops:
+            if not forward.training and not drops and not forward.idle_dropouts:
                 self.add(
                     "eval-mode-in-training",
                     "the model is in evaluation mode in training; it has no dropout, so that changes nothing here",
@@ -91,9 +90,9 @@ class DataFindings:
 
     def evaluation(self) -> None:
         for forward in self.recorder.evaluations:
-            alone = not forward.module.training and forward.strangers  # modules that eval() does not reach
+            alone = not forward.training and forward.strangers  # modules that eval() does not reach
             if forward.dropouts and forward.ids is not None and not alone:
-                cause = "in training mode" if forward.module.training else "in evaluation mode, but dropout stays on"
+                cause = "in training mode" if forward.training else "in evaluation mode, but dropout stays on"
                 self.add(
                     "train-mode-in-evaluation",
                     f"a forward pass without gradients, as for an evaluation, runs {cause}",
@@ -108,6 +107,14 @@ class DataFindings:
         torch.set_rng_state(state)
         if found is not None:
             self.add("validation-overlaps-training", **found)
+        joined = glued(self.frames)
+        if joined is not None:
+            self.add(
+                "documents-without-end",
+                f"{joined[1]} is {joined[0]}, joined without a token that ends each",
+                remedy="put an end token, such as <|endoftext|>, between documents",
+                level=NOTE,
+            )
 
     # Batches
 

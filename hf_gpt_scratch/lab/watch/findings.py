@@ -89,6 +89,12 @@ class WatchReport:
             return 1
         return 3 if self.faults else 0
 
+    def to_html(self, script: str = "a training") -> str:
+        """The report as an HTML page, complete in itself."""
+        from .watch_page import watch_page
+
+        return watch_page(self, script)
+
     def to_dict(self) -> dict[str, Any]:
         return finite(
             {

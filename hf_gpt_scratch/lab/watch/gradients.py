@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from ...errors import few
 from .findings import NOTE, Finding
 from .losses import unscaled
-from .record import DATA, Event, Recorder, Step, Update, detached, tensors_in
+from .record import DATA, Event, Loss, Recorder, Step, are_probabilities, tensors_in
 
 # Relative; weights are computed in float32 or float64 from a handful of factors.
 NEAR = 1e-3
@@ -108,6 +108,15 @@ class GradientFindings:
             right = near(total, 1) or bool(inputs and near(total, tokens / inputs))
             if math.isfinite(total):
                 totals.append((step, total, tokens, losses, right))
+            if not right and not whole(step, losses):
+                self.add(
+                    "loss-weighted",
+                    f"cross-entropy is only a part of the loss: its tokens' weights sum to {total:.4g}",
+                    losses[0].where,
+                    level=NOTE,
+                    figures={"sum_of_weights": total},
+                )
+                return
         wrong = [one for one in totals if not one[-1]]
         if not wrong:
             return
@@ -363,15 +372,6 @@ class GradientFindings:
                 clip = min((position[what] for what in CLIPS if what in position), default=None)
                 unscale = position.get("unscale")
                 first_step = position.get("step", len(order))
-                if clip is not None and clip < first_step and (unscale is None or unscale > clip):
-                    event = step.events[clip]
-                    return self.told(
-                        "clipped-before-unscaling",
-                        f"the gradients are clipped while they are still multiplied by {step.scale:g}",
-                        event.where,
-                        "scaler.unscale_(optimizer) before clipping",
-                        f"at step {number + 1} the order is {order_of(step)}",
-                    )
                 if not stepped and unscale is None and step.updates:
                     norm = step.updates[0].gradient_norm
                     return self.told(
@@ -382,7 +382,16 @@ class GradientFindings:
                         "scaler.step(optimizer), then scaler.update()",
                         f"step {number + 1} used a gradient of norm {norm:.4g}; unscaled it is {norm / step.scale:.4g}",
                     )
-                if stepped and not step.happened("scaler_update") and number + 1 < len(self.recorder.steps):
+                if clip is not None and clip < first_step and (unscale is None or unscale > clip):
+                    event = step.events[clip]
+                    return self.told(
+                        "clipped-before-unscaling",
+                        f"the gradients are clipped while they are still multiplied by {step.scale:g}",
+                        event.where,
+                        "scaler.unscale_(optimizer) before clipping",
+                        f"at step {number + 1} the order is {order_of(step)}",
+                    )
+                if stepped and not step.happened("scaler_update"):
                     return self.told(
                         "scaler-update-missing",
                         "scaler.update() is never called after scaler.step()",
@@ -452,7 +461,7 @@ class GradientFindings:
             return
         if any(step.backwards for step in recorder.steps) and not dropped:
             self.no_gradient(without)
-        elif not any(step.backwards or any(u.closure for u in step.updates) for step in recorder.steps) and not by_hand:
+        elif not with_gradient and not by_hand:
             self.add(
                 "backward-missing",
                 "optimizer.step() is called, but no backward pass was seen",
@@ -556,6 +565,23 @@ class GradientFindings:
 CLIPS = ("clip_norm", "clip_value")
 
 
+def whole(step: Step, losses: list[Loss]) -> bool:
+    """Whether what went backward is the weighted sum of these losses' tokens, and nothing else."""
+    if any(loss.rows is None for loss in losses) or not all(map(math.isfinite, step.roots)):
+        return True
+    total = 0.0
+    for loss in losses:
+        assert loss.rows is not None and loss.weights is not None
+        counted = loss.weights != 0
+        rows, targets = loss.rows[counted], loss.targets[counted].long()
+        if loss.kind == "gather" and are_probabilities(rows):
+            rows = rows.double().log()
+        for part in torch.arange(len(rows), device=rows.device).split(1024):
+            each = torch.nn.functional.cross_entropy(rows[part].double(), targets[part], reduction="none")
+            total += float((each * loss.weights[counted][part]).sum())
+    return abs(total - sum(step.roots)) <= 0.01 * abs(total)
+
+
 def is_root(key: int, names: Names) -> bool:
     """Whether the parameter belongs to a whole model itself, whose call says nothing."""
     return any(id(module) in names.owners[key] for module in names.modules)
@@ -635,6 +661,3 @@ def gradients_without_cuts(forward: Any, names: Names) -> set[int]:
         return set()
     finally:
         torch.set_rng_state(state)
-
-
-__all__ = ["GradientFindings", "Names", "Update", "counted", "detached", "models"]

@@ -51,9 +51,12 @@ class Aligned:
 def candidates(forward: Forward, vocabulary: int):
     """The logits (B, T, V) of a forward pass: what it returned, or what its head did."""
     outputs = forward.output if isinstance(forward.output, list) else []
-    for tensor in [*outputs, forward.head]:
-        if tensor is not None and tensor.dim() == 3 and tensor.shape[-1] == vocabulary:
-            yield tensor
+    found = [tensor for tensor in [*outputs, forward.head] if tensor is not None and tensor.dim() in (2, 3)]
+    found = [tensor for tensor in found if tensor.shape[-1] == vocabulary]
+    yield from (tensor for tensor in found if tensor.dim() == 3)
+    for tensor in found:  # returned without its batch, which is less sure to be in order
+        if tensor.dim() == 2 and forward.ids is not None and len(tensor) % len(forward.ids) == 0:
+            yield tensor.view(len(forward.ids), -1, vocabulary)
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -85,6 +88,11 @@ def align(loss: Loss) -> Aligned | None:
             for how, function in TRANSFORMS:
                 if close(function(chosen).reshape(rows.shape), rows):
                     return Aligned(loss, ids, b[:, part].reshape(-1), t[:, part].reshape(-1), how, cut)
+            factor = float(
+                (chosen.float().reshape(rows.shape) * rows).sum() / chosen.float().pow(2).sum().clamp(min=1e-30)
+            )
+            if close(chosen.float().reshape(rows.shape) * factor, rows):
+                return Aligned(loss, ids, b[:, part].reshape(-1), t[:, part].reshape(-1), "", cut)
             if chosen.shape[0] > 1 and chosen.shape[1] > 1 and close(chosen.transpose(0, 1).reshape(rows.shape), rows):
                 bt, tt = b[:, part].t().reshape(-1), t[:, part].t().reshape(-1)
                 return Aligned(loss, ids, bt, tt, "", cut)
@@ -173,6 +181,15 @@ class LossFindings:
     # Softmax
 
     def probabilities(self, one: Aligned) -> bool:
+        if one.loss.kind == "nll" and one.loss.rows is not None and are_probabilities(one.loss.rows):
+            return self.add(
+                "nll-of-probabilities",
+                "nll_loss is given probabilities, but it takes their logarithms",
+                one.loss.where,
+                "log_softmax instead of softmax, or cross_entropy of the logits",
+                f"each row sums to 1 and none is negative; the loss is {float(one.loss.output.mean()):.6f}, and no "
+                "negative log-likelihood is below 0",
+            )
         return one.loss.kind == "cross_entropy" and self.softmaxed(one.loss, one.how == "softmax")
 
     def unaligned_probabilities(self) -> None:
@@ -433,12 +450,12 @@ class LossFindings:
         step, one = self.aligned[0]
         if step is not recorder.steps[0] or one.loss.rows is None or one.how == "softmax":
             return
-        rows = one.loss.rows.double()
+        rows = one.loss.rows
         vocabulary = rows.shape[-1]
         value, usual = mean_loss(rows, one.loss.targets, one.counted), math.log(vocabulary)
         if not value - usual > FAR:
             return
-        spread = float((rows - rows.mean(-1, keepdim=True)).pow(2).mean().sqrt())
+        spread = float((rows[:256].double() - rows[:256].double().mean(-1, keepdim=True)).pow(2).mean().sqrt())
         cause, remedy, proof = why_high(one, value, usual, spread)
         self.add(
             "loss-starts-high",
@@ -509,8 +526,8 @@ def why_high(one: Aligned, value: float, usual: float, spread: float) -> tuple[s
     forward, rows = one.loss.forward, one.loss.rows
     assert forward is not None and rows is not None
     module = forward.module
-    centred = rows.double() / max(spread, 1e-9) * 0.5
-    rescaled = mean_loss(centred, one.loss.targets, one.counted)
+    part = slice(256)
+    rescaled = mean_loss(rows[part].double() / max(spread, 1e-9) * 0.5, one.loss.targets[part], one.counted[part])
     proof = f"the logits have a spread of {spread:.2f}; with a spread of 0.5 the same model has the loss {rescaled:.3f}"
     vocabulary = rows.shape[-1]
     heads = [

@@ -177,7 +177,8 @@ def tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
 def are_ids(value: Any) -> bool:
     """Whether these may be token ids (B, T)."""
     integer = isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
-    return integer and value.dim() == 2 and value.numel() > 0 and not are_positions(value)
+    there = integer and value.dim() == 2 and value.numel() > 0 and value.device.type != "meta"
+    return there and not are_positions(value)
 
 
 def are_positions(ids: torch.Tensor) -> bool:
@@ -231,6 +232,8 @@ class Recorder:
         self.pending: list[Any] = []  # batches that no forward pass has seen yet
         self.wrong_ids: dict[str, Any] | None = None
         self.reference: dict[int, torch.Tensor] = {}
+        self.no_graph = ""  # where a loss without a graph was to go backward
+        self.stepped = False  # by an optimizer
         self.found_own_loss = False
         self.room = KEPT_LOGITS
         self.finished = False
@@ -390,7 +393,7 @@ class Recorder:
         if grad and self.waiting is not None:
             self.after = [forward]
         elif grad:
-            if not self.optimizers and self.step.backwards:
+            if not self.stepped and self.step.backwards:
                 self.find_update_by_hand(module)
             self.step.forwards.append(forward)
             self.step.batches += self.pending
@@ -509,7 +512,7 @@ class Recorder:
         if isinstance(index, tuple) and index and source.is_floating_point() and len(index) == source.dim() >= 2:
             last = index[-1]
             if isinstance(last, torch.Tensor) and last.dtype in (torch.int64, torch.int32) and last.dim():
-                rows = [one for one in index[:-1] if isinstance(one, (torch.Tensor, int))]
+                rows = [one for one in index[:-1] if is_index(one)]
                 if len(rows) == len(index) - 1:
                     ids = torch.broadcast_tensors(*[torch.as_tensor(one) for one in index])
                     self.chosen(source[tuple(one.reshape(-1) for one in ids[:-1])], ids[-1], output)
@@ -592,6 +595,8 @@ class Recorder:
             self.close_step()
             self.steps[-1].late = late
         root, step = args[0], self.step
+        if not root.requires_grad:
+            self.no_graph = place()
         with self.alone():
             self.weigh(root)
             self.note_leftovers()
@@ -612,7 +617,7 @@ class Recorder:
                 for key, parameter in self.followed().items()
                 if parameter.grad is not None and not parameter.grad.is_sparse
             }
-            if not self.optimizers:
+            if not self.stepped:
                 self.reference = {key: one.detach().clone() for key, one in self.followed().items()}
         if self.backwards > FRUITLESS and not self.steps:
             self.ended = f"after {FRUITLESS} backward passes without an optimizer step"
@@ -691,6 +696,9 @@ class Recorder:
     def before_step(self, optimizer, args, kwargs) -> None:
         if self.waiting is not None:
             return
+        if len(self.steps) >= self.wanted:  # of a training that calls no backward()
+            raise Enough
+        self.stepped = True
         if not any(known is optimizer for known in self.optimizers):
             self.optimizers.append(optimizer)
         if self.step.updates and (len(args) > 1 or kwargs.get("closure") is not None):
@@ -814,6 +822,12 @@ class Recorder:
         return batch
 
 
+def is_index(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dtype in (torch.int64, torch.int32)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def is_own(optimizer: Any) -> bool:
     """Whether the optimizer is the user's code, not a library's."""
     file = getattr(sys.modules.get(type(optimizer).__module__), "__file__", None)
@@ -893,5 +907,5 @@ def row_weights(loss: Loss, factor: torch.Tensor) -> torch.Tensor | None:
 
 def are_probabilities(rows: torch.Tensor) -> bool:
     """Whether each row is a distribution."""
-    sums = rows.double().sum(-1)
+    sums = rows.sum(-1, dtype=torch.float64)
     return bool((rows >= 0).all()) and bool(((sums - 1).abs() < 1e-3 if rows.shape[-1] > 1 else sums > 2).all())

@@ -40,19 +40,34 @@ FOLLOWS = {
 
 def report_of(recorder: Recorder, report: WatchReport, frames: list[dict[str, Any]]) -> None:
     """Fills the report with what the recorder has seen. `frames`: the script's variables, where its data is."""
+    found: list[Finding] = []
     with torch.no_grad():
         names = Names(recorder)
         losses = LossFindings(recorder)
-        parts: list[Any] = [
-            losses,
-            GradientFindings(recorder, names),
-            UpdateFindings(recorder, names),
-            DataFindings(recorder, losses, frames),
-        ]
-        found: list[Finding] = []
-        for part in parts:
-            found += part.all()
+        parts: dict[str, Any] = {
+            "losses": losses,
+            "gradients": GradientFindings(recorder, names),
+            "updates": UpdateFindings(recorder, names),
+            "modes and data": DataFindings(recorder, losses, frames),
+        }
+        for what, part in parts.items():
+            try:
+                found += part.all()
+            except Exception as error:  # the others are still worth telling
+                report.seen.append(f"{what} could not be judged: {type(error).__name__}: {error}")
         found += wrong_ids(recorder)
+    if recorder.no_graph and not any(finding.name == "graph-cut" for finding in found):
+        # Its pass without gradients is no evaluation.
+        found = [finding for finding in found if finding.name != "train-mode-in-evaluation"]
+        found.append(
+            Finding(
+                "graph-cut",
+                "the loss that is to go backward has no graph: it was computed under no_grad, or detached",
+                recorder.no_graph,
+                "compute the loss with gradients, and without detach() or item()",
+                "loss.requires_grad is False",
+            )
+        )
     if not recorder.steps and recorder.backwards > 4:
         found.append(
             Finding(
@@ -70,7 +85,7 @@ def report_of(recorder: Recorder, report: WatchReport, frames: list[dict[str, An
     report.steps = steps_of(recorder)
     rows = [loss.rows for step in recorder.steps for loss in step.losses if loss.rows is not None]
     report.vocabulary = rows[0].shape[-1] if rows else 0
-    report.seen = seen(recorder)
+    report.seen += seen(recorder)
 
 
 def wrong_ids(recorder: Recorder) -> list[Finding]:
@@ -116,7 +131,10 @@ def steps_of(recorder: Recorder) -> list[WatchedStep]:
     for number, step in enumerate(recorder.steps, start=1):
         used = [loss for loss in step.losses if loss.weights is not None and loss.rows is not None]
         tokens = sum(loss.tokens for loss in used)
-        total = 0.0
+        # Of logits that were too large to keep, the loss itself.
+        known = [loss for loss in step.losses if loss.tokens and loss.rows is None and loss.reduction == "mean"]
+        tokens += sum(loss.tokens for loss in known)
+        total = sum(float(loss.output) * loss.tokens for loss in known)
         for loss in used:
             assert loss.rows is not None and loss.weights is not None
             counted = (loss.weights != 0) & (loss.targets >= 0) & (loss.targets < loss.rows.shape[-1])

@@ -60,6 +60,30 @@ def as_ids(value: Any) -> torch.Tensor | None:
     return None
 
 
+def glued(frames: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """The names of a list of documents and of the text that they were joined to, if nothing marks where each ends."""
+    values = {name: value for frame in reversed(frames) for name, value in frame.items() if not name.startswith("__")}
+    texts = {name: value for name, value in values.items() if type(value) is str and len(value) > 100}
+    arrays = id_arrays(frames)
+    for name, documents in values.items():
+        if type(documents) is not list or not 3 <= len(documents) <= 100_000:
+            continue
+        if all(type(one) is str and len(one) >= 20 for one in documents):
+            if len({one[-1] for one in documents}) == 1 and documents[0][-1] != ".":
+                continue
+            for other, text in texts.items():
+                if text in ("".join(documents), " ".join(documents)):
+                    return name, other
+        elif all(type(one) is list and len(one) >= SHORTEST and type(one[0]) is int for one in documents):
+            if len({one[-1] for one in documents}) == 1:
+                continue
+            joined = torch.tensor([token for one in documents for token in one])
+            for other, array in arrays:
+                if torch.equal(array, joined):
+                    return name, other
+    return None
+
+
 def windows(forwards: list[Forward]) -> list[torch.Tensor]:
     rows = [row for forward in forwards if forward.ids is not None for row in forward.ids.cpu().long()]
     return [row for row in rows if len(row) >= SHORTEST][:WINDOWS]

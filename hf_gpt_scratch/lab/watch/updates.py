@@ -213,7 +213,7 @@ class UpdateFindings:
             says = "the schedule starts at 0 and does not advance with the steps, so the learning rate is 0"
         elif rising and max(rising) > 1.2 * now:
             says = "the schedule warms up, but it does not advance with the steps; warm-ups count steps"
-        elif batches and horizon >= batches > 1:
+        elif batches > 1 and horizon >= max(2 * batches, 50) and horizon % batches == 0:
             says = (
                 f"the schedule is made for {horizon} steps, and an epoch has {batches} batches, but it does not "
                 "advance with the steps"
@@ -343,7 +343,7 @@ class UpdateFindings:
                     "Adam divides by the root of the second mean, which has to be the steadier one",
                 )
             eps = float(group["eps"]) if is_number(group.get("eps")) else 0.0
-            if eps >= 1e-6 and betas is not None:
+            if eps >= 1e-4 and betas is not None:
                 sizes = [g.abs().flatten() for key in group["ids"] if (g := update.gradients.get(key)) is not None]
                 sizes = [one[one > 0] for one in sizes]
                 if sizes and (every := torch.cat(sizes)).numel():

@@ -159,6 +159,23 @@ def test_a_block_of_a_notebook_is_left_after_the_steps():
     assert json.loads(json.dumps(report.to_dict()))["findings"][0]["name"] == "not-shifted"
 
 
+def test_a_block_without_backward_is_left_too():
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    done = 0
+    with watch(steps=2) as report:
+        for _ in range(10):
+            x = torch.randint(0, 20, (4, 9))
+            loss = torch.nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+            for parameter, grad in zip(
+                model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+            ):
+                parameter.grad = grad
+            optimizer.step()
+            done += 1
+    assert done == 2 and len(report.steps) == 2 and not report.faults
+
+
 def test_errors_in_a_block_pass_through_and_the_report_has_them():
     with pytest.raises(KeyError, match="mine"), watch() as report:
         raise KeyError("mine")
@@ -208,10 +225,13 @@ def test_the_command_hands_the_arguments_on_and_the_json_is_json(tmp_path):
     text = script.read_text(encoding="utf-8")
     script.write_text("import sys; print('started with', sys.argv[1:])\n" + text, encoding="utf-8")
     file = tmp_path / "figures.json"
-    result = run("--json", file, "--steps", 2, script, "--steps", "7", "--lr=3", "-x")
+    page = tmp_path / "report.html"
+    result = run("--json", file, "--html", page, "--steps", 2, script, "--steps", "7", "--lr=3", "-x")
     assert result.exit_code == 0, result.output
     assert "started with ['--steps', '7', '--lr=3', '-x']" in result.output
     figures = json.loads(file.read_text(encoding="utf-8"))
+    html = page.read_text(encoding="utf-8")
+    assert figures["verdict"] in html and "<h2>Steps</h2>" in html and "decay-on-embeddings" in html
     assert len(figures["steps"]) == 2 and figures["verdict"] == "No known mistake in 2 optimizer steps."
     result = run("--json", "-", script)
     assert json.loads(result.stdout)["model"] == "Net"

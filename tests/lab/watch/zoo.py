@@ -27,4 +27,6 @@ def watched(text, folder, **options):
     file = Path(folder) / "train.py"
     file.write_text(text, encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
-        return watch_script(file, **options)
+        report = watch_script(file, **options)
+    assert not [line for line in report.seen if "could not be judged" in line]
+    return report
