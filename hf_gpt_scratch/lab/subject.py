@@ -379,6 +379,14 @@ def configured(
     made: Any, module: ModuleType | None, cfg: Any, like: Subject | None, name: str, notes: list[str]
 ) -> tuple[GPTScratchConfig, Callable[[], nn.Module]]:
     """The sizes of a class, function or model, and the call that builds it. Sizes that a cfg lacks are the other's."""
+    config, settings, given = settings_for(made, module, cfg, like, name, notes)
+    return config, lambda: build(made, settings, name, module, given)
+
+
+def settings_for(
+    made: Any, module: ModuleType | None, cfg: Any, like: Subject | None, name: str, notes: list[str]
+) -> tuple[GPTScratchConfig, Settings, Any]:
+    """The sizes of a class, function or model; the settings to build it with; and the config that was given, if any."""
     given = read_cfg(cfg, module)
     base = book_settings(like.config) if like is not None and like.config is not None else Settings()
     base.defaults = defaults_of(module)
@@ -407,7 +415,7 @@ def configured(
         settings.setdefault("head_dim", config.emb_dim // config.n_heads)
         for key, value in (("device", "cpu"), ("model_type", None), ("drop_rate", config.drop_rate)):
             settings.setdefault(key, value)
-    return config, lambda: build(made, settings, name, module, given)
+    return config, settings, given
 
 
 def load_own_checkpoint(source, made: Any, weights: Path | None, cfg, mapping) -> Subject:

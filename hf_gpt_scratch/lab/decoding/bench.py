@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from ...errors import LabError
-from ...model.configuration_gpt_scratch import TO_GPT2
-from ..subject import Settings, build
+from ..building import Settings, build, concept
 from .decoders import MEANINGS, Decoder
 from .recording import NotReplayable, Recorder, Replay, Run, Tables, causal, most_probable
 
@@ -27,25 +26,33 @@ WIDTH, HEADS, LAYERS, CONTEXT = 32, 4, 2, 48
 # Logits whose relative error is below this multiple of the precision are equal. Measured: a cached step and a full pass
 # differ by at most 20 times the precision.
 ROUNDING = 500
-NAMES = {
-    "emb_dim": ("emb_dim", "n_embd", "d_model", "hidden_size"),
-    "n_heads": ("n_heads", "n_head", "num_heads"),
-    "n_layers": ("n_layers", "n_layer", "num_layers"),
-    "context_length": ("context_length", "block_size", "n_positions", "n_ctx", "max_seq_len"),
-}
+
+
+@dataclass(frozen=True)
+class Make:
+    """What makes the candidate: a class, function or model, its module, and the config that the user gave, if any."""
+
+    made: Any
+    module: ModuleType
+    given: Any
+    source: str
+
+    def __call__(self, settings: Settings) -> nn.Module:
+        return build(self.made, settings, self.source, self.module, self.given)
 
 
 def resized(settings: Settings, context_length: int) -> Settings:
     """A cfg with the bench's sizes, under all the names that it has."""
     sizes = {"emb_dim": WIDTH, "n_heads": HEADS, "n_layers": LAYERS, "context_length": context_length}
-    changed = Settings(settings)
-    for ours, value in sizes.items():
-        for name in (*NAMES[ours], TO_GPT2.get(ours, ours)):
-            if name in changed:
-                changed[name] = value
-    for name in ("n_inner", "d_ff"):
-        if changed.get(name) is not None:
-            changed[name] = 4 * WIDTH
+    sizes |= {"n_inner": 4 * WIDTH, "head_dim": WIDTH // HEADS}
+    changed = Settings(
+        {**settings, **{name: size for name, size in sizes.items() if name not in ("n_inner", "head_dim")}}
+    )
+    changed.defaults = settings.defaults
+    sizes |= {"n_inner": 4 * WIDTH, "head_dim": WIDTH // HEADS}
+    for name, value in settings.items():
+        if value is not None and (size := sizes.get(concept(name) or name)) is not None:
+            changed[name] = size
     return changed
 
 
@@ -254,7 +261,7 @@ def plain_arguments(forward: Callable[..., Any], meanings: dict[str, Any]) -> di
     return arguments
 
 
-def make_bench(made: Any, settings: Settings, vocab_size: int, context_length: int, source: str) -> Bench:
+def make_bench(make: Make, settings: Settings, vocab_size: int, context_length: int) -> Bench:
     """The candidate on the bench, in float64, or float32 if it does not run in that.
 
     Raises:
@@ -264,30 +271,30 @@ def make_bench(made: Any, settings: Settings, vocab_size: int, context_length: i
     for dtype in (torch.float64, torch.float32):
         for small in (True, False):
             try:
-                bench = one_bench(made, settings, vocab_size, context_length, source, dtype, small)
+                bench = one_bench(make, settings, vocab_size, context_length, dtype, small)
             except (LabError, NotReplayable) as error:
                 problems.append(str(error))
                 continue
             return bench
-    raise LabError(f"{source} cannot be examined: {problems[-1]}")
+    raise LabError(f"{make.source} cannot be examined: {problems[-1]}")
 
 
-def one_bench(made, settings, vocab_size, context_length, source, dtype, small) -> Bench:
+def one_bench(make, settings, vocab_size, context_length, dtype, small) -> Bench:
     context = CONTEXT if small and vocab_size != CONTEXT else context_length
-    roomy = None
+    made, source, roomy = make.made, make.source, None
     with default_dtype(dtype), torch.random.fork_rng(devices=[]):
         if isinstance(made, nn.Module):
             module, context = copy.deepcopy(made), context_length
         else:
             settings = resized(settings, context) if small else settings
-            module = build(made, settings, source)
+            module = make(settings)
         module = module.to(dtype).eval()
         tables = Tables.of(module, vocab_size, context)
         if tables is None or tables.tokens.shape[1] == tables.tokens.shape[0]:
             raise LabError(f"{source} has no embedding with {vocab_size} rows")
         randomize(module)
         if small and not isinstance(made, nn.Module):
-            roomy = with_room(made, settings, context, source, module, dtype)
+            roomy = with_room(make, settings, context, module, dtype)
     forward = type(module).forward
     bench = Bench(module, tables, vocab_size, context, dtype, settings, roomy)
     bench.plain = plain_arguments(forward.__get__(module), {})
@@ -297,10 +304,10 @@ def one_bench(made, settings, vocab_size, context_length, source, dtype, small) 
     return bench
 
 
-def with_room(made, settings, context, source, module, dtype) -> nn.Module | None:
+def with_room(make, settings, context, module, dtype) -> nn.Module | None:
     """The same model with three times the context; None if it is not built so."""
     try:
-        roomy = build(made, resized(settings, 3 * context), source).to(dtype).eval()
+        roomy = make(resized(settings, 3 * context)).to(dtype).eval()
         right = dict(module.named_parameters())
         with torch.no_grad():
             for name, parameter in roomy.named_parameters():

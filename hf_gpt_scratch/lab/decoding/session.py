@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import LabError
-from ..subject import book_settings, import_file, load, names_a_class, public_model, read_cfg, sizes
-from .bench import causal_forward, make_bench
+from ..building import import_file, public_model
+from ..subject import load, names_a_class, settings_for
+from .bench import Make, causal_forward, make_bench
 from .cached_forward import forward_decoder
 from .checks import Examination, ready
 from .decoders import find_decoders
@@ -48,20 +49,15 @@ def check_decoding(
         raise LabError(f"--decode is for a class of your own, file.py:Name, but the candidate is {candidate!r}")
     file, _, attribute = candidate.rpartition(":")
     step("Loading")
-    module = import_file(file)
+    module = import_file(file, attribute)
     made = public_model(module, attribute, file)
     if isinstance(made, type) and issubclass(made, PreTrainedModel):
         raise LabError(
             f"{candidate} is a Transformers class, which generates with transformers' own code; nothing to check"
         )
-    settings = read_cfg(cfg, module)
-    if settings is None:
-        config = load(reference, cfg=cfg if names_a_class(reference) else None).config
-        if config is None:
-            raise LabError("the models' sizes are unknown; give --cfg")
-        settings = book_settings(config)
-    known = sizes(settings, candidate)
-    bench = make_bench(made, settings, known.vocab_size, known.context_length, candidate)
+    like = None if cfg is not None else load(reference, cfg=cfg if names_a_class(reference) else None)
+    known, settings, given = settings_for(made, module, cfg, like, candidate, [])
+    bench = make_bench(Make(made, module, given, candidate), settings, known.vocab_size, known.context_length)
     place = module
     if generate is not None and names_a_class(generate):
         other, _, generate = generate.rpartition(":")
