@@ -23,6 +23,7 @@ MINUTES = {  # approximate, on two cores
     "scaling": 8,
     "profile_decode": 2,
     "memory_order": 1,
+    "few_rows": 2,
     "gpu": 0,
 }
 BENCHMARKS = tuple(MINUTES)

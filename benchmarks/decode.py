@@ -15,9 +15,9 @@ import harness
 import torch
 import typer
 from engines import built
-from harness import REFERENCE, Checkpoint, Only, Output, Quick, Report, Rounds, Size, Threads
+from harness import REFERENCE, Checkpoint, CPUTime, Only, Output, Quick, Report, Rounds, Size, Threads
 
-CASES = "1x32+64,8x32+64,1x928+64"
+CASES = "1x32+64,2x32+64,4x32+64,8x32+64,1x928+64"
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,10 @@ def main(
     threads: Threads = 0,
     output: Output = harness.RESULTS,
     quick: Quick = False,
+    cpu_time: CPUTime = False,
 ) -> None:
-    """Milliseconds per token of greedy generation: batch 1 and 8, short and long prompts, all engines."""
-    harness.use_threads(threads)
+    """Milliseconds per token of greedy generation: batch 1 to 8, short and long prompts, all engines."""
+    harness.use_threads(threads, cpu_time)
     if quick:
         size, rounds, only, cases = "tiny", 2, only or harness.QUICK, "1x5+6,2x9+4"
     report = Report("decode", "Greedy generation, a token", {"model": checkpoint or size, "rounds": rounds})

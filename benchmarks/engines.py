@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, Int8Config
+from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, Int8Config, for_decoding
 from hf_gpt_scratch.weights.checkpoint import Progress
 from hf_gpt_scratch.weights.formats.directory import Weights
 from hf_gpt_scratch.weights.formats.gguf import GGUF, write_gguf
@@ -120,6 +120,14 @@ class TorchAoInt8(Transformers):
 
         int8 = TorchAoConfig(Int8WeightOnlyConfig())
         return model_class.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=int8, **options).eval()
+
+
+class ForDecoding(Transformers):
+    """Ours, frozen and packed."""
+
+    def loaded(self, model_class, checkpoint, **options):
+        model: Any = load(model_class, checkpoint, **options)
+        return for_decoding(model)
 
 
 class Foreign:
@@ -311,6 +319,7 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "transformers GPT-2, bf16": functools.partial(THEIRS, **BFLOAT16),
     "transformers GPT-2, bf16, compiled": functools.partial(THEIRS, **BFLOAT16, **COMPILED),
     "ours, sdpa": OURS,
+    "ours, for_decoding": functools.partial(ForDecoding, GPTScratchForCausalLM),
     "ours, eager attention": functools.partial(OURS, attn_implementation="eager"),
     "ours, static cache": functools.partial(OURS, **STATIC),
     "ours, compiled": functools.partial(OURS, **COMPILED),

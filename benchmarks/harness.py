@@ -35,6 +35,7 @@ from hf_gpt_scratch import GPTScratchConfig
 RESULTS = Path(__file__).parent / "results"
 WORKERS = Path(__file__).parent / "workers.py"
 PACKAGES = ("torch", "transformers", "hf-gpt-scratch", "torchao", "ctranslate2", "onnx", "onnxruntime", "xllamacpp")
+CPU_CLOCK = "BENCHMARK_CPU_TIME"  # in the environment, for workers.py, too
 REFERENCE = "transformers GPT-2, sdpa"
 QUICK = "^(?!.*(?:compiled|CTranslate2.*,.*,))"  # the rows of --quick: others take seconds at any size
 
@@ -43,6 +44,7 @@ Size = Annotated[str, typer.Option(help="124M, 355M, 774M, 1558M or tiny.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Official checkpoint to measure instead of random weights.")]
 Rounds = Annotated[int, typer.Option(help="Measurements of each row, after a warm-up.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch and the other engines; 0: all cores, or OMP_NUM_THREADS.")]
+CPUTime = Annotated[bool, typer.Option(help="CPU time of one thread, for a machine that others use.")]
 Only = Annotated[str, typer.Option(help="Regular expression: the rows to measure besides the reference.")]
 Quick = Annotated[bool, typer.Option(help="Tiny model, few measurements: only tests that everything runs.")]
 Output = Annotated[Path, typer.Option(help="Where to save the report.")]
@@ -84,10 +86,21 @@ def random_ids(batch: int, length: int, vocab_size: int) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def use_threads(threads: int) -> None:
-    """Sets torch's number of threads; 0 keeps its default, the number of cores or OMP_NUM_THREADS."""
+def use_threads(threads: int, cpu_time: bool = False) -> None:
+    """Sets torch's number of threads; 0 keeps its default, the number of cores or OMP_NUM_THREADS.
+
+    With `cpu_time`: one thread, and from now on CPU time is measured, here and in workers.py.
+    """
+    if cpu_time:
+        threads = 1
+        os.environ[CPU_CLOCK] = "1"
     if threads:
         torch.set_num_threads(threads)
+
+
+def now() -> float:
+    """Seconds of the clock, or of CPU time after `use_threads(cpu_time=True)`."""
+    return time.process_time() if CPU_CLOCK in os.environ else time.perf_counter()
 
 
 @dataclass
@@ -110,9 +123,9 @@ class Timed:
 
 def timed(function: Callable[..., Any], *arguments: Any) -> Timed:
     """Calls a function; the time that it reports itself takes precedence over the clock."""
-    start = time.perf_counter()
+    start = now()
     output = function(*arguments)
-    taken = time.perf_counter() - start
+    taken = now() - start
     return output if isinstance(output, Timed) else Timed(taken, output)
 
 
@@ -256,6 +269,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "clock": "CPU time" if CPU_CLOCK in os.environ else "time",
         "load": os.getloadavg()[0],  # of the last minute; above the number of threads, other programs were running
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -355,7 +369,8 @@ class Report:
         packages = ", ".join(f"{name} {found}" for name, found in environment["packages"].items() if found)
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         lines.append(
-            f"Measured on {environment['date'][:10]}: {environment['cpu']}, {environment['threads']} threads on "
+            f"{'CPU time, measured' if environment.get('clock') == 'CPU time' else 'Measured'} on "
+            f"{environment['date'][:10]}: {environment['cpu']}, {environment['threads']} threads on "
             f"{environment['cores']} cores, {environment['capability']}, load {environment['load']:.1f}; {packages}; "
             f"{settings}."
         )

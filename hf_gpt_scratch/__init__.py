@@ -13,10 +13,12 @@ from .registration import register_once_imported
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .fast import for_decoding
     from .lab.decoding.session import check_decoding
     from .lab.explain import explain
     from .lab.inspect import inspect
     from .lab.session import compare
+    from .lab.watch.session import watch
     from .model.configuration_gpt_scratch import GPTScratchConfig
     from .model.int8 import Int8Config
     from .model.layers import (
@@ -76,6 +78,7 @@ __all__ = [
     "convert",
     "explain",
     "export",
+    "for_decoding",
     "generate_text_simple",
     "gpt2_tokenizer",
     "inspect",
@@ -83,14 +86,17 @@ __all__ = [
     "text_to_token_ids",
     "token_ids_to_text",
     "verify",
+    "watch",
 ]
 
 # The modules that the others are imported from.
 _MODULES = {
     ".lab.decoding.session": "check_decoding",
+    ".fast": "for_decoding",
     ".lab.explain": "explain",
     ".lab.inspect": "inspect",
     ".lab.session": "compare",
+    ".lab.watch.session": "watch",
     ".model.configuration_gpt_scratch": "GPTScratchConfig",
     ".model.int8": "Int8Config",
     ".model.layers": "GELU GPT_CONFIG_124M FeedForward GPTModel LayerNorm MultiHeadAttention TransformerBlock "

@@ -68,6 +68,7 @@ def rows(report):
         ("scaling", {"ours, sdpa"}),
         ("profile_decode", {"a token", "all operators"}),
         ("memory_order", {"[out, in]", "[in, out]"}),
+        ("few_rows", {"F.linear", "oneDNN", "oneDNN, packed"}),
         ("quality", {"ours, sdpa", "ours, bf16", "ours, int8"}),
         ("gpu", {"ours, bf16", "ours, bf16, static cache", "ours"}),
         ("import_time", {"Python"}),

@@ -65,6 +65,7 @@ def files(tmp_path_factory):
     shutil.copytree(FIXTURES / "tiny-tensorflow", there / "gpt2" / "124M")
     shutil.copy(DOCS / "my_gpt.py", there)
     shutil.copy(DOCS / "my_generate.py", there)
+    shutil.copy(DOCS / "my_train.py", there)
     (there / "docs").mkdir()
     shutil.copy(DOCS / "my_gpt.py", there / "docs")  # as the README has it
     (there / "text.txt").write_text("I had always thought Jack Gisburn rather a cheap genius.\n" * 20)

@@ -64,6 +64,18 @@ def test_bring_your_own_asks_for_the_cfg(tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_the_notebook(tmp_path):
+    cells = json.loads((EXAMPLES / "book_to_hub.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) > 5
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)  # kept as it is before it runs
+    (tmp_path / "notebook.py").write_text("\n".join("".join(cell["source"]) for cell in code), encoding="utf-8")
+    out = run_python(tmp_path / "notebook.py", cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    assert "10 more losses" in out.stdout
+    assert (tmp_path / "ready" / "modeling_gpt_scratch.py").is_file()
+
+
 def test_streaming(tmp_path):
     out = run(EXAMPLES / "streaming.py", "--new-tokens", 20, cwd=tmp_path)
     assert out.count("I had always thought") == 1

@@ -23,6 +23,8 @@ from .generate_command import chat, generate
 from .new_command import new
 from .status import FAILED, INTERRUPTED
 from .verify_receipt_command import verify_receipt_command
+from .watch_command import SETTINGS as WATCH_SETTINGS
+from .watch_command import watch
 
 # What the help and the check of the arguments need to know of the formats, without importing them.
 WRITTEN = ("gpt2", "book", "nanogpt", "gguf", "llmc")
@@ -211,6 +213,7 @@ def _options(
 for command in COMMANDS:
     app.command()(command)
 app.command("verify-receipt")(verify_receipt_command)
+app.command(context_settings=WATCH_SETTINGS)(watch)
 
 
 def _check(verify: bool, weights_only: bool) -> bool | str:

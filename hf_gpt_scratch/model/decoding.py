@@ -1,11 +1,17 @@
-"""A cache with room to grow, which makes each token of `.generate()` cheaper and changes none.
+"""What makes each token of `.generate()` cheaper and changes none: a cache with room to grow, products by oneDNN.
 
 Shapes: B batch, H heads, T new tokens, S tokens so far, D head dimension.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache as once
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -60,3 +66,47 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() for _ in cache.layers]
     return cache
+
+
+LARGE = 2**18  # numbers in a weight, from which oneDNN is faster; a call of it costs 20 to 40 µs more
+_by_onednn: ContextVar[bool] = ContextVar("by_onednn", default=False)
+
+
+@once
+def prefers_onednn() -> bool:
+    """Whether this CPU is AMD's, on which oneDNN's products in float32 are faster than MKL's, which F.linear calls.
+
+    With few rows by a tenth to a half, of the same weights in the same order (`benchmarks/few_rows.py`).
+    """
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    return "AMD" in capabilities.get("cpu_name", "") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@contextmanager
+def onednn_products() -> Iterator[None]:
+    """Within it, `product` uses oneDNN where it is faster; `torch.backends.mkldnn.enabled = False` turns it off."""
+    # autocast has another dtype, and modes such as FlopCounterMode know F.linear only.
+    usual = not torch.is_autocast_enabled("cpu") and _get_current_dispatch_mode() is None
+    token = _by_onednn.set(usual and torch._C._get_mkldnn_enabled() and prefers_onednn())
+    try:
+        yield
+    finally:
+        _by_onednn.reset(token)
+
+
+def product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`layer(x)`; by oneDNN if that is on and the layer is a plain one, without hooks, adapters or quantization."""
+    if torch.compiler.is_compiling() or not _by_onednn.get() or not _is_plain(layer):
+        return layer(x)
+    weight: Any = layer.weight
+    suits = type(x) is torch.Tensor and x.dtype is weight.dtype is torch.float32 and x.is_cpu
+    if not suits or weight.numel() < LARGE or torch.is_grad_enabled():
+        return layer(x)
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, layer.bias, "none", [], "")
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer is F.linear of its weight and bias, in this memory, and nothing else."""
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return False
+    return type(layer.weight) is nn.Parameter and layer.weight.is_cpu and layer.weight.is_contiguous()

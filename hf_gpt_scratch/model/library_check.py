@@ -191,7 +191,8 @@ def _tiny_models(model_class, attn_implementation="sdpa", from_files=False, add_
 def _fails(mode, model_class):
     """Whether the official class does not have this mode, either."""
     config = _tiny_config(model_class, add_cross_attention=mode is _cross).to_gpt2()
-    return isinstance(_attempt(mode, model_class.gpt2_class(config).eval()), Exception)
+    with torch.random.fork_rng(devices=[]):  # random weights
+        return isinstance(_attempt(mode, model_class.gpt2_class(config).eval()), Exception)
 
 
 def _attempt(mode, model):

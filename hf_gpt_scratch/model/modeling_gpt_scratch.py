@@ -65,7 +65,7 @@ with explained():
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
     from .configuration_gpt_scratch import GPTScratchConfig, check_length
-    from .decoding import growing_cache
+    from .decoding import growing_cache, onednn_products, product
     from .int8 import Int8Config  # noqa: F401  # trf-ignore: TRF035 a quantized model ships its quantizer
     from .layers import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
     from .library_check import LibraryCheck
@@ -115,6 +115,12 @@ class AnyFeedForward(FeedForward):
             FusedGELU() if book_gelu else ACT2FN[config.activation_function],
             nn.Linear(n_inner, config.emb_dim),
         )
+
+    def forward(self, x):  # (B, T, E)
+        if self.layers._forward_hooks or self.layers._forward_pre_hooks:
+            return self.layers(x)
+        widen, activation, narrow = self.layers
+        return product(narrow, activation(product(widen, x)))
 
 
 def eager_attention(module, queries, keys, values, attention_mask=None, *, scaling, dropout=0.0, **kwargs):
@@ -170,7 +176,10 @@ class CachedAttention(MultiHeadAttention):
 
     def keys_and_values(self, x, past_key_values, kwargs):
         """Keys and values of x (B, T, E), after those in the cache: (B, H, S, D) each."""
-        keys, values = self.at_positions(self.heads(self.W_key(x)), **kwargs), self.heads(self.W_value(x))
+        keys, values = (
+            self.at_positions(self.heads(product(self.W_key, x)), **kwargs),
+            self.heads(product(self.W_value, x)),
+        )
         if past_key_values is None:
             return keys, values
         return past_key_values.update(keys, values, self.layer_idx, kwargs=kwargs)
@@ -190,7 +199,7 @@ class CachedAttention(MultiHeadAttention):
             states: (B, S, E), which keys and values are computed from; default: x.
             kwargs: passed to the attention function.
         """
-        queries = self.at_positions(self.heads(self.W_query(x)), **kwargs)  # (B, H, T, D)
+        queries = self.at_positions(self.heads(product(self.W_query, x)), **kwargs)  # (B, H, T, D)
         keys, values = self.keys_and_values(x if states is None else states, past_key_values, kwargs)
         # CODEPATH: no official checkpoint uses it, but Stanford's Mistral models do
         eager = upcast_attention if self.config.reorder_and_upcast_attn else eager_attention
@@ -205,7 +214,7 @@ class CachedAttention(MultiHeadAttention):
             dropout=self.dropout.p if self.training else 0.0,
             **kwargs,
         )  # (B, T, H, D); vLLM: (B·T, H·D)
-        return self.out_proj(context_vec.reshape(*x.shape[:2], -1)), attn_weights
+        return product(self.out_proj, context_vec.reshape(*x.shape[:2], -1)), attn_weights
 
 
 class CrossAttention(CachedAttention):
@@ -562,7 +571,8 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             RuntimeError: it does not.
         """
         check_library()
-        return super().generate(*args, **kwargs)
+        with onednn_products():
+            return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """As in transformers, with the check of `generate`."""
@@ -647,7 +657,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
             return output
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.out_head(x[:, kept, :])  # (B, T, V)
+        logits = product(self.out_head, x[:, kept, :])  # (B, T, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -712,7 +722,7 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
         given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
         shape = given.shape  # type: ignore[union-attr]  # the base model has checked that one of them is given
         x = outputs.last_hidden_state.view(*shape, -1)  # (B, C, T, E)
-        logits = self.out_head(x)  # (B, C, T, V)
+        logits = product(self.out_head, x)  # (B, C, T, V)
         mc_logits = self.multiple_choice_head(x, mc_token_ids).squeeze(-1)  # (B, C)
         loss, mc_loss = None, None
         if labels is not None:

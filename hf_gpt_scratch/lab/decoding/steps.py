@@ -63,7 +63,9 @@ def steps_of(run: Run, row: int = 0, before: list[int] | None = None) -> tuple[l
     calls = [call for call in run.calls if call.logits is not None]
     prompt, new = run.prompts[row], run.new[row]
     choices = [int(call.last[min(row, len(call.last) - 1)].argmax()) for call in calls]
-    for first in range(len(calls) - len(new) + 1):
+    fed = [sum(call.ids.shape[1] for call in calls[: n + 1]) for n in range(len(calls))]
+    places = range(len(calls) - len(new) + 1)
+    for first in sorted(places, key=lambda n: fed[n] < len(prompt)):  # first those that have seen the prompt
         if choices[first : first + len(new)] == new:
             break
     else:

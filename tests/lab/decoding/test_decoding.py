@@ -47,7 +47,9 @@ def test_a_sabotage_of_each_kind_is_named(name, tmp_path):
 def test_a_sabotage_is_named_and_nothing_else(case, tmp_path):
     report = checked(case, tmp_path)
     assert report.names == list(case.names), [finding.says for finding in report.findings]
-    assert all(finding.proven and finding.remedy and finding.shortest for finding in report.findings)
+    assert all(finding.remedy and finding.shortest for finding in report.findings)
+    # Of a cache in another order after beams only one order is replayed; another one is told as observed.
+    assert all(finding.proven for finding in report.findings) or "sort()" in case.title
 
 
 @pytest.mark.slow

@@ -1,0 +1,911 @@
+"""Records a training run from outside: forward passes, losses, backward passes, gradients, updates and what is between.
+
+The script is not changed. While the recorder is on, calls of modules, of a few functions of torch and of the methods of
+optimizers, schedulers, scalers and data loaders are noted before they go on as usual. Nothing that is recorded uses
+random numbers, and no gradient, parameter or state is written to.
+
+Shapes: B batch, T tokens, V vocabulary, N rows of logits that enter a loss.
+"""
+
+import functools
+import os
+import sys
+import sysconfig
+import time
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import dataloader
+
+PACKAGE = str(Path(__file__).parents[2])
+LIBRARIES = tuple(
+    {
+        PACKAGE,
+        str(Path(torch.__file__).parent),
+        *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    }
+)
+# Elements whose values are kept beside the run; of a larger model, only the smallest parameters' are.
+FOLLOWED = 20_000_000
+# Elements of logits that are kept.
+KEPT_LOGITS = 64_000_000
+# Passes without gradients that are recorded, and those after the last step before the run is stopped.
+EVALUATIONS, EVALUATIONS_AFTER = 64, 4
+# Backward passes without any step before the run is stopped.
+FRUITLESS = 64
+# How long a run goes on after the last step, until its first evaluation: seconds, and backward passes.
+PATIENCE, PASSES = 10.0, 100
+
+
+DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # what reads `tensor.data`
+
+
+class Enough(BaseException):
+    """Ends a watched run once enough has been seen."""
+
+
+@functools.lru_cache(maxsize=4096)
+def is_library(file: str) -> bool:
+    return file.startswith("<frozen") or os.path.abspath(file).startswith(LIBRARIES)
+
+
+def place() -> str:
+    """File and line of the innermost frame of the user's code, or nothing."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not is_library(file):
+            shown = os.path.relpath(file) if os.path.isabs(file) else file
+            return f"{os.path.basename(file) if shown.startswith('..') else shown}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+@dataclass
+class Forward:
+    """An outermost call of a module with parameters."""
+
+    module: nn.Module
+    training: bool
+    grad: bool
+    arguments: tuple[tuple, dict]
+    where: str
+    rng: int
+    ids: torch.Tensor | None = None  # (B, T)
+    head: torch.Tensor | None = None  # the last output of a module with three dimensions
+    output: Any = None
+    called: set[int] = field(default_factory=set)
+    dropouts: int = 0  # calls that drop something
+    idle_dropouts: int = 0  # calls of dropout with p > 0 that drop nothing
+    cuts: list[str] = field(default_factory=list)  # where graphs are cut: detach, data, no_grad
+    autocast: bool = False
+    losses: int = 0
+    large: bool = False  # its logits are not kept
+    registered: set[int] = field(default_factory=set)  # the module's parameters
+    strangers: dict[int, nn.Parameter] = field(default_factory=dict)  # of modules that run and are not registered in it
+
+
+@dataclass
+class Loss:
+    """A cross-entropy: rows of logits against target ids."""
+
+    kind: str  # cross_entropy, nll, gather, head_loss
+    rows: torch.Tensor | None  # (N, V)
+    targets: torch.Tensor  # (N,)
+    ignore_index: int | None
+    reduction: str
+    output: torch.Tensor
+    where: str
+    grad: bool
+    forward: Forward | None
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: torch.Tensor | None = None  # (N,): the factor of each row's loss in what went backward
+
+    @property
+    def tokens(self) -> int:
+        """The rows that count."""
+        return 0 if self.weights is None else int(torch.count_nonzero(self.weights))
+
+
+@dataclass
+class Event:
+    """Something else that happens in a step, in order; `what` is its name."""
+
+    what: str
+    where: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Update:
+    """One call of an optimizer's `step`."""
+
+    optimizer: Any
+    where: str
+    groups: list[dict[str, Any]]
+    ids: list[int]
+    before: dict[int, torch.Tensor]
+    gradients: dict[int, torch.Tensor | None]
+    state: dict[int, dict[str, Any]]
+    gradient_norm: float
+    own: bool  # whether the optimizer is the user's code, or there is none
+    closure: bool = False  # whether the step itself runs the model
+    after: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Step:
+    """What happens from one forward pass after an optimizer's step to the next."""
+
+    forwards: list[Forward] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+    backwards: int = 0
+    roots: list[float] = field(default_factory=list)
+    leftover: dict[int, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[int, torch.Tensor] = field(default_factory=dict)  # after the last backward pass
+    scale: float = 1.0
+    late: bool = False  # the backward pass came after the optimizer's step
+    batches: list[Any] = field(default_factory=list)
+
+    def happened(self, what: str) -> list[Event]:
+        return [event for event in self.events if event.what == what]
+
+
+def tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+    elif depth and isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+
+
+def are_ids(value: Any) -> bool:
+    """Whether these may be token ids (B, T)."""
+    integer = isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
+    there = integer and value.dim() == 2 and value.numel() > 0 and value.device.type != "meta"
+    return there and not are_positions(value)
+
+
+def are_positions(ids: torch.Tensor) -> bool:
+    positions = torch.arange(ids.shape[-1], device=ids.device)
+    return ids.shape[-1] > 1 and bool((ids == positions).all())
+
+
+class Functions(TorchFunctionMode):
+    """Hands the functions of torch that are watched to the recorder."""
+
+    def __init__(self, handlers: dict[Any, Callable]):
+        super().__init__()
+        self.handlers = handlers
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        handler = self.handlers.get(func)
+        return func(*args, **(kwargs or {})) if handler is None else handler(func, args, kwargs or {})
+
+
+class Recorder:
+    """Records while it is entered.
+
+    Args:
+        steps: optimizer steps after which `Enough` is raised, at the next backward pass.
+        seconds: time after which it is raised at the next event, or None.
+        patient: whether the run goes on after the last step until its first evaluation, within `PATIENCE`.
+    """
+
+    def __init__(self, steps: int, seconds: float | None = None, patient: bool = False):
+        self.wanted = steps
+        self.patient = patient
+        self.waiting: float | None = None  # since when
+        self.waited = 0  # backward passes
+        self.after: list[Forward] = []  # the forward pass for training that follows an evaluation then
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.steps: list[Step] = []
+        self.step = Step()
+        self.evaluations: list[Forward] = []
+        self.evaluation_losses: list[Loss] = []
+        self.evaluations_after = 0
+        self.forward: Forward | None = None  # the one in progress
+        self.last: Forward | None = None
+        self.depth = 0
+        self.inside = 0  # backward passes and optimizer steps in progress
+        self.backwards = 0
+        self.optimizers: list[Any] = []
+        self.schedulers: list[Any] = []
+        self.loaded: list[Event] = []
+        self.loaders: list[Any] = []
+        self.used: set[int] = set()  # gradients that a step has used
+        self.pending: list[Any] = []  # batches that no forward pass has seen yet
+        self.wrong_ids: dict[str, Any] | None = None
+        self.reference: dict[int, torch.Tensor] = {}
+        self.no_graph = ""  # where a loss without a graph was to go backward
+        self.stepped = False  # by an optimizer
+        self.found_own_loss = False
+        self.room = KEPT_LOGITS
+        self.finished = False
+        self.ended = ""
+        self.undo = ExitStack()
+
+    # Turning on and off
+
+    def __enter__(self) -> "Recorder":
+        torch.compiler.set_stance("force_eager")
+        self.undo.callback(torch.compiler.set_stance, "default")
+        patch = self.patch
+        patch(nn.Module, "__call__", self.on_module)
+        for owner in (torch.nn.utils, torch.nn.utils.clip_grad):
+            patch(owner, "clip_grad_norm_", self.noting("clip_norm", self.clip_figures))
+            patch(owner, "clip_grad_value_", self.noting("clip_value"))
+        patch(torch.optim.Optimizer, "zero_grad", self.noting("zero_grad", lambda args, kwargs: {"of": args[0]}))
+        patch(nn.Module, "zero_grad", self.noting("zero_grad", lambda args, kwargs: {"of": args[0]}))
+        patch(torch.optim.Optimizer, "__init__", self.on_optimizer)
+        patch(torch.optim.Optimizer, "load_state_dict", self.loading("optimizer"))
+        schedulers = torch.optim.lr_scheduler
+        for kind in list(vars(schedulers).values()):
+            if isinstance(kind, type) and issubclass(kind, schedulers.LRScheduler):
+                if "step" in vars(kind):
+                    patch(kind, "step", self.on_schedule)
+                if "load_state_dict" in vars(kind):
+                    patch(kind, "load_state_dict", self.loading("scheduler"))
+        scaler = torch.amp.GradScaler
+        patch(scaler, "scale", self.on_scale)
+        patch(scaler, "unscale_", self.noting("unscale", lambda args, kwargs: {"of": args[0]}))
+        patch(scaler, "step", self.noting("scaler_step", lambda args, kwargs: {"of": args[0]}))
+        patch(scaler, "update", self.noting("scaler_update", lambda args, kwargs: {"of": args[0]}))
+        patch(torch, "load", self.on_load)
+        patch(nn.Module, "load_state_dict", self.loading("model"))
+        patch(torch, "set_rng_state", self.loading("rng"))
+        patch(torch.random, "set_rng_state", self.loading("rng"))
+        patch(dataloader._BaseDataLoaderIter, "__next__", self.on_batch)
+        before = register_optimizer_step_pre_hook(self.before_step)
+        after = register_optimizer_step_post_hook(self.after_step)
+        self.undo.callback(before.remove)
+        self.undo.callback(after.remove)
+        self.undo.enter_context(
+            Functions(
+                {
+                    F.cross_entropy: self.on_cross_entropy,
+                    F.nll_loss: self.on_nll,
+                    torch.gather: self.on_gather,
+                    torch.Tensor.gather: self.on_gather,
+                    torch.Tensor.__getitem__: self.on_index,
+                    F.embedding: self.on_embedding,
+                    F.dropout: self.on_dropout,
+                    F.scaled_dot_product_attention: self.on_attention,
+                    torch.Tensor.backward: self.on_backward,
+                    torch.Tensor.detach: self.on_cut,
+                    torch.detach: self.on_cut,
+                    DATA: self.on_cut,
+                    torch._C._set_grad_enabled: self.on_grad_mode,
+                }
+            )
+        )
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.undo.close()
+        self.close_step()
+        self.finished = True
+
+    def patch(self, owner: Any, name: str, make: Callable[[Callable, tuple, dict], Any]) -> None:
+        """Replaces a function by one that calls `make(original, args, kwargs)`, until the end."""
+        original = vars(owner)[name]
+
+        @functools.wraps(original)
+        def watched(*args, **kwargs):
+            return make(original, args, kwargs)
+
+        setattr(owner, name, watched)
+        self.undo.callback(setattr, owner, name, original)
+
+    def enough(self) -> bool:
+        return self.waiting is not None or len(self.steps) + bool(self.step.updates) >= self.wanted
+
+    def check_time(self) -> None:
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.ended = "the time was over"
+            raise Enough
+
+    def note(self, what: str, **info: Any) -> None:
+        if not self.inside and self.waiting is None:
+            self.step.events.append(Event(what, place(), info))
+
+    def load(self, what: str, **info: Any) -> None:
+        info["steps"] = len(self.steps) + bool(self.step.updates)
+        self.loaded.append(Event(what, place(), info))
+
+    def noting(self, what: str, figures: Callable = lambda args, kwargs: {}) -> Callable:
+        def make(original, args, kwargs):
+            if not self.inside:
+                self.note(what, **figures(args, kwargs))
+            return original(*args, **kwargs)
+
+        return make
+
+    def loading(self, what: str) -> Callable:
+        def make(original, args, kwargs):
+            self.load(what, of=args[0])
+            return original(*args, **kwargs)
+
+        return make
+
+    # Modules
+
+    def on_module(self, original, args, kwargs):
+        module = args[0]
+        if self.inside or (self.depth == 0 and next(module.parameters(), None) is None):
+            return original(*args, **kwargs)
+        if self.depth == 0:
+            self.check_time()
+            self.begin_forward(module, args[1:], kwargs)
+        self.depth += 1
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            self.depth -= 1
+            forward = self.forward
+            if self.depth == 0:
+                self.forward = None
+        if forward is not None:
+            forward.called.add(id(module))
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) not in forward.registered:
+                    forward.strangers[id(parameter)] = parameter
+            if isinstance(output, torch.Tensor) and output.dim() == 3 and output.is_floating_point():
+                forward.head = output.detach()
+            if self.depth == 0:
+                forward.output = output
+                self.last = forward
+        return output
+
+    def find_own_loss(self) -> None:
+        """The loss of this package's models, which has no logits; only a script that uses them imports it."""
+        modeling = sys.modules.get("hf_gpt_scratch.model.modeling_gpt_scratch")
+        if modeling is not None and not self.found_own_loss:
+            self.found_own_loss = True
+            self.patch(modeling, "head_loss", self.on_head_loss)
+
+    def begin_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.find_own_loss()
+        grad = torch.is_grad_enabled()
+        if grad and self.step.updates:
+            self.close_step()
+        rng = hash(torch.get_rng_state().numpy().tobytes())
+        ids = next((value.detach().clone() for value in tensors_in((args, kwargs)) if are_ids(value)), None)
+        forward = Forward(module, module.training, grad, (args, kwargs), place(), rng, ids)
+        forward.registered = {id(parameter) for parameter in module.parameters()}
+        forward.autocast = torch.is_autocast_enabled(next(module.parameters()).device.type)
+        self.forward = forward
+        if grad and self.waiting is not None:
+            self.after = [forward]
+        elif grad:
+            if not self.stepped and self.step.backwards:
+                self.find_update_by_hand(module)
+            self.step.forwards.append(forward)
+            self.step.batches += self.pending
+            self.pending = []
+        else:
+            self.evaluated(forward)
+
+    def evaluated(self, forward: Forward) -> None:
+        if self.enough():
+            self.evaluations_after += 1
+            if self.evaluations_after > EVALUATIONS_AFTER and not self.patient:
+                raise Enough
+        if len(self.evaluations) < EVALUATIONS:
+            self.evaluations.append(forward)
+
+    # Functions
+
+    def on_embedding(self, func, args, kwargs):
+        ids = args[0] if args else kwargs["input"]
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        if self.forward is not None and self.forward.ids is None and are_ids(ids):
+            self.forward.ids = ids.detach().clone()
+        try:
+            return func(*args, **kwargs)
+        except IndexError:
+            if ids.numel():
+                low, high = int(ids.min()), int(ids.max())
+                self.wrong_ids = dict(low=low, high=high, rows=len(weight), where=place(), kind="embedding")
+                self.wrong_ids["positions"] = are_positions(ids)
+            raise
+
+    def on_dropout(self, func, args, kwargs):
+        names = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+        self.dropped(names.get("p", 0.5), names.get("training", True))
+        return func(*args, **kwargs)
+
+    def on_attention(self, func, args, kwargs):
+        p = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+        if p:
+            self.dropped(p, True)
+        return func(*args, **kwargs)
+
+    def dropped(self, p: float, training: bool) -> None:
+        if self.forward is not None and p > 0:
+            if training:
+                self.forward.dropouts += 1
+            else:
+                self.forward.idle_dropouts += 1
+
+    def on_cut(self, func, args, kwargs):
+        # detach for printing happens outside of the forward pass
+        if self.forward is not None and self.forward.grad and args and getattr(args[0], "requires_grad", False):
+            self.forward.cuts.append(place())
+        return func(*args, **kwargs)
+
+    def on_grad_mode(self, func, args, kwargs):
+        if self.forward is not None and self.forward.grad and args and not args[0]:
+            self.forward.cuts.append(place())
+        return func(*args, **kwargs)
+
+    # Losses
+
+    def on_cross_entropy(self, func, args, kwargs):
+        names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        rows, targets = given["input"], given["target"]
+        self.check_targets(rows, targets, given.get("ignore_index", -100))
+        output = func(*args, **kwargs)
+        self.add_loss("cross_entropy", rows, targets, given, output)
+        return output
+
+    def on_nll(self, func, args, kwargs):
+        names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        self.check_targets(given["input"], given["target"], given.get("ignore_index", -100))
+        output = func(*args, **kwargs)
+        self.add_loss("nll", given["input"], given["target"], given, output)
+        return output
+
+    def check_targets(self, rows, targets, ignore_index) -> None:
+        if targets.is_floating_point() or rows.dim() < 2 or not targets.numel():
+            return
+        counted = targets[targets != ignore_index]
+        classes = rows.shape[1]
+        if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= classes):
+            self.wrong_ids = dict(low=int(counted.min()), high=int(counted.max()), rows=classes, where=place())
+            self.wrong_ids |= dict(kind="targets", ignore_index=ignore_index)
+
+    def add_loss(self, kind, rows, targets, given, output) -> None:
+        if self.inside or targets.is_floating_point() or rows.dim() < 2:
+            return
+        if rows.dim() > 2:  # (B, V, T)
+            rows = rows.movedim(1, -1).reshape(-1, rows.shape[1])
+        options = {name: given[name] for name in ("label_smoothing", "weight") if given.get(name) is not None}
+        reduction = given.get("reduction", "mean")
+        if given.get("reduce") is not None or given.get("size_average") is not None:
+            reduction = torch.nn._reduction.legacy_get_string(
+                given.get("size_average"), given.get("reduce"), emit_warning=False
+            )
+        self.keep(kind, rows, targets, given.get("ignore_index", -100), reduction, output, options)
+
+    def on_gather(self, func, args, kwargs):
+        output = func(*args, **kwargs)
+        names = dict(zip(("input", "dim", "index"), args, strict=False)) | kwargs
+        source, index = names.get("input"), names.get("index")
+        dims = source.dim() if isinstance(source, torch.Tensor) else 0
+        last = dims in (2, 3) and isinstance(index, torch.Tensor) and names.get("dim") in (-1, dims - 1)
+        one = last and index.shape[-1] == 1 and index.shape[:-1] == source.shape[:-1]
+        if one and source.is_floating_point():
+            self.chosen(source, index, output)
+        return output
+
+    def on_index(self, func, args, kwargs):
+        output = func(*args, **kwargs)
+        source, index = args[0], args[1] if len(args) > 1 else None
+        if isinstance(index, tuple) and index and source.is_floating_point() and len(index) == source.dim() >= 2:
+            last = index[-1]
+            if isinstance(last, torch.Tensor) and last.dtype in (torch.int64, torch.int32) and last.dim():
+                rows = [one for one in index[:-1] if is_index(one)]
+                if len(rows) == len(index) - 1:
+                    ids = torch.broadcast_tensors(*[torch.as_tensor(one) for one in index])
+                    self.chosen(source[tuple(one.reshape(-1) for one in ids[:-1])], ids[-1], output)
+        return output
+
+    def chosen(self, source: torch.Tensor, index: torch.Tensor, output: torch.Tensor) -> None:
+        if self.inside or source.shape[-1] < 4:
+            return
+        if (self.forward or self.last) is None or not output.numel():
+            return
+        source = source.reshape(-1, source.shape[-1])
+        self.keep("gather", source, index.reshape(-1), None, "none", output, {})
+
+    def on_head_loss(self, original, args, kwargs):
+        output = original(*args, **kwargs)
+        if self.inside:
+            return output
+        x, weight, labels = args[:3]
+        ignore = kwargs.get("ignore_index", -100)
+        given = kwargs.get("shift_labels")
+        targets = F.pad(labels, (0, 1), value=ignore)[..., 1:] if given is None else given
+        with torch.no_grad():
+            small = x[..., 0].numel() * len(weight) <= KEPT_LOGITS
+            rows = F.linear(x, weight.to(x.dtype)).float() if small else None
+        if rows is not None and self.forward is not None:
+            self.forward.head = rows
+        counted = int((targets != ignore).sum())
+        items = kwargs.get("num_items_in_batch")
+        options = {"divisor": float(counted if items is None else items)}
+        self.keep(
+            "head_loss", None if rows is None else rows.flatten(0, -2), targets, ignore, "divided", output, options
+        )
+        return output
+
+    def keep(self, kind, rows, targets, ignore_index, reduction, output, options) -> None:
+        forward = self.forward or self.last
+        if forward is None or (forward.ids is None and kind == "gather"):
+            return
+        grad = output.requires_grad
+        if rows is not None and rows.numel() > self.room:
+            rows = forward.head = None
+            forward.large = True
+        elif rows is not None:
+            self.room -= rows.numel()
+        loss = Loss(
+            kind,
+            None if rows is None else rows.detach(),
+            targets.detach().reshape(-1).clone(),
+            ignore_index,
+            reduction,
+            output,
+            place(),
+            grad,
+            forward,
+            options,
+        )
+        forward.losses += 1
+        if grad:
+            if self.waiting is None:
+                self.step.losses.append(loss)
+        elif len(self.evaluation_losses) < EVALUATIONS and kind != "gather":
+            self.evaluation_losses.append(loss)
+
+    # Backward
+
+    def on_backward(self, func, args, kwargs):
+        if self.inside:
+            return func(*args, **kwargs)
+        self.check_time()
+        if self.enough():
+            if not self.wait():
+                raise Enough
+            self.inside += 1
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.inside -= 1
+        if self.step.updates:
+            late = any(loss.weights is None and loss.grad for loss in self.step.losses) and not self.step.backwards
+            self.close_step()
+            self.steps[-1].late = late
+        root, step = args[0], self.step
+        if not root.requires_grad:
+            self.no_graph = place()
+        with self.alone():
+            self.weigh(root)
+            self.note_leftovers()
+        step.backwards += 1
+        self.backwards += 1
+        step.roots.append(float(root.detach()) if root.numel() == 1 else float("nan"))
+        if torch.is_autocast_enabled(root.device.type):
+            step.events.append(Event("backward_in_autocast", place()))
+        step.events.append(Event("backward", place()))
+        self.inside += 1
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.inside -= 1
+        with self.alone():
+            step.gradients = {
+                key: parameter.grad.detach().clone()
+                for key, parameter in self.followed().items()
+                if parameter.grad is not None and not parameter.grad.is_sparse
+            }
+            if not self.stepped:
+                self.reference = {key: one.detach().clone() for key, one in self.followed().items()}
+        if self.backwards > FRUITLESS and not self.steps:
+            self.ended = f"after {FRUITLESS} backward passes without an optimizer step"
+            raise Enough
+        return result
+
+    def wait(self) -> bool:
+        """Whether to go on after the last step: no evaluation has been seen yet."""
+        if not self.patient or any(forward.losses for forward in self.evaluations):
+            return False
+        if self.waiting is None:
+            self.close_step()
+            self.waiting = time.monotonic()
+        self.waited += 1
+        return self.waited <= PASSES and time.monotonic() < self.waiting + PATIENCE
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Own work: unrecorded, and without gradients unless it asks for them."""
+        self.inside += 1
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.inside -= 1
+
+    def weigh(self, root: torch.Tensor) -> None:
+        """The factor with which each row's loss enters `root`, from the graph between the two."""
+        losses = [loss for loss in self.step.losses if loss.weights is None and loss.output.grad_fn is not None]
+        if not losses or root.grad_fn is None or root.numel() != 1:
+            return
+        try:
+            with torch.enable_grad():
+                factors = torch.autograd.grad(
+                    root, [loss.output for loss in losses], retain_graph=True, allow_unused=True
+                )
+        except RuntimeError:  # a graph that can be used only once
+            return
+        for loss, factor in zip(losses, factors, strict=True):
+            if factor is not None:
+                loss.weights = row_weights(loss, factor.detach().double())
+
+    def note_leftovers(self) -> None:
+        for key, parameter in self.followed().items():
+            grad = parameter.grad
+            if grad is None or grad.is_sparse or not bool(grad.any()):
+                self.step.leftover.pop(key, None)
+            elif key in self.used:
+                self.step.leftover[key] = grad.detach().clone()
+        self.used.clear()
+
+    def followed(self) -> dict[int, torch.Tensor]:
+        """The parameters whose values are kept, by id: of the optimizers, or of the models seen."""
+        known: dict[int, torch.Tensor] = {}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                known |= {id(parameter): parameter for parameter in group["params"]}
+        for module in {id(forward.module): forward.module for forward in self.step.forwards}.values():
+            known |= {id(parameter): parameter for parameter in module.parameters()}
+        size, chosen = 0, {}
+        for key, parameter in sorted(known.items(), key=lambda item: item[1].numel()):
+            size += parameter.numel()
+            if size <= FOLLOWED:
+                chosen[key] = parameter
+        return chosen
+
+    # Updates
+
+    def on_optimizer(self, original, args, kwargs):
+        result = original(*args, **kwargs)
+        if not any(known is args[0] for known in self.optimizers):
+            self.optimizers.append(args[0])
+            self.load("optimizer_made", of=args[0])
+        return result
+
+    def before_step(self, optimizer, args, kwargs) -> None:
+        if self.waiting is not None:
+            return
+        if len(self.steps) >= self.wanted:  # of a training that calls no backward()
+            raise Enough
+        self.stepped = True
+        if not any(known is optimizer for known in self.optimizers):
+            self.optimizers.append(optimizer)
+        if self.step.updates and (len(args) > 1 or kwargs.get("closure") is not None):
+            self.close_step()  # whose backward passes are within it
+        with self.alone():
+            groups, ids, squares = [], [], 0.0
+            before: dict[int, torch.Tensor] = {}
+            gradients: dict[int, torch.Tensor | None] = {}
+            state: dict[int, dict[str, Any]] = {}
+            followed = self.followed()
+            own = is_own(optimizer)
+            for group in optimizer.param_groups:
+                kept = {key: value for key, value in group.items() if key != "params"}
+                kept["ids"] = [id(parameter) for parameter in group["params"]]
+                kept = {
+                    key: float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for key, v in kept.items()
+                }
+                groups.append(kept)
+                ids += kept["ids"]
+                for parameter in group["params"]:
+                    key, grad = id(parameter), parameter.grad
+                    if grad is not None:
+                        squares += float(grad.detach().float().pow(2).sum())
+                    gradients[key] = None
+                    if key in followed:
+                        before[key] = parameter.detach().clone()
+                        if grad is not None and not grad.is_sparse:
+                            gradients[key] = grad.detach().clone()
+                        if own:
+                            state[key] = {
+                                name: value.detach().clone() if isinstance(value, torch.Tensor) else value
+                                for name, value in optimizer.state.get(parameter, {}).items()
+                            }
+        closure = len(args) > 1 or kwargs.get("closure") is not None
+        update = Update(optimizer, place(), groups, ids, before, gradients, state, squares**0.5, own, closure)
+        self.step.updates.append(update)
+        self.step.events.append(Event("step", update.where, {"of": optimizer}))
+        self.inside += 1
+
+    def after_step(self, optimizer, args, kwargs) -> None:
+        if self.waiting is not None:
+            return
+        self.inside = max(0, self.inside - 1)
+        update = self.step.updates[-1]
+        with self.alone():
+            for key, parameter in self.followed().items():
+                if key in update.before:
+                    update.after[key] = parameter.detach().clone()
+        self.used.update(update.ids)
+
+    def find_update_by_hand(self, module: nn.Module) -> None:
+        """An update that no optimizer made: parameters that have changed since the last backward pass."""
+        with self.alone():
+            followed = self.followed()
+            changed = {
+                key: before
+                for key, before in self.reference.items()
+                if key in followed and not torch.equal(before, followed[key])
+            }
+            if not changed:
+                return
+            made: dict[int, torch.Tensor | None] = {key: self.step.gradients.get(key) for key in changed}
+            norm = float(sum(g.double().pow(2).sum() for g in made.values() if g is not None)) ** 0.5
+            update = Update(None, "", [{"ids": list(changed)}], list(changed), changed, made, {}, norm, True)
+            update.after = {key: followed[key].detach().clone() for key in changed}
+            self.step.updates.append(update)
+            self.used.update(changed)
+        self.close_step()
+
+    def close_step(self) -> None:
+        if not self.step.updates:
+            return
+        for loss in self.step.losses:
+            loss.output = loss.output.detach()  # lets go of the graph
+        for forward in self.step.forwards:
+            forward.output = detached(forward.output)
+        self.steps.append(self.step)
+        self.step = Step()
+
+    # Others
+
+    def clip_figures(self, args, kwargs) -> dict[str, Any]:
+        return {"limit": float(args[1] if len(args) > 1 else kwargs.get("max_norm", float("nan")))}
+
+    def on_scale(self, original, args, kwargs):
+        scaled = original(*args, **kwargs)
+        if not self.inside and args[0].is_enabled():
+            if self.step.updates and not self.enough():
+                self.close_step()
+            self.note("scale", of=args[0])
+            if not self.enough():
+                self.step.scale = float(args[0].get_scale())
+        return scaled
+
+    def on_schedule(self, original, args, kwargs):
+        scheduler = args[0]
+        caller = sys._getframe(2).f_code.co_filename
+        if not any(known is scheduler for known in self.schedulers):
+            self.schedulers.append(scheduler)
+            self.load("scheduler_made", of=scheduler)
+        if os.path.basename(caller) != "lr_scheduler.py":
+            self.note("schedule", of=scheduler)
+        return original(*args, **kwargs)
+
+    def on_load(self, original, args, kwargs):
+        loaded = original(*args, **kwargs)
+        kinds = set(contents(loaded))
+        self.load("file", kinds=kinds)
+        return loaded
+
+    def on_batch(self, original, args, kwargs):
+        batch = original(*args, **kwargs)
+        iterator = args[0]
+        self.check_time()
+        if not any(known() is iterator for known, _ in self.loaders):
+            with suppress(TypeError):
+                self.loaders.append((weakref.ref(iterator), loader_facts(iterator)))
+        if torch.is_grad_enabled() and self.waiting is None:
+            kept = [(name, one.detach().clone()) for name, one in named_tensors(batch) if one.numel() <= 1_000_000]
+            self.pending.append(kept)
+        return batch
+
+
+def is_index(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dtype in (torch.int64, torch.int32)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_own(optimizer: Any) -> bool:
+    """Whether the optimizer is the user's code, not a library's."""
+    file = getattr(sys.modules.get(type(optimizer).__module__), "__file__", None)
+    return file is None or not is_library(file)
+
+
+def detached(value: Any) -> list[torch.Tensor]:
+    return [tensor.detach() for tensor in tensors_in(value) if tensor.is_floating_point()]
+
+
+def named_tensors(batch: Any) -> list[tuple[str, torch.Tensor]]:
+    if isinstance(batch, torch.Tensor):
+        return [("", batch)]
+    if isinstance(batch, dict):
+        return [(str(name), one) for name, one in batch.items() if isinstance(one, torch.Tensor)]
+    if isinstance(batch, (list, tuple)):
+        return [(str(n), one) for n, one in enumerate(batch) if isinstance(one, torch.Tensor)]
+    return []
+
+
+def loader_facts(iterator: Any) -> dict[str, Any]:
+    sampler = getattr(iterator, "_index_sampler", None)
+    inner = getattr(sampler, "sampler", sampler)
+    dataset = getattr(iterator, "_dataset", None)
+    facts: dict[str, Any] = {"dataset": dataset, "sampler": type(inner).__name__, "grad": torch.is_grad_enabled()}
+    facts["loader"] = id(sampler)
+    facts["kept"] = sampler  # so that its id stays its own
+    indices = getattr(inner, "indices", None)
+    facts["indices"] = None if indices is None else [int(index) for index in indices]
+    with suppress(TypeError, NotImplementedError):
+        facts["batches"] = len(iterator)
+    facts["where"] = place()
+    return facts
+
+
+def contents(value: Any, depth: int = 2) -> Iterator[str]:
+    """What a loaded file holds: optimizer, scheduler, model or rng."""
+    if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.numel() > 1000:
+        yield "rng"
+    if not isinstance(value, dict):
+        return
+    if "param_groups" in value and "state" in value:
+        if value["state"]:
+            yield "optimizer"
+    elif "last_epoch" in value and ("_step_count" in value or "base_lrs" in value):
+        yield "scheduler"
+    elif value and all(isinstance(item, torch.Tensor) for item in value.values()) and len(value) > 1:
+        yield "model"
+    elif depth:
+        for item in value.values():
+            yield from contents(item, depth - 1)
+
+
+def row_weights(loss: Loss, factor: torch.Tensor) -> torch.Tensor | None:
+    """(N,): the factor of each row's cross-entropy, from the factor of the loss's output."""
+    targets = loss.targets
+    counted = torch.ones_like(targets, dtype=torch.bool) if loss.ignore_index is None else targets != loss.ignore_index
+    number = counted.sum().clamp(min=1)
+    if loss.kind == "gather":
+        if loss.rows is None or factor.numel() != targets.numel():
+            return None
+        rows = loss.rows.double()
+        weights = -factor.reshape(-1)
+        if are_probabilities(rows):
+            weights = weights * rows.gather(1, targets[:, None])[:, 0]
+        return weights
+    if loss.reduction == "mean":
+        if loss.options.get("weight") is not None:
+            return None
+        return counted * factor / number
+    if loss.reduction == "sum":
+        return counted * factor
+    if loss.reduction == "divided":
+        return counted * factor / loss.options["divisor"]
+    return counted * factor.reshape(-1) if factor.numel() == targets.numel() else None
+
+
+def are_probabilities(rows: torch.Tensor) -> bool:
+    """Whether each row is a distribution."""
+    sums = rows.sum(-1, dtype=torch.float64)
+    return bool((rows >= 0).all()) and bool(((sums - 1).abs() < 1e-3 if rows.shape[-1] > 1 else sums > 2).all())

@@ -1,0 +1,648 @@
+"""Whether the updates are what the optimizer's settings say, and whether these settings and the schedule make sense."""
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from .findings import NOTE, Finding
+from .gradients import Names, counted
+from .record import Recorder, Step, Update
+
+# Decay above this share of the gradient's norm is part of the gradient, not a correction of it.
+L2_SHARE = 0.1
+ADAMS = ("Adam", "NAdam", "RAdam", "Adamax")
+# Elements of an update that are replayed.
+REPLAYED = 40_000
+
+
+def default_groups(update: Update) -> list[dict[str, Any]]:
+    return [group for group in update.groups if group.get("ids")]
+
+
+class UpdateFindings:
+    """The findings about the updates of a recorded run."""
+
+    def __init__(self, recorder: Recorder, names: Names):
+        self.recorder = recorder
+        self.names = names
+        self.steps = recorder.steps
+        self.findings: list[Finding] = []
+
+    def all(self) -> list[Finding]:
+        if not self.steps:
+            return []
+        self.optimizers()
+        self.twice()
+        self.schedule()
+        self.replay()
+        self.decay()
+        self.settings()
+        self.unmoved()
+        return self.findings
+
+    def add(self, name: str, *args: Any, **kwargs: Any) -> bool:
+        if name not in {finding.name for finding in self.findings}:
+            self.findings.append(Finding(name, *args, **kwargs))
+        return True
+
+    def updates(self) -> list[tuple[int, Step, Update]]:
+        return [(n, step, update) for n, step in enumerate(self.steps) for update in step.updates]
+
+    # Optimizers
+
+    def optimizers(self) -> None:
+        kinds: dict[int, list[Any]] = {}
+        for step in self.steps:
+            for update in step.updates:
+                for key in update.ids[:1]:
+                    if update.optimizer is not None and not any(one is update.optimizer for one in kinds.get(key, [])):
+                        kinds.setdefault(key, []).append(update.optimizer)
+        for several in kinds.values():
+            if len(several) > 1 and len(self.steps) > 1 and len(self.steps[0].updates) < len(several):
+                made = [event for event in self.recorder.loaded if event.what == "optimizer_made"]
+                self.add(
+                    "optimizer-recreated",
+                    f"{len(several)} optimizers were made for the same parameters in {len(self.steps)} steps, so each "
+                    "begins without moments and without a step count",
+                    made[-1].where if made else "",
+                    "make the optimizer once, before the loop",
+                    "the steps were made by different objects",
+                    figures={"optimizers": len(several)},
+                )
+
+    def twice(self) -> None:
+        for _, step in enumerate(self.steps):
+            seen: dict[int, int] = {}
+            optimizers = {id(update.optimizer): update for update in step.updates}
+            for update in optimizers.values():
+                for key in update.ids:
+                    seen[key] = seen.get(key, 0) + 1
+            double = [key for key, number in seen.items() if number > 1]
+            if double:
+                self.add(
+                    "updated-twice",
+                    f"{counted(len(double), 'parameter')} are updated twice in each step: {self.names.of(double)}",
+                    step.updates[0].where,
+                    "give each parameter to one optimizer once; a tied weight is one parameter",
+                    "the groups hold the same tensor twice"
+                    + (f"; it has the names {', '.join(self.names.names.get(double[0], ['?']))}" if double else ""),
+                    figures={"parameters": len(double)},
+                )
+                return
+            calls = [update for update in step.updates if update.optimizer is step.updates[0].optimizer]
+            if len(calls) > 1 and calls[0].optimizer is not None and step.backwards:
+                self.add(
+                    "stepped-twice",
+                    f"the optimizer's step is called {len(calls)} times with one gradient",
+                    calls[1].where,
+                    "call optimizer.step() once after the backward passes",
+                    "no backward pass came between the calls",
+                )
+                return
+
+    # Learning rates
+
+    def rates(self) -> list[list[float]]:
+        return [
+            [float(group["lr"]) for update in step.updates for group in update.groups if is_number(group.get("lr"))]
+            for step in self.steps
+        ]
+
+    def schedule(self) -> None:
+        rates = self.rates()
+        if not rates or not rates[0]:
+            return
+        peak = [max(step) if step else math.nan for step in rates]
+        calls = [step.happened("schedule") for step in self.steps]
+        number = sum(map(len, calls))
+        schedulers = self.recorder.schedulers
+        made = next((event.where for event in self.recorder.loaded if event.what == "scheduler_made"), "")
+        outer = {id(event.info["of"]) for one in calls for event in one}
+        driven = [scheduler for scheduler in schedulers if id(scheduler) in outer]
+        shown = ", ".join(f"{rate:.4g}" for rate in peak)
+        figures = {"learning_rates": peak}
+        for n, step in enumerate(self.steps):
+            order = [event.what for event in step.events]
+            # One that reacts to a loss has no first learning rate to lose.
+            ordered = [e for e in step.happened("schedule") if not isinstance(e.info["of"], ReduceLROnPlateau)]
+            if ordered and "step" in order and step.events.index(ordered[0]) < order.index("step"):
+                early = ordered[0]
+                micro = len(step.happened("schedule"))
+                if micro == 1 or step.backwards <= 1:
+                    self.add(
+                        "schedule-off-by-one",
+                        "the schedule advances before the optimizer steps, so its first learning rate is never used",
+                        early.where,
+                        "optimizer.step(), then scheduler.step()",
+                        f"at step {n + 1} schedule comes before step; the learning rates used are {shown}",
+                        figures=figures,
+                    )
+                    return
+            for scheduler in driven:
+                times = [event for event in step.happened("schedule") if event.info["of"] is scheduler]
+                if len(times) > 1 and step.backwards > 1 and len(times) >= step.backwards - 1:
+                    self.add(
+                        "schedule-per-micro-batch",
+                        f"the schedule advances {len(times)} times per optimizer step, once per micro-batch",
+                        times[0].where,
+                        "call scheduler.step() once after optimizer.step()",
+                        f"the learning rates used are {shown}",
+                        figures=figures,
+                    )
+                    return
+                if len(times) > 1:
+                    self.add(
+                        "schedule-stepped-twice",
+                        f"the schedule advances {len(times)} times per optimizer step",
+                        times[0].where,
+                        "call scheduler.step() once after optimizer.step()",
+                        f"the learning rates used are {shown}",
+                        figures=figures,
+                    )
+                    return
+        if schedulers and not number and len(self.steps) > 1:
+            self.never_advanced(schedulers, made, peak, shown)
+            return
+        if all(rate == 0 for rate in peak) and len(peak) > 1:
+            self.add(
+                "learning-rate-zero",
+                f"the learning rate is 0 in all {len(peak)} steps, so nothing is learnt",
+                self.steps[0].updates[0].where,
+                "check the schedule",
+                f"the learning rates used are {shown}",
+                figures=figures,
+            )
+            return
+        if any(rate < 0 for rate in peak):
+            self.add("learning-rate-negative", f"the learning rates used are {shown}", self.steps[0].updates[0].where)
+            return
+        if len(peak) >= 3 and not schedulers and peak[0] > 1.5 * peak[1] and peak[1] < peak[2] < peak[0]:
+            self.add(
+                "schedule-off-by-one",
+                f"the first step uses {peak[0]:.4g}, the optimizer's own learning rate, not the schedule's",
+                self.steps[0].updates[0].where,
+                "set the learning rate before optimizer.step()",
+                f"the learning rates used are {shown}: a warm-up whose first step is at full rate",
+                figures=figures,
+            )
+            return
+        falling = len(peak) > 1 and (schedulers or len(set(peak)) > 1) and peak[0] >= max(peak)
+        if falling or (len(set(peak)) == 1 and not schedulers):
+            self.add(
+                "no-warm-up",
+                f"the first step uses the highest learning rate, {peak[0]:.4g}: there is no warm-up",
+                made or self.steps[0].updates[0].where,
+                "large models are trained with a linear warm-up; small ones often do without",
+                f"the learning rates used are {shown}",
+                level=NOTE,
+                figures=figures,
+            )
+
+    def never_advanced(self, schedulers: list[Any], made: str, peak: list[float], shown: str) -> None:
+        batches = max((facts.get("batches", 0) for _, facts in self.recorder.loaders if facts["grad"]), default=0)
+        horizon = max((horizon_of(scheduler) or 0 for scheduler in schedulers), default=0)
+        figures = {"learning_rates": peak, "horizon": horizon, "batches_per_epoch": batches}
+        proof = f"the learning rates used are {shown}, and scheduler.step() was not called in {len(peak)} steps"
+        remedy = "call scheduler.step() after each optimizer.step()"
+        rising = [rate for scheduler in schedulers for rate in [next_rate(scheduler)] if rate is not None]
+        now = peak[-1]
+        if now == 0:
+            says = "the schedule starts at 0 and does not advance with the steps, so the learning rate is 0"
+        elif rising and max(rising) > 1.2 * now:
+            says = "the schedule warms up, but it does not advance with the steps; warm-ups count steps"
+        elif batches > 1 and horizon >= max(2 * batches, 50) and horizon % batches == 0:
+            says = (
+                f"the schedule is made for {horizon} steps, and an epoch has {batches} batches, but it does not "
+                "advance with the steps"
+            )
+        else:
+            self.add(
+                "schedule-not-stepped",
+                "there is a schedule, but it did not advance in these steps",
+                made,
+                "if it counts steps, " + remedy,
+                proof,
+                level=NOTE,
+                figures=figures,
+            )
+            return
+        self.add("schedule-not-stepped", says, made, remedy, proof, figures=figures)
+
+    # Replay
+
+    def replay(self) -> None:
+        own = [update for _, _, update in self.updates() if update.own]
+        if not own:
+            return
+        first = own[0].optimizer
+        history = [update for update in own if update.optimizer is first]
+        if len(history) < 2 or any(event.what == "optimizer" for event in self.recorder.loaded):
+            return
+        found = explain_updates(history)
+        if found is None:
+            self.add(
+                "update-not-explained",
+                "the updates follow none of the rules that are known here",
+                history[0].where,
+                level=NOTE,
+            )
+            return
+        name, says, remedy, proof, figures = found
+        if name:
+            self.add(name, says, history[0].where, remedy, proof, figures=figures)
+
+    # Weight decay
+
+    def decay(self) -> None:
+        _, _, update = self.updates()[0]
+        groups = [group for group in default_groups(update) if is_number(group.get("weight_decay"))]
+        made = next((event.where for event in self.recorder.loaded if event.what == "optimizer_made"), update.where)
+        small, tables = [], []
+        for group in groups:
+            if not group["weight_decay"]:
+                continue
+            for key in group["ids"]:
+                parameter = self.names.parameters.get(key)
+                if parameter is None:
+                    continue
+                if parameter.dim() < 2:
+                    small.append(key)
+                elif self.is_embedding(key):
+                    tables.append(key)
+        if small:
+            self.add(
+                "decay-on-norms-and-biases",
+                f"weight decay applies to {len(small)} norms and biases: {self.names.of(small)}",
+                made,
+                "GPT-2's own recipe decays matrices only: two groups, parameters with dim() >= 2 and the others",
+                "the group that holds them has weight_decay > 0; the book does the same",
+                level=NOTE,
+                figures={"parameters": len(small)},
+            )
+        if tables:
+            self.add(
+                "decay-on-embeddings",
+                f"weight decay applies to embeddings: {self.names.of(tables)}",
+                made,
+                "some recipes leave them out; nanoGPT decays them",
+                "the group that holds them has weight_decay > 0",
+                level=NOTE,
+                figures={"parameters": len(tables)},
+            )
+        self.coupled(update, groups, made)
+
+    def is_embedding(self, key: int) -> bool:
+        return any(
+            isinstance(part, torch.nn.Embedding) and part.weight is self.names.parameters[key]
+            for module in self.names.modules
+            for part in module.modules()
+        )
+
+    def coupled(self, update: Update, groups: list[dict[str, Any]], made: str) -> None:
+        if update.own or type(update.optimizer).__name__ not in ADAMS:
+            return
+        worst, rate = 0.0, 0.0
+        for group in groups:
+            if not group["weight_decay"] or group.get("decoupled_weight_decay"):
+                continue
+            gradients = [(update.gradients.get(key), update.before.get(key)) for key in group["ids"]]
+            pairs = [(g, p) for g, p in gradients if g is not None and p is not None]
+            size = math.sqrt(sum(float(g.double().pow(2).sum()) for g, _ in pairs))
+            pull = group["weight_decay"] * math.sqrt(sum(float(p.double().pow(2).sum()) for _, p in pairs))
+            if size and pull / size > worst:
+                worst, rate = pull / size, group["weight_decay"]
+        if not worst:
+            return
+        self.add(
+            "l2-instead-of-decoupled",
+            f"{type(update.optimizer).__name__} adds weight_decay={rate:g} times the weights to the gradient, and then "
+            "divides both by the gradient's size: this is L2, not decoupled weight decay",
+            made,
+            "torch.optim.AdamW",
+            f"at the first step that term is {worst:.2g} times the gradient's norm",
+            level="fault" if worst >= L2_SHARE else NOTE,
+            figures={"decay_to_gradient": worst},
+        )
+
+    # Betas and eps
+
+    def settings(self) -> None:
+        _, _, update = self.updates()[0]
+        for group in default_groups(update):
+            betas = group.get("betas")
+            if isinstance(betas, (tuple, list)) and len(betas) >= 2 and float(betas[0]) > float(betas[1]):
+                made = next((event.where for event in self.recorder.loaded if event.what == "optimizer_made"), "")
+                self.add(
+                    "betas-swapped",
+                    f"betas={tuple(map(float, betas[:2]))}: the mean of squares forgets faster than the mean",
+                    made,
+                    f"betas=({float(betas[1]):g}, {float(betas[0]):g})",
+                    "Adam divides by the root of the second mean, which has to be the steadier one",
+                )
+            eps = float(group["eps"]) if is_number(group.get("eps")) else 0.0
+            if eps >= 1e-4 and betas is not None:
+                sizes = [g.abs().flatten() for key in group["ids"] if (g := update.gradients.get(key)) is not None]
+                sizes = [one[one > 0] for one in sizes]
+                if sizes and (every := torch.cat(sizes)).numel():
+                    middle = float(every.median())
+                    if eps > middle:
+                        made = next(
+                            (event.where for event in self.recorder.loaded if event.what == "optimizer_made"), ""
+                        )
+                        self.add(
+                            "eps-too-large",
+                            f"eps={eps:g} is larger than most of the gradient, so the update is not scaled by its size",
+                            made,
+                            "eps=1e-8",
+                            f"the median of |gradient| at the first step is {middle:.3g}",
+                            figures={"eps": eps, "median_gradient": middle},
+                        )
+
+    # Movement
+
+    def unmoved(self) -> None:
+        last_only: set[int] | None = None
+        lost = 0.0
+        for _, _, update in self.updates():
+            positive = {
+                key
+                for group in update.groups
+                for key in group["ids"]
+                if not is_number(group.get("lr")) or group["lr"] > 0
+            }
+            still = {
+                key
+                for key, before in update.before.items()
+                if key in update.after
+                and key in positive
+                and (grad := update.gradients.get(key)) is not None
+                and bool(grad.any())
+                and torch.equal(before, update.after[key])
+            }
+            last_only = still if last_only is None else last_only & still
+            low = [key for key in update.before if update.before[key].dtype in (torch.bfloat16, torch.float16)]
+            if low:
+                same = total = 0
+                for key in low:
+                    grad = update.gradients.get(key)
+                    if grad is not None and key in update.after:
+                        moving = grad != 0
+                        total += int(moving.sum())
+                        same += int((moving & (update.before[key] == update.after[key])).sum())
+                lost = max(lost, same / total if total else 0.0)
+        if last_only:
+            self.add(
+                "not-moved",
+                f"{counted(len(last_only), 'parameter')} did not move although they have gradients: "
+                f"{self.names.of(last_only)}",
+                self.steps[0].updates[0].where,
+                "check that the optimizer's step writes to these tensors, and the learning rate",
+                "they are bit for bit the same before and after each step",
+                figures={"parameters": len(last_only)},
+                level=NOTE if lost else "fault",
+            )
+        if lost > 0.5:
+            self.add(
+                "updates-lost-to-rounding",
+                f"{lost:.0%} of the elements in 16 bits with a gradient did not change: their updates are smaller than "
+                "the spacing of these numbers",
+                self.steps[0].updates[0].where,
+                "keep the weights in float32, and compute in 16 bits with autocast",
+                level=NOTE,
+                figures={"share": lost},
+            )
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def horizon_of(scheduler: Any) -> int | None:
+    """The number of steps that a schedule is made for, if it says so."""
+    numbers = [vars(scheduler).get(name) for name in ("T_max", "total_steps", "total_iters", "step_size", "T_0")]
+    numbers += [horizon_of(inner) for inner in vars(scheduler).get("_schedulers", []) if inner is not scheduler]
+    found = [int(number) for number in numbers if is_number(number)]
+    return max(found) if found else None
+
+
+def next_rate(scheduler: Any) -> float | None:
+    """What a LambdaLR would give a step later; None for others."""
+    functions = vars(scheduler).get("lr_lambdas")
+    if not functions:
+        return None
+    try:
+        return max(
+            base * float(function(int(scheduler.last_epoch) + 1))
+            for base, function in zip(scheduler.base_lrs, functions, strict=True)
+        )
+    except Exception:  # the user's function
+        return None
+
+
+# Rules of Adam's family: how they differ from AdamW, as (name, what it says, remedy).
+RULES: dict[str, tuple[str, str]] = {
+    "no-bias-correction": (
+        "the moments are not corrected for their start at 0",
+        "divide m by 1 − β₁ᵗ and v by 1 − β₂ᵗ",
+    ),
+    "first-moment-uncorrected": ("the first moment is not corrected for its start at 0", "divide m by 1 − β₁ᵗ"),
+    "second-moment-uncorrected": ("the second moment is not corrected for its start at 0", "divide v by 1 − β₂ᵗ"),
+    "bias-correction-off-by-one": ("the bias correction counts steps from 0 or 2, not from 1", "count from t = 1"),
+    "eps-inside-root": ("eps is added inside the root", "√v̂ + eps"),
+    "no-root": ("the update is divided by v, not by its root", "m̂ / (√v̂ + eps)"),
+    "betas-swapped": ("β₁ and β₂ are used in place of each other", "m with β₁, v with β₂"),
+    "moments-forgotten": ("the moments start at 0 in each step", "keep m and v between the steps"),
+    "state-forgotten": ("the moments and the step count start at 0 in each step", "keep m, v and t between the steps"),
+    "gradient-not-averaged": ("the gradient is used in place of its running mean", "m̂ / (√v̂ + eps)"),
+    "l2-instead-of-decoupled": ("weight decay is added to the gradient (L2), not decoupled", "p −= lr · decay · p"),
+    "decay-not-scaled-by-lr": ("weight decay is not multiplied by the learning rate", "p −= lr · decay · p"),
+    "decay-missing": ("the group's weight_decay is not applied", "p −= lr · decay · p"),
+    "decay-adds": ("weight decay makes the weights grow", "p −= lr · decay · p, with a minus"),
+    "one-beta-for-both": ("both moments have the same β", "m with β₁, v with β₂"),
+    "correction-outside-root": ("v is corrected for its start after the root, not before", "√(v / (1 − β₂ᵗ)) + eps"),
+    "ascent": ("the update goes up the gradient", "p −= lr · …, with a minus"),
+}
+
+
+def explain_updates(history: list[Update]) -> tuple[str, str, str, str, dict[str, Any]] | None:
+    """The rule that reproduces the updates of one optimizer of the user's, from its first step on; None if none does.
+
+    The name is empty if the rule is right: SGD, momentum, Adam or AdamW.
+    """
+    chosen, size = [], 0
+    for key in history[0].ids:
+        usable = all(
+            update.gradients.get(key) is not None and key in update.after and key in update.before for update in history
+        )
+        if usable and bool(history[0].gradients[key].any()) and size < REPLAYED:  # type: ignore[union-attr]
+            chosen.append(key)
+            size += history[0].before[key].numel()
+    if not chosen or any(
+        update.before[key].dtype in (torch.bfloat16, torch.float16) for update in history for key in chosen
+    ):
+        return None
+    groups = {key: group for group in history[0].groups for key in group["ids"]}
+    by_group: dict[int, list[int]] = {}
+    for key in chosen:
+        by_group.setdefault(id(groups[key]), []).append(key)
+    keys = max(by_group.values(), key=len)
+    group = groups[keys[0]]
+
+    def flat(tensors) -> torch.Tensor:
+        return torch.cat([tensor.detach().double().flatten()[:REPLAYED] for tensor in tensors])
+
+    before = [flat(update.before[key] for key in keys) for update in history]
+    after = [flat(update.after[key] for key in keys) for update in history]
+    gradients = [flat(update.gradients[key] for key in keys) for update in history]
+    rates = [
+        next((float(g["lr"]) for g in update.groups if keys[0] in g["ids"] and is_number(g.get("lr"))), None)
+        for update in history
+    ]
+    return search_rules(before, after, gradients, rates, group)
+
+
+def search_rules(before, after, gradients, rates, group) -> tuple[str, str, str, str, dict[str, Any]] | None:
+    decay = float(group.get("weight_decay") or 0.0)
+    betas = group.get("betas") or (group.get("beta1", 0.9), group.get("beta2", 0.999))
+    usual = (float(betas[0]), float(betas[1])) if isinstance(betas, (tuple, list)) else (0.9, 0.999)
+    eps = float(group.get("eps") or 1e-8)
+    momentum = float(group.get("momentum") or 0.0)
+    deltas = [later - earlier for earlier, later in zip(before, after, strict=True)]
+    if not all(bool(delta.any()) for delta in deltas):
+        return None
+
+    def rate_of(rule: "Rule", step: int, direction: torch.Tensor) -> float:
+        """The learning rate: the group's, or the one that fits best."""
+        if rates[step] is not None:
+            return rates[step]
+        slope = float((deltas[step] * direction).sum() / direction.pow(2).sum().clamp(min=1e-300))
+        return slope if rule.ascent else -slope
+
+    def misfit(rule: "Rule") -> float:
+        """The largest error over the steps, in units of what rounding explains."""
+        worst, used = 0.0, []
+        one, two = rule.betas or usual
+        directions = rule.directions(before, gradients, one, two, eps, rule.momentum or momentum, decay)
+        for step, (direction, delta) in enumerate(zip(directions, deltas, strict=True)):
+            rate = rate_of(rule, step, direction)
+            used.append(rate)
+            if rates[step] is None and (rate <= 0 or abs(rate - used[0]) > 1e-3 * used[0]):
+                return math.inf  # a rate that is not told has to be the same in all steps
+            pull = rule.pull(rate, decay) * before[step]
+            predicted = -rate * direction * (-1 if rule.ascent else 1) - pull
+            if rule.kind == "adam, decay last":
+                predicted = -rate * direction - rate * decay * (before[step] - rate * direction)
+            # float32 weights and moments are rounded; the sum of both bounds what a correct program may differ by
+            unit = 1.2e-7 * (before[step].abs() * 2 + delta.abs() * 16).pow(2).mean().sqrt() + 1e-30
+            error = (predicted - delta).pow(2).mean().sqrt()
+            worst = max(worst, float(error / unit))
+        return worst
+
+    fits = [(rule, misfit(rule)) for rule in rules(decay, told=bool(group.get("betas")), rated=rates[0] is not None)]
+    good = [(rule, error) for rule, error in fits if error < 8]
+    if not good:
+        return None
+    if any(not rule.faults for rule, _ in good):
+        return "", "", "", "", {}
+    fewest = min(len(rule.faults) for rule, _ in good)
+    rule, error = min(((r, e) for r, e in good if len(r.faults) == fewest), key=lambda item: item[1])
+    right = min(e for r, e in fits if not r.faults)
+    says = " and ".join(RULES[fault][0] for fault in rule.faults)
+    remedy = "; ".join(RULES[fault][1] for fault in rule.faults)
+    others = sorted({"+".join(r.faults) for r, _ in good if len(r.faults) == fewest} - {"+".join(rule.faults)})
+    proof = (
+        f"replayed in float64, this rule reproduces {len(deltas)} updates to {error:.2g} times float32's rounding; "
+        f"the right rule is off by {right:.2g} times"
+    )
+    if others:
+        proof += f". So do: {', '.join(others)}"
+    return (
+        rule.faults[0],
+        says,
+        remedy,
+        proof,
+        {"error": error, "error_of_the_right_rule": right, "faults": rule.faults},
+    )
+
+
+class Rule:
+    """An update rule: Adam's with faults, or SGD's."""
+
+    def __init__(
+        self,
+        faults: tuple[str, ...] = (),
+        kind: str = "adam",
+        betas: tuple[float, float] | None = None,
+        momentum: float = 0.0,
+    ):
+        self.faults = list(faults)
+        self.kind = kind
+        self.betas = betas
+        self.momentum = momentum
+        self.ascent = "ascent" in faults
+
+    def pull(self, rate: float, decay: float) -> float:
+        if not self.kind.startswith("adam") or {"l2-instead-of-decoupled", "decay-missing"} & set(self.faults):
+            return 0.0
+        if "decay-not-scaled-by-lr" in self.faults:
+            return decay
+        return -rate * decay if "decay-adds" in self.faults else rate * decay
+
+    def directions(self, before, gradients, one, two, eps, momentum, decay):
+        faults = set(self.faults)
+        if "betas-swapped" in faults:
+            one, two = two, one
+        m = v = torch.zeros_like(gradients[0])
+        for t, (weights, gradient) in enumerate(zip(before, gradients, strict=True), start=1):
+            if self.kind == "sgd" or "l2-instead-of-decoupled" in faults:
+                gradient = gradient + decay * weights
+            if self.kind == "sgd":
+                m = momentum * m + gradient if t > 1 else gradient
+                yield m
+                continue
+            if "state-forgotten" in faults:
+                t = 1
+            if faults & {"moments-forgotten", "state-forgotten"}:
+                m = v = torch.zeros_like(gradient)
+            m = one * m + (1 - one) * gradient
+            if "one-beta-for-both" in faults:
+                two = one
+            v = two * v + (1 - two) * gradient**2
+            count = t + (1 if "bias-correction-off-by-one" in faults else 0)
+            first = 1 - one**count
+            second = 1 - two**count
+            if faults & {"no-bias-correction", "first-moment-uncorrected"}:
+                first = 1.0
+            if faults & {"no-bias-correction", "second-moment-uncorrected"}:
+                second = 1.0
+            mean, square = m / first, v / second
+            if "gradient-not-averaged" in faults:
+                mean = gradient
+            if self.kind == "adam, eps before correction":
+                yield mean / (v.sqrt() + eps) * second**0.5
+            elif "correction-outside-root" in faults:
+                yield mean / (v.sqrt() / second + eps)
+            elif "no-root" in faults:
+                yield mean / (square + eps)
+            elif "eps-inside-root" in faults:
+                yield mean / (square + eps).sqrt()
+            else:
+                yield mean / (square.sqrt() + eps)
+
+
+def rules(decay: float, told: bool, rated: bool) -> list[Rule]:
+    """Right rules first; then Adam's with one fault, then with two. `told`: the betas are; `rated`: the rates are."""
+    decays = ["l2-instead-of-decoupled", "decay-not-scaled-by-lr", "decay-missing", "decay-adds"] if decay else []
+    moments = [name for name in RULES if name not in {*decays, "ascent"} and not name.startswith(("decay", "l2"))]
+    found = [Rule(), Rule(kind="sgd"), Rule(kind="adam, decay last"), Rule(kind="adam, eps before correction")]
+    if not rated:
+        found.append(Rule(kind="sgd", momentum=0.9))
+    if not told:
+        found += [Rule(betas=(0.9, two)) for two in (0.95, 0.98, 0.99)]
+    found += [Rule((name,)) for name in (*moments, *decays, "ascent")]
+    found.append(Rule(("ascent",), kind="sgd"))
+    found += [Rule(pair) for pair in itertools.product(moments, decays)]
+    return found
