@@ -20,7 +20,7 @@ TEXT = (
 )
 WIDTH, HEIGHT, SCALE = 1180, 2700, 1.25
 # From where to where on the page, in its own pixels.
-PARTS = {"compare.png": (0, 1074), "compare-attention.png": (1074, 2032)}
+PARTS = {"compare.png": (0, 1031), "compare-attention.png": (1031, 1906)}
 
 
 def main() -> None:
