@@ -451,10 +451,15 @@ def units(own: Shapes, used: Uses) -> dict[str, dict[str, str]]:
     matrices of its own makes one unit for each.
     """
     pairs = {name: use.partner for name, use in used.items() if use.partner and use.partner in own}
-    pairs = {bias: weight for bias, weight in pairs.items() if weight not in pairs}
     together: dict[str, list[str]] = {}
     for name in own:
         together.setdefault(name.rpartition(".")[0], []).append(name)
+    # Two in one module belong together, whatever a mistaken forward pass adds them to.
+    pairs = {
+        bias: weight
+        for bias, weight in pairs.items()
+        if weight not in pairs and (weight in (near := together[bias.rpartition(".")[0]]) or len(near) != 2)
+    }
     result: dict[str, dict[str, str]] = {}
     for path, names in together.items():
         alone = [name for name in names if name not in pairs and name not in pairs.values()]

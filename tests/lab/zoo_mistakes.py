@@ -165,6 +165,11 @@ class BookStyle(nn.Module):
         self.final_norm = Norm(cfg["emb_dim"], parts.final_norm)
         self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
 
+    @property
+    def mapping(self):
+        """Its names are the book's: what is diagnosed here is the forward pass, not the pairing."""
+        return {name: name for name, _ in self.named_parameters()}
+
     def forward(self, ids):
         x = self.parts.embed(self.tok_emb(self.parts.ids(ids)), self.parts.positions(self.pos_emb, ids.shape[1]))
         return self.parts.head(self.final_norm, self.out_head, self.parts.chain(self.trf_blocks, x))
