@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_zoo import HEALTHY, SABOTAGES, SCRIPTS, changed, watched
 from typer.testing import CliRunner
-from zoo import HEALTHY, SABOTAGES, SCRIPTS, changed, watched
 
 from hf_gpt_scratch import LabError, watch
 from hf_gpt_scratch.cli.app import app
