@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_zoo import HEALTHY, SABOTAGES, SCRIPTS, changed, watched
 from typer.testing import CliRunner
-from zoo import HEALTHY, SABOTAGES, SCRIPTS, changed, watched
 
 from hf_gpt_scratch import LabError, watch
 from hf_gpt_scratch.cli.app import app
@@ -39,6 +39,8 @@ def own_random_numbers():
     yield
     torch.set_rng_state(state)
     torch.set_default_dtype(dtype)
+    torch.autograd.set_detect_anomaly(False)
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
 @pytest.mark.parametrize("case", cases(SABOTAGES))
