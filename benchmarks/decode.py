@@ -32,9 +32,10 @@ class Case:
         return f"batch {self.batch}, {self.prompt}+{self.new_tokens} tokens"
 
     @property
-    def slow(self) -> str:
-        """Pattern of the rows to leave out, which would take minutes."""
-        return "no cache|eager" if self.batch * self.prompt > 128 else "$^"
+    def left_out(self) -> str:
+        """Pattern of the rows to leave out, which would take minutes, or are for one sequence only."""
+        slow = "no cache|eager" if self.batch * self.prompt > 128 else "$^"
+        return slow if self.batch == 1 else f"{slow}|prompt lookup"
 
 
 def parsed(text: str) -> list[Case]:
@@ -58,7 +59,7 @@ def measure(report: Report, case: Case, engines: dict[str, Any], vocab_size: int
         {
             name: partial(engine.generate, ids, case.new_tokens)
             for name, engine in engines.items()
-            if not re.search(case.slow, name)
+            if not re.search(case.left_out, name)
         },
         rounds,
     )
@@ -86,13 +87,19 @@ def main(
     output: Output = harness.RESULTS,
     quick: Quick = False,
     cpu_time: CPUTime = False,
+    repeating: Annotated[bool, typer.Option(help="Random weights whose text repeats itself.")] = False,
 ) -> None:
     """Milliseconds per token of greedy generation: batch 1 to 8, short and long prompts, all engines."""
     harness.use_threads(threads, cpu_time)
     if quick:
         size, rounds, only, cases = "tiny", 2, only or harness.QUICK, "1x5+6,2x9+4"
     report = Report("decode", "Greedy generation, a token", {"model": checkpoint or size, "rounds": rounds})
-    with harness.official_checkpoint(size, checkpoint) as directory, built(directory, only, report) as engines:
+    if repeating:
+        report.settings["text"] = "repeating"
+    with (
+        harness.official_checkpoint(size, checkpoint, repeating) as directory,
+        built(directory, only, report) as engines,
+    ):
         vocab_size = engines[REFERENCE].model.config.vocab_size
         passed = [measure(report, case, engines, vocab_size, rounds) for case in parsed(cases)]
     report.write(output)

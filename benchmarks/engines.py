@@ -54,6 +54,7 @@ class Transformers:
         compiled: compile the prefill, and with a static cache the decoding step, with `torch.compile`.
         inductor: options of the compiler.
         mode: the mode in which the decoding step is compiled.
+        lookup: guess up to so many tokens at once from the text so far, and check them together; for one sequence.
     """
 
     backend = "inductor"
@@ -67,10 +68,11 @@ class Transformers:
         mode="default",
         inductor=None,
         device="cpu",
+        lookup=None,
         **options,
     ):
         self.model = self.loaded(model_class, checkpoint, **options).to(device)
-        self.static, self.compiled = static, compiled
+        self.static, self.compiled, self.lookup = static, compiled, lookup
         self.how = dict(options=inductor, mode=None) if inductor else dict(mode=mode)
         self.forward = torch.compile(self.model, backend=self.backend, **self.how) if compiled else self.model
 
@@ -86,6 +88,7 @@ class Transformers:
     def generate(self, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:  # (B, T)
         # The checkpoint's own settings would stop at its end-of-text token.
         settings = GenerationConfig(max_new_tokens=new_tokens, pad_token_id=0, disable_compile=not self.compiled)
+        settings.prompt_lookup_num_tokens = self.lookup
         if self.static:
             settings.cache_implementation = "static"
         if self.compiled:
@@ -302,6 +305,7 @@ def repeated(function: Callable[[], Any], times: int) -> None:
 
 BFLOAT16 = dict(dtype=torch.bfloat16)
 STATIC, COMPILED = dict(static=True), dict(static=True, compiled=True)
+LOOKUP = dict(lookup=10)
 BFLOAT16_HEAD = dict(left=("out_head",))
 CPP_WRAPPER = {**COMPILED, "inductor": {"cpp_wrapper": True}}
 OURS, THEIRS = (
@@ -315,6 +319,7 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "transformers GPT-2, static cache": functools.partial(THEIRS, **STATIC),
     "transformers GPT-2, compiled": functools.partial(THEIRS, **COMPILED),
     "transformers GPT-2, compiled, C++ wrapper": functools.partial(THEIRS, **CPP_WRAPPER),
+    "transformers GPT-2, prompt lookup": functools.partial(THEIRS, **LOOKUP),
     "transformers GPT-2, no cache": functools.partial(NoCache, GPT2LMHeadModel),
     "transformers GPT-2, bf16": functools.partial(THEIRS, **BFLOAT16),
     "transformers GPT-2, bf16, compiled": functools.partial(THEIRS, **BFLOAT16, **COMPILED),
@@ -324,6 +329,8 @@ ENGINES: dict[str, Callable[[Path], Any]] = {
     "ours, static cache": functools.partial(OURS, **STATIC),
     "ours, compiled": functools.partial(OURS, **COMPILED),
     "ours, compiled, C++ wrapper": functools.partial(OURS, **CPP_WRAPPER),
+    "ours, prompt lookup": functools.partial(OURS, **LOOKUP),
+    "ours, for_decoding, prompt lookup": functools.partial(ForDecoding, GPTScratchForCausalLM, **LOOKUP),
     "ours, no cache": functools.partial(NoCache, GPTScratchForCausalLM),
     "ours, bf16": functools.partial(OURS, **BFLOAT16),
     "ours, bf16, compiled": functools.partial(OURS, **BFLOAT16, **COMPILED),

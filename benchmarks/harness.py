@@ -62,8 +62,11 @@ def gpt2_config(size: str) -> GPT2Config:
 
 
 @contextmanager
-def official_checkpoint(size: str, checkpoint: Path | None = None) -> Iterator[Path]:
-    """A directory with an official checkpoint: the one given, or seeded random weights, biases and norms."""
+def official_checkpoint(size: str, checkpoint: Path | None = None, repeating: bool = False) -> Iterator[Path]:
+    """A directory with an official checkpoint: the one given, or seeded random weights, biases and norms.
+
+    With `repeating`, they are so small that the text repeats itself.
+    """
     if checkpoint is not None:
         yield checkpoint
         return
@@ -74,7 +77,7 @@ def official_checkpoint(size: str, checkpoint: Path | None = None) -> Iterator[P
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
-                else:  # with GPT-2's own initialisation greedy ids repeat one id, whatever the engine
+                elif not repeating:  # with GPT-2's own initialisation greedy ids repeat one id, whatever the engine
                     parameter.normal_(0, 1.6 * model.config.n_embd**-0.5)
         model.save_pretrained(directory)
         del model

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .model.modeling_gpt_scratch import GPTScratchForCausalLM
 
 # Rows that the weights are packed for, and to which fewer are filled up. On an AMD CPU (benchmarks/few_rows.py) 4 rows
-# take as long as 1 with the weight as it is, 8 a quarter longer, and 512 as long as with the weight as it is.
+# take about as long as 1 with the weight as it is, 8 a quarter longer, and 512 as long as with the weight as it is.
 PACKED_FOR, FEWEST = 8, 4
 
 
@@ -120,6 +120,8 @@ class ForDecoding(GPTScratchForCausalLM):
 
 def for_decoding(model: GPTScratchForCausalLM) -> GPTScratchForCausalLM:
     """A frozen copy of a language model that generates the same ids faster, for 2 sequences and more.
+
+    For one sequence it is slower than the model itself.
 
     It has `.generate()` with all its modes, and forward passes without gradients, on a CPU in float32. All linear
     layers are packed, a tied head too, which costs its size more than the model: `get_memory_footprint()` tells the
