@@ -113,7 +113,8 @@ def html_report(comparison: "Comparison", decoding: "DecodingReport | None" = No
     if decoding is not None:
         sections = [decoding_section(decoding), *sections]
         if not decoding.right:
-            verdict = replace(verdict, state="bad", text=f"{verdict.text} {decoding.verdict}.".strip())
+            headline = decoding.verdict if comparison.same else f"{verdict.headline}. {decoding.verdict}"
+            verdict = replace(verdict, state="bad", headline=headline)
     return page(title_of(comparison), verdict, sections)
 
 
@@ -123,8 +124,12 @@ def decoding_section(decoding: "DecodingReport") -> Section:
         finding(f"{one.name}: {one.says}", [("where", one.where), ("fix", one.remedy)], one.proof)
         for one in decoding.findings
     ]
-    rows = [(check.where, check.what, check.outcome, check.why) for check in decoding.checks]
-    checks = table(("where", "question", "outcome", "why"), rows)
+    several = len(decoding.decoders) > 1
+    rows = [
+        (f"{check.where}: {check.what}" if several else check.what, check.outcome, check.why)
+        for check in decoding.checks
+    ]
+    checks = table(("question", "outcome", "why"), rows)
     return Section("Decoding", lines([*findings, checks]), note=" ".join([f"{decoding.verdict}.", *decoding.notes]))
 
 

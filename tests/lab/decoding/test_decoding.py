@@ -136,11 +136,16 @@ def test_the_command(tmp_path):
     for case, status in ((zoo.right("layers"), 0), (first_of("cache-not-reset"), 3)):
         (tmp_path / "mine.py").write_text(case.source)
         arguments = ["compare", tmp_path / "reference", f"{tmp_path / 'mine.py'}:GPTModel", "--decode"]
-        result = CliRunner().invoke(app, [*map(str, arguments), "--json", str(tmp_path / "figures.json")])
+        outputs = ["--json", str(tmp_path / "figures.json"), "--html", str(tmp_path / "report.html")]
+        result = CliRunner().invoke(app, [*map(str, arguments), *outputs])
         assert result.exit_code == status, result.output
         figures = json.loads((tmp_path / "figures.json").read_text())
         assert figures["same"] is True and figures["decoding"]["names"] == list(case.names)
         assert figures["decoding"]["verdict"] in result.output
+        page = (tmp_path / "report.html").read_text()
+        assert figures["decoding"]["verdict"] in page
+        assert ('class="verdict bad"' in page) == bool(case.names), "decoding is wrong, and the logits are the same"
+        assert all(name in page for name in case.names)
 
 
 @pytest.mark.parametrize(
