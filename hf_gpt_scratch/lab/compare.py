@@ -413,7 +413,12 @@ def compare_models(
             for side, subject in (("reference", reference), ("candidate", candidate))
         }
     if gradients or (gradients is None and reference.is_language_model and result.equivalent):
-        result.gradients = gradient_errors(reference, candidate, input_ids, getattr(torch, dtype))
+        try:
+            result.gradients = gradient_errors(reference, candidate, input_ids, getattr(torch, dtype))
+        except LabError as error:
+            if gradients:
+                raise
+            result.failure = str(error)
     return result
 
 
@@ -424,7 +429,8 @@ def refuse_kinds(reference: Subject, candidate: Subject, *, gradients: bool | No
         raise LabError(f"the two are models of different kinds, {kinds}; compare two of one kind")
     if gradients and not reference.is_language_model:
         raise LabError(
-            f"gradients are those of a language model's loss, but these are {reference.kind.__name__}; drop --gradients"
+            f"gradients are those of a language model's loss, but these are {reference.kind.__name__}; leave "
+            "--gradients out"
         )
 
 

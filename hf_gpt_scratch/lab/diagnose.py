@@ -141,7 +141,10 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
         return Diagnosis.failed(error, note, 1)
     activations = deterministic_trace(comparison, candidate)
     if activations is None:
-        note = "the candidate is random even with dropout switched off; make it deterministic first"
+        note = (
+            "the candidate gives other logits when it is run again, even with dropout switched off: it is random, or "
+            "keeps something from call to call; make it deterministic first"
+        )
         return Diagnosis.failed(error, note, 1)
 
     given = {name: w.to(dtype) for name, w in candidate.weights().items()}
@@ -154,7 +157,8 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
     outcome = forward_mistakes(experiment, mistakes(config, epsilons(candidate)), thorough=not comparison.quick)
     edits = together(outcome.found)
     proof, unexplained = proved(outcome, runner, own, edits, input_ids)
-    whole = agreement(Forward(own, config, input_ids, edits)[LOGITS], activations[LOGITS])
+    simulated = Forward(own, config, input_ids, edits)[LOGITS]
+    whole = agreement(simulated, activations[LOGITS])
     explained = not outcome.unexplained and unexplained <= bound
     if activations[LOGITS].isfinite().any():
         explained &= whole <= bound
@@ -166,7 +170,8 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
     tried = experiment.tried[0] + 1
     if explained:
         return Diagnosis(faults, True, error, unexplained, tried, alternatives=outcome.alternatives, proof=proof)
-    note = unexplained_note(comparison, faults, outcome, reproduced=unexplained <= bound)
+    reproduced = reproduced_positions(simulated, activations[LOGITS], bound) if unexplained <= bound else None
+    note = unexplained_note(comparison, faults, outcome, reproduced)
     if comparison.quick:
         note += "; --quick has tried no pairs of mistakes, so try without it"
     seen = observations(runner, outcome, short)
@@ -369,13 +374,23 @@ def named_blocks(blocks: list[int], *, only: bool = False) -> str:
     return f"blocks {', '.join(map(str, blocks[:-1]))} and {blocks[-1]}"
 
 
-def unexplained_note(comparison: Comparison, faults: list[Fault], outcome: Outcome, *, reproduced: bool) -> str:
+def reproduced_positions(simulated: torch.Tensor, logits: torch.Tensor, bound: float) -> int:
+    """The number of first tokens whose logits (B, T, V) are reproduced."""
+    if simulated.shape != logits.shape:
+        return 0
+    return next(
+        (t for t in range(logits.shape[1]) if not agreement(simulated[:, t], logits[:, t]) <= bound), logits.shape[1]
+    )
+
+
+def unexplained_note(comparison: Comparison, faults: list[Fault], outcome: Outcome, reproduced: int | None) -> str:
     """What is not explained, and where it arises as far as that was recorded."""
     known = "the mistakes named do not explain everything" if faults else "no known mistake explains it"
     if not outcome.unexplained:
-        if reproduced:
+        if reproduced is not None:
             return (
-                f"{known}: the search's tokens are reproduced, but not all of those compared; compare on fewer tokens"
+                f"{known}: the first {reproduced} tokens of each sequence are reproduced, but not those from position "
+                f"{reproduced} on; look for what depends on the position: a window, a limit, a mask of another size"
             )
         return (
             f"{known}: each recorded stage is reproduced by itself, but not the logits on tokens not used in the search"
@@ -396,7 +411,8 @@ def places_in_words(places: set[int], n_layers: int) -> str:
     blocks = sorted(n for n in places if 0 <= n < n_layers)
     words = ["the embeddings"] if -1 in places else []
     words += [named_blocks(blocks)] if blocks else []
-    return ", ".join([*words, *(["what follows the blocks"] if n_layers in places else [])])
+    words += ["what follows the blocks"] if n_layers in places else []
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def run(candidate: Subject, input_ids: torch.Tensor, dtype: str, *, dropout: bool) -> Activations:

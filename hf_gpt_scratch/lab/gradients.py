@@ -93,7 +93,8 @@ def gradients_of(
                 F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
         except Exception as error:  # whatever the user's class raises
             raise LabError(
-                f"the gradients of {subject.name} cannot be computed: {type(error).__name__}: {error}; drop --gradients"
+                f"the gradients of {subject.name} cannot be computed, so it cannot be trained: {type(error).__name__}: "
+                f"{str(error)[:300]}; --no-gradients compares the logits alone"
             ) from error
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.items()}
         return subject.in_book_names(gradients)

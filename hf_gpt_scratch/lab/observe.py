@@ -68,9 +68,7 @@ def of_tokens(
         says.append(f"{stage} at a position does not depend on earlier tokens")
     if differs[1:].any():
         says.append(f"{stage} of one sequence depends on another sequence of the batch")
-    return says or [
-        f"{stage} depends on the tokens that it should: on its own and on earlier ones, in its own sequence"
-    ]
+    return says or [f"{stage} depends on its own token and on earlier ones of its own sequence, as it should"]
 
 
 def mixes(stage: str) -> bool:

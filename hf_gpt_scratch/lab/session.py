@@ -47,7 +47,12 @@ def input_tokens(tokens: str | None, text_ids: torch.Tensor | None, vocab_size: 
     if tokens is None:
         # At most half of the context, so that positions with an offset still exist.
         length = min(PROBE, max(context // 2, 1))
-        return probe_ids(vocab_size, length, length=length) if text_ids is None else text_ids[:, : min(256, context)]
+        if text_ids is not None:
+            return text_ids[:, : min(256, context)]
+        random_ids = probe_ids(vocab_size, length, length=length)
+        # Ids that code treats in another way: the first, as padding, and the last, as the end; one of them twice.
+        random_ids[0, 1:4] = torch.tensor([0, vocab_size - 1, 0])[: max(length - 1, 0)]
+        return random_ids
     try:
         ids = [int(token) for token in tokens.replace(",", " ").split()]
     except ValueError as error:
@@ -200,7 +205,7 @@ def compare(
         other_ids, failure = other_length(right, other, context)
         if other_ids is not None:
             comparison = compare_models(right, other, other_ids, gradients=gradients)
-        comparison.failure = failure
+        comparison.failure = failure or comparison.failure
     comparison.tokenizer, comparison.quick = tokenizer, quick
     if not comparison.is_language_model:
         return comparison

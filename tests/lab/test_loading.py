@@ -226,6 +226,27 @@ def test_a_model_that_does_not_run_on_all_positions_is_different(compared):
     assert not comparison.same and "does not run on 48 of 48 tokens" in comparison.verdict
 
 
+@pytest.mark.parametrize("token", [0, 210])
+def test_a_token_that_is_treated_in_another_way_is_a_difference(compared, token):
+    change = ("x = self.drop_emb(x)", f"x = torch.where((in_idx == {token})[..., None], 0, x)")
+    assert not compared(BOOK, change).same
+
+
+def test_where_a_mistake_begins_is_told(compared):
+    change = ("self.out_head(x)", "self.out_head(x) * torch.where(torch.arange(seq_len) < 30, 1.0, 1.5)[:, None]")
+    diagnosis = compared(BOOK, change).diagnosis
+    assert not diagnosis.explained and "the first 30 tokens of each sequence are reproduced" in diagnosis.note
+
+
+def test_a_model_that_cannot_be_trained_is_different_unless_the_logits_alone_are_asked_for(compared):
+    change = ("x = x + self.drop_shortcut(self.att(self.norm1(x)))", "x += self.drop_shortcut(self.att(self.norm1(x)))")
+    comparison = compared(BOOK, change)
+    assert not comparison.same and "so it cannot be trained: RuntimeError" in comparison.verdict
+    assert compared(BOOK, change, gradients=False).same
+    with pytest.raises(LabError, match="--no-gradients compares the logits alone"):
+        compared(BOOK, change, gradients=True)
+
+
 # What is asked
 
 
