@@ -393,7 +393,8 @@ def called(
 
 def given_alone(parameter: inspect.Parameter) -> bool:
     """Whether a parameter is annotated with a class, as a config is, and a size is not."""
-    return isinstance(parameter.annotation, type) and parameter.annotation not in (int, float, bool, str)
+    annotation = parameter.annotation
+    return isinstance(annotation, type) and annotation not in (parameter.empty, int, float, bool, str)
 
 
 def with_any_names(make: Callable[..., Any], arguments: dict[str, Any], settings: Settings) -> Any:

@@ -26,9 +26,9 @@ FEED_FORWARD = r"(?:ff|ffn|mlp|feed_?forward)[^.]*\."
 ALIASES = {
     "norm1": r"(layer_?)?(norm|ln)_?1|(input|attn?|attention)_(layer_?)?(norm|ln)|(layer_?)?(norm|ln)_att\w*",
     "norm2": r"(layer_?)?(norm|ln)_?2|(post_attention|ffn?|mlp)_(layer_?)?(norm|ln)|(layer_?)?(norm|ln)_(ff|mlp)\w*",
-    "att.W_query": ATTENTION + r"(w_?q(uery)?|q(uery)?(_?(proj|linear))?|to_q)",
-    "att.W_key": ATTENTION + r"(w_?k(ey)?|k(ey)?(_?(proj|linear))?|to_k)",
-    "att.W_value": ATTENTION + r"(w_?v(alue)?|v(alue)?(_?(proj|linear))?|to_v)",
+    "att.W_query": r"(.*\.)?(w_?q(uery)?|q(uery)?(_?(proj|linear))?|to_q)",
+    "att.W_key": r"(.*\.)?(w_?k(ey)?|k(ey)?(_?(proj|linear))?|to_k)",
+    "att.W_value": r"(.*\.)?(w_?v(alue)?|v(alue)?(_?(proj|linear))?|to_v)",
     "att.c_attn": ATTENTION + r"(c_attn|(w_?)?qkv(_?proj)?|in_?proj|query_key_value|to_qkv)",
     "att.kv": ATTENTION + r"(c_kv|(w_?)?kv(_?proj)?|key_value|to_kv)",
     "att.out_proj": ATTENTION + r"(out_?proj|[co]_?proj|w_?o(ut)?|proj(ection)?|dense|to_out|out)",
@@ -44,6 +44,7 @@ FUSED = tuple(f"att.{name}" for name in ("W_query", "W_key", "W_value"))
 SEVERAL = {"att.c_attn": FUSED, "att.kv": FUSED[1:]}
 ROLES = {"query": FUSED[0], "key": FUSED[1], "value": FUSED[2], "output": "att.out_proj"}
 SHIFT_NAMES = ("shift", "bias", "beta", "b", "offset")
+WEIGHT_NAMES = ("scale", "weight", "gamma", "gain", "g", "w")
 # The least difflib ratio of a similar name that is not an alias, and its least lead over the next best slot.
 ALIKE, LEAD = 0.6, 0.15
 # The layers without a bias in GPT-2, and what the model must have to be compared at all.
@@ -256,8 +257,10 @@ def match_parameters(
     taken = [name for match in matches for name in match.row.ours]
     places = places_of({name: shape for name, shape in shapes.items() if name not in given}, taken, config)
     left = [name for name, match in given.items() if match is None]
-    for place in places:
-        found, unmatched = match_place(place, module, taken, uses)
+    paired = [match_place(place, module, taken, uses) for place in places]
+    for place, (found, unmatched) in zip(places, paired, strict=True):
+        if unmatched and (like := paired_like(place, places, paired)):
+            found, unmatched = like, []
         matches += found
         left += unmatched
     refuse_doubt(type(module).__name__, left, lacking(places, matches), matches)
@@ -353,7 +356,11 @@ def match_place(place: Place, module: nn.Module, taken: list[str], uses: Uses) -
     layouts = {name: layout_of(module, place.names[name][0]) or layout_by_use(used.get(name)) for name in place.own}
     together = units(place.own, used)
     pending = {unit: fitting(place.own, kinds, free, layouts) for unit, kinds in together.items()}
-    by_unit = {unit: used[name] for unit, kinds in together.items() if (name := kinds.get("weight", "")) in used}
+    by_unit = {
+        unit: used[name]
+        for unit, kinds in together.items()
+        if (name := next((kinds[kind] for kind in ("weight", "bias") if kinds.get(kind) in used), None))
+    }
     found = settled(pending, by_unit)
     matches = []
     left = [name for unit in pending for kind in together[unit].values() for name in place.names[kind]]
@@ -371,6 +378,30 @@ def match_place(place: Place, module: nn.Module, taken: list[str], uses: Uses) -
                 row = Row(theirs, tuple(our + part for our in ours), False, "")
                 matches.append(Match(row, confidence, reason))
     return matches, left
+
+
+def paired_like(place: Place, places: list[Place], paired: list[tuple[list[Match], list[str]]]) -> list[Match]:
+    """The matches of a block that does not run: as those of another block with the same parameters, if there is one."""
+    for other, (found, unmatched) in zip(places, paired, strict=True):
+        if place.book_prefix and other.book_prefix and other.own == place.own and not unmatched:
+            theirs = {
+                name: mine
+                for short in place.own
+                for name, mine in zip(other.names[short], place.names[short], strict=True)
+            }
+            return [
+                replace(
+                    match,
+                    row=replace(
+                        match.row,
+                        theirs=theirs[match.row.theirs],
+                        ours=tuple(place.book_prefix + name.removeprefix(other.book_prefix) for name in match.row.ours),
+                    ),
+                    reason="as in the other blocks",
+                )
+                for match in found
+            ]
+    return []
 
 
 def kind_of_tensor(slot: str, kind: str) -> str:
@@ -447,10 +478,13 @@ def beside(given: Mapping[str, Match | None], shapes: Shapes) -> dict[str, Match
 def units(own: Shapes, used: Uses) -> dict[str, dict[str, str]]:
     """Parameters that belong together: {module or weight: {"weight": name, "bias": name}}.
 
-    A bias belongs to the weight after which it is added, else to the weight in its module. A module with several
-    matrices of its own makes one unit for each.
+    A bias belongs to the weight that is called alike, else to that after which it is added, else to that in its module.
+    A module with several matrices of its own makes one unit for each.
     """
-    pairs = {name: use.partner for name, use in used.items() if use.partner and use.partner in own}
+    called = {bias: name for name in own if (bias := bias_called_like(name, own))}
+    known = {*called, *called.values()}
+    pairs = {name: use.partner for name, use in used.items() if use.partner in own and name not in known}
+    pairs |= called
     together: dict[str, list[str]] = {}
     for name in own:
         together.setdefault(name.rpartition(".")[0], []).append(name)
@@ -477,6 +511,23 @@ def units(own: Shapes, used: Uses) -> dict[str, dict[str, str]]:
     return result
 
 
+def bias_called_like(weight: str, own: Shapes) -> str | None:
+    """The bias beside a weight by its name: `b_Q` of `W_Q`, `ln_1_b` of `ln_1_g`."""
+    path, dot, last = weight.rpartition(".")
+    words = re.split("(_)", last)
+    names = [
+        path + dot + "".join([*words[:i], bias, *words[i + 1 :]])
+        for i, word in enumerate(words)
+        if word.lower() in WEIGHT_NAMES
+        for bias in SHIFT_NAMES
+    ]
+    shape = own[weight]
+    found = [
+        name for name in names if name in own and (len(own[name]) < len(shape) or own[name] == shape[-1:] == shape)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
 def layout_of(module: nn.Module, name: str) -> str | None:
     """How the module that owns a parameter stores its matrix; None if its class does not determine it."""
     owner = module.get_submodule(name.rpartition(".")[0])
@@ -494,10 +545,11 @@ def layout_by_use(use: Use | None) -> str | None:
 def settled(pending: Pending, used: Uses) -> dict[str, Claim]:
     """The slot of each unit, with confidence and reason; what is left in `pending` has none.
 
-    Each pass claims slots for what the last one left: norms by their use, then by name, use, similar name, elimination,
-    order of the norms.
+    Each pass claims slots for what the last one left: norms by their names or their use, then by name, use, similar
+    name, elimination, order of the norms.
     """
     passes: list[Callable[[Pending], dict[str, Claim]]] = [
+        by_name_of_norms,
         lambda pending: by_use_of_norms(pending, used),
         by_name,
         lambda pending: by_use(pending, used),
@@ -555,6 +607,19 @@ def by_name(pending: Pending) -> dict[str, Claim]:
         if len(named) == 1:
             claims[unit] = (named[0], 1.0, "name and shape")
     return claims
+
+
+def by_name_of_norms(pending: Pending) -> dict[str, Claim]:
+    """A block's two norms, if both are named for their places or are called alike but for 1 and 2."""
+    norms = [unit for unit, slots in pending.items() if slots == ["norm1", "norm2"]]
+    named = {slot: [u for u in norms if re.fullmatch(ALIASES[slot], u, re.IGNORECASE)] for slot in ("norm1", "norm2")}
+    if len(norms) == 2 and not (named["norm1"] and named["norm2"]):
+        first, second = sorted(norms)
+        places = [i for i, pair in enumerate(zip(first, second, strict=False)) if pair == ("1", "2")]
+        alike = len(places) == 1 and first[: places[0]] + "2" + first[places[0] + 1 :] == second
+        named = {"norm1": [first], "norm2": [second]} if alike else named
+    claims = {units[0]: (slot, 1.0, "name and shape") for slot, units in named.items() if len(units) == 1}
+    return claims if len(norms) == len(claims) == 2 else {}
 
 
 def by_use_of_norms(pending: Pending, used: Uses) -> dict[str, Claim]:

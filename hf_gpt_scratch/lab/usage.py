@@ -90,7 +90,10 @@ class Follower(TorchDispatchMode):
         """The label of an operation's result; None for a constant. Uses of parameters are noted."""
         known = [(value, self.labels.get(storage(value))) for value in inputs]
         weights = [(value, label) for value, label in known if label and label.pure]
-        values = [label for _, label in known if label and not label.pure]
+        computed = [(value, label) for value, label in known if label and not label.pure]
+        # A statistic of each token, such as its mean or its norm, leaves the other value what it is.
+        wide = [label for value, label in computed if value.ndim and value.shape[-1] > 1]
+        values = wide or [label for _, label in computed]
         if not values:
             names = tuple(dict.fromkeys(name for _, label in weights for name in label.names))
             return Label(True, names) if weights else None

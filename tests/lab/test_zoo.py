@@ -10,7 +10,7 @@ from hf_gpt_scratch import compare
 from hf_gpt_scratch.lab.subject import subject
 
 sys.path.insert(0, str(__import__("pathlib").Path(__file__).parent))
-from zoo.styles import STYLES, healthy, wrong
+from zoo.styles import STYLES, healthy, misused, wrong
 
 SIZES = dict(n_positions=48, n_layer=2, n_head=3, n_embd=48)  # as many positions as the model is wide
 FEW = ["book", "nanoGPT", "einsum weights", "a module for each head", "nn.TransformerEncoder"]
@@ -64,6 +64,18 @@ def test_one_mistake_is_found_in_every_style(official, name, tmp_path):
     assert not comparison.same
     assert comparison.diagnosis.explained, comparison.diagnosis
     assert len(comparison.diagnosis.names) == 1
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if i < 5 else pytest.mark.slow) for i, n in enumerate(misused())]
+)
+def test_names_that_say_what_a_part_is_are_believed(official, name, tmp_path):
+    """A part that does another's work is a mistake, not another name for that part."""
+    style, names = misused()[name]
+    comparison = compared(style, official, tmp_path)
+    assert not comparison.same
+    assert comparison.diagnosis.names == names, comparison.diagnosis
+    assert comparison.diagnosis.explained == bool(names)
 
 
 def test_the_zoo_has_forty_healthy_styles_and_a_mistake_in_each():

@@ -119,7 +119,6 @@ class GPT(nn.Module):
     mistake=("torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)", "torch.softmax(attn_scores, dim=-1)"),
     variants={
         "norms from 0": [("norm2", "normX"), ("norm1", "norm0"), ("normX", "norm1")],
-        "norms backwards": [("norm2", "normX"), ("norm1", "norm2"), ("normX", "norm1")],
         "norms registered backwards": [
             ("self.norm1 = LayerNorm", "self.b = LayerNorm"),
             ("self.norm2 = LayerNorm", "self.a = LayerNorm"),
@@ -674,6 +673,12 @@ STYLES["fused QKV with the kernel"] = Style(
                 "vocab_size=50257, max_len=1024, dim=768, depth=12, heads=12):",
             )
         ],
+        "one size required": [
+            (
+                "vocab_size, max_len, dim, depth, heads):",
+                "vocab_size, max_len=1024, dim=768, depth=12, heads=12):",
+            )
+        ],
         "all in one list": [
             (
                 "self.layers = nn.ModuleList([Layer(dim, heads) for _ in range(depth)])\n        self.norm = nn.LayerNorm(dim)\n        self.to_logits = nn.Linear(dim, vocab_size, bias=False)",
@@ -1100,6 +1105,78 @@ STYLES["a neighbour"] = Style(
     file="near/model.py",
     files={"near/attention.py": FUSED[: FUSED.index("class Layer")]},
 )
+
+
+# Parts that do another's work or none: the style, what becomes of its text, and the lab's name for it, if it has one.
+MISUSED: dict[str, tuple[str, list[tuple[str, str]], list[str]]] = {
+    "norm2 before attention": (
+        "book",
+        [("self.norm2(x", "self.normX(x"), ("self.norm1(x", "self.norm2(x"), ("self.normX(x", "self.norm1(x")],
+        ["swapped-norms"],
+    ),
+    "n2 before attention": (
+        "book",
+        [("norm1", "n1"), ("norm2", "n2"), ("att(self.n1(", "att(self.n2("), ("ff(self.n2(", "ff(self.n1(")],
+        ["swapped-norms"],
+    ),
+    "feed-forward with norm2 first": (
+        "book",
+        [
+            (
+                "x = x + self.drop_shortcut(self.att(self.norm1(x)))",
+                "x = x + self.drop_shortcut(self.ff(self.norm2(x)))",
+            ),
+            (
+                "return x + self.drop_shortcut(self.ff(self.norm2(x)))",
+                "return x + self.drop_shortcut(self.att(self.norm1(x)))",
+            ),
+        ],
+        ["feed-forward-first"],
+    ),
+    "v as keys, k as values": (
+        "book: single letters",
+        [
+            (
+                "keys, queries, values = self.k(x), self.q(x), self.v(x)",
+                "keys, queries, values = self.v(x), self.q(x), self.k(x)",
+            )
+        ],
+        ["qkv-order"],
+    ),
+    "b_V for keys, b_K for values": (
+        "einsum weights",
+        [
+            ("self.W_K) + self.b_K", "self.W_K) + self.b_X"),
+            ("self.W_V) + self.b_V", "self.W_V) + self.b_K"),
+            ("b_X", "b_V"),
+        ],
+        [],
+    ),
+    "a last block that does not run, in letters": (
+        "book: single letters",
+        [("x = self.b(x)", "x = self.b[:-1](x)")],
+        ["skipped-block"],
+    ),
+    "scale as shift, shift as scale": (
+        "book",
+        [("return self.scale * (", "return self.shift * ("), (" + self.shift", " + self.scale")],
+        ["wrong-norm"],
+    ),
+    "norms without scale, in functions": (
+        "picoGPT",
+        [("return g * (x - mean)", "return (x - mean)")],
+        ["missing-norm-scale"],
+    ),
+    "no shortcut around feed-forward, in functions": (
+        "picoGPT",
+        [("return x + ffn(", "return ffn(")],
+        ["missing-shortcut"],
+    ),
+}
+
+
+def misused() -> dict[str, tuple[Style, list[str]]]:
+    return {name: (replaced(healthy()[style], changes), names) for name, (style, changes, names) in MISUSED.items()}
 
 
 def healthy() -> dict[str, Style]:
