@@ -43,6 +43,8 @@ KEPT_LOGITS = 64_000_000
 EVALUATIONS, EVALUATIONS_AFTER = 64, 4
 # Backward passes without any step before the run is stopped.
 FRUITLESS = 64
+# Calls that draw random integers, and integers drawn by each, that are kept.
+DRAWS, DRAWN = 4096, 4096
 # How long a run goes on after the last step, until its first evaluation: seconds, and backward passes.
 PATIENCE, PASSES = 10.0, 100
 
@@ -234,6 +236,7 @@ class Recorder:
         self.schedulers: list[Any] = []
         self.loaded: list[Event] = []
         self.loaders: list[Any] = []
+        self.draws: list[tuple[int, int, list[int]]] = []  # low, high (excluded), and the integers
         self.used: set[int] = set()  # gradients that a step has used
         self.pending: list[Any] = []  # batches that no forward pass has seen yet
         self.wrong_ids: dict[str, Any] | None = None
@@ -286,6 +289,7 @@ class Recorder:
                 {
                     F.cross_entropy: self.on_cross_entropy,
                     F.nll_loss: self.on_nll,
+                    torch.randint: self.on_randint,
                     torch.gather: self.on_gather,
                     torch.Tensor.gather: self.on_gather,
                     torch.Tensor.__getitem__: self.on_index,
@@ -475,6 +479,15 @@ class Recorder:
                 self.wrong_ids = dict(low=low, high=high, rows=len(weight), where=place(), kind="embedding")
                 self.wrong_ids["positions"] = are_positions(ids)
             raise
+
+    def on_randint(self, func, args, kwargs):
+        output = func(*args, **kwargs)
+        bounds = [one for one in args if isinstance(one, int)][:2]
+        low = kwargs.get("low", bounds[0] if len(bounds) > 1 else 0)
+        high = kwargs.get("high", bounds[-1] if bounds else None)
+        if self.forward is None and high is not None and output.numel() <= DRAWN and len(self.draws) < DRAWS:
+            self.draws.append((int(low), int(high), output.flatten().long().tolist()))
+        return output
 
     def on_dropout(self, func, args, kwargs):
         names = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs

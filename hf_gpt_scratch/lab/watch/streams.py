@@ -105,59 +105,93 @@ def places(array: torch.Tensor, window: torch.Tensor) -> list[int]:
 def overlap(
     recorder: Recorder, trained: list[tuple[int, Forward]], frames: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """The finding that evaluation reads what training reads, or None.
+    """The finding that evaluation reads tokens that are trained on, or None.
 
-    Windows are compared by their place in the data, never by their content alone, which a text that repeats itself has
-    in both.
+    That both are cut out of one text proves nothing: its blocks may have been divided. What counts are windows that
+    were trained on, or that the draws of training can give.
     """
     evaluations = [forward for forward in recorder.evaluations if forward.losses and forward.ids is not None]
     if not evaluations or not trained:
         return None
     remedy = "evaluate on a part of the text that training never reads, split before the windows are made"
-    found = of_loaders(recorder) if recorder.loaders else of_arrays(evaluations, trained, frames)
+    if any(not facts["grad"] for _, facts in recorder.loaders):
+        found = of_loaders(recorder)
+    else:
+        found = of_windows(recorder, evaluations, [forward for _, forward in trained], frames)
     return None if found is None else dict(where=evaluations[-1].where, remedy=remedy) | found
 
 
-def of_arrays(evaluations: list[Forward], trained: list[tuple[int, Forward]], frames: list[dict[str, Any]]):
-    """The same for windows that are cut out of arrays: those that the script's variables hold."""
-    training = windows([forward for _, forward in trained])
-    passes = [windows([forward]) for forward in evaluations]
-    if len(training) < 2 or sum(map(len, passes)) < 4:
+def of_windows(recorder: Recorder, evaluations: list[Forward], trained: list[Forward], frames: list[dict[str, Any]]):
+    """The same for the windows that were seen.
+
+    Each pass of the evaluation has to have some that are trained on: one that has none is a validation as it should
+    be, beside which others may be meant for the training loss.
+    """
+    training = windows(trained)
+    passes = [rows for rows in (windows([forward]) for forward in evaluations) if rows]
+    total = sum(map(len, passes))
+    if len(training) < 2 or total < 4:
         return None
     arrays = sorted(id_arrays(frames), key=lambda item: len(item[1]))
-    for name, array in arrays:
-        mine = [places(array, row) for row in training]
-        if not all(mine):
-            continue
+    there = [(name, array, [places(array, row) for row in training]) for name, array in arrays]
+    there = [one for one in there if all(one[2])]
+    for name, array, mine in there:
         # How often the text has the same window twice by chance.
         repeated = sum(len(one) > 1 for one in mine) / len(mine)
+        starts = [one[0] for one in mine if len(one) == 1]
         if repeated > 0.5:
             return None
-        found = [[places(array, row) for row in rows] for rows in passes]
-        elsewhere = [one for places_ in found if not all(places_) for one in places_]
-        if elsewhere:  # a pass that stays in the array may be meant for the training loss
-            inside = sum(map(bool, elsewhere))
-            known = len(elsewhere) >= 4 and inside > (0.25 + 1.5 * repeated) * len(elsewhere)
-            return facts_of(name, array, inside, len(elsewhere)) if known else None
-        theirs = [one[0] for places_ in found for one in places_ if len(one) == 1]
-        starts = [one[0] for one in mine if len(one) == 1]
-        within = sum(min(starts) <= start <= max(starts) for start in theirs)
-        # Another array that is not part of this one, or that overlaps it, is what the evaluation should have read.
-        shorter = [other for _, other in arrays if other is not array and len(other) < len(arrays[-1][1])]
-        pieces = [(other, places(array, other[: 4 * SHORTEST])) for other in shorter]
-        others = any(not piece or 4 * len(other) > len(array) for other, piece in pieces)
-        if theirs and (within == len(theirs) or (others and 2 * within > len(theirs))):
-            return facts_of(name, array, sum(map(len, passes)), sum(map(len, passes)))
+        drawn = draws_of(recorder, starts)
+        if drawn is None:
+            continue
+        low, end = drawn[0], drawn[1] - 1 + min(map(len, training))
+        inside = [
+            sum(covered(one, len(row), [(low, end)]) for row in rows for one in [places(array, row)]) for rows in passes
+        ]
+        if all(inside) and sum(inside) > (0.1 + 1.5 * repeated) * total:
+            return dict(
+                says=f"{sum(inside)} of {total} windows of the evaluation are among those that training draws",
+                proof=f"training draws the starts of its windows in {name} ({len(array)} ids) at random from {low} "
+                f"to {drawn[1] - 1}, and each of these windows of the evaluation was found in that part, in one place",
+                figures={"windows": total, "inside": sum(inside)},
+            )
         return None
+    known = {tuple(row.tolist()) for row in training}
+    if not there and 2 * len(known) < len(training):
+        return None  # a text that repeats itself, or the same batch again
+    spans = [(one[0], one[0] + len(row)) for one, row in zip(there[0][2], training, strict=True)] if there else []
+    inside = []
+    for rows in passes:
+        same = [tuple(row.tolist()) in known and len(row.unique()) >= SHORTEST for row in rows]
+        if there:
+            found = [places(there[0][1], row) for row in rows]
+            same = [covered(one, len(row), spans) for one, row in zip(found, rows, strict=True)]
+        inside.append(sum(same))
+    if all(inside) and sum(inside) >= 4 and 20 * sum(inside) > total:
+        return dict(
+            says=f"{sum(inside)} of {total} windows of the evaluation were trained on in these steps",
+            proof=f"they were compared with the {len(training)} windows of training, token by token"
+            + (f", at their places in {there[0][0]} ({len(there[0][1])} ids)" if there else ""),
+            figures={"windows": total, "inside": sum(inside)},
+        )
     return None
 
 
-def facts_of(name: str, array: torch.Tensor, inside: int, total: int) -> dict[str, Any]:
-    return dict(
-        says=f"{inside} of {total} windows of the evaluation are in {name}, out of which those of training are cut",
-        proof=f"{name} ({len(array)} ids) is the shortest array that has all windows of training",
-        figures={"windows": total, "inside": inside},
-    )
+def covered(found: list[int], length: int, spans: list[tuple[int, int]]) -> bool:
+    """Whether at least half of a window that is in one place of the text is in one of the spans (start, end)."""
+    if len(found) != 1:
+        return False
+    return any(2 * (min(end, found[0] + length) - max(start, found[0])) >= length for start, end in spans)
+
+
+def draws_of(recorder: Recorder, starts: list[int]) -> tuple[int, int] | None:
+    """The bounds (low, high) of the random integers that these are, high excluded; None if they are none."""
+    if not starts:
+        return None
+    values: dict[tuple[int, int], set[int]] = {}
+    for low, high, drawn in recorder.draws:
+        values.setdefault((low, high), set()).update(drawn)
+    return next((bounds for bounds, drawn in values.items() if drawn.issuperset(starts)), None)
 
 
 def of_loaders(recorder: Recorder) -> dict[str, Any] | None:
@@ -194,16 +228,17 @@ def shared(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None
             second = sorted(set(range(number) if its is None else its))
             reach = reach_of(dataset)
             common = [i for i in second if any(i + step in first for step in range(-reach, reach + 1))]
-            if 2 * len(common) <= len(second) or not second:
+            if len(common) <= len(second) * (0.5 if reach else 0.1):
                 return None
             how = "in both" if reach == 0 else "in windows of both, which overlap"
             return dict(
                 says=f"{len(common)} of {len(second)} items of the evaluation's dataset are {how}",
                 proof=f"both loaders read one dataset of {number} items; the indices were compared"
-                + (f", and items up to {reach} apart share tokens" if reach else ""),
+                + (f", and items up to {reach} apart share at least half of their tokens" if reach else ""),
                 figures={"items": len(second), "shared": len(common)},
             )
-        text, part = stream(dataset), stream(checked)
+        # Which parts of the text are trained on is known only if all items are.
+        text, part = (stream(dataset), stream(checked)) if indices is None and its is None else (None, None)
         if text is None or part is None:
             return same_items(dataset, indices, checked, its)
         length = min(len(part), 32)
@@ -212,7 +247,7 @@ def shared(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None
         if sum(len(one) > 1 for one in found) * 5 > len(found):
             return None  # a text that repeats itself
         inside = sum(len(one) == 1 for one in found)
-        if 2 * inside <= len(found):
+        if 10 * inside <= len(found):
             return None
         return dict(
             says=f"{inside} of {len(found)} pieces of the evaluation's text are in the training text too",
@@ -225,10 +260,26 @@ def shared(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None
 
 
 def item(dataset: Any, index: int) -> torch.Tensor | None:
-    """The ids of an item: its first one-dimensional tensor of integers."""
-    for tensor in tensors_in(dataset[index]):
-        if tensor.dim() == 1 and not tensor.is_floating_point() and len(tensor) >= SHORTEST:
-            return tensor.long().cpu()
+    """The ids of an item: its first tensor or list of integers with one dimension."""
+    return ids_in(dataset[index], 3)
+
+
+def ids_in(value: Any, depth: int) -> torch.Tensor | None:
+    if isinstance(value, torch.Tensor):
+        fits = value.dim() == 1 and not value.is_floating_point() and len(value) >= SHORTEST
+        return value.long().cpu() if fits else None
+    if type(value).__module__ == "numpy" and hasattr(value, "dtype"):
+        fits = value.dtype.kind in "iu" and value.ndim == 1 and value.size >= SHORTEST
+        return torch.from_numpy(value.astype("int64")) if fits else None
+    if isinstance(value, list) and len(value) >= SHORTEST and all(type(one) is int for one in value):
+        return torch.tensor(value)
+    if not depth or not isinstance(value, (dict, list, tuple)):
+        return None
+    inner = [value["input_ids"]] if isinstance(value, dict) and "input_ids" in value else value
+    for one in inner.values() if isinstance(inner, dict) else inner:
+        found = ids_in(one, depth - 1)
+        if found is not None:
+            return found
     return None
 
 
@@ -236,22 +287,16 @@ def same_items(dataset: Any, indices: list[int] | None, checked: Any, its: list[
     """The same for datasets of separate texts, which are compared as wholes."""
 
     def texts(data: Any, chosen: list[int] | None) -> list[tuple[int, ...]]:
-        found = []
-        for index in (range(len(data)) if chosen is None else chosen)[:5000]:
-            value = data[index]
-            lists = [value] if as_ids(value) is not None else list(tensors_in(value))
-            if isinstance(value, list) and value and all(type(one) is int for one in value):
-                found.append(tuple(value))
-            elif lists and lists[0].dim() == 1:
-                found.append(tuple(lists[0].tolist()))
-        return found
+        found = [item(data, index) for index in (range(len(data)) if chosen is None else chosen)[:5000]]
+        return [tuple(one.tolist()) for one in found if one is not None]
 
     mine, theirs = texts(dataset, indices), texts(checked, its)
     known = set(mine)
     if len(theirs) < 4 or 5 * len(known) < 4 * len(mine):
         return None  # texts that repeat themselves
+    repeated = 1 - len(known) / max(1, len(mine))
     common = sum(text in known for text in theirs)
-    if 2 * common <= len(theirs):
+    if common < 2 or common <= (0.1 + 2 * repeated) * len(theirs):
         return None
     return dict(
         says=f"{common} of {len(theirs)} texts of the evaluation's dataset are in the training dataset too",
@@ -281,9 +326,9 @@ def step_of(dataset: Any) -> int | None:
 
 
 def reach_of(dataset: Any) -> int:
-    """Up to how far apart items share tokens."""
+    """Up to how far apart items share half of their tokens; consecutive windows that meet in one token do not."""
     step, row = step_of(dataset), item(dataset, 0)
-    return 0 if step is None or row is None else (len(row) - 1) // step
+    return 0 if step is None or row is None else len(row) // 2 // step
 
 
 def stream(dataset: Any) -> torch.Tensor | None:
