@@ -45,6 +45,8 @@ EVALUATIONS, EVALUATIONS_AFTER = 64, 4
 FRUITLESS = 64
 # Calls that draw random integers, and integers drawn by each, that are kept.
 DRAWS, DRAWN = 4096, 4096
+# Batches of loaders that wait for their forward passes: a loader may read ahead.
+AHEAD = 64
 # How long a run goes on after the last step, until its first evaluation: seconds, and backward passes.
 PATIENCE, PASSES = 10.0, 100
 
@@ -232,6 +234,8 @@ class Recorder:
         self.loaders: list[Any] = []
         self.draws: list[tuple[int, int, list[int]]] = []  # low, high (excluded), and the integers
         self.used: set[int] = set()  # gradients that a step has used
+        # The last batches, with the facts of their loaders.
+        self.fetched: list[tuple[dict[str, Any], list[torch.Tensor]]] = []
         self.pending: list[Any] = []  # batches that no forward pass has seen yet
         self.wrong_ids: dict[str, Any] | None = None
         self.reference: dict[int, torch.Tensor] = {}
@@ -394,6 +398,7 @@ class Recorder:
         forward.registered = {id(parameter) for parameter in module.parameters()}
         forward.autocast = torch.is_autocast_enabled(next(module.parameters()).device.type)
         self.forward = forward
+        self.use_batch(forward)
         if grad and self.waiting is not None:
             self.after = [forward]
         elif grad:
@@ -404,6 +409,17 @@ class Recorder:
             self.pending = []
         else:
             self.evaluated(forward)
+
+    def use_batch(self, forward: Forward) -> None:
+        """Notes whether a loader is for training: whether gradients are on when its batches are used, not when read."""
+        if forward.ids is None:
+            return
+        for number, (facts, tensors) in enumerate(self.fetched):
+            if any(begins_with(one, forward.ids) for one in tensors):
+                facts["grad"] = forward.grad or (facts["used"] and facts["grad"])
+                facts["used"] = True
+                del self.fetched[number]
+                return
 
     def evaluated(self, forward: Forward) -> None:
         if self.enough():
@@ -826,13 +842,23 @@ class Recorder:
         batch = original(*args, **kwargs)
         iterator = args[0]
         self.check_time()
-        if not any(known() is iterator for known, _ in self.loaders):
+        facts = next((facts for known, facts in self.loaders if known() is iterator), None)
+        if facts is None:
+            facts = loader_facts(iterator)
             with suppress(TypeError):
-                self.loaders.append((weakref.ref(iterator), loader_facts(iterator)))
+                self.loaders.append((weakref.ref(iterator), facts))
+        kept = [(name, one.detach().clone()) for name, one in named_tensors(batch) if one.numel() <= 1_000_000]
+        self.fetched = [*self.fetched[-AHEAD + 1 :], (facts, [one for _, one in kept if are_ids(one)])]
         if torch.is_grad_enabled() and self.waiting is None:
-            kept = [(name, one.detach().clone()) for name, one in named_tensors(batch) if one.numel() <= 1_000_000]
             self.pending.append(kept)
         return batch
+
+
+def begins_with(batch: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether the ids (B, T) are the batch (B, S), or the first T of S."""
+    if batch.dim() != 2 or len(batch) != len(ids) or batch.shape[1] < ids.shape[1]:
+        return False
+    return torch.equal(batch[:, : ids.shape[1]].to(ids.device, ids.dtype), ids)
 
 
 def is_index(value: Any) -> bool:
@@ -866,6 +892,7 @@ def loader_facts(iterator: Any) -> dict[str, Any]:
     inner = getattr(sampler, "sampler", sampler)
     dataset = getattr(iterator, "_dataset", None)
     facts: dict[str, Any] = {"dataset": dataset, "sampler": type(inner).__name__, "grad": torch.is_grad_enabled()}
+    facts["used"] = False  # by a forward pass: before, "grad" is a guess
     facts["loader"] = id(sampler)
     facts["kept"] = sampler  # so that its id stays its own
     indices = getattr(inner, "indices", None)

@@ -60,6 +60,7 @@ def test_a_healthy_script_is_not_accused(case, tmp_path):
     report = watched(changed(case["script"], case["changes"]), tmp_path)
     assert not report.faults and report.exit_status == 0
     assert len(report.steps) == 3
+    assert not set(case.get("without", [])) & set(report.names)
 
 
 def stopped(script, steps):
