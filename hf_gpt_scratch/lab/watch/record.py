@@ -37,6 +37,8 @@ LIBRARIES = tuple(
 )
 # Elements whose values are kept beside the run; of a larger model, only the smallest parameters' are.
 FOLLOWED = 20_000_000
+# Parameters whose optimizer state is looked at.
+REMEMBERED = 16
 # Elements of logits that are kept.
 KEPT_LOGITS = 64_000_000
 # Passes without gradients that are recorded, and those after the last step before the run is stopped.
@@ -145,6 +147,9 @@ class Update:
     own: bool  # whether the optimizer is the user's code, or there is none
     closure: bool = False  # whether the step itself runs the model
     after: dict[int, torch.Tensor] = field(default_factory=dict)
+    # The parameters whose state holds values that are not 0, before and after.
+    remembered: set[int] = field(default_factory=set)
+    left: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -763,6 +768,8 @@ class Recorder:
                             }
         closure = len(args) > 1 or kwargs.get("closure") is not None
         update = Update(optimizer, place(), groups, ids, before, gradients, state, squares**0.5, own, closure)
+        with self.alone():
+            update.remembered = remembered(optimizer)
         self.step.updates.append(update)
         self.step.events.append(Event("step", update.where, {"of": optimizer}))
         self.inside += 1
@@ -776,6 +783,7 @@ class Recorder:
             for key, parameter in self.followed().items():
                 if key in update.before:
                     update.after[key] = parameter.detach().clone()
+            update.left = remembered(optimizer)
         self.used.update(update.ids)
 
     def find_update_by_hand(self, module: nn.Module) -> None:
@@ -871,6 +879,18 @@ def is_own(optimizer: Any) -> bool:
     """Whether the optimizer is the user's code, not a library's."""
     file = getattr(sys.modules.get(type(optimizer).__module__), "__file__", None)
     return file is None or not is_library(file)
+
+
+def remembered(optimizer: Any) -> set[int]:
+    """The parameters (at most `REMEMBERED`, the smallest) whose state has a tensor like them that is not all 0."""
+    state = getattr(optimizer, "state", {})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = set()
+    for parameter in sorted(parameters, key=torch.Tensor.numel)[:REMEMBERED]:
+        values = list(state[parameter].values()) if parameter in state else []
+        if any(isinstance(one, torch.Tensor) and one.shape == parameter.shape and bool(one.any()) for one in values):
+            found.add(id(parameter))
+    return found
 
 
 def detached(value: Any) -> list[torch.Tensor]:
