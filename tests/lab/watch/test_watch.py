@@ -48,6 +48,7 @@ def test_a_mistake_is_named(case, tmp_path):
     report = watched(changed(case["script"], case["changes"]), tmp_path)
     assert case["name"] in report.names
     finding = next(finding for finding in report.findings if finding.name == case["name"])
+    assert finding.level == case.get("level", finding.level)
     if finding.level == "fault":
         assert finding.proof and finding.remedy
         assert report.exit_status in (1, 3)
