@@ -12,6 +12,7 @@ from .steps import steps_of
 
 # Probabilities in float64, and where the decoder computes them in float32.
 EXACT, SINGLE = 1e-9, 3e-6
+NOTHING = "its probabilities are not finite"
 VALUES = {"temperature": (0.6, 1.7), "top_k": (3, 5), "top_p": (0.5, 0.8)}
 REMEDIES = {
     "temperature": "divide the logits by it, before softmax",
@@ -51,6 +52,9 @@ class Draws(Examiner):
     def sampling(self) -> None:
         """Are the probabilities those of the settings?"""
         one = self.decoder
+        if self.has_found("wrong-row"):
+            self.not_made("sampling", "its logits are those of another row")
+            return
         on: dict[str, Any] = {"use_cache": True}
         if one.has("do_sample"):
             on["do_sample"] = True
@@ -74,6 +78,9 @@ class Draws(Examiner):
             what = f"sampling with {one.parameters.get(setting, setting)}"
             found = [self.drawn(self.bench.ids(5, 110 + seed), values) for values in tried for seed in (0, 1)]
             failures = [one for one in found if isinstance(one, str)]
+            if NOTHING in failures:
+                self.nothing_left(what, setting, tried[found.index(NOTHING) // 2])
+                return
             if failures:
                 self.no_draw(what, tried[-1], failures[0])
                 return
@@ -84,6 +91,32 @@ class Draws(Examiner):
             self.settings_together(settings, off)
         if one.has("top_k"):
             self.rows_have_thresholds({**off, "top_k": 3})
+
+    def nothing_left(self, what: str, setting: str, values: dict[str, Any]) -> None:
+        """Of finite logits, settings within their ranges make probabilities that are not finite: which of them?"""
+        filters = [one for one in ("top_p", "top_k") if self.decoder.has(one)]
+        if setting not in filters and filters:  # a temperature leaves all tokens
+            setting = filters[0]
+            what = f"sampling with {self.decoder.parameters[setting]}"
+        if setting == "top_p":  # one token too few leaves some where top_p is large
+            tries = [
+                self.drawn(self.bench.ids(5, 110 + n), {**values, "top_p": p}) for p in (0.9, 0.97) for n in (0, 1)
+            ]
+            found = [one for one in tries if isinstance(one, Drawn)]
+            tables = SETTINGS["temperature"][0], SETTINGS["top_k"][0]
+            for variant in SETTINGS["top_p"] if len(found) > 1 else []:
+                if variant.name and all(one.error((*tables, variant)) <= one.bound for one in found):
+                    self.named_variant(what, setting, variant, found)
+                    return
+        named = {self.decoder.parameters[s]: values[s] for s in VALUES if self.decoder.has(s) and s in values}
+        told = ", ".join(f"{name}={value}" for name, value in named.items()) or self.decoder.name
+        self.wrong(
+            what,
+            f"{setting.replace('_', '-')}-wrong",
+            f"with {told} the probabilities are not finite, as if no token were left, and a draw fails",
+            REMEDIES.get(setting, "draw from softmax(logits)"),
+            shortest={"prompt": self.bench.ids(5, 110), "new_tokens": 1, **named},
+        )
 
     def without_settings(self) -> None:
         """It draws as it likes: at least, are what it draws the ids of the probabilities?"""
@@ -133,7 +166,7 @@ class Draws(Examiner):
         bound = EXACT if draw.probabilities.dtype == torch.float64 and self.bench.rounding < EXACT else SINGLE
         shares = shares / shares.sum()
         if not torch.isfinite(shares).all():
-            return "its probabilities are not finite"
+            return NOTHING
         whole = len(shares) == len(z)
         columns = shares.topk(min(64, int((shares > 0).sum()))).indices.tolist()
         ids = {}

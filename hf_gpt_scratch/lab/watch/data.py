@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .findings import NOTE, Finding
+from .findings import FAULT, NOTE, Finding
 from .losses import LossFindings
 from .record import Forward, Recorder
 from .streams import glued, overlap
@@ -89,7 +89,9 @@ class DataFindings:
         return any(forward.dropouts for earlier, forward in self.trained() if earlier < number)
 
     def evaluation(self) -> None:
-        for forward in self.recorder.evaluations:
+        # A look at a batch of the training, as for a teacher's logits, is no evaluation unless it has a loss.
+        looks = {id(forward) for forward in self.recorder.evaluations if forward.beside and not forward.losses}
+        for forward in sorted(self.recorder.evaluations, key=lambda forward: id(forward) in looks):
             alone = not forward.training and forward.strangers  # modules that eval() does not reach
             if forward.dropouts and forward.ids is not None and not alone:
                 cause = "in training mode" if forward.training else "in evaluation mode, but dropout stays on"
@@ -99,6 +101,7 @@ class DataFindings:
                     forward.where,
                     "model.eval() before, model.train() after; F.dropout needs training=self.training",
                     f"dropout was called {forward.dropouts} times and dropped; the result changes from call to call",
+                    level=NOTE if id(forward) in looks else FAULT,
                     figures={"dropouts": forward.dropouts},
                 )
                 break

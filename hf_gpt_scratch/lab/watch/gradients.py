@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from ...errors import few
 from .findings import NOTE, Finding
 from .losses import unscaled
-from .record import DATA, Event, Loss, Recorder, Step, are_probabilities, tensors_in
+from .record import DATA, Event, Loss, Parts, Recorder, Step, are_probabilities, tensors_in
 
 # Relative; weights are computed in float32 or float64 from a handful of factors.
 NEAR = 1e-3
@@ -47,17 +47,21 @@ class Names:
 
 def models(recorder: Recorder) -> list[torch.nn.Module]:
     """The outermost modules whose passes went backward, in order of their first call."""
-    found: dict[int, torch.nn.Module] = {}
+    found: dict[tuple[int, ...], torch.nn.Module] = {}
     for step in recorder.steps:
         for forward in step.forwards:
             if any(loss.forward is forward and loss.weights is not None for loss in step.losses):
-                found.setdefault(id(forward.module), forward.module)
+                found.setdefault(key_of(forward.module), forward.module)
     if not found:
         for step in recorder.steps:
             for forward in step.forwards:
                 if any(tensor.requires_grad for tensor in forward.module.parameters()):
-                    found.setdefault(id(forward.module), forward.module)
+                    found.setdefault(key_of(forward.module), forward.module)
     return list(found.values())
+
+
+def key_of(module: torch.nn.Module) -> tuple[int, ...]:
+    return tuple(map(id, module)) if isinstance(module, Parts) else (id(module),)
 
 
 class GradientFindings:
@@ -452,8 +456,9 @@ class GradientFindings:
             self.left_out(left_out, stale, in_optimizers)
         elif stale:
             # Another model, as of a second network, has passes of its own, and its parameters have gradients.
+            # Of a model that is called by its parts, the weights that run without a call are not known.
             dead = [key for key in stale if key not in with_gradient]
-            if dead:
+            if dead and not any(isinstance(module, Parts) for module in names.modules):
                 self.stale(dead, in_optimizers, [])
         without = [key for key in trainable if key in stepped and key not in with_gradient]
         dropped = {"zero-grad-before-step"} & {finding.name for finding in self.findings}
@@ -551,7 +556,7 @@ class GradientFindings:
                 else "their modules were called, and their gradients are None",
                 figures={"parameters": len(keys), "places": sites},
             )
-        if unused:
+        if unused and not ((cut or used) and any(isinstance(module, Parts) for module in names.modules)):
             self.add(
                 "never-used",
                 f"{counted(len(unused), 'parameter')} of the model have no part in its output: {names.of(unused)}",
@@ -584,7 +589,7 @@ def whole(step: Step, losses: list[Loss]) -> bool:
 
 def is_root(key: int, names: Names) -> bool:
     """Whether the parameter belongs to a whole model itself, whose call says nothing."""
-    return any(id(module) in names.owners[key] for module in names.modules)
+    return any(id(module) in names.owners[key] for module in names.modules if any(True for _ in module.children()))
 
 
 def order_of(step: Step) -> str:

@@ -351,15 +351,17 @@ class LossFindings:
                     yield name, value.bool()
 
     def counted_although_masked(self, one: Aligned, name: str, mask: torch.Tensor) -> bool:
-        target = one.time + 1
-        valid = (target < one.ids.shape[1]) & one.counted
-        masked = valid.clone()
-        masked[valid] = ~mask[one.batch[valid], target[valid]]
-        number = int(masked.sum())
-        if number < 2 or number < 0.5 * int((~mask[:, 1:]).sum()):
+        valid = (one.time + 1 < one.ids.shape[1]) & one.counted
+        ends = (~mask).flip(1).long().cumprod(1).flip(1).bool()
+        # What is masked at the rows' ends is padding, the rest a prompt; either may be counted without the other.
+        kinds = {"padding-counted": ends, "prompt-counted": ~mask & ~ends}
+        found = {kind: masked for kind, part in kinds.items() if (masked := counted_of(one, valid, part)) is not None}
+        if not found:
             return False
-        ends = bool((~mask[:, -1]).any())
-        kind = "padding-counted" if ends or "attention" in name else "prompt-counted"
+        kind, masked = next(iter(found.items()))
+        number = int(masked.sum())
+        if "attention" in name:
+            kind = "padding-counted"
         assert one.loss.rows is not None
         now = mean_loss(one.loss.rows, one.loss.targets, one.counted)
         right = mean_loss(one.loss.rows, one.loss.targets, one.counted & ~masked)
@@ -485,6 +487,14 @@ SHIFTS = {
         "make the target of position t the token at t + 1: logits[:, :-1] with ids[:, 1:]",
     ),
 }
+
+
+def counted_of(one: Aligned, valid: torch.Tensor, part: torch.Tensor) -> torch.Tensor | None:
+    """(N,): the rows whose targets are in this part (B, T) of the tokens; None if less than half of it is counted."""
+    masked = valid.clone()
+    masked[valid] = part[one.batch[valid], one.time[valid] + 1]
+    number = int(masked.sum())
+    return masked if number >= 2 and number >= 0.5 * int(part[:, 1:].sum()) else None
 
 
 def describe(one: Aligned, matched: dict[int, tuple[int, int]]) -> str:

@@ -77,9 +77,13 @@ def place() -> str:
     return ""
 
 
-@dataclass
+class Parts(nn.ModuleList):
+    """The modules of one forward pass that a script calls one after the other, without a call of the whole."""
+
+
+@dataclass(eq=False)
 class Forward:
-    """An outermost call of a module with parameters."""
+    """An outermost call of a module with parameters, or such calls of the parts of a model."""
 
     module: nn.Module
     training: bool
@@ -99,6 +103,8 @@ class Forward:
     large: bool = False  # its logits are not kept
     registered: set[int] = field(default_factory=set)  # the module's parameters
     strangers: dict[int, nn.Parameter] = field(default_factory=dict)  # of modules that run and are not registered in it
+    backwards: int = 0  # how many backward passes came before it
+    beside: bool = False  # without gradients, on a batch that a pass with gradients is given too
 
 
 @dataclass
@@ -399,10 +405,14 @@ class Recorder:
             self.close_step()
         rng = hash(torch.get_rng_state().numpy().tobytes())
         ids = next((value.detach().clone() for value in tensors_in((args, kwargs)) if are_ids(value)), None)
+        if self.goes_on(module, grad, ids):
+            return
         forward = Forward(module, module.training, grad, (args, kwargs), place(), rng, ids)
+        forward.backwards = self.backwards
         forward.registered = {id(parameter) for parameter in module.parameters()}
         forward.autocast = torch.is_autocast_enabled(next(module.parameters()).device.type)
         self.forward = forward
+        self.compare(forward)
         self.use_batch(forward)
         if grad and self.waiting is not None:
             self.after = [forward]
@@ -415,16 +425,46 @@ class Recorder:
         else:
             self.evaluated(forward)
 
+    def compare(self, forward: Forward) -> None:
+        """Marks the pass without gradients of two on one batch, as of a teacher, before or after the other."""
+        if forward.ids is None:
+            return
+        others = self.evaluations if forward.grad else [*self.step.forwards, *self.after]
+        for other in others[-4:]:
+            if other.ids is not None and torch.equal(other.ids, forward.ids):
+                (other if forward.grad else forward).beside = True
+
     def use_batch(self, forward: Forward) -> None:
         """Notes whether a loader is for training: whether gradients are on when its batches are used, not when read."""
         if forward.ids is None:
             return
-        for number, (facts, tensors) in enumerate(self.fetched):
+        for number, (facts, tensors) in reversed(list(enumerate(self.fetched))):
             if any(begins_with(one, forward.ids) for one in tensors):
                 facts["grad"] = forward.grad or (facts["used"] and facts["grad"])
                 facts["used"] = True
-                del self.fetched[number]
+                if forward.grad:  # a teacher may be given the batch first
+                    del self.fetched[number]
                 return
+
+    def goes_on(self, module: nn.Module, grad: bool, ids: torch.Tensor | None) -> bool:
+        """Whether this call goes on with the pass before it, as of a head on what the blocks gave; then it joins it."""
+        last = self.last
+        if last is None or last.grad != grad or last.losses or last.backwards != self.backwards:
+            return False
+        known = self.step.forwards[-1:] if grad and self.waiting is None else [*self.after, *self.evaluations[-1:]]
+        if not any(one is last for one in known) or (ids is not None and last.ids is not None):
+            return False
+        parts = list(last.module) if isinstance(last.module, Parts) else [last.module]
+        if last.module is module:
+            return False
+        if not any(part is module for part in parts):
+            last.module = Parts([*parts, module])
+            last.training = last.training or module.training
+        if last.ids is None:
+            last.ids = ids
+        last.registered |= {id(parameter) for parameter in module.parameters()}
+        self.forward = last
+        return True
 
     def evaluated(self, forward: Forward) -> None:
         if self.enough():
@@ -581,11 +621,21 @@ class Recorder:
         )
         return output
 
+    def source_of(self, rows: torch.Tensor | None, grad: bool) -> Forward | None:
+        """The pass whose logits these are, by their memory; else the last one, with gradients if the loss has them."""
+        passes = (self.step.forwards if self.waiting is None else self.after) if grad else self.evaluations
+        recent = [*passes[-4:]] if self.last is None or self.last in passes else [*passes[-4:], self.last]
+        for forward in reversed(recent if rows is not None else []):
+            for one in (forward.head, *tensors_in(forward.output)):
+                if one is not None and one.numel() and storage_of(one) == storage_of(rows):
+                    return forward
+        return next((forward for forward in reversed(recent) if forward.grad or not grad), self.last)
+
     def keep(self, kind, rows, targets, ignore_index, reduction, output, options) -> None:
-        forward = self.forward or self.last
+        grad = output.requires_grad
+        forward = self.forward or self.source_of(rows, grad)
         if forward is None or (forward.ids is None and kind == "gather"):
             return
-        grad = output.requires_grad
         if rows is not None and rows.numel() > self.room:
             rows = forward.head = None
             forward.large = True
@@ -867,6 +917,10 @@ def begins_with(batch: torch.Tensor, ids: torch.Tensor) -> bool:
     if batch.dim() != 2 or len(batch) != len(ids) or batch.shape[1] < ids.shape[1]:
         return False
     return torch.equal(batch[:, : ids.shape[1]].to(ids.device, ids.dtype), ids)
+
+
+def storage_of(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.untyped_storage().data_ptr()
 
 
 def is_index(value: Any) -> bool:

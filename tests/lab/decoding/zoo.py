@@ -98,6 +98,8 @@ SABOTAGES = [
     wrong("slots", "top-p-off-by-one", "before = sorted_probs.cumsum(0) - sorted_probs", "before = sorted_probs.cumsum(0)"),
     wrong("fast", "top-k-off-by-one", "min(top_k, ", "min(top_k - 1, "),
     wrong("fast", "temperature-multiplied", "logits / max(", "logits * max("),
+    wrong("slots", "top-p-keeps-tail", "sorted_probs[before >= nucleus] = 0", "sorted_probs[before < nucleus] = 0"),
+    wrong("book", "wrong-row", "        logits = logits[:, -1, :]\n", "        logits = logits[:, 0, :]\n"),
     # Ends.
     wrong("returned", "rows-end-together", "finished.all()", "finished.any()"),
     wrong("returned", "row-continues-after-end", "next_id = next_id.masked_fill(finished[:, None], pad_token_id)", "pass"),
