@@ -9,17 +9,20 @@ Shapes: B batch, T tokens, V vocabulary, N rows of logits that enter a loss.
 
 import functools
 import os
+import random
 import sys
 import sysconfig
 import time
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -53,6 +56,7 @@ AHEAD = 64
 PATIENCE, PASSES = 10.0, 100
 
 
+RANDINT = random.randint
 DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # what reads `tensor.data`
 
 
@@ -243,7 +247,8 @@ class Recorder:
         self.schedulers: list[Any] = []
         self.loaded: list[Event] = []
         self.loaders: list[Any] = []
-        self.draws: list[tuple[int, int, list[int]]] = []  # low, high (excluded), and the integers
+        # Random integers: low, high (excluded), and what was drawn.
+        self.draws: deque[tuple[int, int, list[int]]] = deque(maxlen=DRAWS)
         self.used: set[int] = set()  # gradients that a step has used
         # The last batches, with the facts of their loaders.
         self.fetched: list[tuple[dict[str, Any], list[torch.Tensor]]] = []
@@ -289,6 +294,9 @@ class Recorder:
         patch(torch, "set_rng_state", self.loading("rng"))
         patch(torch.random, "set_rng_state", self.loading("rng"))
         patch(dataloader._BaseDataLoaderIter, "__next__", self.on_batch)
+        patch(random, "randint", self.on_draw)
+        patch(random, "randrange", self.on_draw)
+        patch(np.random, "randint", self.on_draw)
         before = register_optimizer_step_pre_hook(self.before_step)
         after = register_optimizer_step_post_hook(self.after_step)
         self.undo.callback(before.remove)
@@ -495,9 +503,19 @@ class Recorder:
         bounds = [one for one in args if isinstance(one, int)][:2]
         low = kwargs.get("low", bounds[0] if len(bounds) > 1 else 0)
         high = kwargs.get("high", bounds[-1] if bounds else None)
-        if self.forward is None and high is not None and output.numel() <= DRAWN and len(self.draws) < DRAWS:
+        if self.forward is None and high is not None and output.numel() <= DRAWN:
             self.draws.append((int(low), int(high), output.flatten().long().tolist()))
         return output
+
+    def on_draw(self, original, args, kwargs):
+        """Of Python's `randint`, whose upper bound is included, and `randrange`, and of numpy's `randint`."""
+        drawn = original(*args, **kwargs)
+        with suppress(TypeError, ValueError, IndexError):  # arrays of bounds, names, a step
+            low, high = (0, args[0]) if len(args) == 1 or args[1] is None else args[:2]
+            values = np.asarray(drawn).reshape(-1)
+            if len(values) <= DRAWN:
+                self.draws.append((int(low), int(high) + (original is RANDINT), values.tolist()))
+        return drawn
 
     def on_dropout(self, func, args, kwargs):
         names = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
