@@ -133,7 +133,11 @@ class DataFindings:
         epochs = len(loaders)
         if all(same) and not constant(first):
             one_object = len({source(forward) for _, forward in trained}) == 1 and not loaders
-            known = (batches is not None and batches > 1) or not one_object
+            evaluated = [forward.ids for forward in self.recorder.evaluations if forward.ids is not None]
+            others = any(ids.shape == first.shape and not torch.equal(ids, first) for ids in evaluated)
+            # To fit one batch on purpose, nobody accumulates it with itself.
+            others = others and len(trained) > len({number for number, _ in trained})
+            known = (batches is not None and batches > 1) or not one_object or others
             if batches == 1:
                 known = False
             self.add(
@@ -142,7 +146,8 @@ class DataFindings:
                 + (f", although an epoch has {batches}" if batches and batches > 1 else ""),
                 trained[0][1].where,
                 "take a new batch in each step: iterate over the loader once per epoch, and seed once",
-                f"the ids (batch and length {tuple(first.shape)}) are equal in all of them",
+                f"the ids (batch and length {tuple(first.shape)}) are equal in all of them"
+                + (", also within a step, and other batches of this shape are evaluated" if others else ""),
                 level="fault" if known else NOTE,
                 figures={"batches": len(trained), "batches_per_epoch": batches, "iterators": epochs},
             )

@@ -9,17 +9,20 @@ Shapes: B batch, T tokens, V vocabulary, N rows of logits that enter a loss.
 
 import functools
 import os
+import random
 import sys
 import sysconfig
 import time
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -37,6 +40,8 @@ LIBRARIES = tuple(
 )
 # Elements whose values are kept beside the run; of a larger model, only the smallest parameters' are.
 FOLLOWED = 20_000_000
+# Parameters whose optimizer state is looked at.
+REMEMBERED = 16
 # Elements of logits that are kept.
 KEPT_LOGITS = 64_000_000
 # Passes without gradients that are recorded, and those after the last step before the run is stopped.
@@ -45,10 +50,13 @@ EVALUATIONS, EVALUATIONS_AFTER = 64, 4
 FRUITLESS = 64
 # Calls that draw random integers, and integers drawn by each, that are kept.
 DRAWS, DRAWN = 4096, 4096
+# Batches of loaders that wait for their forward passes: a loader may read ahead.
+AHEAD = 64
 # How long a run goes on after the last step, until its first evaluation: seconds, and backward passes.
 PATIENCE, PASSES = 10.0, 100
 
 
+RANDINT = random.randint
 DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # what reads `tensor.data`
 
 
@@ -149,6 +157,9 @@ class Update:
     own: bool  # whether the optimizer is the user's code, or there is none
     closure: bool = False  # whether the step itself runs the model
     after: dict[int, torch.Tensor] = field(default_factory=dict)
+    # The parameters whose state holds values that are not 0, before and after.
+    remembered: set[int] = field(default_factory=set)
+    left: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -236,8 +247,11 @@ class Recorder:
         self.schedulers: list[Any] = []
         self.loaded: list[Event] = []
         self.loaders: list[Any] = []
-        self.draws: list[tuple[int, int, list[int]]] = []  # low, high (excluded), and the integers
+        # Random integers: low, high (excluded), and what was drawn.
+        self.draws: deque[tuple[int, int, list[int]]] = deque(maxlen=DRAWS)
         self.used: set[int] = set()  # gradients that a step has used
+        # The last batches, with the facts of their loaders.
+        self.fetched: list[tuple[dict[str, Any], list[torch.Tensor]]] = []
         self.pending: list[Any] = []  # batches that no forward pass has seen yet
         self.wrong_ids: dict[str, Any] | None = None
         self.reference: dict[int, torch.Tensor] = {}
@@ -280,6 +294,9 @@ class Recorder:
         patch(torch, "set_rng_state", self.loading("rng"))
         patch(torch.random, "set_rng_state", self.loading("rng"))
         patch(dataloader._BaseDataLoaderIter, "__next__", self.on_batch)
+        patch(random, "randint", self.on_draw)
+        patch(random, "randrange", self.on_draw)
+        patch(np.random, "randint", self.on_draw)
         before = register_optimizer_step_pre_hook(self.before_step)
         after = register_optimizer_step_post_hook(self.after_step)
         self.undo.callback(before.remove)
@@ -404,7 +421,7 @@ class Recorder:
         forward.autocast = torch.is_autocast_enabled(next(module.parameters()).device.type)
         self.forward = forward
         self.compare(forward)
-        self.find_role(forward)
+        self.use_batch(forward)
         if grad and self.waiting is not None:
             self.after = [forward]
         elif grad:
@@ -425,16 +442,17 @@ class Recorder:
             if other.ids is not None and torch.equal(other.ids, forward.ids):
                 (other if forward.grad else forward).beside = True
 
-    def find_role(self, forward: Forward) -> None:
-        """Whether a loader is for training: its batches go into passes with gradients. Some are read before no_grad."""
-        ids = forward.ids
-        if ids is None:
+    def use_batch(self, forward: Forward) -> None:
+        """Notes whether a loader is for training: whether gradients are on when its batches are used, not when read."""
+        if forward.ids is None:
             return
-        for _, facts in self.loaders:
-            if any(one.shape == ids.shape and torch.equal(one, ids) for batch in facts["given"] for one in batch):
-                facts["grad"] = forward.grad
+        for number, (facts, tensors) in reversed(list(enumerate(self.fetched))):
+            if any(begins_with(one, forward.ids) for one in tensors):
+                facts["grad"] = forward.grad or (facts["used"] and facts["grad"])
+                facts["used"] = True
                 if forward.grad:  # a teacher may be given the batch first
-                    facts["given"] = []
+                    del self.fetched[number]
+                return
 
     def goes_on(self, module: nn.Module, grad: bool, ids: torch.Tensor | None) -> bool:
         """Whether this call goes on with the pass before it, as of a head on what the blocks gave; then it joins it."""
@@ -485,9 +503,19 @@ class Recorder:
         bounds = [one for one in args if isinstance(one, int)][:2]
         low = kwargs.get("low", bounds[0] if len(bounds) > 1 else 0)
         high = kwargs.get("high", bounds[-1] if bounds else None)
-        if self.forward is None and high is not None and output.numel() <= DRAWN and len(self.draws) < DRAWS:
+        if self.forward is None and high is not None and output.numel() <= DRAWN:
             self.draws.append((int(low), int(high), output.flatten().long().tolist()))
         return output
+
+    def on_draw(self, original, args, kwargs):
+        """Of Python's `randint`, whose upper bound is included, and `randrange`, and of numpy's `randint`."""
+        drawn = original(*args, **kwargs)
+        with suppress(TypeError, ValueError, IndexError):  # arrays of bounds, names, a step
+            low, high = (0, args[0]) if len(args) == 1 or args[1] is None else args[:2]
+            values = np.asarray(drawn).reshape(-1)
+            if len(values) <= DRAWN:
+                self.draws.append((int(low), int(high) + (original is RANDINT), values.tolist()))
+        return drawn
 
     def on_dropout(self, func, args, kwargs):
         names = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
@@ -808,6 +836,8 @@ class Recorder:
                             }
         closure = len(args) > 1 or kwargs.get("closure") is not None
         update = Update(optimizer, place(), groups, ids, before, gradients, state, squares**0.5, own, closure)
+        with self.alone():
+            update.remembered = remembered(optimizer)
         self.step.updates.append(update)
         self.step.events.append(Event("step", update.where, {"of": optimizer}))
         self.inside += 1
@@ -821,6 +851,7 @@ class Recorder:
             for key, parameter in self.followed().items():
                 if key in update.before:
                     update.after[key] = parameter.detach().clone()
+            update.left = remembered(optimizer)
         self.used.update(update.ids)
 
     def find_update_by_hand(self, module: nn.Module) -> None:
@@ -887,16 +918,23 @@ class Recorder:
         batch = original(*args, **kwargs)
         iterator = args[0]
         self.check_time()
-        if not any(known() is iterator for known, _ in self.loaders):
+        facts = next((facts for known, facts in self.loaders if known() is iterator), None)
+        if facts is None:
+            facts = loader_facts(iterator)
             with suppress(TypeError):
-                self.loaders.append((weakref.ref(iterator), loader_facts(iterator)))
-        for known, facts in self.loaders:
-            if known() is iterator:
-                facts["given"] = [*facts["given"][-2:], [one for _, one in named_tensors(batch)]]
+                self.loaders.append((weakref.ref(iterator), facts))
+        kept = [(name, one.detach().clone()) for name, one in named_tensors(batch) if one.numel() <= 1_000_000]
+        self.fetched = [*self.fetched[-AHEAD + 1 :], (facts, [one for _, one in kept if are_ids(one)])]
         if torch.is_grad_enabled() and self.waiting is None:
-            kept = [(name, one.detach().clone()) for name, one in named_tensors(batch) if one.numel() <= 1_000_000]
             self.pending.append(kept)
         return batch
+
+
+def begins_with(batch: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether the ids (B, T) are the batch (B, S), or the first T of S."""
+    if batch.dim() != 2 or len(batch) != len(ids) or batch.shape[1] < ids.shape[1]:
+        return False
+    return torch.equal(batch[:, : ids.shape[1]].to(ids.device, ids.dtype), ids)
 
 
 def storage_of(tensor: torch.Tensor | None) -> int:
@@ -913,6 +951,18 @@ def is_own(optimizer: Any) -> bool:
     """Whether the optimizer is the user's code, not a library's."""
     file = getattr(sys.modules.get(type(optimizer).__module__), "__file__", None)
     return file is None or not is_library(file)
+
+
+def remembered(optimizer: Any) -> set[int]:
+    """The parameters (at most `REMEMBERED`, the smallest) whose state has a tensor like them that is not all 0."""
+    state = getattr(optimizer, "state", {})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = set()
+    for parameter in sorted(parameters, key=torch.Tensor.numel)[:REMEMBERED]:
+        values = list(state[parameter].values()) if parameter in state else []
+        if any(isinstance(one, torch.Tensor) and one.shape == parameter.shape and bool(one.any()) for one in values):
+            found.add(id(parameter))
+    return found
 
 
 def detached(value: Any) -> list[torch.Tensor]:
@@ -934,7 +984,7 @@ def loader_facts(iterator: Any) -> dict[str, Any]:
     inner = getattr(sampler, "sampler", sampler)
     dataset = getattr(iterator, "_dataset", None)
     facts: dict[str, Any] = {"dataset": dataset, "sampler": type(inner).__name__, "grad": torch.is_grad_enabled()}
-    facts["given"] = []  # the last batches
+    facts["used"] = False  # by a forward pass: before, "grad" is a guess
     facts["loader"] = id(sampler)
     facts["kept"] = sampler  # so that its id stays its own
     indices = getattr(inner, "indices", None)

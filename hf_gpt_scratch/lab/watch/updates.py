@@ -35,6 +35,7 @@ class UpdateFindings:
         if not self.steps:
             return []
         self.optimizers()
+        self.forgotten()
         self.twice()
         self.schedule()
         self.replay()
@@ -71,6 +72,28 @@ class UpdateFindings:
                     "make the optimizer once, before the loop",
                     "the steps were made by different objects",
                     figures={"optimizers": len(several)},
+                )
+
+    def forgotten(self) -> None:
+        """State that a step leaves and the next does not find, each time; of a user's own optimizer, see `replay`."""
+        history: dict[int, list[Update]] = {}
+        for _, _, update in self.updates():
+            if update.optimizer is not None:
+                history.setdefault(id(update.optimizer), []).append(update)
+        for updates in history.values():
+            pairs = list(itertools.pairwise(updates))
+            if not pairs or updates[0].own or any(event.what == "optimizer" for event in self.recorder.loaded):
+                continue
+            if all(before.left and not before.left & after.remembered for before, after in pairs):
+                self.add(
+                    "state-forgotten",
+                    f"the state of {type(updates[0].optimizer).__name__} is lost between the steps, so each begins "
+                    "without moments",
+                    updates[1].where,
+                    "keep optimizer.state between the steps: neither clear it nor set it to 0",
+                    f"after {counted(len(pairs), 'step')} the state held moments, and at the start of the next it held "
+                    "none, or only zeros",
+                    figures={"times": len(pairs)},
                 )
 
     def twice(self) -> None:

@@ -48,6 +48,7 @@ def test_a_mistake_is_named(case, tmp_path):
     report = watched(changed(case["script"], case["changes"]), tmp_path)
     assert case["name"] in report.names
     finding = next(finding for finding in report.findings if finding.name == case["name"])
+    assert finding.level == case.get("level", finding.level)
     if finding.level == "fault":
         assert finding.proof and finding.remedy
         assert report.exit_status in (1, 3)
@@ -60,6 +61,7 @@ def test_a_healthy_script_is_not_accused(case, tmp_path):
     report = watched(changed(case["script"], case["changes"]), tmp_path)
     assert not report.faults and report.exit_status == 0
     assert len(report.steps) == 3
+    assert not set(case.get("without", [])) & set(report.names)
 
 
 def stopped(script, steps):
