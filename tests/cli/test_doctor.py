@@ -21,6 +21,7 @@ from hf_gpt_scratch.cli import doctor
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.cli.doctor import CHECKS, FAILED, NOT_RUN, PASSED
 from hf_gpt_scratch.model import compat
+from hf_gpt_scratch.model.modeling_gpt_scratch import AnyFeedForward, check_library
 from hf_gpt_scratch.tokenizer import CACHED_FILES
 
 pytestmark = pytest.mark.slow
@@ -106,8 +107,9 @@ def build(monkeypatch, tmp_path):
 
 
 def feed_forward(monkeypatch, factor):
-    right = FeedForward.forward
-    monkeypatch.setattr(FeedForward, "forward", lambda self, *given: right(self, *given) * factor(self))
+    for layer in (FeedForward, AnyFeedForward):  # the book's too, so that the library check sees no difference
+        right = layer.forward
+        monkeypatch.setattr(layer, "forward", lambda self, *given, right=right: right(self, *given) * factor(self))
 
 
 def convert(monkeypatch, tmp_path):
@@ -127,6 +129,7 @@ def logits(monkeypatch, tmp_path):
 
 
 def ids(monkeypatch, wrong_if):
+    monkeypatch.setattr(check_library, "passed", {"generate"})
     right = GPTScratchForCausalLM.generate
 
     def generate(self, inputs, attention_mask=None, **options):
@@ -189,8 +192,8 @@ def saved_code(monkeypatch, tmp_path):
     right = doctor.Patient.converted.func
 
     def wrong(self):
-        with (right(self) / "layers.py").open("a") as code:
-            code.write("\nFeedForward.forward = lambda self, x: x\n")
+        with (right(self) / "modeling_gpt_scratch.py").open("a") as code:
+            code.write("\nAnyFeedForward.forward = lambda self, x: x\n")
         return self.directory / "converted"
 
     cached = functools.cached_property(wrong)
