@@ -56,7 +56,11 @@ def test_a_sabotage_is_named_and_nothing_else(case, tmp_path):
     assert report.names == list(case.names), [finding.says for finding in report.findings]
     assert all(finding.remedy and finding.shortest for finding in report.findings)
     # Of a cache in another order after beams only one order is replayed; another one is told as observed.
-    assert all(finding.proven for finding in report.findings) or "sort()" in case.title or "differ" in case.names[0]
+    assert (
+        all(finding.proven for finding in report.findings)
+        or "sort()" in case.title
+        or case.names[0] in ("beams-differ", "fails")
+    )
 
 
 @pytest.mark.slow

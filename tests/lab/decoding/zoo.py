@@ -128,6 +128,8 @@ SABOTAGES = [
     wrong("returned", "beam-sequences-not-reordered", "[seqs[parent], token[:, None]]", "[seqs, token[:, None]]"),
     wrong("returned", "worst-beam-returned", "return seqs[:1]", "return seqs[-1:]"),
     wrong("beams", "beams-differ", "score + value", "0.2 * score + value"),
+    # It fails with a cache.
+    wrong("returned", "fails", "[total - t :, :total]", "[total - t :, : total - (past is not None)]"),
     # Modes.
     wrong("layers", "dropout-on", "    model.eval()\n", "    model.train()\n"),
 ]  # fmt: skip
