@@ -1,32 +1,114 @@
-"""Beams: does the cache of each follow it?"""
+"""Beams: are they those of a beam search, and does the cache of each follow it?"""
 
 from .examination import Examiner
-from .recording import Run
+from .recording import NotReplayable, Run
+from .searches import MISTAKES, ONE, Search
+
+CHOICE, CACHE = "the choice of beams", "the cache follows the beams"
+WIDTH, LENGTH = 3, 6
+# Settings that change nothing without an end token.
+HARMLESS = ("length", "alpha", "early", "verbose")
 
 
 class Beams(Examiner):
     def beams(self) -> None:
-        """Does the cache of each beam follow it?"""
-        what = "the cache follows the beams"
+        """Are its beams those of a beam search, and does the cache follow them?"""
         if not self.decoder.has("num_beams"):
-            self.not_made(what, "it has no beams")
+            self.not_made(CHOICE, "it has no beams")
+            self.not_made(CACHE, "it has no beams")
             return
         if self.unreliable:
-            self.not_made(what, "its steps are wrong already without beams")
+            for what in (CHOICE, CACHE):
+                self.not_made(what, "its steps are wrong already without beams")
             return
-        width = 3
-        runs = [self.run([self.bench.ids(5, 140 + n)], 6, num_beams=width) for n in range(4)]
+        try:
+            prompts, rights = self.telling_prompts()
+            # 0 asks many decoders for the most probable token, and would divide the scores of beams.
+            scale = {"temperature": 1.0} if self.decoder.has("temperature") else {}
+            runs = [self.run([prompt], LENGTH, num_beams=WIDTH, **scale) for prompt in prompts]
+            self.judge(runs, rights)
+        except NotReplayable as error:
+            self.not_made(CHOICE, f"its forward pass without a cache fails: {error}")
+
+    def telling_prompts(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompts after which several beams find what one does not, and what they find."""
+        prompts, rights = [], []
+        for seed in range(140, 200):
+            prompt = self.bench.ids(5, seed)
+            right = self.searched(Search(), prompt, WIDTH)
+            if right != self.searched(ONE, prompt, 1):
+                prompts.append(prompt)
+                rights.append(right)
+            if len(prompts) == 4:
+                return prompts, rights
+        raise NotReplayable("no prompt tells several beams from one")
+
+    def searched(self, how: Search, prompt: list[int], width: int) -> list[int]:
+        return how.run(self.bench.last, prompt, LENGTH, width)
+
+    def judge(self, runs: list[Run], rights: list[list[int]]) -> None:
         if failed := next((run for run in runs if run.error is not None), None):
-            self.not_made(what, failed.failure[:300])
+            for what in (CHOICE, CACHE):
+                self.not_made(what, failed.failure)
             return
+        if any(run.draws for run in runs):
+            self.not_made(CHOICE, "it draws at random among the beams")
+            self.follow(runs)
+            return
+        given = [run.new[0] for run in runs]
+        if given == rights:
+            self.right(CHOICE)
+            self.follow(runs)
+            return
+        shown = next(n for n, right in enumerate(rights) if given[n] != right)
+        shortest = {"prompt": runs[shown].prompts[0], "num_beams": WIDTH, "new_tokens": LENGTH}
+        undecided = self.undecided()
+        # Of other searches, such as one for diverse beams, the first beam may well be that of one alone.
+        for how in (*(() if undecided else (ONE,)), *MISTAKES):
+            width = 1 if how is ONE else WIDTH
+            if all(self.searched(how, run.prompts[0], width) == run.new[0] for run in runs):
+                proof = f"a search that does so, on its own forward pass without a cache, gives all ids of {len(runs)} "
+                proof += "prompts; a beam search gives others"
+                self.wrong(CHOICE, how.name, how.says, how.remedy, proof=proof, shortest=shortest)
+                self.not_made(CACHE, "its beams are wrong already")
+                return
+        if not self.follow(runs):
+            self.not_made(CHOICE, "the cache does not follow its beams")
+        elif undecided:
+            self.not_made(CHOICE, f"they are not those of a plain beam search, but {undecided}")
+        else:
+            self.wrong(
+                CHOICE,
+                "beams-differ",
+                f"its beams are not those of a beam search: with {WIDTH} beams, after {runs[shown].prompts[0]}, it "
+                f"gives {given[shown]}, where the sums of log probabilities give {rights[shown]}",
+                "compare the beams and their scores after each step with those of a beam search by hand",
+                shortest=shortest,
+            )
+
+    def undecided(self) -> str:
+        """Why its beams may be meant to be others than those of a plain beam search."""
+        one = self.decoder
+        if any(word in one.name.lower() for word in ("divers", "stochastic", "group", "constrain")):
+            return f"its name says that it is another search: {one.name}"
+        others = {
+            n: v for n, v in {**one.others, **one.given}.items() if not any(word in n.lower() for word in HARMLESS)
+        }
+        others |= {one.parameters[s]: one.defaults[s] for s in ("top_k", "top_p") if one.defaults.get(s)}
+        told = ", ".join(f"{name}={value}" for name, value in others.items())
+        return f"it has settings that may change them: {told}" if told else ""
+
+    def follow(self, runs: list[Run]) -> bool:
+        """Does the cache of each beam follow it? True also where this cannot be asked."""
+        what, width = CACHE, WIDTH
         cached = [run for run in runs if len(run.calls) > 2 and run.calls[-1].ids.shape == (width, 1)]
         if not cached:
             self.not_made(what, "its beams use no cache")
-            return
+            return True
         wrong = [run for run in cached if not self.follows(run)]
         if not wrong:
             self.right(what)
-            return
+            return True
         kept = all(self.rows_kept(run) for run in cached)
         self.wrong(
             what,
@@ -40,6 +122,7 @@ class Beams(Examiner):
             else "",
             shortest={"prompt": wrong[0].prompts[0], "num_beams": width, "new_tokens": len(wrong[0].new[0])},
         )
+        return False
 
     def lineages(self, run: Run) -> list[list[list[int]]]:
         """For each cached step, the sequences whose logits its rows have; a row with none of them is left out."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from .examination import NEW, Examiner
 from .recording import NotReplayable, Run
-from .steps import RESET, STALE, Step, explain, explain_stale, first_difference, observed_positions, steps_of
+from .steps import RESET, STALE, explain, explain_stale, first_difference, observed_positions, steps_of
 
 
 class Cached(Examiner):
@@ -40,7 +40,7 @@ class Cached(Examiner):
         shortest = self.smallest(self.differs, **options)
         passes = "cached passes" if cached else "the forward passes"
         if hypotheses is None:
-            positions = self.positions_seen(all_steps)
+            positions = self.positions_seen(shortest, options)
             self.wrong(
                 what,
                 "cached-logits-differ" if cached else "step-logits-differ",
@@ -72,12 +72,15 @@ class Cached(Examiner):
     def differs(self, run: Run) -> bool:
         return first_difference(self.bench, steps_of(run)[0]) is not None
 
-    def positions_seen(self, all_steps: list[list[Step]]) -> str:
-        step = all_steps[0][-1]
-        seen = observed_positions(step)
+    def positions_seen(self, shortest: dict[str, Any] | None, options: dict[str, Any]) -> str:
+        """The positions in the run of the shortest prompt, where they are not 0, 1, 2, …"""
+        if shortest is None:
+            return ""
+        steps = steps_of(self.run([shortest["prompt"]], shortest["new_tokens"], **options))[0]
+        seen = observed_positions(steps[-1]) if steps else None
         if seen is None or seen == list(range(len(seen))):
             return ""
-        return f"; the positions of its last {len(seen)} tokens are {seen}"
+        return f"; with the shortest prompt, the positions of its {len(seen)} tokens are {seen}"
 
     def second_prompt(self) -> None:
         """Is the second generation with the same model that of a fresh one?"""

@@ -15,7 +15,7 @@ from .bench import Make, causal_forward, make_bench
 from .cached_forward import forward_decoder
 from .checks import Examination, ready
 from .decoders import find_decoders
-from .report import DecodingFinding, DecodingReport
+from .report import WRONG, DecodingFinding, DecodingReport
 
 
 def check_decoding(
@@ -85,6 +85,24 @@ def check_decoding(
     for decoder in decoders:
         step(f"Checking {decoder.name}")
         one, failure = ready(bench, decoder)
+        prompt = bench.ids(5, 1)
+        # One that reaches the model and then fails is wrong; of others, it may not be understood how to call them.
+        if failure and (run := bench.run(decoder, [prompt], 4)).calls and "it returns" not in run.failure:
+            says = f"with a prompt of {len(prompt)} tokens and 4 new ones it does not run: {failure}"
+            report.decoders.append(decoder.name)
+            report.checked(decoder.name, "it runs", WRONG, "fails")
+            report.findings.append(
+                DecodingFinding(
+                    "fails",
+                    says,
+                    decoder.name,
+                    "run it so by hand, on ids of shape (1, 5)",
+                    False,
+                    "",
+                    shortest={"prompt": prompt, "new_tokens": 4},
+                )
+            )
+            continue
         if failure:
             failures.append(f"{decoder.name} does not run: {failure}")
             continue

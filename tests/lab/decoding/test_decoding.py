@@ -14,7 +14,14 @@ from hf_gpt_scratch.lab.subject import book_settings
 
 SIZES = dict(vocab_size=211, context_length=64, emb_dim=48, n_heads=4, n_layers=3)
 # Of each kind one: positions, mask, window, choice, sampling, end, padding, beams.
-SAMPLE = ("positions-ignore-cache", "mask-not-moved", "prompt-cut-wrong-side", "greedy-samples", "top-k-off-by-one")
+SAMPLE = (
+    "positions-ignore-cache",
+    "mask-not-moved",
+    "prompt-cut-wrong-side",
+    "greedy-samples",
+    "top-k-off-by-one",
+    "worst-beams-kept",
+)
 
 
 def cfg():
@@ -49,7 +56,11 @@ def test_a_sabotage_is_named_and_nothing_else(case, tmp_path):
     assert report.names == list(case.names), [finding.says for finding in report.findings]
     assert all(finding.remedy and finding.shortest for finding in report.findings)
     # Of a cache in another order after beams only one order is replayed; another one is told as observed.
-    assert all(finding.proven for finding in report.findings) or "sort()" in case.title
+    assert (
+        all(finding.proven for finding in report.findings)
+        or "sort()" in case.title
+        or case.names[0] in ("beams-differ", "fails")
+    )
 
 
 @pytest.mark.slow

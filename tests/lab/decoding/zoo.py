@@ -12,6 +12,7 @@ CLASSES = {
     "returned": "TinyGPT",
     "slots": "Model",
     "fast": "Transformer",
+    "beams": "GPT",
 }
 
 
@@ -117,6 +118,20 @@ SABOTAGES = [
     # Beams.
     wrong("returned", "cache-not-reordered", "past = [(k[parent], v[parent]) for k, v in past]\n        seqs", "seqs"),
     wrong("returned", "cache-not-reordered", "past = [(k[parent], v[parent])", "past = [(k[parent.sort().values], v[parent.sort().values])"),
+    wrong("beams", "worst-beams-kept", ", reverse=True)", ")"),
+    wrong("beams", "beam-score-not-accumulated", "score + value", "value"),
+    wrong("beams", "beam-score-sums-probabilities", "torch.log_softmax(", "torch.softmax("),
+    wrong("beams", "beam-score-sums-logits", "torch.log_softmax(model(seq)[0, -1], dim=-1)", "model(seq)[0, -1]"),
+    wrong("beams", "beam-score-divided-each-step", "score + value", "(score + value) / (n + 1)"),
+    wrong("beams", "beams-ignored", "for score, seq in beams:", "for score, seq in beams[:1]:"),
+    wrong("beams", "worst-beam-returned", "beams[0][1]", "beams[-1][1]"),
+    wrong("beams", "beams-not-compared", ".topk(num_beams)", ".topk(1 if n else num_beams)"),
+    wrong("returned", "beam-score-not-accumulated", "scores[:, None] + logits[:, -1].log_softmax(-1)", "logits[:, -1].log_softmax(-1)"),
+    wrong("returned", "beam-sequences-not-reordered", "[seqs[parent], token[:, None]]", "[seqs, token[:, None]]"),
+    wrong("returned", "worst-beam-returned", "return seqs[:1]", "return seqs[-1:]"),
+    wrong("beams", "beams-differ", "score + value", "0.2 * score + value"),
+    # It fails with a cache.
+    wrong("returned", "fails", "[total - t :, :total]", "[total - t :, : total - (past is not None)]"),
     # Modes.
     wrong("layers", "dropout-on", "    model.eval()\n", "    model.train()\n"),
 ]  # fmt: skip
@@ -142,6 +157,34 @@ HEALTHY = [
     right("fast", "    q = torch.empty_like(probs).exponential_(1)\n    return torch.argmax(probs / q, dim=-1, keepdim=True)", "    return torch.multinomial(probs, 1)"),
     right("fast", "logits / max(temperature, 1e-5)", "logits * (1 / max(temperature, 1e-5))"),
 ]  # fmt: skip
+
+# Beam searches in other conventions, and what is not known to be one.
+_PICKED = "return beams[0][1]"
+HEALTHY += [
+    right("beams", _PICKED, "return max(beams, key=lambda beam: beam[0] / beam[1].shape[1])[1]"),
+    right(
+        "beams", _PICKED, "return max(beams, key=lambda beam: beam[0] / (beam[1].shape[1] - ids.shape[1]) ** 0.7)[1]"
+    ),
+    right("beams", _PICKED, "return [seq[0].tolist() for _, seq in beams]"),
+    right("beams", _PICKED, "return [(score, seq) for score, seq in beams]"),
+    right("beams", _PICKED, "return beams[0][1][:, ids.shape[1] :]"),
+    right("beams", "[(0.0, ids)]", "[(1.0, ids)]", "log_softmax(", "softmax(", "score + value", "score * value"),
+    right("beams", ".topk(num_beams)", ".sort(descending=True)"),
+    right("beams", "log_probs.topk(num_beams)", "log_probs.float().topk(2 * num_beams)"),
+    right(
+        "beams",
+        "values, tokens = log_probs.topk(num_beams)",
+        "tokens = torch.multinomial(log_probs.exp(), num_beams); values = log_probs[tokens]",
+    ),
+    right("beams", "beam_search", "diverse_beam_search", "score + value", "score + value - 2.0 * len(grown)"),
+    right(
+        "beams",
+        "num_beams=3,",
+        "num_beams=3, diversity=2.0,",
+        "score + value",
+        "score + value - diversity * len(grown)",
+    ),
+]
 
 # Candidates with a cache and no generation: the same layers without the functions.
 _NO_FUNCTION = ("def generate_text_simple_cached(", "def _unused(")
