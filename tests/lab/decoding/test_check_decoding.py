@@ -2,10 +2,10 @@
 
 import json
 
+import decoding_zoo
 import pytest
-import zoo
+from decoding_zoo import CLASSES, HEALTHY, SABOTAGES
 from typer.testing import CliRunner
-from zoo import CLASSES, HEALTHY, SABOTAGES
 
 from hf_gpt_scratch import GPTScratchConfig, check_decoding
 from hf_gpt_scratch.cli.app import app
@@ -79,14 +79,14 @@ def test_the_shortest_prompt_shows_the_mistake(tmp_path):
 
 
 def test_what_was_not_checked_is_told(tmp_path):
-    report = checked(zoo.right("book"), tmp_path)
+    report = checked(decoding_zoo.right("book"), tmp_path)
     skipped = {(check.where, check.what): check.why for check in report.checks if check.outcome == "not made"}
     assert skipped[("generate_text_simple", "the end token")] == "it has no parameter for one"
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["right"] is True
 
 
 def test_an_unknown_mistake_is_told_as_observed(tmp_path):
-    case = zoo.wrong(
+    case = decoding_zoo.wrong(
         "layers", "", "keys, values = self.cache_k, self.cache_v", "keys, values = self.cache_k, 1.1 * self.cache_v"
     )
     [finding] = checked(case, tmp_path).findings
@@ -95,7 +95,7 @@ def test_an_unknown_mistake_is_told_as_observed(tmp_path):
 
 
 def test_a_forward_pass_that_sees_the_future_is_told_once(tmp_path):
-    case = zoo.wrong("returned", "", "scores = scores.masked_fill(~keep, -1e9)", "pass")
+    case = decoding_zoo.wrong("returned", "", "scores = scores.masked_fill(~keep, -1e9)", "pass")
     assert checked(case, tmp_path).names == ["future-leak"]
 
 
@@ -110,9 +110,9 @@ def test_a_forward_pass_that_sees_the_future_is_told_once(tmp_path):
 )
 def test_a_parameter_of_unknown_meaning_is_asked_for(renamed, arguments, told, tmp_path):
     text = f"{renamed}, context_size):" if renamed == "max_new_tokens" else "max_new_tokens, context_size):"
-    case = zoo.right("book", text, text.replace(renamed, "quantity"), f"range({renamed})", "range(quantity)")
+    case = decoding_zoo.right("book", text, text.replace(renamed, "quantity"), f"range({renamed})", "range(quantity)")
     if renamed == "context_size":
-        case = zoo.right("book", text, text.replace(renamed, "quantity"), "-context_size:", "-quantity:")
+        case = decoding_zoo.right("book", text, text.replace(renamed, "quantity"), "-context_size:", "-quantity:")
     options = dict(generate="generate_text_simple", arguments=arguments)
     if told:
         with pytest.raises(LabError, match=told):
@@ -134,7 +134,7 @@ def test_a_parameter_of_unknown_meaning_is_asked_for(renamed, arguments, told, t
 )
 def test_what_cannot_be_checked_is_refused(candidate, generate, told, tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text(zoo.right("book").source)
+    file.write_text(decoding_zoo.right("book").source)
     with pytest.raises(LabError, match=told):
         check_decoding("unused", candidate.format(file=file), cfg=cfg(), generate=generate)
 
@@ -144,7 +144,7 @@ def test_the_command(tmp_path):
     from pairs import random_gpt2
 
     random_gpt2().save_pretrained(tmp_path / "reference")
-    for case, status in ((zoo.right("layers"), 0), (first_of("cache-not-reset"), 3)):
+    for case, status in ((decoding_zoo.right("layers"), 0), (first_of("cache-not-reset"), 3)):
         (tmp_path / "mine.py").write_text(case.source)
         arguments = ["compare", tmp_path / "reference", f"{tmp_path / 'mine.py'}:GPTModel", "--decode"]
         outputs = ["--json", str(tmp_path / "figures.json"), "--html", str(tmp_path / "report.html")]
