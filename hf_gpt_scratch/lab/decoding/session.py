@@ -124,5 +124,8 @@ def check_decoding(
         why = "; ".join([*failures, *notes]) or "no function or method of it generates; name one with --generate"
         raise LabError(f"{candidate}: {why}")
     report.notes += failures
+    if any(one.proven for one in report.findings):  # whose cause it may be, so that it is told once
+        report.notes += [f"{one.where}: {one.says}" for one in report.findings if one.name == "fails"]
+        report.findings = [one for one in report.findings if one.name != "fails"]
     report.replays = bench.replays
     return report
