@@ -3,8 +3,9 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -84,20 +85,8 @@ def compare(
     except (LabError, ConversionError, OSError) as error:
         errors.print(f"[bold red]Not compared:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
-    told, written = [], True
     figures = comparison.to_dict() | ({} if decoding is None else {"decoding": decoding.to_dict()})
-    for file, make in ((html, lambda: comparison.to_html(decoding)), (json_, lambda: as_json(figures))):
-        if file is None:
-            continue
-        try:
-            if str(file) == "-":
-                print(make())
-                continue
-            file.write_text(make(), encoding="utf-8")
-            told.append(f"Written: {escape(str(file))}")
-        except Exception as error:  # a page that cannot be made takes neither the other nor the verdict along
-            errors.print(f"[bold red]Not written:[/] {escape(f'{file}: {error}')}", soft_wrap=True)
-            written = False
+    told, written = write_reports(html, lambda: comparison.to_html(decoding), json_, lambda: figures, errors)
     print_report(comparison, console)
     if decoding is not None:
         print_decoding(decoding, console)
@@ -124,6 +113,29 @@ def check_writable(option: str, file: Path) -> None:
     place = file if file.exists() else file.parent
     if str(file) == "-" or file.is_dir() or not (file.parent.is_dir() and os.access(place, os.W_OK)):
         raise LabError(f"{option} {file} cannot be written; give a file in an existing directory that you can write to")
+
+
+def write_reports(
+    html: Path | None, make_page: Callable[[], str], json_: Path | None, figures: Callable[[], Any], errors: Console
+) -> tuple[list[str], bool]:
+    """Writes what was asked for; returns the lines that say so, and whether nothing failed.
+
+    What cannot be made or written is told, and takes neither the other file nor the verdict along.
+    """
+    told, written = [], True
+    for file, make in ((html, make_page), (json_, lambda: as_json(figures()))):
+        if file is None:
+            continue
+        try:
+            if str(file) == "-":
+                print(make())
+                continue
+            file.write_text(make(), encoding="utf-8")
+            told.append(f"Written: {escape(str(file))}")
+        except Exception as error:  # whatever making the page raises
+            errors.print(f"[bold red]Not written:[/] {escape(f'{file}: {error}')}", soft_wrap=True)
+            written = False
+    return told, written
 
 
 def as_json(figures) -> str:

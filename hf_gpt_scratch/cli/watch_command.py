@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import LabError
-from .compare_command import as_json, check_outputs
+from .compare_command import check_outputs, write_reports
 from .status import FAILED
 
 if TYPE_CHECKING:
@@ -46,19 +46,9 @@ def watch(
         errors.print(f"[bold red]Not watched:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(FAILED)
     print_watch(report, console)
-    written = True
-    for file, make in ((html, lambda: report.to_html(script)), (json_, lambda: as_json(report.to_dict()))):
-        if file is None:
-            continue
-        try:
-            if str(file) == "-":
-                print(make())
-                continue
-            file.write_text(make(), encoding="utf-8")
-            console.print(f"Written: {escape(str(file))}", soft_wrap=True)
-        except Exception as error:  # what cannot be written takes neither the other nor the verdict along
-            errors.print(f"[bold red]Not written:[/] {escape(f'{file}: {error}')}", soft_wrap=True)
-            written = False
+    told, written = write_reports(html, lambda: report.to_html(script), json_, report.to_dict, errors)
+    for line in told:
+        console.print(line, soft_wrap=True)
     sys.exit(report.exit_status or (0 if written else FAILED))
 
 
