@@ -223,7 +223,7 @@ class TestTensorParallel:
 def tensor_parallel_without_gathering(rank, directory):
     from transformers.distributed import DistributedConfig
 
-    from hf_gpt_scratch.model.parallel import Gather, Unchanged
+    from hf_gpt_scratch.model.sharded_loading import Gather, Unchanged
 
     Gather.convert = Unchanged.convert
     try:
