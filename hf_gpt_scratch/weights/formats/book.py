@@ -118,7 +118,14 @@ def made(tensors: Mapping[str, LazyTensor], lora_scale: float | None, path: Path
     def one(part: Part) -> LazyTensor:
         sources = [tensors[name] for name in part.sources]
         meta = part.make([torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources])
-        return LazyTensor(meta.shape, meta.dtype, lambda: part.make([source.read() for source in sources]))
+
+        def read() -> torch.Tensor:
+            try:
+                return part.make([source.read() for source in sources])
+            except ValueError as error:
+                raise ConversionError(f"{path} {error}") from error
+
+        return LazyTensor(meta.shape, meta.dtype, read)
 
     try:
         found = parts({name: tensor.shape for name, tensor in tensors.items()}, lora_scale)
