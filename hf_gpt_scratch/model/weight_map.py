@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from .parallel import SHARDED_LOADING
+from .configuration_gpt_scratch import SHARDED_LOADING
 from .sharded_loading import Gather, Scatter
 
 # The base model's name in a model with a head: transformers' `GPT2LMHeadModel.transformer`, and ours.
