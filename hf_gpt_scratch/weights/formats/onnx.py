@@ -249,9 +249,13 @@ def graph(settings: str) -> bytes:
                 verbose=False,
             )
     except Exception as error:  # torch's, of many types
+        first: BaseException = error
+        while first.__cause__ is not None:  # the others are advice for torch's developers
+            first = first.__cause__
+        reason = shortened(" ".join(str(first).split()), 500)
         raise ConversionError(
-            f"torch cannot translate the model into ONNX ({type(error).__name__}: {shortened(str(error), 500)}); an "
-            "activation of one's own must consist of torch's functions"
+            f"torch cannot translate the model into ONNX ({type(first).__name__}: {reason}); take an activation of "
+            "functions that it can translate"
         ) from error
     proto = program.model_proto
     for node in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output, proto.graph):
@@ -329,12 +333,13 @@ def _read_graph(path: Path) -> tuple[Any, dict[str, Any]]:
             raise ValueError(f"n_layers={shortened(repr(layers))}, but it holds {len(model.graph.initializer)} tensors")
         config = GPTScratchConfig.from_dict(about["config"])
         dtype = next(dtype for dtype in DTYPES if str(dtype) == f"torch.{about['dtype']}")
+        config.dtype = dtype
     except ConversionError:
         raise
     except Exception as error:  # wrong settings raise errors of many types
+        reason = shortened(" ".join(str(error).split()), 300)
         raise ConversionError(
-            f"{path} has damaged metadata ({type(error).__name__}: {shortened(str(error), 300)}); export the model "
-            "again"
+            f"{path} has damaged metadata ({type(error).__name__}: {reason}); export the model again"
         ) from error
     return model, {"config": config, "dtype": dtype}
 
