@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Self
@@ -494,7 +495,11 @@ def _differences(model, kind):
         ours, theirs = expected[name], found[name]
         if _computes_otherwise(theirs, ours):
             differences.append(f"{name or 'the model'} is a {_class_name(theirs)} instead of a {_class_name(ours)}")
-        elif "forward" in vars(theirs) and not hasattr(theirs, "_hf_hook"):  # accelerate's hooks only move tensors
+        elif (
+            "forward" in vars(theirs)
+            and not hasattr(theirs, "_hf_hook")  # accelerate's hooks only move tensors
+            and not (theirs is model and _computes_as_its_class(model))
+        ):
             differences.append(f"{name or 'the model'} has a forward pass of its own")
         elif not isinstance(ours, PreTrainedModel | nn.Dropout):
             differences += [
@@ -576,26 +581,84 @@ def _refuse_to_save_other_code(model):
         )
 
 
-@torch.no_grad()
-def _outputs(model, input_ids, **inputs):
-    """A model's outputs in float32 and without dropout; the model is left unchanged."""
+@contextmanager
+def _evaluated(model):
+    """Without gradients, dropout, and attention functions that do not run everywhere; the model is left unchanged."""
     modes = {module: module.training for module in model.modules()}
     attention = model.config._attn_implementation
-    parameters = dict(model.named_parameters())
-    half = {name: p.float() for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)}
     try:
         for module in modes:
             module.training = False
         if attention not in ("eager", "sdpa"):
             model.set_attn_implementation("sdpa")
-        with torch.autocast(input_ids.device.type, enabled=False):
-            output = torch.func.functional_call(model, half, (input_ids,), {"use_cache": False, **inputs})
+        with torch.no_grad():
+            yield
     finally:
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _outputs(model, input_ids, **inputs):
+    """A model's outputs in float32 and without dropout; the model is left unchanged."""
+    parameters = dict(model.named_parameters())
+    half = {name: p.float() for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)}
+    with _evaluated(model), torch.autocast(input_ids.device.type, enabled=False):
+        output = torch.func.functional_call(model, half, (input_ids,), {"use_cache": False, **inputs})
     return {name: value.double() for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+
+def _few_tokens(config, device, dtype, with_states):
+    """A model's inputs: token ids (1, T) and, with cross-attention, an encoder's states (1, S, E)."""
+    length = min(8, config.max_position_embeddings)
+    inputs = {"input_ids": torch.linspace(0, config.vocab_size - 1, length, device=device).long().unsqueeze(0)}
+    if config.add_cross_attention and with_states:
+        states = torch.linspace(-1, 1, 3 * config.hidden_size, device=device).view(1, 3, -1)  # (B, S, E)
+        inputs["encoder_hidden_states"] = states.to(dtype)
+    return inputs
+
+
+def _reads_states(model):
+    return type(model).__name__.endswith(("Model", "ForCausalLM"))
+
+
+def _without_own_forward(model):
+    """The model, with its class's forward pass if it has one of its own."""
+    if "forward" not in vars(model):
+        return model
+    plain = copy.copy(model)
+    del vars(plain)["forward"]
+    return plain
+
+
+def _computes_as_its_class(model):
+    """Whether a forward pass that was set on a model computes what its class's does, perhaps under autocast.
+
+    accelerate sets such a one for mixed precision, and TRL for losses of its own; the outputs for a few tokens decide.
+    """
+    [device, *others] = {p.device for p in model.parameters()}
+    if others or device.type == "meta":
+        return False
+    inputs = _few_tokens(model.config, device, model.dtype, _reads_states(model))
+
+    def outputs(one, dtype=None):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            output = one(**inputs, use_cache=False)
+        return {name: value.double() for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+    with _evaluated(model):
+        found, plain = outputs(model), _without_own_forward(model)
+        for dtype in (None, torch.bfloat16, torch.float16):
+            expected = outputs(plain, dtype)
+            if found.keys() == expected.keys() and all(_error(found[k], expected[k]) <= SAME_OUTPUTS for k in found):
+                return True
+    return False
+
+
+def _error(found, expected):
+    """The largest difference, relative to the largest value; NaN if there is one."""
+    return (found - expected).abs().max().item() / max(found.abs().max().item(), torch.finfo().tiny)
 
 
 def _refuse_other_outputs(model, translated):
@@ -607,17 +670,13 @@ def _refuse_other_outputs(model, translated):
         )
         return
     [device] = devices
-    sizes = model.config
-    length = min(8, sizes.max_position_embeddings)
-    input_ids = torch.linspace(0, sizes.vocab_size - 1, length, device=device).long().unsqueeze(0)  # (1, T)
-    inputs = {}
-    if sizes.add_cross_attention and type(model).__name__.endswith(("Model", "ForCausalLM")):
-        states = torch.linspace(-1, 1, 3 * sizes.hidden_size, device=device).view(1, 3, -1)  # (B, S, E)
-        inputs["encoder_hidden_states"] = states.to(torch.promote_types(model.dtype, torch.float32))
-    ours, theirs = (_outputs(one, input_ids, **inputs) for one in (model, translated))
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    inputs = _few_tokens(model.config, device, dtype, _reads_states(model))
+    # One of its own computes the same, as was checked, but perhaps under autocast.
+    ours, theirs = (_outputs(_without_own_forward(one), **inputs) for one in (model, translated))
     bound = SAME_OUTPUTS if device.type == "cpu" else SAME_OUTPUTS_ELSEWHERE
     for name, output in ours.items():
-        error = (output - theirs[name]).abs().max().item() / max(output.abs().max().item(), torch.finfo().tiny)
+        error = _error(output, theirs[name])
         if not error <= bound:  # False for NaN, as it must be
             raise ValueError(
                 f"this {type(model).__name__} and its translation compute different {name}, relative error "

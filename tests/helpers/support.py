@@ -60,7 +60,7 @@ TABLE = {
         "ONNX, run by onnxruntime": ["test_onnx.py::*"],
     },
     "Training": {
-        "Trainer: the official loss curve, accumulation, label smoothing": ["test_training.py::test_trainer*"],
+        "Trainer: the official losses, accumulation, label smoothing": ["test_training.py::test_trainer*"],
         "a run resumed half-way": ["test_training.py::test_resumed*"],
         "gradient checkpointing, both modes": ["test_modeling.py::test_gradient_checkpointing*"],
         "`num_items_in_batch`, masked labels": ["test_training.py::test_loss*", "test_parity.py::test_loss*"],

@@ -1,6 +1,8 @@
 """What is translated to and from the official model, and saved, computes the same afterwards, or is refused by name."""
 
 import copy
+import functools
+import types
 
 import peft
 import pytest
@@ -282,6 +284,18 @@ def own_forward(model):
     feed_forward.forward = lambda x: whole(x) / 2
 
 
+def own_forward_of_the_whole(model):
+    whole = model.forward
+
+    @functools.wraps(whole)
+    def slightly_more(*args, **kwargs):
+        output = whole(*args, **kwargs)
+        output.logits = output.logits * 1.001
+        return output
+
+    model.forward = slightly_more
+
+
 def head_with_a_bias(model):
     model.out_head.bias = nn.Parameter(torch.ones(model.config.vocab_size))
 
@@ -292,6 +306,7 @@ def head_with_a_bias(model):
         (other_class, r"att is a test_interop\.SharperAttention instead of a modeling_gpt_scratch\.CachedAttention"),
         (not_causal, r"att\.is_causal is False instead of True"),
         (own_forward, r"ff has a forward pass of its own"),
+        (own_forward_of_the_whole, r"the model has a forward pass of its own"),
         (head_with_a_bias, r"out_head\.bias is an unknown parameter"),
     ],
 )
@@ -302,6 +317,47 @@ def test_what_would_load_as_another_model_is_not_saved(change, message, tmp_path
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path / "changed")
     assert not (tmp_path / "changed").exists()
+
+
+def with_a_loss(model):
+    """As TRL does for its losses."""
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, own_loss=False, **kwargs):
+        return type(self).forward(self, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def under_autocast(dtype):
+    """As accelerate does for mixed precision."""
+
+    def change(model):
+        whole = model.forward
+
+        def forward(*args, **kwargs):
+            with torch.autocast("cpu", dtype=dtype):
+                output = whole(*args, **kwargs)
+            return type(output)(**{name: value.float() for name, value in output.items()})
+
+        model.forward = forward
+
+    return change
+
+
+@pytest.mark.parametrize("changes", [{}, {"add_cross_attention": True}], ids=str)
+@pytest.mark.parametrize("change", [with_a_loss, under_autocast(torch.bfloat16), under_autocast(torch.float16)])
+def test_a_model_whose_forward_pass_is_wrapped_for_training_is_saved_and_translated(change, changes, tmp_path):
+    gpt2, model = random_pair(**changes)
+    expected = {name: tensor.clone() for name, tensor in gpt2.state_dict().items()}
+    change(model.train())
+    model.save_pretrained(tmp_path)
+    assert model.training and "forward" in vars(model)
+    loaded = GPTScratchForCausalLM.from_pretrained(tmp_path)
+    change(gpt2)
+    for translated in (loaded.to_gpt2(), model.to_gpt2(), GPTScratchForCausalLM.from_gpt2(gpt2).to_gpt2()):
+        assert "forward" not in vars(translated)
+        assert all(torch.equal(translated.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(

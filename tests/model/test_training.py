@@ -79,12 +79,13 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path):
         torch.testing.assert_close(also_finished.state_dict()[name], tensor, msg=name)
 
 
-def test_checkpoints_of_trainer_load_and_export(tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=str)
+def test_checkpoints_of_trainer_load_and_export(tmp_path, settings):
     _, scratch = random_pair()
-    _, trained = train(scratch, tmp_path, steps=4)
+    _, trained = train(scratch, tmp_path, steps=4, **settings)
     loaded = GPTScratchForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in trained.state_dict().items())
-    loaded.save_as_gpt2(tmp_path / "official")
+    trained.save_as_gpt2(tmp_path / "official")
     official, info = GPT2LMHeadModel.from_pretrained(tmp_path / "official", output_loading_info=True)
     assert not info["missing_keys"]
     ids = random_ids()
