@@ -1,9 +1,11 @@
 """GPT-2's byte-pair encoding, from tiktoken's copy, as a transformers tokenizer."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import tiktoken
-from transformers import GPT2Tokenizer
+from tokenizers.models import BPE
+from transformers import GPT2Tokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # File names of GPT-2's merges and vocabulary in tiktoken's cache directory.
@@ -34,6 +36,18 @@ def gpt2_tokenizer() -> GPT2Tokenizer:
     ]
     # Pairs are accepted; only the annotation omits them.
     return GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=1024)  # type: ignore[arg-type]
+
+
+def complete_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds GPT-2's vocab.json and merges.txt to a saved tokenizer, which other programs read.
+
+    transformers writes only tokenizer.json.
+    """
+    old = ("vocab.json", "merges.txt")
+    if not isinstance(tokenizer, GPT2Tokenizer) or any((directory / name).exists() for name in old):
+        return
+    if isinstance(tokenizer.backend_tokenizer.model, BPE):
+        tokenizer.backend_tokenizer.model.save(str(directory))
 
 
 def last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:

@@ -27,12 +27,6 @@ DOCS = ROOT / "docs"
 # The pages say GPT_CONFIG_124M, and meet a small one: 163 million parameters take too long.
 SMALL = {"context_length": 128, "emb_dim": 48, "n_layers": 2}
 
-pytestmark = [
-    # Of the exporter to ONNX, as in test_onnx.py.
-    pytest.mark.filterwarnings("ignore:# The axis name. (batch|length) will not be used:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-]
-
 
 def module_of(file):
     """A script of docs/, imported."""

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE, WordLevel
+from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, GPT2Config, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import ConversionError, shortened
-from ..tokenizer import gpt2_tokenizer
+from ..tokenizer import complete_tokenizer, gpt2_tokenizer
 from .checkpoint import read_json
 from .formats.format import Source
 from .hub import find_tokenizer
@@ -227,7 +227,7 @@ def put_tokenizer(chosen: Chosen, target: Path) -> str | None:
         tokenizer.save_pretrained(target)
     else:
         _copy(chosen.directory, target, tokenizer)
-    _complete(target, tokenizer)
+    complete_tokenizer(target, tokenizer)
     _limit(target)
     carried = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     texts = _texts(tokenizer)
@@ -260,15 +260,6 @@ def _copy(source: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -> Non
     if not values.get("tokenizer_class"):  # it came from the model's type or from config.json
         values["tokenizer_class"] = type(tokenizer).__name__
         settings.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _complete(target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds vocab.json and merges.txt, which other programs read; transformers writes only tokenizer.json."""
-    old = ("vocab.json", "merges.txt")
-    if not isinstance(tokenizer, GPT2Tokenizer) or any((target / name).exists() for name in old):
-        return
-    if isinstance(tokenizer.backend_tokenizer.model, BPE):
-        tokenizer.backend_tokenizer.model.save(str(target))
 
 
 def left_behind(directory: Path, reason: str) -> list[str]:

@@ -36,19 +36,21 @@ PROCESSES.set_forkserver_preload(["hf_gpt_scratch.cli.terminal", "hf_gpt_scratch
 
 TO_OURS, TO_GPT2 = conversion.gpt2_to_scratch, conversion.scratch_to_gpt2
 IMPORT, EXPORT = conversion.convert, conversion.export
+EXPORTED = ("book", "nanogpt", "gguf", "llmc", "onnx")
 # What is run, on which of the sources, with which options.
 KINDS = {
     "official to ours": (TO_OURS, "official", {}),
     "official to ours, in shards": (TO_OURS, "official", {"max_shard_size": "190KB"}),
     "ours to official": (TO_GPT2, "native", {}),
     "ours to official, in shards": (TO_GPT2, "native", {"max_shard_size": "190KB"}),
-    **{f"export to {format}": (EXPORT, "native", {"format": format}) for format in ("book", "nanogpt", "gguf", "llmc")},
+    **{f"export to {format}": (EXPORT, "native", {"format": format}) for format in EXPORTED},
     "import from book": (IMPORT, "book/model.pth", {"n_heads": 4}),
     "import from nanogpt": (IMPORT, "nanogpt/ckpt.pt", {}),
     "import from mingpt": (IMPORT, "mingpt/model.pt", {"n_heads": 4}),
     "import from tensorflow": (IMPORT, "tensorflow", {}),
     "import from gguf": (IMPORT, "gguf/model.gguf", {}),
     "import from llmc": (IMPORT, "llmc/model.bin", {}),
+    "import from onnx": (IMPORT, "onnx", {}),
 }
 ENDINGS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "full disk")
 
@@ -58,7 +60,7 @@ def write_sources(directory: Path) -> Path:
     random_gpt2().save_pretrained(directory / "official")
     native = directory / "native"
     TO_OURS(directory / "official", native, check=False)
-    for format in ("book", "nanogpt", "gguf", "llmc"):
+    for format in EXPORTED:
         EXPORT(native, directory / format, format, check=False)
     state_dict = torch.load(directory / "nanogpt/ckpt.pt")["model"]
     (directory / "mingpt").mkdir()

@@ -12,7 +12,7 @@ import torch
 from files import leftovers, rewrite, sha256
 from forks import run_python
 from huggingface_hub import errors
-from pairs import LAYERS, gpt2_config, random_gpt2, random_ids, random_pair
+from pairs import LAYERS, gpt2_config, random_gpt2, random_ids, random_pair, tiny_model
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import (
@@ -91,6 +91,17 @@ def test_there_and_back_is_the_same_file(tmp_path, tied, dtype):
     assert sha256(tmp_path / "a/model.safetensors") == sha256(tmp_path / "c/model.safetensors")
     a, c = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ac")
     assert a == c
+
+
+@pytest.mark.slow
+def test_numbers_among_the_weights_convert(tmp_path):
+    """xIELU has some, of another dtype than the weights."""
+    tiny_model(activation_function="xielu").save_pretrained(tmp_path / "native")
+    assert export(tmp_path / "native", tmp_path / "official", "gpt2")["parity"]["passed"]
+    assert export(tmp_path / "official", tmp_path / "back", "native")["parity"]["passed"]
+    same = [load_file(tmp_path / name / "model.safetensors") for name in ("native", "back")]
+    assert same[0].keys() == same[1].keys() and any(tensor.ndim == 0 for tensor in same[0].values())
+    assert all(torch.equal(tensor, same[1][name]) for name, tensor in same[0].items())
 
 
 def test_shards_and_the_hubs_layout_convert(tmp_path):
@@ -429,7 +440,7 @@ def test_a_chat_template_is_data_and_comes_along(tmp_path, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["gpt2", "gguf", "book"])
+@pytest.mark.parametrize("format", ["gpt2", "gguf", "book", "onnx"])
 def test_no_code_goes_the_other_way(tmp_path, target, format):
     native = tmp_path / "native"
     gpt2_to_scratch(TRAINED, native, check=False)
@@ -440,7 +451,7 @@ def test_no_code_goes_the_other_way(tmp_path, target, format):
     assert named_code(target) == {}
     assert list(target.rglob("*.py")) == []
     told = "left out of tokenizer_config.json, since it makes code run: 'auto_map'"
-    assert any(note.startswith(told) for note in receipt["notes"]) == (format == "gpt2")
+    assert any(note.startswith(told) for note in receipt["notes"]) == (format in ("gpt2", "onnx"))
 
 
 def test_nothing_is_said_where_nothing_was_taken_out(source, target, tmp_path):

@@ -34,6 +34,7 @@ from hf_gpt_scratch.weights.formats import gguf
 
 pytestmark = pytest.mark.slow
 
+TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 TEXTS = ["the cat sat on the mat", "Naïve cats; 3.14 %\n\n日本語 🤗", "[CLS] cat <sep> mat [UNK]</s><|endoftext|>"]
 WORDS = ["the", "cat", "sat", "on", "mat", "##s", ";", "3", ".", "14"]
 
@@ -185,6 +186,26 @@ def test_one_that_gives_other_ids_beside_the_model_is_not_published(tmp_path, so
     with pytest.raises(ConversionError, match="gives different ids beside the converted model"):
         gpt2_to_scratch(source, tmp_path / "native")
     assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize("format", ["native", "gpt2", "onnx"])
+def test_every_directory_has_vocab_json_and_merges_txt_where_the_tokenizer_is_gpt2s(tmp_path, format):
+    """For programs that read no tokenizer.json; ids are those of the tokenizer."""
+    model = random_pair(vocab_size=1000)[1]
+    tokenizer = AutoTokenizer.from_pretrained(TRAINED)
+    model.save_as_gpt2(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    assert not (tmp_path / "source/vocab.json").exists()  # transformers leaves them out
+    if format == "gpt2":
+        import_checkpoint(tmp_path / "source", tmp_path / "first", check=False)
+        export_checkpoint(tmp_path / "first", tmp_path / "converted", format, check=False)
+    else:
+        export_checkpoint(tmp_path / "source", tmp_path / "converted", format, check=False)
+    write(model, model.config, tmp_path / "written", format, tokenizer=tokenizer)
+    for name in ("converted", "written"):
+        files = {kind: str(tmp_path / name / kind) for kind in ("vocab.json", "merges.txt")}
+        alone = GPT2Tokenizer(vocab=files["vocab.json"], merges=files["merges.txt"])
+        assert [alone(text).input_ids for text in TEXTS] == [tokenizer(text).input_ids for text in TEXTS]
 
 
 # Files of other programs

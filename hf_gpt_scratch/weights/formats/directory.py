@@ -17,6 +17,7 @@ from ...errors import ConversionError, UnknownArchitecture, some
 from ...model.configuration_gpt_scratch import OF_ANOTHER_TYPE, GPTScratchConfig, ignored_by_gpt2, listed, model_type_of
 from ...model.modeling_gpt_scratch import GPTScratchPreTrainedModel
 from ...model.weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, TABLE, Row
+from ...tokenizer import complete_tokenizer
 from ..architecture import architecture
 from ..checkpoint import Checkpoint, Progress, as_progress, check_files, check_settings, read_json, write_safetensors
 from ..model_card import model_card
@@ -111,6 +112,7 @@ class Directory(Format):
             model.generation_config = generation_settings(contents, model.config)
         if options.tokenizer is not None:
             options.tokenizer.save_pretrained(path)
+            complete_tokenizer(path, options.tokenizer)
         return Written(hashes=write_model(model, tensors, path, options.max_shard_size, options.progress))
 
     def load(self, directory: Path, kind: type[GPTScratchPreTrainedModel]) -> PreTrainedModel:

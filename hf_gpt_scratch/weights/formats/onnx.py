@@ -34,6 +34,7 @@ from ...errors import ConversionError, ParityError, shortened
 from ...model.configuration_gpt_scratch import GPTScratchConfig
 from ...model.modeling_gpt_scratch import GPTScratchForCausalLM
 from ...model.weight_map import BASE, LM_HEAD, SCRATCH_PREFIX, Row
+from ...tokenizer import complete_tokenizer
 from ..checkpoint import Progress, check_settings, holds_weights, parse_json, read_part, refuse_special_file
 from ..parity import FP32_LOGITS, LogitParity, Verification, logit_parity, probe_ids, warm_up
 from ..tensors import LazyTensor
@@ -126,6 +127,7 @@ class Onnx(Format):
         _write_settings(contents, path)
         if options.tokenizer is not None:
             options.tokenizer.save_pretrained(path)
+            complete_tokenizer(path, options.tokenizer)
         cast = contents.dtype != torch.float32
         return Written([f"the graph is in float32, into which {contents.dtype} fits unchanged"] if cast else [], hashes)
 
