@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 ROOMS = {
-    "model": "configuration_gpt_scratch decoding int8 layers loss modeling_gpt_scratch parallel weight_map",
+    "model": "configuration_gpt_scratch decoding int8 layers loss modeling_gpt_scratch weight_map",
     "weights": "checkpoint parity publish",
     "lab": "diagnose",
     "cli": "report terminal",
@@ -20,6 +20,7 @@ RENAMED = {
     "gguf_file": "weights.formats.gguf",
     "layouts": "weights.formats.format",
     "lazy": "weights.tensors",
+    "parallel": "model.sharded_loading",
     "tf_checkpoint": "weights.formats.tensorflow",
     "torch_files": "weights.formats.torch_file",
 }

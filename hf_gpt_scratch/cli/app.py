@@ -27,7 +27,7 @@ from .watch_command import SETTINGS as WATCH_SETTINGS
 from .watch_command import watch
 
 # What the help and the check of the arguments need to know of the formats, without importing them.
-WRITTEN = ("gpt2", "book", "nanogpt", "gguf", "llmc")
+WRITTEN = ("gpt2", "book", "nanogpt", "gguf", "llmc", "onnx")
 MAX_SHARD_SIZE = "50GB"
 
 
@@ -69,6 +69,7 @@ Tokenizer = Annotated[
 ]
 Optimizer = Annotated[bool, typer.Option(help="Take AdamW's state along, for Trainer to resume from, if there is one.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing target.")]
+Quantize = Annotated[str | None, typer.Option(help="For onnx: int8 also writes a graph with int8 weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
 MODEL = "124M, 355M, 774M or 1558M; book for the book's GPT_CONFIG_124M; a directory, hub id or config.json."
 
@@ -105,6 +106,7 @@ def export(
     source: Source,
     target: Target,
     format: Format = "gpt2",
+    quantize: Quantize = None,
     revision: Revision = None,
     verify: Verify = True,
     weights_only: WeightsOnly = False,
@@ -123,7 +125,7 @@ def export(
 
     options: dict[str, Any] = dict(n_heads=n_heads, activation_function=activation, lora_scale=lora_scale)
     options |= dict(tokenizer=tokenizer, optimizer=optimizer, revision=revision, check=check, overwrite=overwrite)
-    options |= dict(format=format, max_shard_size=max_shard_size)
+    options |= dict(format=format, quantize=quantize, max_shard_size=max_shard_size)
     convert_and_report(conversion.export, source, target, **options)
 
 

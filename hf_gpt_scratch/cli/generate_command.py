@@ -112,7 +112,6 @@ class Speaker:
 
         from ..weights.load import load_with_tokenizer
 
-        transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.model: Any
         self.tokenizer: Any

@@ -81,13 +81,20 @@ def convert_and_report(
         console.print(f"Verified without running the models: {parity['tensors']} tensors equal bit for bit.")
     else:
         logits = parity["logits"]
+        against = parity.get("against", "the official model")
         console.print(
-            f"Verified in float32 against the official model: max |logit error| {logits['max_abs_error']:.1e} of "
+            f"Verified in float32 against {against}: max |logit error| {logits['max_abs_error']:.1e} of "
             f"max |logit| {logits['max_abs_logit']:.4g} (relative {logits['relative_error']:.1e}, bound "
             f"{parity['logit_bound']:.0e}), top-1 agreement {logits['top1_agreement']:.2%}, "
             f"{parity['greedy_tokens']} greedy ids equal, {parity['tensors']} tensors equal bit for bit.",
             soft_wrap=True,
         )
+        if int8 := parity.get("int8"):
+            console.print(
+                f"In int8 the logits have a relative error of {int8['relative_error']:.1e}, and "
+                f"{int8['top1_agreement']:.2%} of the tokens the same largest one.",
+                soft_wrap=True,
+            )
     for note in receipt.get("notes", []):
         console.print(f"Note: {escape(note)}", soft_wrap=True)
     has_place = FORMATS[options.get("format", "native")].tokenizer is not None

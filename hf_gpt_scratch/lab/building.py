@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import LabError, few
@@ -22,13 +23,13 @@ from ..model.configuration_gpt_scratch import SIZES, TO_GPT2, GPTScratchConfig
 
 # What others call the sizes; the whole name has to match, in upper case or lower.
 SIZE_NAMES = {
-    "vocab_size": r"(n|num|d)_?(vocab|tokens)|vocab(ulary)?(_?(size|len|dim))?|v",
+    "vocab_size": r"(n|num|d)_?(vocab|tokens?)|vocab(ulary)?(_?(size|len|dim))?|v",
     "context_length": r"(n|d)_?(ctx|positions)|block_?(size|len)|((max|n)_?)?(ctx|context|seq(uence)?|pos(ition)?s?)"
     r"(_?(len(gth)?|size|window|embeddings))?|max_?(seq_?)?len(gth)?|t",
     "emb_dim": r"(n|d)_?(embd?|embed|model)|(emb(d|ed|edding)?|hidden)(_?(dim|size|d|width))?s?"
-    r"|model_?(dim|size|d|width)|(dim|width)|e|k",
+    r"|model_?(dim|size|d|width)|(dim|width)|num_?hiddens|d|e|k",
     "n_heads": r"((n|num)_?)?(attention_?|attn_?)?heads?|h",
-    "n_layers": r"((n|num)_?)?(hidden_?|trf_?|transformer_?)?(layers?|blocks?)|depth|l",
+    "n_layers": r"((n|num)_?)?(hidden_?|trf_?|transformer_?)?(layers?|blocks?|blks?)|depth|l|n",
     "drop_rate": r".*drop.*",
     "qkv_bias": r"(qkv_?|use_?|attn_?)?bias(es)?",
     "n_inner": r"(n|d)_?(inner|ff|ffn|mlp|hidden)|(ff|ffn|mlp|inner|intermediate|feed_?forward)(_?(dim|size|hidden))+",
@@ -38,6 +39,8 @@ SIZE_NAMES = {
     "device": "device",
     "model_type": "model_type",
 }
+# The part of a nested config in which the sizes are: `cfg.model.n_layer`.
+GROUPS = r"model(_?(config|cfg|args|params))?|gpt_?2?|arch(itecture)?|net(work)?|transformer|h?params|hyper_?parameters"
 
 
 class Settings(dict):
@@ -54,6 +57,8 @@ class Settings(dict):
             return self[meant]
         if self.defaults.get(name, self) is not self:
             return self.defaults[name]
+        if re.fullmatch(GROUPS, name, re.IGNORECASE):
+            return self
         raise KeyError(f"{name}: the cfg has none; add it, --cfg '{{\"{name}\": …}}'")
 
     def __getattr__(self, name: str) -> Any:
@@ -331,15 +336,44 @@ def filled(template: Any, settings: Settings) -> Any:
         return result
     if dataclasses.is_dataclass(template):
         named = {f.name: settings[f.name] for f in dataclasses.fields(template) if f.init and settings.knows(f.name)}
+        inner = {f.name: config_in(f, template) for f in dataclasses.fields(template) if f.init}
+        named |= {name: filled(value, settings) for name, value in inner.items() if value is not None}
         return template(**named) if isinstance(template, type) else dataclasses.replace(template, **named)
     made = called(template, settings, template.__name__) if isinstance(template, type) else copy.copy(template)
-    for name in values_of(made):
-        if concept(name) and settings.knows(name):
+    for name, value in values_of(made).items():
+        if is_nested(value):
+            setattr(made, name, filled(value, settings))
+        elif concept(name) and settings.knows(name):
             try:
                 setattr(made, name, settings[name])
             except AttributeError:
                 continue  # a property, which follows from the others
     return made
+
+
+def config_in(field: dataclasses.Field, template: Any) -> Any:
+    """The config that a dataclass's field holds: its value, default or class; None if it holds something else."""
+    value = None if isinstance(template, type) else getattr(template, field.name)
+    if value is None and field.default is not dataclasses.MISSING:
+        value = field.default
+    if value is None and field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    return value if is_nested(value) else field.type if dataclasses.is_dataclass(field.type) else None
+
+
+def is_nested(value: Any) -> bool:
+    """Whether a value in a config is a config: a dataclass or another object of attributes, some of which are sizes."""
+    plain = value is None or isinstance(value, type | Mapping | torch.Tensor | nn.Module) or callable(value)
+    return not plain and hasattr(value, "__dict__") and any(concept(name) for name in values_of(value))
+
+
+def outermost(classes: list[type]) -> list[type]:
+    """The config classes that are in none of the others."""
+    inside = {type(value) for other in classes for value in values_of(other).values()}
+    for other in filter(dataclasses.is_dataclass, classes):
+        inside |= {type(config_in(field, other)) for field in dataclasses.fields(other)}
+        inside |= {field.type for field in dataclasses.fields(other) if isinstance(field.type, type)}
+    return [found for found in classes if found not in inside]
 
 
 # The call
@@ -398,18 +432,30 @@ def given_alone(parameter: inspect.Parameter) -> bool:
 
 
 def with_any_names(make: Callable[..., Any], arguments: dict[str, Any], settings: Settings) -> Any:
-    """The result of `make(**kwargs)`: with all names of each size, else with those of one program that it accepts."""
+    """The result of `make(**kwargs)`: with the names in its code, else all of each size, else those of one program."""
     book = {name: settings[name] for name in (*SIZES, "drop_rate", "qkv_bias")}
     gpt2 = {TO_GPT2.get(name, name): settings[name] for name in SIZES}
     nano = {"block_size": settings["context_length"], "dropout": settings["drop_rate"], "bias": True}
     nano |= {name: settings[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     failed: Exception | None = None
-    for names in (dict(settings), book, nano, gpt2, {}):
+    own = {name: settings[name] for name in names_in_code(make) if concept(name) and settings.knows(name)}
+    for names in (own, dict(settings), book, nano, gpt2, {}):
         try:
             return make(**{**names, **arguments})
         except Exception as error:  # whatever the class raises
             failed = failed or error
     raise failed or TypeError("no names of the sizes are accepted")
+
+
+def names_in_code(make: Callable[..., Any]) -> list[str]:
+    """The texts in the code of a function, or of a class's constructor: the keys that it reads from `**kwargs`."""
+    code = getattr(getattr(make, "__init__", make) if isinstance(make, type) else make, "__code__", None)
+    found, names = [code], list[str]()
+    for part in found:
+        for constant in getattr(part, "co_consts", ()):
+            names += [constant] if isinstance(constant, str) else []
+            found += [constant] if hasattr(constant, "co_consts") else []
+    return names
 
 
 def with_config(
@@ -444,6 +490,6 @@ def configs_for(
     if parameter.default is not parameter.empty and parameter.default is not None:
         return [lambda: filled(parameter.default, settings)]
     objects = [value for value in own_configs(module).values() if not isinstance(value, Mapping)]
-    classes = [value for value in objects if isinstance(value, type)] or objects
+    classes = outermost([value for value in objects if isinstance(value, type)]) or objects
     own: list[Callable[[], Any]] = [lambda: filled(classes[0], settings)] if len(classes) == 1 else []
     return [*own, lambda: settings]

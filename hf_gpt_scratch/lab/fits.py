@@ -183,6 +183,11 @@ def named_sum(slot: str, operands: Sum) -> Mistake:
     if slot in WIRING:
         return wiring_mistake({slot: operands})
     shown, changes = sum_shown(operands), ((slot, operands),)
+    factors = dict(operands)
+    if slot == "embedded" and set(factors) == {"tok_emb", "pos_emb"} and factors["pos_emb"] in (1, factors["tok_emb"]):
+        both = "" if factors["pos_emb"] == 1 else " and position"
+        says = f"token{both} embeddings are multiplied by {factors['tok_emb']:.6g}"
+        return Mistake("embedding-scale", "input", says, EMBEDDED, changes)
     if slot == "embedded":
         says = f"the blocks read {shown}, not tok_emb + the positions"
         return Mistake("wrong-embedding", "input", says, EMBEDDED, changes)

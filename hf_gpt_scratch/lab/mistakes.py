@@ -7,7 +7,7 @@ and what a fit (fits.py) finds.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 from typing import Any
 
 from ..model.configuration_gpt_scratch import GPTScratchConfig
@@ -127,6 +127,8 @@ WIRINGS: tuple[tuple[str, str, str, str, dict[str, Any], bool], ...] = (
      sums(norm2=plus("att")), True),
     ("feed-forward-first", "norm1", "feed-forward runs before attention", BOTH_NORMS,
      sums(norm2=plus("input"), norm1=plus("input", "ff")), True),
+    ("feed-forward-first", "norm1", "feed-forward, behind the first norm, runs before attention, behind the second",
+     BOTH_NORMS, sums(ff=plus("norm1"), norm2=plus("input", "ff"), att=plus("norm2")), True),
     ("missing-feed-forward", "", "the feed-forward network is left out", BOTH_NORMS, sums(output=plus("input", "att")),
      True),
     ("missing-attention", "norm2.input", "attention is left out", BOTH_NORMS,
@@ -214,6 +216,9 @@ CATALOGUE = (
         "GPT-2 has learned positions only", rotary="pairs"),
     row("rotary-positions", "input", "positions are rotary (RoPE), and the position embedding is not added", EMBEDDED,
         rotary="halves", embedded=plus("tok_emb")),
+    row("rotary-positions", "input",
+        "positions are rotary (RoPE, neighbouring pairs), and the position embedding is not added", EMBEDDED,
+        rotary="pairs", embedded=plus("tok_emb")),
     row("distance-bias", "att.weights", "a penalty for distance is added to the scores (ALiBi)",
         "GPT-2 has learned positions only", distance=1.0, common=True),
     row("distance-bias", "att.weights", "a bonus for distance is added to the scores (ALiBi with another sign)",
@@ -234,6 +239,8 @@ CATALOGUE = (
         mask=(None, None), common=True),
     row("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, mask=(None, -1), common=True),
     row("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, mask=(None, -1), fill=("set", -1e30), common=True),
+    row("mask-hides-diagonal", "att.weights", f"{HIDES_DIAGONAL}; what sees nothing gets 0", MASK, mask=(None, -1),
+        softmax="keys, 0 if none", common=True),
     row("mask-sees-ahead", "att.weights", "the mask is off by one: a token sees the next one", MASK, mask=(None, 1),
         common=True),
     row("mask-upside-down", "att.weights", "the mask is upside down: a token sees itself and the tokens after it",
@@ -242,6 +249,9 @@ CATALOGUE = (
         mask=(-1, None), common=True),
     row("mask-upside-down", "att.weights", "the mask is inverted: a token sees only the tokens after it", MASK,
         mask=(-1, None), fill=("set", -1e30), common=True),
+    row("mask-upside-down", "att.weights",
+        "the mask is inverted: a token sees only the tokens after it; what sees nothing gets 0", MASK, mask=(-1, None),
+        softmax="keys, 0 if none", common=True),
     row("mask-after-softmax", "att.weights", "the mask is applied after softmax: rows do not sum to 1", MASK,
         mask_after=True, common=True),
     row("mask-zero-scores", "att.weights", "masked scores are set to 0, not to -inf, before softmax", MASK,
@@ -249,6 +259,8 @@ CATALOGUE = (
     row("mask-zero-scores", "att.weights", "masked scores are multiplied by 0, not set to -inf, before softmax", MASK,
         fill=("multiply", 0.0)),
     row("mask-added", "att.weights", "the mask is added as 1, not as -inf", MASK, fill=("add", 1.0)),
+    row("attention-transposed", "att.out_proj.input", "the attention weights are applied transposed to the values",
+        "weights @ values: each row sums over the keys", weights_transposed=True),
     row("not-transposed", "att.out_proj", "out_proj is applied transposed", TRANSPOSE, common=True,
         **{"out_proj.transposed": True}),
     row("missing-out-proj", "att.out_proj", "out_proj is not applied", "return out_proj(context)", out_proj=False,
@@ -462,6 +474,33 @@ def wrong_biases() -> list[Mistake]:
     return rows
 
 
+PARTS = {"W_query": "queries", "W_key": "keys", "W_value": "values"}
+
+
+def wrong_inputs() -> list[Mistake]:
+    """Queries, keys or values, but not all of them, from the block's input instead of norm1's output."""
+    rows = []
+    for layers in (*combinations(QKV, 1), *combinations(QKV, 2)):
+        says = f"{' and '.join(PARTS[layer] for layer in layers)} are computed from the block's input, not from norm1's"
+        remedy = "x = norm1(x), and queries, keys and values all from this x"
+        changes = {f"{layer}.input": plus("input") for layer in layers}
+        rows.append(row("wrong-input", f"att.{layers[0]}", says, remedy, **changes))
+    return rows
+
+
+def hidden_rows() -> list[Mistake]:
+    """Masks that hide all from a token and are added as a large negative number: that token then sees everything."""
+    rows = []
+    for value in (-1e4, -1e9, -1e10):
+        for name, says, mask in (
+            ("mask-hides-diagonal", HIDES_DIAGONAL, (None, -1)),
+            ("mask-upside-down", "the mask is inverted: a token sees only the tokens after it", (-1, None)),
+        ):
+            says = f"{says}; what sees nothing sees all, because {value:g} is added to all of it"
+            rows.append(row(name, "att.weights", says, MASK, mask=mask, fill=("add", value)))
+    return rows
+
+
 def activation_remedy(config: GPTScratchConfig) -> str:
     right = config.activation_function
     return 'GPT-2 has nn.GELU(approximate="tanh")' if right == "gelu_new" else f"use {right}"
@@ -525,7 +564,14 @@ def mistakes(config: GPTScratchConfig, candidate_eps: Iterable[float] = ()) -> l
     """
     generated = [*scaled_embedding(config), *wrong_tokens(), *wrong_eps(config, candidate_eps), *wrong_norms()]
     generated += [*wrong_qkv_orders(), *wrong_heads(config), *wrong_softmax(), *wrong_biases()]
-    generated += [*wrong_activations(config), *wrong_outputs(), *wrong_wirings(), *wrong_order()]
+    generated += [
+        *wrong_inputs(),
+        *hidden_rows(),
+        *wrong_activations(config),
+        *wrong_outputs(),
+        *wrong_wirings(),
+        *wrong_order(),
+    ]
     everything = [*CATALOGUE, *generated]
     everything += some_norms(everything)
     order = stages(1)

@@ -44,7 +44,7 @@ FUSED = tuple(f"att.{name}" for name in ("W_query", "W_key", "W_value"))
 SEVERAL = {"att.c_attn": FUSED, "att.kv": FUSED[1:]}
 ROLES = {"query": FUSED[0], "key": FUSED[1], "value": FUSED[2], "output": "att.out_proj"}
 SHIFT_NAMES = ("shift", "bias", "beta", "b", "offset")
-WEIGHT_NAMES = ("scale", "weight", "gamma", "gain", "g", "w")
+WEIGHT_NAMES = ("scale", "weight", "gamma", "gain", "alpha", "g", "w", "a")
 # The least difflib ratio of a similar name that is not an alias, and its least lead over the next best slot.
 ALIKE, LEAD = 0.6, 0.15
 # The layers without a bias in GPT-2, and what the model must have to be compared at all.
@@ -117,8 +117,12 @@ def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(remove_duplicate=False))
 
 
+# The weight of which a head has some of the columns; of the others it has rows.
+BY_COLUMNS = "att.out_proj.weight"
+
+
 def joined(tensors: Mapping[str, torch.Tensor], dim: int) -> dict[str, torch.Tensor]:
-    """The tensors, those of single heads, "name[0/4]", put together along `dim`."""
+    """The tensors, those of single heads, "name[0/4]", put together along `dim`, or as columns."""
     whole: dict[str, torch.Tensor] = {}
     parts: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -126,17 +130,19 @@ def joined(tensors: Mapping[str, torch.Tensor], dim: int) -> dict[str, torch.Ten
             found = parts.setdefault(part[1] + part[4], {})
             found[int(part[2])] = tensor
             if len(found) == int(part[3]):
-                whole[part[1] + part[4]] = torch.cat([found[i] for i in range(len(found))], dim=dim)
+                along = 1 if part[1].endswith(BY_COLUMNS) else dim
+                whole[part[1] + part[4]] = torch.cat([found[i] for i in range(len(found))], dim=along)
         else:
             whole[name] = tensor
     return whole
 
 
 def part_of(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
-    """The tensor of this name, or of "name[0/4]" the first quarter of its rows."""
+    """The tensor of this name, or of "name[0/4]" the first quarter of its rows, or of its columns."""
     if part := re.fullmatch(r"(.+)\[(\d+)/(\d+)\]", name):
         whole = tensors.get(part[1])
-        return None if whole is None else whole.chunk(int(part[3]), dim=0)[int(part[2])]
+        along = 1 if part[1].endswith(BY_COLUMNS) else 0
+        return None if whole is None else whole.chunk(int(part[3]), dim=along)[int(part[2])]
     return tensors.get(name)
 
 
@@ -306,15 +312,17 @@ def places_of(rest: Shapes, taken: list[str], config: GPTScratchConfig) -> list[
 def layers_of(shapes: Shapes, n_layers: int) -> dict[str, tuple[int, str]]:
     """The block of each parameter that is in one, and its name there.
 
-    A block is known by a number: the first in a name that has `n_layers` consecutive values, with equal shapes.
+    A block is known by a number: the first in a name that has `n_layers` consecutive values, with equal shapes. In a
+    list of parameters, `ln1_w.0`, it is the place in the list, not a number in the list's name.
     """
     found: dict[str, tuple[int, str, str]] = {}
     for name, shape in shapes.items():
-        for number in re.finditer(r"\d+", name):
+        listed = re.fullmatch(r"((?!\d+\.)[^.]+\.)+\d+", name)
+        for number in re.finditer(r"\d+$" if listed else r"\d+", name):
             before, after = name[: number.start()], name[number.end() :]
             like = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
             values = sorted(int(m[1]) for other in shapes if shapes[other] == shape and (m := like.fullmatch(other)))
-            alone = f".{before}".endswith(".") and after.startswith(".") and values == [0]
+            alone = f".{before}".endswith(".") and (after.startswith(".") or listed) and values == [0]
             consecutive = values == list(range(values[0], values[0] + n_layers))
             if consecutive and (n_layers > 1 or alone):
                 found[name] = (int(number[0]) - values[0], before, after.removeprefix("."))
@@ -323,7 +331,9 @@ def layers_of(shapes: Shapes, n_layers: int) -> dict[str, tuple[int, str]]:
                 break
     lists = {before for _, before, _ in found.values()}
     single = len(lists) == 1
-    return {name: (n, after if single else f"{before}{after}") for name, (n, before, after) in found.items()}
+    return {
+        name: (n, after if single else f"{before}{after}".rstrip(".")) for name, (n, before, after) in found.items()
+    }
 
 
 def with_heads_stacked(
@@ -362,6 +372,7 @@ def match_place(place: Place, module: nn.Module, taken: list[str], uses: Uses) -
         if (name := next((kinds[kind] for kind in ("weight", "bias") if kinds.get(kind) in used), None))
     }
     found = settled(pending, by_unit)
+    bias_left(place, pending, found, together, used)
     matches = []
     left = [name for unit in pending for kind in together[unit].values() for name in place.names[kind]]
     for unit, (slot, confidence, reason) in found.items():
@@ -378,6 +389,25 @@ def match_place(place: Place, module: nn.Module, taken: list[str], uses: Uses) -
                 row = Row(theirs, tuple(our + part for our in ours), False, "")
                 matches.append(Match(row, confidence, reason))
     return matches, left
+
+
+def bias_left(
+    place: Place, pending: Pending, found: dict[str, Claim], together: dict[str, dict[str, str]], used: Uses
+) -> None:
+    """Gives a bias that is left over to the layer that lacks one, if there is one such bias and one such layer."""
+    single = {unit: next(iter(together[unit].values())) for unit in pending if len(together[unit]) == 1}
+    alone = {unit: name for unit, name in single.items() if name in used and used[name].kind == "bias"}
+    lacking = [
+        (unit, slot)
+        for unit, (slot, _, _) in found.items()
+        if "bias" not in together[unit] and slot not in UNBIASED and "norm" not in slot
+    ]
+    if len(alone) != 1 or len(lacking) != 1:
+        return
+    [(extra, name)], [(unit, slot)] = alone.items(), lacking
+    if place.slots[slot].bias.orders(place.own[name]) and len(place.names[name]) == 1:
+        together[unit] = {**together[unit], "bias": name}
+        del pending[extra]
 
 
 def paired_like(place: Place, places: list[Place], paired: list[tuple[list[Match], list[str]]]) -> list[Match]:
@@ -695,7 +725,9 @@ def with_layout(
     orders = slot.orders(shape) or slot.orders(shape, exactly=False)
     straight = slot.straight
     if part := re.search(r"/(\d+)\]$", row.ours[0]):  # of one head
-        straight = (straight[0] // int(part[1]), *straight[1:])
+        parts = int(part[1])
+        by_columns = BY_COLUMNS in row.ours[0]
+        straight = (straight[0], straight[1] // parts) if by_columns else (straight[0] // parts, *straight[1:])
         orders = Slot((straight[:1],), (straight[1:],)).orders(shape)
     reason = match.reason
     order = orders[0]

@@ -57,6 +57,7 @@ GPT2: dict[str, Any] = {
     **{f"{norm}.weights": "" for norm in NORMS},  # those of another norm
     **{f"{layer}.transposed": False for layer in LINEARS},
     **{f"{layer}.bias": 1.0 for layer in LINEARS},  # how often it is added
+    **{f"{layer}.input": () for layer in QKV},  # what it reads, if not what attention reads
     "out_proj": True,  # whether it is applied
     "qkv": (0, 1, 2),  # which projection serves as query, key, value
     "qkv.layout": "3hd",  # the order of query/key/value, heads and D in the three projections side by side
@@ -70,6 +71,7 @@ GPT2: dict[str, Any] = {
     "fill": ("set", -math.inf),  # what masked scores are set to, or what is added to them
     "mask_after": False,  # the softmax
     "softmax": "keys",  # over what, or what is in its place
+    "weights_transposed": False,  # the attention weights, before they are applied to the values
     "merge": "thd",  # the order of the context vectors' dimensions when the heads are joined
     "activation": None,  # another than the config's: see `activate`
     "head.input": plus("final_norm"),
@@ -172,11 +174,12 @@ class Forward:
         if stage == "input":
             return self.sum(self.slot(n, "input"), n)
         if stage in READS:
-            return self.sum(self.slot(n, READS[stage]), n)
+            own = self.slot(n, "W_query.input") if stage == "att.W_query.input" else ()
+            return self.sum(own or self.slot(n, READS[stage]), n)
         if stage in NORMS:
             return self.norm(n, stage, self[f"{block}.{stage}.input"])
         if stage.removeprefix("att.") in QKV:
-            return self.linear(n, stage, self[f"{block}.att.W_query.input"])
+            return self.linear(n, stage, self.projected(n, stage.removeprefix("att.")))
         if stage == "att.weights":
             return self.attention_weights(n)
         if stage == "att.out_proj.input":
@@ -193,6 +196,14 @@ class Forward:
         raise KeyError(stage)
 
     # What is read
+
+    def projected(self, n: int, name: str) -> torch.Tensor:
+        """What W_query, W_key or W_value reads (B, T, E); what the first reads is recorded as what attention reads."""
+        if name != "W_query" and (own := self.slot(n, f"{name}.input")):
+            return self.sum(own, n)
+        if name != "W_query" and self.slot(n, "W_query.input"):
+            return self.sum(self.slot(n, "att.input"), n)
+        return self[f"trf_blocks.{n}.att.W_query.input"]
 
     def sum(self, operands: Sum, n: int) -> torch.Tensor:
         """What a place's module reads (B, T, E)."""
@@ -309,6 +320,8 @@ class Forward:
         used = self[f"trf_blocks.{n}.att.weights"]
         if self.slot(n, "mask_after"):
             used = used.masked_fill(outside(used, self.slot(n, "mask")), 0.0)
+        if self.slot(n, "weights_transposed"):
+            used = used.mT
         values = self.remember(f"heads {n}", lambda: self.heads(n))[2]
         context = turned(used @ values, self.slot(n, "over"))  # (B, H, T, D)
         order = [1 + "htd".index(axis) for axis in self.slot(n, "merge")]
@@ -440,6 +453,7 @@ def normal_over(scores: torch.Tensor, dim: Any) -> torch.Tensor:
 
 SOFTMAX = {
     "keys": lambda scores: scores.softmax(-1),
+    "keys, 0 if none": lambda scores: scores.softmax(-1).masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0),
     "queries": lambda scores: scores.softmax(-2),
     "heads": lambda scores: scores.softmax(1),
     "batch": lambda scores: scores.softmax(0),

@@ -18,8 +18,9 @@ from transformers.utils import ModelOutput
 
 from ..errors import LabError
 from ..weights.parity import warm_up
+from .bare import BareRecorder
 from .calling import logits_in
-from .pairing import joined
+from .pairing import joined, parameters
 from .subject import Subject
 from .usage import every_operation
 
@@ -149,9 +150,9 @@ def hook_points(subject: Subject) -> Iterator[tuple[nn.Module, tuple[str, ...], 
             True for _ in module.children()
         ):  # its output is not that of its own matrix alone
             continue
-        if names[0] != LOGITS:
+        if names[0] != LOGITS and not re.search(r"att\.out_proj\[", names[0]):  # a head's part of it is no stage
             yield module, names, False
-        if re.sub(r"^trf_blocks\.\d+\.", "", names[0]) + ".input" in {**BLOCK_STAGES, **MODULE_INPUTS}:
+        if re.sub(r"^trf_blocks\.\d+\.|\[.*", "", names[0]) + ".input" in {**BLOCK_STAGES, **MODULE_INPUTS}:
             yield module, (f"{names[0]}.input",), True
     for stage, paths in blocks.items():
         path = commonpath(paths).replace("/", ".")
@@ -200,16 +201,22 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
     def after(calls: Iterator[tuple[str, ...]]) -> Callable[..., None]:
         return lambda module, args, output: record(next(calls, ()), output)
 
+    points = hooked(subject)
+    bare = BareRecorder(parameters(subject.module), subject.matches, input_ids)
     with ExitStack() as stack:
-        for module, is_input, calls in hooked(subject):
+        for module, is_input, calls in points:
             if is_input:
                 handle = module.register_forward_pre_hook(before(iter(calls)), with_kwargs=True)
             else:
                 handle = module.register_forward_hook(after(iter(calls)))
             stack.callback(handle.remove)
+        for module in {module for module, _, _ in points if not any(True for _ in module.children())}:
+            stack.callback(module.register_forward_pre_hook(bare.pause).remove)
+            stack.callback(module.register_forward_hook(bare.go_on).remove)
         stack.enter_context(written_out_attention(subject.module))
         stack.enter_context(every_operation())
         attention = stack.enter_context(AttentionRecorder(dropout))
+        stack.enter_context(bare)
         try:
             output = subject.run(input_ids)
         except Exception as error:  # whatever the user's class raises
@@ -218,7 +225,7 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
                 f"{type(error).__name__}: {error}; if it must be called in another way, write a function that does, "
                 "def run(model, input_ids): …, and give it with --forward run (in Python: my_forward=run)"
             ) from error
-    activations = joined(activations, dim=-1)
+    activations = joined({**bare.found, **activations}, dim=-1)
     logits = logits_of(subject, output, input_ids)
     weights = attention.by_layer(len(subject.blocks))
     activations |= {f"trf_blocks.{n}.att.weights": found for n, found in enumerate(weights)}

@@ -200,7 +200,13 @@ def _merged(found: dict[str, Part], shapes: Mapping[str, Sequence[int]], scale: 
 
     def merged(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         weight, a, b = tensors  # (out, in), (in, rank), (rank, out)
-        return (weight.float() + scale * (a.float() @ b.float()).T).to(weight.dtype)
+        found = (weight.float() + scale * (a.float() @ b.float()).T).to(weight.dtype)
+        if not found.is_meta and not found.isfinite().all() and all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError(
+                f"has adapters that, merged with lora_scale={scale}, exceed {weight.dtype}; give the scale that they "
+                "were trained with, such as alpha / rank"
+            )
+        return found
 
     for name, part in found.items():
         module = name.removesuffix(".linear.weight")

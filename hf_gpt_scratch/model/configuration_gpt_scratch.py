@@ -5,14 +5,13 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any
 
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers import GenerationConfig, GPT2Config, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
-
-from .parallel import FSDP_PLAN, PP_PLAN, TP_PLAN
 
 # The book's cfg
 
@@ -214,6 +213,36 @@ OF_ARCHITECTURE = re.compile(
     r"|drop|dropout|pdrop|bias|qkv|attn|attention|norm|eps|epsilon|vocab|rope|rotary|window|experts?|moe|tied?)(_.*)?"
 )
 logger = logging.get_logger(__name__)
+
+# Distribution over processes, which transformers and engines such as vLLM execute. In transformers itself tensor
+# parallelism needs 5.22; before, only engines use that plan, matching its names as regular expressions.
+SHARDED_LOADING = find_spec("transformers.distributed.parallel_utils") is not None
+FEED_FORWARD_STYLE = "gpt_scratch_feed_forward"  # in `compat`
+# For the base model, by module name; "*" stands for any number. The language model's head is below.
+TP_PLAN = {
+    "tok_emb": "embedding_rowwise",
+    "trf_blocks.*.att.W_query": "colwise",
+    "trf_blocks.*.att.W_key": "colwise",
+    "trf_blocks.*.att.W_value": "colwise",
+    "trf_blocks.*.att.out_proj": "rowwise",
+}
+# Modules without a rule form one group with the whole model, including the head: in a group of its own, a tied head
+# would not be trained with tok_emb.
+FSDP_PLAN = {"tok_emb": "free_full_weight", "trf_blocks.*": "free_full_weight"}
+# Each module's inputs and outputs, in the order of execution.
+PP_PLAN = {
+    "tok_emb": (["input_ids"], ["inputs_embeds"]),
+    "pos_emb": (["position_ids"], ["position_embeds"]),
+    "drop_emb": (["inputs_embeds"], ["hidden_states"]),
+    "trf_blocks": (["hidden_states", "attention_mask"], ["hidden_states"]),
+    "final_norm": (["hidden_states"], ["hidden_states"]),
+}
+HEAD_TP_PLAN = {"out_head": "colwise_gather_output"}
+HEAD_PP_PLAN = {"out_head": (["hidden_states"], ["logits"])}
+if SHARDED_LOADING:  # there, plans cannot distinguish numbers in names
+    TP_PLAN["trf_blocks.*.ff.layers.*"] = FEED_FORWARD_STYLE
+else:
+    TP_PLAN |= {"trf_blocks.*.ff.layers.0": "colwise", "trf_blocks.*.ff.layers.2": "rowwise"}
 
 # The four official sizes, by millions of parameters (tied): (emb_dim, n_layers, n_heads).
 PRESETS = {"124M": (768, 12, 12), "355M": (1024, 24, 16), "774M": (1280, 36, 20), "1558M": (1600, 48, 25)}

@@ -162,6 +162,11 @@ class Interop(PreTrainedModel):
                     )
             end = 50256 if cfg.get("vocab_size", 0) > 50256 else None  # a smaller vocabulary is not GPT-2's
             config = cls.config_class.from_book(cfg, bos_token_id=end, eos_token_id=end, **settings)
+        if tied and not config.tie_word_embeddings:
+            logger.warning(
+                "out_head and tok_emb share one matrix, but the config says tie_word_embeddings=False, so the copy has "
+                "two, which are trained apart; set it to True to keep one"
+            )
         if config.tie_word_embeddings and len(pair) == 2 and not torch.equal(*pair):
             raise ValueError(
                 "the config says tie_word_embeddings=True, but out_head.weight is not equal to tok_emb.weight; set it "

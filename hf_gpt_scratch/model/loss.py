@@ -123,10 +123,6 @@ def torch_has_it_faster(x) -> bool:
     )
 
 
-# The keywords of a forward pass that `head_loss` takes.
-LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
-
-
 def can_skip_logits(model: nn.Module) -> bool:
     """Whether `head_loss` computes the same as the model's own head and loss function, with all hooks and wrappers."""
     head: Any = model.out_head
@@ -173,3 +169,28 @@ class LazyLogitsOutput(CausalLMOutputWithCrossAttentions):
         if k == 0:
             return self.loss
         return self.logits if k == "logits" else super().__getitem__(k)
+
+
+def output_without_logits(head, x, labels, options, further) -> LazyLogitsOutput:
+    """The loss of a forward pass, and logits that are computed when they are read.
+
+    Args:
+        x: (B, T, E), what the head is given.
+        options: the keywords of the forward pass, of which those of `head_loss` are taken.
+        further: other outputs.
+    """
+    names = ("num_items_in_batch", "ignore_index", "shift_labels")
+    loss = head_loss(x, head.weight, labels, **{name: options[name] for name in names if name in options})
+    output = LazyLogitsOutput(loss=loss, logits=x, **further)
+    version = head.weight._version
+
+    def lazy_logits():
+        if head.weight._version != version:
+            raise RuntimeError(
+                "the weights have changed since the forward pass, so its logits cannot be computed any more; "
+                "read outputs.logits before optimizer.step(), or set model.chunked_loss = False"
+            )
+        return head(x)
+
+    output["logits"] = lazy_logits
+    return output

@@ -18,7 +18,9 @@ from .compat import (
     CACHE,
     IN_PACKAGE,
     PACKAGE,
+    LibraryCheck,
     NoTranslation,
+    Plain,
     advice,
     check_growth,
     check_mask,
@@ -26,6 +28,7 @@ from .compat import (
     few,
     is_untested,
     one_cache,
+    refuse_tensor_parallel_loading,
     refuse_unread,
 )
 
@@ -64,19 +67,18 @@ with explained():
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-    from .configuration_gpt_scratch import GPTScratchConfig, check_length
-    from .decoding import growing_cache, onednn_products, product
-    from .int8 import Int8Config  # noqa: F401  # trf-ignore: TRF035 a quantized model ships its quantizer
+    from .configuration_gpt_scratch import HEAD_PP_PLAN, HEAD_TP_PLAN, GPTScratchConfig, check_length
     from .layers import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
-    from .library_check import LibraryCheck
-    from .loss import LOSS_OPTIONS, LazyLogitsOutput, can_skip_logits, head_loss
-    from .parallel import HEAD_PP_PLAN, HEAD_TP_PLAN, refuse_tensor_parallel_loading
 
 logger = logging.get_logger(__name__)
 
 
-# Translation does not ship: a model that comes along with its code does without.
+# Translation, and what makes a model cheap, do not ship: a model that comes along with its code does without.
 Translation: Any = import_module(f"{PACKAGE}.interop").Interop if IN_PACKAGE else NoTranslation
+decoding: Any = import_module(f"{PACKAGE}.decoding") if IN_PACKAGE else Plain
+chunked: Any = import_module(f"{PACKAGE}.loss") if IN_PACKAGE else Plain
+if IN_PACKAGE:
+    import_module(f"{PACKAGE}.int8")  # whose quantizer transformers' loader then finds; it ships with quantized models
 check_library = LibraryCheck(lambda: GPTScratchForCausalLM)
 
 
@@ -120,7 +122,7 @@ class AnyFeedForward(FeedForward):
         if self.layers._forward_hooks or self.layers._forward_pre_hooks:
             return self.layers(x)
         widen, activation, narrow = self.layers
-        return product(narrow, activation(product(widen, x)))
+        return decoding.product(narrow, activation(decoding.product(widen, x)))
 
 
 def eager_attention(module, queries, keys, values, attention_mask=None, *, scaling, dropout=0.0, **kwargs):
@@ -177,8 +179,8 @@ class CachedAttention(MultiHeadAttention):
     def keys_and_values(self, x, past_key_values, kwargs):
         """Keys and values of x (B, T, E), after those in the cache: (B, H, S, D) each."""
         keys, values = (
-            self.at_positions(self.heads(product(self.W_key, x)), **kwargs),
-            self.heads(product(self.W_value, x)),
+            self.at_positions(self.heads(decoding.product(self.W_key, x)), **kwargs),
+            self.heads(decoding.product(self.W_value, x)),
         )
         if past_key_values is None:
             return keys, values
@@ -199,7 +201,7 @@ class CachedAttention(MultiHeadAttention):
             states: (B, S, E), which keys and values are computed from; default: x.
             kwargs: passed to the attention function.
         """
-        queries = self.at_positions(self.heads(product(self.W_query, x)), **kwargs)  # (B, H, T, D)
+        queries = self.at_positions(self.heads(decoding.product(self.W_query, x)), **kwargs)  # (B, H, T, D)
         keys, values = self.keys_and_values(x if states is None else states, past_key_values, kwargs)
         # CODEPATH: no official checkpoint uses it, but Stanford's Mistral models do
         eager = upcast_attention if self.config.reorder_and_upcast_attn else eager_attention
@@ -214,7 +216,7 @@ class CachedAttention(MultiHeadAttention):
             dropout=self.dropout.p if self.training else 0.0,
             **kwargs,
         )  # (B, T, H, D); vLLM: (B·T, H·D)
-        return product(self.out_proj, context_vec.reshape(*x.shape[:2], -1)), attn_weights
+        return decoding.product(self.out_proj, context_vec.reshape(*x.shape[:2], -1)), attn_weights
 
 
 class CrossAttention(CachedAttention):
@@ -471,7 +473,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             and cache is None
         )
         if use_cache and cache is None:
-            cache = growing_cache(self.config)
+            cache = decoding.growing_cache(self.config)
         if use_cache and self.config.add_cross_attention and not isinstance(cache, EncoderDecoderCache):
             cache = EncoderDecoderCache(cache, DynamicCache(config=self.config))
 
@@ -565,13 +567,13 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def generate(self, *args, **kwargs):
-        """As in transformers, after a check that a tiny model generates the right ids; see `library_check.py`.
+        """As in transformers, after a check that a tiny model generates the right ids; see `compat.py`.
 
         Raises:
             RuntimeError: it does not.
         """
         check_library()
-        with onednn_products():
+        with decoding.onednn_products():
             return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -594,7 +596,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         )
         made = model_kwargs.get(CACHE)
         if made is not given and type(made) is DynamicCache and not getattr(made, "offloading", False):
-            model_kwargs[CACHE] = growing_cache(self.config)
+            model_kwargs[CACHE] = decoding.growing_cache(self.config)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.out_head
@@ -628,7 +630,7 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
 
         Returns:
             `logits` (B, T, V), and `loss`, the mean over the labels, if there are any. In training, with labels, the
-            loss is computed without the logits (`loss.py`), which are computed when they are read.
+            loss is computed without the logits, which are computed when they are read; in the package, by `loss.py`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -647,25 +649,10 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         x = outputs.last_hidden_state  # (B, T, E)
         training = labels is not None and self.training and torch.is_grad_enabled()
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if training and self.chunked_loss and keeps_all and can_skip_logits(self):
-            options = {name: kwargs[name] for name in LOSS_OPTIONS if name in kwargs}
-            loss = head_loss(x, self.out_head.weight, labels, **options)
-            output = LazyLogitsOutput(loss=loss, logits=x, **further)
-            head, version = self.out_head, self.out_head.weight._version
-
-            def lazy_logits():
-                if head.weight._version != version:
-                    raise RuntimeError(
-                        "the weights have changed since the forward pass, so its logits cannot be computed any more; "
-                        "read outputs.logits before optimizer.step(), or set model.chunked_loss = False"
-                    )
-                return head(x)
-
-            output["logits"] = lazy_logits
-            return output
-
+        if training and self.chunked_loss and keeps_all and chunked.can_skip_logits(self):
+            return chunked.output_without_logits(self.out_head, x, labels, kwargs, further)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = product(self.out_head, x[:, kept, :])  # (B, T, V)
+        logits = decoding.product(self.out_head, x[:, kept, :])  # (B, T, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -730,7 +717,7 @@ class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
         given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
         shape = given.shape  # type: ignore[union-attr]  # the base model has checked that one of them is given
         x = outputs.last_hidden_state.view(*shape, -1)  # (B, C, T, E)
-        logits = product(self.out_head, x)  # (B, C, T, V)
+        logits = decoding.product(self.out_head, x)  # (B, C, T, V)
         mc_logits = self.multiple_choice_head(x, mc_token_ids).squeeze(-1)  # (B, C)
         loss, mc_loss = None, None
         if labels is not None:

@@ -1,8 +1,8 @@
-"""A model class of one's own is saved with this package's code, so that it loads where the package is missing.
+"""A model is saved with the code that it needs, so that it loads where the package is missing.
 
-transformers copies the module of the class, and what that imports relatively. In the copy, then,
-`from hf_gpt_scratch import GPTScratchBlock` becomes `from .modeling_gpt_scratch import GPTScratchBlock`, and the files
-that ship with every model go along.
+transformers copies the module of the class, and what that imports relatively. Of a class of one's own, then,
+`from hf_gpt_scratch import GPTScratchBlock` becomes `from .modeling_gpt_scratch import GPTScratchBlock` in the copy,
+and the files that ship with every model go along. An int8 model's copy imports the quantizer, which goes along, too.
 """
 
 import ast
@@ -16,8 +16,11 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
+from .int8 import METHOD
+
 logger = logging.get_logger(__name__)
 HERE = Path(__file__).parent
+QUANTIZER = "from .int8 import Int8Config  # noqa: E402, F401  # registers the quantizer of these weights"
 PACKAGE = __name__.partition(".")[0] if not __name__.startswith("transformers_modules") else None
 
 
@@ -46,7 +49,12 @@ def refuse_own_files(model: PreTrainedModel, folder: str | os.PathLike, push_to_
         ValueError: files of the user's own would be replaced by others of their name, or be uploaded alone.
     """
     own = own_files(model)
-    if taken := sorted(own.keys() & {f"{room}.py" for room in shipped()}):
+    if push_to_hub and is_int8(model):
+        raise ValueError(
+            "got push_to_hub=True, which would upload the code of an int8 model before its quantizer lies beside it; "
+            "call model.push_to_hub(repo_id) instead"
+        )
+    if taken := sorted(own.keys() & {f"{room}.py" for room in (*shipped(), "int8")}):
         raise ValueError(
             f"{', '.join(str(own[name]) for name in taken)} cannot be saved with the model, since a file that is saved "
             "with every model has this name; rename yours"
@@ -60,8 +68,15 @@ def refuse_own_files(model: PreTrainedModel, folder: str | os.PathLike, push_to_
         )
 
 
+def is_int8(model: PreTrainedModel) -> bool:
+    """Whether the model is quantized by `int8.py`."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return getattr(config, "quant_method", None) == METHOD
+
+
 def bring_package(model: PreTrainedModel, folder: Path) -> None:
     """Makes what was saved in `folder` independent of this package, as far as it uses what ships with a model."""
+    quantizer = {HERE / "int8.py"} if is_int8(model) else set()
     for name, original in sorted(own_files(model).items()) if PACKAGE else []:
         path = folder / name
         if not path.is_file():  # an adapter was saved, and nothing else
@@ -80,6 +95,7 @@ def bring_package(model: PreTrainedModel, folder: Path) -> None:
             )
         files = {HERE / f"{room}.py" for room in needed}
         further = {Path(other) for file in files for other in get_relative_import_files(file)} - files
+        further |= quantizer if files else set()
         for file in files | further:
             shutil.copyfile(file, folder / file.name)
         if further:
@@ -87,6 +103,10 @@ def bring_package(model: PreTrainedModel, folder: Path) -> None:
             rewritten += f"\n# Older versions of transformers fetch only what this file imports.\nif False:\n{imports}"
         if rewritten != source:
             path.write_text(rewritten, encoding="utf-8")
+    code = folder / "modeling_gpt_scratch.py"
+    if quantizer and code.is_file():
+        shutil.copyfile(HERE / "int8.py", folder / "int8.py")
+        code.write_text(f"{code.read_text(encoding='utf-8')}\n{QUANTIZER}\n", encoding="utf-8")
 
 
 def local_imports(source: str, file: Path, module: str) -> list[str]:

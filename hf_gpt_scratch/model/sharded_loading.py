@@ -3,7 +3,7 @@
 import torch
 from transformers.core_model_loading import ConversionOps
 
-from .parallel import SHARDED_LOADING
+from .configuration_gpt_scratch import SHARDED_LOADING
 
 if SHARDED_LOADING:
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from .parallel import SHARDED_LOADING
+from .configuration_gpt_scratch import SHARDED_LOADING
 from .sharded_loading import Gather, Scatter
 
 # The base model's name in a model with a head: transformers' `GPT2LMHeadModel.transformer`, and ours.
@@ -33,7 +33,8 @@ class Row:
 
     def to_ours(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """GPT-2's tensor as ours, one for each name; views."""
-        return (tensor.T if self.transposed else tensor).chunk(len(self.ours), dim=0)
+        tensor = tensor.T if self.transposed else tensor
+        return tensor.chunk(len(self.ours), dim=0) if len(self.ours) > 1 else (tensor,)  # which may be a number
 
     def to_theirs(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
         """Our tensors as GPT-2's; the inverse of `to_ours`."""

@@ -44,6 +44,8 @@ SETTINGS: dict[str, tuple] = {
 ADAPTER = "adapter_config.json"  # PEFT's
 # Suffixes of weights that are not read: those of other names, other libraries, or half a download.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".ckpt", ".incomplete", ".part")
+# Those that are read, as transformers names them.
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 # Bytes; the shard index of 1558M has 50 kB, and so has a header.
 LARGEST_JSON = LARGEST_HEADER = 1 << 24
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -272,6 +274,11 @@ def read_part(path: Path, offset: int, shape: torch.Size, dtype: torch.dtype) ->
     return torch.from_numpy(data).view(dtype).reshape(shape)
 
 
+def holds_weights(directory: Path) -> bool:
+    """Whether a directory has weights that `Checkpoint` reads."""
+    return any((directory / name).exists() for name in WEIGHT_FILES)
+
+
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
     """The files with the weights, and the file of each tensor that an index names."""
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
@@ -279,8 +286,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
             return [directory / single], {}
         if (directory / index).is_file():
             return _shards(directory / index, Path(single).suffix)
-    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-    for link in (directory / name for name in names if (directory / name).is_symlink()):
+    for link in (directory / name for name in WEIGHT_FILES if (directory / name).is_symlink()):
         raise _broken_link(link)
     raise ConversionError(f"{directory} has no {SAFE_WEIGHTS_NAME}, nor any other weights{_instead(directory)}")
 

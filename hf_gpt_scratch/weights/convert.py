@@ -121,6 +121,7 @@ def export(
     optimizer: bool = True,
     revision: str | None = None,
     bias: bool | None = None,
+    quantize: str | None = None,
     check: Check = True,
     overwrite: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
@@ -128,19 +129,20 @@ def export(
 ) -> dict[str, Any]:
     """Converts a native checkpoint, or one of any other format, into `format`, weights unchanged.
 
-    The target is a directory: it holds `model.pth`, `ckpt.pt`, `model.gguf` or `model.bin`, or is the checkpoint,
-    and the receipt. For the first two the disk must have room for the weights twice.
+    The target is a directory: it holds `model.pth`, `ckpt.pt`, `model.gguf`, `model.bin` or `onnx/model.onnx`, or is
+    the checkpoint, and the receipt. For the first two the disk must have room for the weights twice.
 
     Args:
         source: file, directory or hub id.
         target: directory to be; must not exist unless `overwrite`.
-        format: "gpt2", "book", "nanogpt", "gguf", "llmc" or "native".
+        format: "gpt2", "book", "nanogpt", "gguf", "llmc", "onnx" or "native".
         n_heads, activation_function, lora_scale: as in `convert`.
         tokenizer: as in `convert`, for the formats that have a place for one.
         optimizer: as in `convert`, for "gpt2".
         revision: branch, tag or commit of a hub id.
         bias: for "nanogpt": whether to store biases; None: unless all are zero and `qkv_bias` is off.
-        check: as in `convert`.
+        quantize: for "onnx": "int8" also writes a graph with int8 weights, `onnx/model_quantized.onnx`.
+        check: as in `convert`; for "onnx", what onnxruntime computes is compared with the model.
         overwrite: replace a target that a conversion has written.
         max_shard_size: as in `save_pretrained`: bytes, or a string such as "5GB".
         progress: a tqdm bar, or an object whose `step` and `advance` are called as the conversion proceeds.
@@ -154,7 +156,7 @@ def export(
     """
     options: dict[str, Any] = dict(check=check, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
     options |= dict(n_heads=n_heads, activation_function=activation_function, lora_scale=lora_scale)
-    options |= dict(tokenizer=tokenizer, optimizer=optimizer, revision=revision, bias=bias)
+    options |= dict(tokenizer=tokenizer, optimizer=optimizer, revision=revision, bias=bias, quantize=quantize)
     return _convert(source, target, writable(format), **options)
 
 
@@ -185,6 +187,7 @@ def _convert(
     optimizer: bool = True,
     revision: str | None = None,
     bias: bool | None = None,
+    quantize: str | None = None,
     check: Check = True,
     overwrite: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
@@ -199,12 +202,13 @@ def _convert(
         raise ConversionError(
             f"got check={str(check)[:80]!r}, but it must be True, False or 'weights'; give one of them"
         )
-    place, options = target_path(target), Options(as_progress(progress), max_shard_size, bias)
+    place = target_path(target)
+    options = Options(as_progress(progress), max_shard_size, bias, quantize=quantize)
     options.progress.step(f"Finding {name}")
     with errors_explained("reading the source", place):
         path = find_source(name, revision) if only else find_checkpoint(name, revision)
         refuse_overlap(place, path, overwrite)
-        stamps = Stamps(path)
+        stamps = Stamps(path, {str(Path(format.mark).parent) for format in FORMATS.values() if format.mark})
         source = only.open(Found(path)) if only else open_source(path)
         if source.format is wanted:
             raise ConversionError(f"{path} already has the format {wanted.name!r}; export it with another --format")
@@ -213,7 +217,7 @@ def _convert(
         wanted.check(contents, options)
         chosen = _tokenizer(tokenizer, source, contents, wanted)
         state, about_state = state_that_goes_along(source, contents, wanted, optimizer)
-    needed = wanted.copies * sum(tensor.nbytes for tensor in contents.tensors.values())
+    needed = wanted.room(contents, options)
     needed += 2 * state.nbytes if state else 0
     with (
         publishing(place, overwrite, needed) as staging,
@@ -225,7 +229,7 @@ def _convert(
         written = wanted.write(contents, file, replace(options, tokenizer=inside))
         carried = put_tokenizer(chosen, staging) if wanted.tokenizer == "beside" else written.tokenizer
         hashes = {**written.hashes, **(state.write(staging, options) if state else {})}
-        notes = [*source.notes, *_zero_biases(contents, wanted), *written.notes, *chosen.notes, *strip_code(staging)]
+        notes = [*source.notes, *written.notes, *chosen.notes, *strip_code(staging)]
         notes += about_state
         if state and check:
             _verify_optimizer(state, source, contents, staging, wanted, options.progress)
@@ -267,20 +271,6 @@ def _tokenizer(asked: str | os.PathLike | None, source: Source, contents: Conten
     return Chosen(notes=[*inside, *left_behind(place, f"{wanted.file} has no place for a tokenizer")])
 
 
-def _zero_biases(contents: Contents, wanted: Format) -> list[str]:
-    """A note on zero biases, which other formats store even for a model of the book that was trained without them."""
-    if not wanted.plain or wanted.layout.stores_qkv_biases:
-        return []
-    kinds = (".W_query.bias", ".W_key.bias", ".W_value.bias")
-    biases = [tensor for name, tensor in contents.tensors.items() if name.endswith(kinds)]
-    if not biases or not all(all_zero(bias.read()) for bias in biases):
-        return []
-    return [
-        "the biases of W_query, W_key and W_value are all zero, and are kept: use a cfg with 'qkv_bias': True "
-        "for these weights, even if the model was trained without them"
-    ]
-
-
 def find_checkpoint(name: str | os.PathLike, revision: str | None) -> Path:
     """A local file or directory, or that of a hub id; a name with the suffix of a file is not a hub id."""
     path = local_path(name)
@@ -312,7 +302,8 @@ def _verify(
     back = layout.from_scratch(with_qkv_biases(back, config.n_layers), config.n_layers)
     verify_weights(there, back, progress)  # in their own dtype; below, as models in float32
     if check == "weights" or not (source.format.loads and wanted.loads):
-        return {"passed": True, "tensors": len(source.tensors), "weights_equal": True}
+        figures = {"passed": True, "tensors": len(source.tensors), "weights_equal": True}
+        return figures if check == "weights" else figures | wanted.run(written, contents, progress)
     official = contents.kind.gpt2_class
     progress.step(f"Verifying against {official.__name__}")
     models: list[Any] = [

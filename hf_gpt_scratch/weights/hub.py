@@ -40,7 +40,10 @@ def find_source(
     if path.exists():
         if revision is not None:
             raise ConversionError(f"{source} is a file, so --revision {revision} has no meaning; leave it out")
-        raise ConversionError(f"{source} is a file, but a checkpoint is a directory; give its directory, {path.parent}")
+        remedy = f"give its directory, {path.parent}"
+        if not (path.parent / "config.json").is_file():
+            remedy = f"hf-gpt-scratch convert {source} TARGET makes one of another program's file, verified against it"
+        raise ConversionError(f"{source} is a file, but here a checkpoint is a directory; {remedy}")
     name = str(source)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise ConversionError(f"there is no directory {shortened(name)}; check the path")

@@ -139,7 +139,7 @@ def state_that_goes_along(
         if not asked:
             raise NotCarried("optimizer=False says so")
         if not isinstance(wanted, Directory):
-            raise NotCarried(f"{wanted.file} has no place for it")
+            raise NotCarried(f"{wanted.file or wanted.name} has no place for it")
         state = _state(source, contents, wanted)
     except NotCarried as reason:
         return None, [f"{what}, since {reason}"]

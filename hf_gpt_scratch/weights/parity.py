@@ -124,7 +124,7 @@ def compare_logits(reference, candidate, input_ids: torch.Tensor, **inputs) -> L
     """The logits of two models on `input_ids` (B, T); `inputs` go to both."""
     warm_up()
     theirs, ours = (model(input_ids, **inputs).logits for model in (reference, candidate))
-    return _parity(theirs, ours, input_ids.numel())
+    return logit_parity(theirs, ours, input_ids.numel())
 
 
 @torch.no_grad()
@@ -133,11 +133,11 @@ def compare_outputs(reference, candidate, input_ids: torch.Tensor) -> LogitParit
     warm_up()
     theirs, ours = (model(input_ids) for model in (reference, candidate))
     names = [name for name, value in theirs.items() if isinstance(value, torch.Tensor)]
-    parities = [_parity(theirs[name], ours[name], input_ids.numel()) for name in names]
+    parities = [logit_parity(theirs[name], ours[name], input_ids.numel()) for name in names]
     return max(parities, key=lambda parity: (math.isnan(parity.relative_error), parity.relative_error))
 
 
-def _parity(theirs: torch.Tensor, ours: torch.Tensor, tokens: int) -> LogitParity:
+def logit_parity(theirs: torch.Tensor, ours: torch.Tensor, tokens: int) -> LogitParity:
     theirs, ours = theirs.double(), ours.double()
     return LogitParity(
         tokens=tokens,

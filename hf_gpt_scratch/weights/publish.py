@@ -445,10 +445,15 @@ def digests(
 
 
 class Stamps:
-    """The state of a source's files before the first of them was opened, by which a later change is noticed."""
+    """The state of a source's files before the first of them was opened, by which a later change is noticed.
 
-    def __init__(self, source: Path):
-        self.stamps = {path: _stamp(path) for path in (source.iterdir() if source.is_dir() else [source])}
+    Args:
+        folders: those of a directory in which its files lie.
+    """
+
+    def __init__(self, source: Path, folders: Iterable[str] = (".",)):
+        inside = [path for folder in folders for path in (source / folder).glob("*")]
+        self.stamps = {path: _stamp(path) for path in (inside if source.is_dir() else [source])}
 
     @contextmanager
     def hashed_meanwhile(self, paths: Iterable[Path]) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:

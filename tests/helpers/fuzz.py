@@ -44,9 +44,10 @@ from typer.testing import CliRunner
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.model.weight_map import to_gpt2_state_dict, to_scratch_state_dict
 from hf_gpt_scratch.weights.convert import RECEIPT, export_checkpoint, gpt2_to_scratch
-from hf_gpt_scratch.weights.formats import FORMATS
+from hf_gpt_scratch.weights.formats import FORMATS, llmc
 from hf_gpt_scratch.weights.formats.book import BOOK
 from hf_gpt_scratch.weights.formats.gguf import GGUF
+from hf_gpt_scratch.weights.formats.llmc import LLM_C
 from hf_gpt_scratch.weights.formats.nanogpt import NANOGPT
 from hf_gpt_scratch.weights.formats.tensorflow import masked_crc32c, read_tensorflow
 from hf_gpt_scratch.weights.tensors import held
@@ -88,7 +89,7 @@ def make_sources(directory: Path) -> None:
     for path in TOKENIZER.iterdir():
         if not (directory / "with tokenizer" / path.name).exists():
             shutil.copy(path, directory / "with tokenizer")
-    for format in ("book", "nanogpt", "gguf"):
+    for format in ("book", "nanogpt", "gguf", "llmc"):
         export_checkpoint(directory / "ours", directory / format, format, check=False)
         (directory / format / RECEIPT).unlink()
     for name, format in (("book with optimizer", "book"), ("bare", "nanogpt"), ("mingpt", "nanogpt")):
@@ -357,7 +358,7 @@ def odd_content(rng: Random, source: Path) -> None:
         with_nan,
         {name: tensor},
     ]
-    whole = [*tensors.values()], {}, 3, None, "x", {"state_dict": tensors}, {3: tensor}, {(name,): tensor}, tensor
+    whole = [*tensors.values()], {}, 3, None, "x", {"something": tensors}, {3: tensor}, {(name,): tensor}, tensor
     kind = rng.randrange(4)
     if kind == 0:
         tensors[name] = rng.choice(values)
@@ -670,7 +671,7 @@ def odd_extra_file(rng: Random, source: Path) -> None:
 OFFICIAL = ("single", "shards", "zip", "legacy", "zip shards", "with tokenizer")
 DIRECTORIES = (*OFFICIAL, "ours")
 TORCH_FILES = ("book", "book with optimizer", "nanogpt", "bare", "mingpt")
-ANY = (*DIRECTORIES, *TORCH_FILES, "gguf", "tensorflow")
+ANY = (*DIRECTORIES, *TORCH_FILES, "gguf", "llmc", "tensorflow")
 SAFE = ("single", "shards", "ours")
 PICKLED = ("zip", "legacy", "zip shards", *TORCH_FILES)
 ZIPPED = ("zip", "zip shards", *TORCH_FILES)
@@ -680,6 +681,7 @@ DAMAGE: list[tuple[Callable[[Random, Path], None], tuple[str, ...], bool]] = [
     (spoil_weights, SAFE, False),
     (spoil_weights, PICKLED, False),
     (spoil_weights, ("gguf",), False),
+    (spoil_weights, ("llmc",), False),
     (spoil_weights, ("tensorflow",), False),
     (spoil_any_file, ANY, False),
     (spoil_length, SAFE, True),
@@ -721,7 +723,7 @@ def commands(kind: str, sources: Path, source: Path, target: Path) -> dict[str, 
     file = next(
         (
             source / name
-            for name in ("model.pth", "ckpt.pt", "model.pt", "model.gguf")
+            for name in ("model.pth", "ckpt.pt", "model.pt", "model.gguf", "model.bin")
             if kind in FILE_KINDS and (source / name).exists()
         ),
         source,
@@ -744,13 +746,13 @@ def commands(kind: str, sources: Path, source: Path, target: Path) -> dict[str, 
     if kind in DIRECTORIES:
         found["inspect"] = (2, ["inspect", str(source)])
     if not heads:
-        for format in ("book", "nanogpt", "gguf"):
+        for format in ("book", "nanogpt", "gguf", "llmc"):
             if format != kind:
                 found[f"export to {format}"] = (1, ["export", str(file), str(target), "--format", format])
     return found
 
 
-FILE_KINDS = (*TORCH_FILES, "gguf")
+FILE_KINDS = (*TORCH_FILES, "gguf", "llmc")
 
 
 # What must hold
@@ -784,14 +786,27 @@ def read_by_libraries(directory: Path) -> dict[str, torch.Tensor]:
     if (directory / "hparams.json").exists():
         read = {name: tensor.read() for name, tensor in read_tensorflow(directory).items()}
         raise Broken(f"there is no library to compare {len(read)} tensors with")
-    file = next(path for path in directory.iterdir() if path.suffix in (".pth", ".pt", ".gguf"))
+    file = next(path for path in directory.iterdir() if path.suffix in (".pth", ".pt", ".gguf", ".bin"))
     if file.suffix == ".gguf":
         layout, found = GGUF.layout, {t.name: torch.from_numpy(np.array(t.data)) for t in gguf.GGUFReader(file).tensors}
+    elif file.suffix == ".bin":
+        layout, found = LLM_C.layout, read_llmc(file)
     else:
         _, found = load_content(file)
         layout = next(layout for layout, name in FILE_FORMATS if name in found)
     lazies = layout.to_scratch(held(found), layout.count_layers(found))
     return {name: tensor.read() for name, tensor in lazies.items()}
+
+
+def read_llmc(file: Path) -> dict[str, torch.Tensor]:
+    """llm.c's float32 weights by its names, in its order; the rows of wte beyond the vocabulary left out."""
+    _, _, context, vocab, layers, heads, width, padded = map(int, np.fromfile(file, "<i4", 8))
+    sizes = dict(context_length=context, vocab_size=vocab, n_layers=layers, n_heads=heads, emb_dim=width)
+    values = torch.from_numpy(np.fromfile(file, "<f4", offset=4 * 256))
+    values = torch.cat((values[: vocab * width], values[padded * width :]))
+    shapes = llmc.shapes(sizes)
+    parts = values.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

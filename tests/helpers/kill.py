@@ -42,12 +42,13 @@ KINDS = {
     "official to ours, in shards": (TO_OURS, "official", {"max_shard_size": "190KB"}),
     "ours to official": (TO_GPT2, "native", {}),
     "ours to official, in shards": (TO_GPT2, "native", {"max_shard_size": "190KB"}),
-    **{f"export to {format}": (EXPORT, "native", {"format": format}) for format in ("book", "nanogpt", "gguf")},
+    **{f"export to {format}": (EXPORT, "native", {"format": format}) for format in ("book", "nanogpt", "gguf", "llmc")},
     "import from book": (IMPORT, "book/model.pth", {"n_heads": 4}),
     "import from nanogpt": (IMPORT, "nanogpt/ckpt.pt", {}),
     "import from mingpt": (IMPORT, "mingpt/model.pt", {"n_heads": 4}),
     "import from tensorflow": (IMPORT, "tensorflow", {}),
     "import from gguf": (IMPORT, "gguf/model.gguf", {}),
+    "import from llmc": (IMPORT, "llmc/model.bin", {}),
 }
 ENDINGS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "full disk")
 
@@ -57,7 +58,7 @@ def write_sources(directory: Path) -> Path:
     random_gpt2().save_pretrained(directory / "official")
     native = directory / "native"
     TO_OURS(directory / "official", native, check=False)
-    for format in ("book", "nanogpt", "gguf"):
+    for format in ("book", "nanogpt", "gguf", "llmc"):
         EXPORT(native, directory / format, format, check=False)
     state_dict = torch.load(directory / "nanogpt/ckpt.pt")["model"]
     (directory / "mingpt").mkdir()

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 from hf_gpt_scratch import GPTScratchDoubleHeadsModel, GPTScratchForCausalLM
-from hf_gpt_scratch.model import compat, library_check
+from hf_gpt_scratch.model import compat
 from hf_gpt_scratch.model import modeling_gpt_scratch as modeling
 from hf_gpt_scratch.model.compat import CACHE, check_growth, check_mask, one_cache
 
@@ -99,10 +99,10 @@ def test_a_cache_that_did_not_take_what_it_was_given_is_noticed(model):
 
 @pytest.mark.slow
 def test_import_says_nothing_and_an_untested_version_gets_one_line(monkeypatch, unchecked, model, caplog):
-    monkeypatch.setattr(library_check, "INSTALLED", "5.99.0")
+    monkeypatch.setattr(compat, "INSTALLED", "5.99.0")
     monkeypatch.setattr(compat, "_UNTESTED", True)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    logger = logging.getLogger("hf_gpt_scratch.model.library_check")
+    logger = logging.getLogger("hf_gpt_scratch.model.compat")
     monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
         model(random_ids())
@@ -137,7 +137,7 @@ def test_the_check_refuses_again_and_again_and_names_version_and_remedy(monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("untested", [False, True])
 def test_the_check_leaves_no_trace(monkeypatch, unchecked, untested):
-    monkeypatch.setattr(library_check, "is_untested", lambda: untested)
+    monkeypatch.setattr(compat, "is_untested", lambda: untested)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def test_what_does_not_come_again_is_raised_and_is_no_verdict(monkeypatch, unche
         pass
 
     calls = []
-    right = library_check.MODES["greedy"]
+    right = compat.MODES["greedy"]
 
     def once_late(model):
         calls.append(model)
@@ -177,7 +177,7 @@ def test_what_does_not_come_again_is_raised_and_is_no_verdict(monkeypatch, unche
             raise Late("a time limit of the user's")
         return right(model)
 
-    monkeypatch.setitem(library_check.MODES, "greedy", once_late)
+    monkeypatch.setitem(compat.MODES, "greedy", once_late)
     with pytest.raises(Late):
         modeling.check_library()
     modeling.check_library()
@@ -212,52 +212,52 @@ def test_a_cache_in_another_place_and_what_is_no_cache_are_refused(model):
 
 
 def test_the_tiny_model_tells_prompts_positions_and_padding_apart():
-    with library_check._undisturbed():
-        ours, book = library_check._tiny_models(GPTScratchForCausalLM)
-        official, right = ours.to_gpt2(), library_check._greedy(book)
+    with compat._undisturbed():
+        ours, book = compat._tiny_models(GPTScratchForCausalLM)
+        official, right = ours.to_gpt2(), compat._greedy(book)
         assert len(set(right.flatten().tolist())) > 4
-        ids, _ = library_check._padded()
-        assert not torch.equal(library_check._beams(book)[:, :5], right)
+        ids, _ = compat._padded()
+        assert not torch.equal(compat._beams(book)[:, :5], right)
         unmasked = official.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
         assert not torch.equal(unmasked[0, 5:], right[0])
 
 
-@pytest.mark.parametrize("name", library_check.MODES)
+@pytest.mark.parametrize("name", compat.MODES)
 def test_what_the_check_takes_for_right_is_the_official_models(name):
-    with library_check._undisturbed():
-        ours, book = library_check._tiny_models(GPTScratchForCausalLM)
-        if name in library_check.OPTIONAL and library_check._fails(library_check.MODES[name], GPTScratchForCausalLM):
+    with compat._undisturbed():
+        ours, book = compat._tiny_models(GPTScratchForCausalLM)
+        if name in compat.OPTIONAL and compat._fails(compat.MODES[name], GPTScratchForCausalLM):
             pytest.skip("not in this version")
-        official = library_check.MODES[name](ours.to_gpt2())
-        torch.testing.assert_close(library_check.RIGHT[name](book), official, atol=1e-3, rtol=1e-3)
+        official = compat.MODES[name](ours.to_gpt2())
+        torch.testing.assert_close(compat.RIGHT[name](book), official, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="it forgets the encoder's mask")
 def test_the_cross_attention_of_the_check_is_the_official_models():
-    with library_check._undisturbed():
-        ours, _ = library_check._tiny_models(GPTScratchForCausalLM, add_cross_attention=True)
-        expected = torch.tensor(library_check.CROSS_LOGITS)
-        torch.testing.assert_close(library_check._cross(ours.to_gpt2()), expected, atol=1e-3, rtol=1e-3)
+    with compat._undisturbed():
+        ours, _ = compat._tiny_models(GPTScratchForCausalLM, add_cross_attention=True)
+        expected = torch.tensor(compat.CROSS_LOGITS)
+        torch.testing.assert_close(compat._cross(ours.to_gpt2()), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_a_mode_that_the_official_model_lacks_is_not_checked(monkeypatch, unchecked):
     def gone(model):
         raise NotImplementedError("removed from transformers")
 
-    monkeypatch.setitem(library_check.MODES, "beams", gone)
+    monkeypatch.setitem(compat.MODES, "beams", gone)
     modeling.check_library()
     assert modeling.check_library.passed == {"generate"}
 
 
 def test_a_mode_that_only_this_model_lacks_is_an_error(monkeypatch, unchecked):
-    right = library_check.MODES["beams"]
+    right = compat.MODES["beams"]
 
     def ours_fails(model):
         if isinstance(model, GPTScratchForCausalLM):
             raise NotImplementedError("no such thing")
         return right(model)
 
-    monkeypatch.setitem(library_check.MODES, "beams", ours_fails)
+    monkeypatch.setitem(compat.MODES, "beams", ours_fails)
     with pytest.raises(RuntimeError, match=r"generate \(beams\) .*NotImplementedError"):
         modeling.check_library()
 

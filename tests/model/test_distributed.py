@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchForSequenceClassification, GPTScratchModel
-from hf_gpt_scratch.model.parallel import SHARDED_LOADING
+from hf_gpt_scratch.model.configuration_gpt_scratch import SHARDED_LOADING
 from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, FP32_LOGITS, greedy_ids, relative_error, relative_errors
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]

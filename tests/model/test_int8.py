@@ -162,6 +162,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.save_pretrained(sys.argv[1] + "-again")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "-again", trust_remote_code=True)
 ids = torch.load(sys.argv[2])
 torch.save((model(ids).logits, model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)), sys.argv[3])
 """
@@ -176,3 +178,18 @@ def test_a_saved_one_is_the_same_where_the_package_is_missing(checkpoint, tmp_pa
     logits, generated = torch.load(tmp_path / "out.pt")
     torch.testing.assert_close(logits, model(ids).logits)
     assert torch.equal(generated, model.generate(ids, **GREEDY))
+
+
+def test_only_a_quantized_model_ships_its_quantizer(checkpoint, tmp_path):
+    model = GPTScratchForCausalLM.from_pretrained(checkpoint, **BFLOAT16)
+    with pytest.raises(ValueError, match=r"call model\.push_to_hub"):
+        model.save_pretrained(tmp_path / "int8", push_to_hub=True)
+    assert not (tmp_path / "int8").exists()
+    for name, saved in (("int8", model), ("float", GPTScratchForCausalLM.from_pretrained(checkpoint)), ("int8", model)):
+        saved.save_pretrained(tmp_path / name)
+    code = "modeling_gpt_scratch.py"
+    assert (tmp_path / "int8" / code).read_text().count("from .int8 import") == 1
+    assert {path.name for path in (tmp_path / "int8").glob("*.py")} - {"int8.py"} == {
+        path.name for path in (tmp_path / "float").glob("*.py")
+    }
+    assert "int8 import" not in (tmp_path / "float" / code).read_text()

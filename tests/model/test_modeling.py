@@ -31,7 +31,7 @@ from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, GP
 from hf_gpt_scratch.model.configuration_gpt_scratch import SIZES
 from hf_gpt_scratch.model.modeling_gpt_scratch import CachedAttention, eager_attention
 from hf_gpt_scratch.model.weight_map import SCRATCH_PREFIX
-from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
+from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, FP32_LOGITS, relative_error
 
 TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 CLEAN = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
@@ -277,8 +277,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 saved, ids, logits, again = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules")
+ids = torch.tensor(json.loads(ids))
+generated = model.generate(ids, max_new_tokens=8, do_sample=False)
+loss = model.train()(ids, labels=ids).loss
+loss.backward()
+gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
 with torch.no_grad():
-    torch.save(model(torch.tensor(json.loads(ids))).logits, logits)
+    torch.save((model.eval()(ids).logits, generated, loss.detach(), gradients), logits)
 model.save_pretrained(again)
 assert type(AutoTokenizer.from_pretrained(saved)).__name__ == "GPT2Tokenizer"
 assert not any(name.startswith("hf_gpt_scratch") for name in sys.modules)
@@ -287,15 +292,24 @@ assert not any(name.startswith("hf_gpt_scratch") for name in sys.modules)
 
 @pytest.mark.slow
 def test_saved_code_runs_where_the_package_is_missing(tmp_path):
-    model = tiny_model(qkv_bias=True)
+    model = tiny_model(qkv_bias=True, drop_rate=0.0)
     model.save_pretrained(tmp_path / "saved")
     AutoTokenizer.from_pretrained(TRAINED).save_pretrained(tmp_path / "saved")
     ids = random_ids()
     arguments = [tmp_path / "saved", json.dumps(ids.tolist()), tmp_path / "logits.pt", tmp_path / "again"]
     run_without_the_package(RELOAD, *arguments, cwd=tmp_path)
+    logits, generated, loss, gradients = torch.load(tmp_path / "logits.pt")
     with torch.no_grad():
         # Two processes may add in two orders, as their memory happens to lie.
-        assert relative_error(model(ids).logits, torch.load(tmp_path / "logits.pt")) <= FP32_LOGITS
+        assert relative_error(model(ids).logits, logits) <= FP32_LOGITS
+    # With transformers' own cache and loss, since ours stay in the package.
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), generated)
+    ours = model.train()(ids, labels=ids).loss
+    ours.backward()
+    model.eval()
+    torch.testing.assert_close(loss, ours.detach())
+    expected = torch.cat([model.get_parameter(name).grad.flatten() for name in gradients])
+    assert relative_error(expected, torch.cat([one.flatten() for one in gradients.values()])) <= FP32_GRADIENTS
     # What remote code saves is as good as what it loaded.
     assert same_logits(load(tmp_path / "again"), model)
     assert (tmp_path / "again" / "layers.py").read_text() == (tmp_path / "saved" / "layers.py").read_text()

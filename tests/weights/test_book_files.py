@@ -297,6 +297,16 @@ def test_a_scale_without_adapters_is_refused_and_adapters_of_peft_are_named(tmp_
     assert "merge_and_unload" in refusal(saved(tmp_path / "peft.pth", peft), n_heads=HEADS)
 
 
+def test_a_config_that_unties_a_tied_model_is_followed_and_that_is_said(caplog):
+    model = plain()
+    model.out_head.weight = model.tok_emb.weight
+    for tied in (True, False):
+        caplog.clear()
+        ours = GPTScratchForCausalLM.from_book(model, GPTScratchConfig(**{**CFG, "tie_word_embeddings": tied}))
+        assert (ours.out_head.weight is ours.model.tok_emb.weight) == tied and error_of(ours, model) < BOUND
+        assert ("so the copy has two, which are trained apart" in caplog.text) != tied
+
+
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     state_dict = adapt(plain()).state_dict()
     for shape in ([5, 4], [1, 4], [4, 4]):
@@ -311,6 +321,14 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
 def test_a_scale_that_is_no_finite_number_is_refused(tmp_path, scale):
     with pytest.raises(ValueError, match="it must be a finite number"):
         GPTScratchForCausalLM.from_book(adapt(plain()).state_dict(), n_heads=HEADS, lora_scale=scale)
+
+
+def test_a_scale_whose_merged_weights_overflow_is_named(tmp_path):
+    state_dict = randomize(adapt(plain())).state_dict()
+    path = saved(tmp_path / "lora.pth", state_dict)
+    with pytest.raises(ValueError, match=r"the state dict has adapters that, merged with lora_scale=1e\+39, exceed"):
+        GPTScratchForCausalLM.from_book(state_dict, n_heads=HEADS, lora_scale=1e39)
+    assert "merged with lora_scale=1e+39, exceed torch.float32" in refusal(path, n_heads=HEADS, lora_scale=1e39)
 
 
 def in_a_list(state_dict, *sizes):

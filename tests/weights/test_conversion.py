@@ -312,9 +312,12 @@ def test_missing_source_and_no_network(name, told, monkeypatch, tmp_path):
         find_source(name)
 
 
-def test_source_that_is_a_file_and_revision_of_a_directory(source):
-    with pytest.raises(ConversionError, match="is a file"):
+def test_source_that_is_a_file_and_revision_of_a_directory(source, tmp_path):
+    with pytest.raises(ConversionError, match=f"is a file.*give its directory, {re.escape(str(source))}$"):
         find_source(source / "config.json")
+    torch.save({}, tmp_path / "model.pth")
+    with pytest.raises(ConversionError, match=r"hf-gpt-scratch convert .*model\.pth TARGET makes one"):
+        find_source(tmp_path / "model.pth")
     with pytest.raises(ConversionError, match=r"--revision main has no meaning"):
         find_source(source, revision="main")
 

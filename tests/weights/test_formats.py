@@ -202,7 +202,7 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path, format, dtype, tied):
     assert_equal(state_dict, expected)
     same = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "qkv_bias", "activation_function")
     assert [getattr(config, name) for name in same] == [getattr(ours.config, name) for name in same]
-    assert len(notes) == (format in ("nanogpt", "gguf"))
+    assert len(notes) == (format in ("nanogpt", "gguf") or (format == "onnx" and dtype != torch.float32))
 
 
 def test_written_names_are_those_of_each_program(tmp_path):

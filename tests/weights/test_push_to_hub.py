@@ -27,10 +27,7 @@ pytestmark = pytest.mark.slow
 
 TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "push_to_hub.py"
-MODULES = """
-compat configuration_gpt_scratch decoding int8 layers library_check loss modeling_gpt_scratch parallel
-"""
-CODE = {f"{module}.py" for module in MODULES.split()}
+CODE = {f"{module}.py" for module in ("compat", "configuration_gpt_scratch", "layers", "modeling_gpt_scratch")}
 
 LOAD = """
 import json

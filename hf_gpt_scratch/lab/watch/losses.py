@@ -27,7 +27,7 @@ class Aligned:
     ids: torch.Tensor  # (B, T)
     batch: torch.Tensor  # (N,)
     time: torch.Tensor  # (N,)
-    how: str  # "", "softmax", "log_softmax", "mangled"
+    how: str  # "", "softmax", "log_softmax", "mangled", "other axis"
     cut: str  # "all", "last dropped", "first dropped", "some"
 
     def matches(self, offset: int) -> tuple[int, int]:
@@ -88,6 +88,10 @@ def align(loss: Loss) -> Aligned | None:
             for how, function in TRANSFORMS:
                 if close(function(chosen).reshape(rows.shape), rows):
                     return Aligned(loss, ids, b[:, part].reshape(-1), t[:, part].reshape(-1), how, cut)
+            flat = chosen.float().reshape(rows.shape)
+            others = [(chosen.float(), 0), (chosen.float(), 1), (flat, 0)]
+            if any(close(f(x, dim).reshape(rows.shape), rows) for f in SOFTMAXES for x, dim in others):
+                return Aligned(loss, ids, b[:, part].reshape(-1), t[:, part].reshape(-1), "other axis", cut)
             factor = float(
                 (chosen.float().reshape(rows.shape) * rows).sum() / chosen.float().pow(2).sum().clamp(min=1e-30)
             )
@@ -110,6 +114,8 @@ TRANSFORMS = (
     ("log_softmax", lambda logits: logits.float().log_softmax(-1)),
     ("softmax", lambda logits: logits.float().softmax(-1)),
 )
+
+SOFTMAXES = (torch.log_softmax, torch.softmax)
 
 
 def by_value(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
@@ -158,7 +164,7 @@ class LossFindings:
         right = {
             id(one.loss.forward)
             for _, one in self.aligned
-            if one.how != "mangled" and one.matches(1)[0] == one.matches(1)[1] > 0
+            if one.how not in ("mangled", "other axis") and one.matches(1)[0] == one.matches(1)[1] > 0
         }
         for _, one in self.aligned:
             # A second head may predict the token after the next one.
@@ -190,7 +196,29 @@ class LossFindings:
                 f"each row sums to 1 and none is negative; the loss is {float(one.loss.output.mean()):.6f}, and no "
                 "negative log-likelihood is below 0",
             )
+        if one.loss.kind == "gather" and self.no_logarithm(one.loss):
+            return True
         return one.loss.kind == "cross_entropy" and self.softmaxed(one.loss, one.how == "softmax")
+
+    def no_logarithm(self, loss: Loss) -> bool:
+        """Whether the probabilities of the targets themselves are averaged: all enter with one factor."""
+        if loss.rows is None or loss.weights is None or not are_probabilities(loss.rows):
+            return False
+        counted = (loss.weights != 0) & (loss.targets >= 0)
+        picked = loss.rows[counted].double().gather(1, loss.targets[counted][:, None].long())[:, 0]
+        factors = loss.weights[counted].double() / picked
+        if len(picked) < ENOUGH or float(picked.std()) < 1e-3 * float(picked.mean()):
+            return False
+        if float((factors - factors.mean()).abs().max()) > 1e-4 * float(factors.mean().abs()):
+            return False
+        return self.add(
+            "nll-of-probabilities",
+            "the loss is the mean of the targets' probabilities, not of their logarithms",
+            loss.where,
+            "take their logarithms: log_softmax instead of softmax",
+            f"each of the {len(picked)} probabilities enters the loss with the factor {-float(factors.mean()):.6g}, "
+            "whatever it is; with a logarithm the factors would be in inverse proportion to them",
+        )
 
     def unaligned_probabilities(self) -> None:
         for step in self.recorder.steps:
@@ -221,6 +249,14 @@ class LossFindings:
     def targets(self, one: Aligned) -> bool:
         loss = one.loss
         where = loss.where
+        if one.how == "other axis":
+            return self.add(
+                "softmax-over-wrong-dimension",
+                "softmax is taken over the batch or the positions, not over the vocabulary",
+                where,
+                "log_softmax(logits, dim=-1)",
+                "softmax over that dimension of the logits reproduces the rows; over the vocabulary it does not",
+            )
         if one.how == "mangled":
             own = self.in_order(one)
             return own and self.add(

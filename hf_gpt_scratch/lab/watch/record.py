@@ -401,10 +401,10 @@ class Recorder:
 
     def find_own_loss(self) -> None:
         """The loss of this package's models, which has no logits; only a script that uses them imports it."""
-        modeling = sys.modules.get("hf_gpt_scratch.model.modeling_gpt_scratch")
-        if modeling is not None and not self.found_own_loss:
+        loss = sys.modules.get("hf_gpt_scratch.model.loss")
+        if loss is not None and not self.found_own_loss:
             self.found_own_loss = True
-            self.patch(modeling, "head_loss", self.on_head_loss)
+            self.patch(loss, "head_loss", self.on_head_loss)
 
     def begin_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.find_own_loss()

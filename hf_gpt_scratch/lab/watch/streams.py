@@ -1,11 +1,12 @@
 """Where batches come from: the arrays of token ids that a script holds, and the windows cut out of them."""
 
 import itertools
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from .record import Forward, Recorder, tensors_in
+from .record import Forward, Recorder, is_library, tensors_in
 
 # Ids in an array, arrays, and windows that are looked at.
 LONGEST, MOST, WINDOWS = 20_000_000, 64, 64
@@ -28,7 +29,7 @@ def id_arrays(frames: list[dict[str, Any]]) -> list[tuple[str, torch.Tensor]]:
         elif depth and isinstance(value, dict) and len(value) < 200:
             for key, item in list(value.items()):
                 look(f"{name}[{key!r}]", item, depth - 1)
-        elif depth and hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
+        elif depth and hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)) and mine(value):
             for key, item in list(vars(value).items()):
                 look(f"{name}.{key}", item, depth - 1)
 
@@ -37,6 +38,11 @@ def id_arrays(frames: list[dict[str, Any]]) -> list[tuple[str, torch.Tensor]]:
             if not name.startswith("__"):
                 look(name, value, 2)
     return found
+
+
+def mine(value: Any) -> bool:
+    """Whether this is no module of a library, which is large and may warn of what is looked at."""
+    return not isinstance(value, ModuleType) or not is_library(getattr(value, "__file__", None) or "<frozen")
 
 
 def as_ids(value: Any) -> torch.Tensor | None:
@@ -296,12 +302,32 @@ def same_items(dataset: Any, indices: list[int] | None, checked: Any, its: list[
         return None  # texts that repeat themselves
     repeated = 1 - len(known) / max(1, len(mine))
     common = sum(text in known for text in theirs)
-    if common < 2 or common <= (0.1 + 2 * repeated) * len(theirs):
+    if common < 2:
+        return within_blocks(mine, theirs)
+    if common <= (0.1 + 2 * repeated) * len(theirs):
         return None
     return dict(
         says=f"{common} of {len(theirs)} texts of the evaluation's dataset are in the training dataset too",
         proof=f"the items of both datasets were compared; of the {len(mine)} for training {len(known)} are different",
         figures={"items": len(theirs), "shared": common},
+    )
+
+
+def within_blocks(mine: list[tuple[int, ...]], theirs: list[tuple[int, ...]]) -> dict[str, Any] | None:
+    """The same for blocks of one length that were cut out of one text at other places."""
+    if len({len(text) for text in mine}) != 1 or min(map(len, theirs)) < 2 * SHORTEST:
+        return None
+    whole = torch.tensor([token for text in mine for token in text])
+    chosen = theirs[:: len(theirs) // WINDOWS + 1]
+    found = [places(whole, torch.tensor(text)) for text in chosen]
+    inside = sum(len(one) == 1 for one in found)
+    if 2 * inside <= len(found):
+        return None
+    return dict(
+        says=f"{inside} of {len(found)} texts of the evaluation's dataset are within those of the training dataset",
+        proof=f"the {len(mine)} items for training were put one after the other, and each of these texts was found in "
+        "them, in one place",
+        figures={"items": len(found), "shared": inside},
     )
 
 

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .findings import NOTE, Finding
 from .gradients import Names, counted
-from .record import Recorder, Step, Update
+from .record import Recorder, Step, Update, tensors_in
 
 # Decay above this share of the gradient's norm is part of the gradient, not a correction of it.
 L2_SHARE = 0.1
@@ -25,9 +25,10 @@ def default_groups(update: Update) -> list[dict[str, Any]]:
 class UpdateFindings:
     """The findings about the updates of a recorded run."""
 
-    def __init__(self, recorder: Recorder, names: Names):
+    def __init__(self, recorder: Recorder, names: Names, frames: list[dict[str, Any]]):
         self.recorder = recorder
         self.names = names
+        self.frames = frames
         self.steps = recorder.steps
         self.findings: list[Finding] = []
 
@@ -166,7 +167,9 @@ class UpdateFindings:
                     return
             for scheduler in driven:
                 times = [event for event in step.happened("schedule") if event.info["of"] is scheduler]
-                if len(times) > 1 and step.backwards > 1 and len(times) >= step.backwards - 1:
+                places = [n for n, event in enumerate(step.events) if any(event is one for one in times)]
+                between = [event.what for event in step.events[places[0] : places[-1]]] if places else []
+                if len(times) > 1 and "backward" in between and len(times) >= step.backwards - 1:
                     self.add(
                         "schedule-per-micro-batch",
                         f"the schedule advances {len(times)} times per optimizer step, once per micro-batch",
@@ -264,7 +267,8 @@ class UpdateFindings:
         history = [update for update in own if update.optimizer is first]
         if len(history) < 2 or any(event.what == "optimizer" for event in self.recorder.loaded):
             return
-        found = explain_updates(history)
+        numbers = numbers_beside(self.frames, set(history[0].ids)) if first is None else set()
+        found = explain_updates(history, numbers)
         if found is None:
             self.add(
                 "update-not-explained",
@@ -275,7 +279,10 @@ class UpdateFindings:
             return
         name, says, remedy, proof, figures = found
         if name:
-            self.add(name, says, history[0].where, remedy, proof, figures=figures)
+            # Of what tells no weight_decay it is not known which kind was meant.
+            choice = name == "l2-instead-of-decoupled" and first is None
+            level = NOTE if choice else "fault"
+            self.add(name, says, history[0].where, remedy, proof, level=level, figures=figures)
 
     # Weight decay
 
@@ -465,6 +472,9 @@ def next_rate(scheduler: Any) -> float | None:
         return None
 
 
+# Decays that are tried where none is told.
+USUAL_DECAYS = (1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
 # Rules of Adam's family: how they differ from AdamW, as (name, what it says, remedy).
 RULES: dict[str, tuple[str, str]] = {
     "no-bias-correction": (
@@ -490,10 +500,23 @@ RULES: dict[str, tuple[str, str]] = {
 }
 
 
-def explain_updates(history: list[Update]) -> tuple[str, str, str, str, dict[str, Any]] | None:
+def numbers_beside(frames: list[dict[str, Any]], ids: set[int]) -> set[float]:
+    """The numbers that an object of the script holds beside the parameters that it updates."""
+    for value in (value for frame in frames for value in list(frame.values())):
+        if isinstance(value, torch.nn.Module | type) or not hasattr(value, "__dict__"):
+            continue
+        held = list(vars(value).values())
+        if not any(ids <= {id(one) for one in tensors_in(item)} for item in held):
+            continue
+        flat = [one for item in held for one in (item if isinstance(item, tuple | list) else [item])]
+        return {float(one) for one in flat if is_number(one)}
+    return set()
+
+
+def explain_updates(history: list[Update], numbers: set[float]) -> tuple[str, str, str, str, dict[str, Any]] | None:
     """The rule that reproduces the updates of one optimizer of the user's, from its first step on; None if none does.
 
-    The name is empty if the rule is right: SGD, momentum, Adam or AdamW.
+    The name is empty if the rule is right: SGD, momentum, Adam or AdamW. `numbers` are those that may be its settings.
     """
     chosen, size = [], 0
     for key in history[0].ids:
@@ -524,15 +547,19 @@ def explain_updates(history: list[Update]) -> tuple[str, str, str, str, dict[str
         next((float(g["lr"]) for g in update.groups if keys[0] in g["ids"] and is_number(g.get("lr"))), None)
         for update in history
     ]
-    return search_rules(before, after, gradients, rates, group)
+    return search_rules(before, after, gradients, rates, group, numbers)
 
 
-def search_rules(before, after, gradients, rates, group) -> tuple[str, str, str, str, dict[str, Any]] | None:
+def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, str, str, str, dict[str, Any]] | None:
     decay = float(group.get("weight_decay") or 0.0)
     betas = group.get("betas") or (group.get("beta1", 0.9), group.get("beta2", 0.999))
     usual = (float(betas[0]), float(betas[1])) if isinstance(betas, (tuple, list)) else (0.9, 0.999)
     eps = float(group.get("eps") or 1e-8)
     momentum = float(group.get("momentum") or 0.0)
+    untold = rates[0] is None and not decay
+    small = [number for number in numbers if 0 < number <= 1e-5]
+    if untold and small:
+        eps = min(small)
     deltas = [later - earlier for earlier, later in zip(before, after, strict=True)]
     if not all(bool(delta.any()) for delta in deltas):
         return None
@@ -544,8 +571,36 @@ def search_rules(before, after, gradients, rates, group) -> tuple[str, str, str,
         slope = float((deltas[step] * direction).sum() / direction.pow(2).sum().clamp(min=1e-300))
         return slope if rule.ascent else -slope
 
+    def unit_of(step: int) -> torch.Tensor:
+        # float32 weights and moments are rounded; the sum of both bounds what a correct program may differ by
+        return 1.2e-7 * (before[step].abs() * 2 + deltas[step].abs() * 16).pow(2).mean().sqrt() + 1e-30
+
+    def fitted(directions: list[torch.Tensor], decays: bool) -> tuple[float, float]:
+        """The learning rate and the share of the weights that are taken away, of all steps, by least squares."""
+        d, w, x = torch.cat(directions), torch.cat(before), torch.cat(deltas)
+        dd, dw, ww, dx, wx = (float((a * b).sum()) for a, b in ((d, d), (d, w), (w, w), (d, x), (w, x)))
+        determinant = dd * ww - dw * dw
+        if not decays or determinant <= 1e-12 * dd * ww:
+            return -dx / max(dd, 1e-300), 0.0
+        return -(dx * ww - wx * dw) / determinant, -(wx * dd - dx * dw) / determinant
+
+    def misfit_untold(rule: "Rule") -> float:
+        """The same where neither learning rate nor decay are told: they are fitted, the same for all steps."""
+        one, two = rule.betas or usual
+        directions = list(rule.directions(before, gradients, one, two, eps, momentum or rule.momentum, rule.decay))
+        rate, pull = fitted(directions, rule.pulls)
+        if (pull < 0) != ("decay-adds" in rule.faults) and pull:
+            rate, pull = fitted(directions, False)
+        if (rate < 0) != rule.ascent:
+            return math.inf
+        rule.fit = rate, pull
+        errors = [-rate * d - pull * w - x for d, w, x in zip(directions, before, deltas, strict=True)]
+        return max(float(error.pow(2).mean().sqrt() / unit_of(step)) for step, error in enumerate(errors))
+
     def misfit(rule: "Rule") -> float:
         """The largest error over the steps, in units of what rounding explains."""
+        if untold:
+            return misfit_untold(rule)
         worst, used = 0.0, []
         one, two = rule.betas or usual
         directions = rule.directions(before, gradients, one, two, eps, rule.momentum or momentum, decay)
@@ -558,17 +613,23 @@ def search_rules(before, after, gradients, rates, group) -> tuple[str, str, str,
             predicted = -rate * direction * (-1 if rule.ascent else 1) - pull
             if rule.kind == "adam, decay last":
                 predicted = -rate * direction - rate * decay * (before[step] - rate * direction)
-            # float32 weights and moments are rounded; the sum of both bounds what a correct program may differ by
-            unit = 1.2e-7 * (before[step].abs() * 2 + delta.abs() * 16).pow(2).mean().sqrt() + 1e-30
             error = (predicted - delta).pow(2).mean().sqrt()
-            worst = max(worst, float(error / unit))
+            worst = max(worst, float(error / unit_of(step)))
         return worst
 
-    fits = [(rule, misfit(rule)) for rule in rules(decay, told=bool(group.get("betas")), rated=rates[0] is not None)]
+    told = bool(group.get("betas"))
+    fits = [(rule, misfit(rule)) for rule in rules(decay, told=told, rated=rates[0] is not None, untold=untold)]
     good = [(rule, error) for rule, error in fits if error < 8]
     if not good:
         return None
-    if any(not rule.faults for rule, _ in good):
+    if right_ones := [(rule, error) for rule, error in good if not rule.faults]:
+        rule, error = min(right_ones, key=lambda item: item[1])
+        if untold and unscaled_decay(rule.fit, numbers):
+            says, remedy = RULES["decay-not-scaled-by-lr"]
+            rate, pull = rule.fit
+            proof = f"its updates take {pull:.6g} of each weight away, a number that it holds, and the learning rate "
+            proof += f"that fits them is {rate:.6g}: as a decay times that it would be {pull / rate:.3g}"
+            return "decay-not-scaled-by-lr", says, remedy, proof, {"error": error}
         return "", "", "", "", {}
     fewest = min(len(rule.faults) for rule, _ in good)
     rule, error = min(((r, e) for r, e in good if len(r.faults) == fewest), key=lambda item: item[1])
@@ -591,6 +652,18 @@ def search_rules(before, after, gradients, rates, group) -> tuple[str, str, str,
     )
 
 
+def unscaled_decay(fit: tuple[float, float], numbers: set[float]) -> bool:
+    """Whether the weights shrink by a number that the script holds, which no decay times the learning rate explains."""
+    rate, pull = fit
+    if not rate or pull / rate < 1:
+        return False
+    return near_one_of(pull, numbers) and not near_one_of(pull / rate, numbers)
+
+
+def near_one_of(value: float, numbers: set[float]) -> bool:
+    return any(abs(value - number) <= 1e-2 * abs(number) for number in numbers)
+
+
 class Rule:
     """An update rule: Adam's with faults, or SGD's."""
 
@@ -600,12 +673,20 @@ class Rule:
         kind: str = "adam",
         betas: tuple[float, float] | None = None,
         momentum: float = 0.0,
+        decay: float = 0.0,
     ):
         self.faults = list(faults)
+        self.decay = decay  # of a rule for settings that are not told
+        self.fit = (0.0, 0.0)  # learning rate and pull, where they are not told
         self.kind = kind
         self.betas = betas
         self.momentum = momentum
         self.ascent = "ascent" in faults
+
+    @property
+    def pulls(self) -> bool:
+        """Whether it may take away a share of the weights."""
+        return "l2-instead-of-decoupled" not in self.faults
 
     def pull(self, rate: float, decay: float) -> float:
         if not self.kind.startswith("adam") or {"l2-instead-of-decoupled", "decay-missing"} & set(self.faults):
@@ -618,6 +699,10 @@ class Rule:
         faults = set(self.faults)
         if "betas-swapped" in faults:
             one, two = two, one
+        corrected = two
+        if "one-beta-for-both" in faults:
+            two = one
+            corrected = corrected if self.kind == "adam, correction as told" else two
         m = v = torch.zeros_like(gradients[0])
         for t, (weights, gradient) in enumerate(zip(before, gradients, strict=True), start=1):
             if self.kind == "sgd" or "l2-instead-of-decoupled" in faults:
@@ -631,12 +716,10 @@ class Rule:
             if faults & {"moments-forgotten", "state-forgotten"}:
                 m = v = torch.zeros_like(gradient)
             m = one * m + (1 - one) * gradient
-            if "one-beta-for-both" in faults:
-                two = one
             v = two * v + (1 - two) * gradient**2
             count = t + (1 if "bias-correction-off-by-one" in faults else 0)
             first = 1 - one**count
-            second = 1 - two**count
+            second = 1 - corrected**count
             if faults & {"no-bias-correction", "first-moment-uncorrected"}:
                 first = 1.0
             if faults & {"no-bias-correction", "second-moment-uncorrected"}:
@@ -656,8 +739,11 @@ class Rule:
                 yield mean / (square.sqrt() + eps)
 
 
-def rules(decay: float, told: bool, rated: bool) -> list[Rule]:
-    """Right rules first; then Adam's with one fault, then with two. `told`: the betas are; `rated`: the rates are."""
+def rules(decay: float, told: bool, rated: bool, untold: bool = False) -> list[Rule]:
+    """Right rules first; then Adam's with one fault, then with two.
+
+    `told`: the betas are; `rated`: the rates are; `untold`: neither rates nor decay.
+    """
     decays = ["l2-instead-of-decoupled", "decay-not-scaled-by-lr", "decay-missing", "decay-adds"] if decay else []
     moments = [name for name in RULES if name not in {*decays, "ascent"} and not name.startswith(("decay", "l2"))]
     found = [Rule(), Rule(kind="sgd"), Rule(kind="adam, decay last"), Rule(kind="adam, eps before correction")]
@@ -666,6 +752,11 @@ def rules(decay: float, told: bool, rated: bool) -> list[Rule]:
     if not told:
         found += [Rule(betas=(0.9, two)) for two in (0.95, 0.98, 0.99)]
     found += [Rule((name,)) for name in (*moments, *decays, "ascent")]
+    if untold:
+        found += [Rule((name,), betas=(0.9, two)) for name in (*moments, "ascent") for two in (0.95, 0.98, 0.99)]
+        found.append(Rule(("decay-adds",)))
+        found += [Rule(("l2-instead-of-decoupled",), decay=wd) for wd in USUAL_DECAYS]
+    found.append(Rule(("one-beta-for-both",), kind="adam, correction as told"))
     found.append(Rule(("ascent",), kind="sgd"))
     found += [Rule(pair) for pair in itertools.product(moments, decays)]
     return found

@@ -10,6 +10,7 @@
 | `tensorflow` | OpenAI's directory: `hparams.json`, `model.ckpt.*` | yes | no |
 | `gguf` | GGUF of architecture gpt2, not quantised | yes | `model.gguf` |
 | `llmc` | llm.c's `gpt2_124M.bin` or `model_*.bin` | yes | `model.bin` |
+| `onnx` | a directory that was written as this | yes | a directory with `onnx/model.onnx` |
 """
 
 import os
@@ -32,13 +33,14 @@ from .format import FORMATS, Contents, Format, Found, Options, Source, readable,
 from .gguf import GGUF
 from .llmc import LLM_C
 from .nanogpt import MINGPT, NANOGPT
+from .onnx import ONNX
 from .tensorflow import TENSORFLOW
 
 __all__ = ["FORMATS", "Format", "Found", "Source", "detect", "open_source", "read", "readable", "register", "writable"]
 
 logger = logging.get_logger(__name__)
 
-for _known in (NATIVE, GPT2, BOOK, NANOGPT, MINGPT, TENSORFLOW, GGUF, LLM_C):
+for _known in (NATIVE, GPT2, BOOK, NANOGPT, MINGPT, TENSORFLOW, GGUF, LLM_C, ONNX):
     register(_known)
 
 
@@ -117,13 +119,15 @@ def write(
     *,
     bias: bool | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    quantize: str | None = None,
 ) -> list[str]:
     """Writes a model; `export` also verifies and publishes it.
 
     Args:
-        target: a directory for "native" and "gpt2", else a file.
+        target: a directory for "native", "gpt2" and "onnx", else a file.
         bias: for "nanogpt": whether to store biases; None: unless all are zero and `qkv_bias` is off.
-        tokenizer: saved too, for "native", "gpt2" and "gguf".
+        tokenizer: saved too, for "native", "gpt2", "gguf" and "onnx".
+        quantize: for "onnx": "int8" also writes a graph with int8 weights.
 
     Returns:
         sentences that users of the file should know.
@@ -131,7 +135,7 @@ def write(
     Raises:
         ConversionError: the weights are not those of `config`, or the format cannot express the model.
     """
-    wanted, options = writable(format), Options(bias=bias, tokenizer=tokenizer)
+    wanted, options = writable(format), Options(bias=bias, tokenizer=tokenizer, quantize=quantize)
     if isinstance(model_or_state_dict, nn.Module):
         model_or_state_dict = model_or_state_dict.state_dict()
     state_dict = without_prefix(model_or_state_dict, SCRATCH_PREFIX)

@@ -10,7 +10,7 @@ from ...errors import ConversionError
 from ...model.book_files import BARE, Part, bare_matrices, has_adapters, heads_in_a_list, parts, refusal
 from ...model.modeling_gpt_scratch import GPTScratchForSequenceClassification
 from ...model.weight_map import HEADS, LM_HEAD, Row
-from ..tensors import LazyTensor, held, zero
+from ..tensors import LazyTensor, all_zero, held, zero
 from .format import PLAIN, Contents, Format, Found, Layout, Options, Source, Written, check_tensors, finite, readable
 from .torch_file import StateDict, save_tensors, state_dict
 
@@ -105,7 +105,19 @@ class Book(Format):
         size = contents.config.context_length
         [mask] = held({"": torch.ones(size, size).triu(1)}).values()
         masks = {f"trf_blocks.{n}.att.mask": mask for n in range(contents.config.n_layers)}
-        return Written(hashes=save_tensors({**tensors, **masks}, {}, None, path, options.progress))
+        return Written(zero_biases(contents), save_tensors({**tensors, **masks}, {}, None, path, options.progress))
+
+
+def zero_biases(contents: Contents) -> list[str]:
+    """A note on zero biases, which other formats store even for a model of the book that was trained without them."""
+    kinds = (".W_query.bias", ".W_key.bias", ".W_value.bias")
+    biases = [tensor for name, tensor in contents.tensors.items() if name.endswith(kinds)]
+    if not biases or not all(all_zero(bias.read()) for bias in biases):
+        return []
+    return [
+        "the biases of W_query, W_key and W_value are all zero, and are kept: use a cfg with 'qkv_bias': True "
+        "for these weights, even if the model was trained without them"
+    ]
 
 
 def made(tensors: Mapping[str, LazyTensor], lora_scale: float | None, path: Path) -> dict[str, LazyTensor]:
@@ -118,7 +130,14 @@ def made(tensors: Mapping[str, LazyTensor], lora_scale: float | None, path: Path
     def one(part: Part) -> LazyTensor:
         sources = [tensors[name] for name in part.sources]
         meta = part.make([torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources])
-        return LazyTensor(meta.shape, meta.dtype, lambda: part.make([source.read() for source in sources]))
+
+        def read() -> torch.Tensor:
+            try:
+                return part.make([source.read() for source in sources])
+            except ValueError as error:
+                raise ConversionError(f"{path} {error}") from error
+
+        return LazyTensor(meta.shape, meta.dtype, read)
 
     try:
         found = parts({name: tensor.shape for name, tensor in tensors.items()}, lora_scale)

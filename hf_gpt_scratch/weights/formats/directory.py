@@ -10,7 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ...errors import ConversionError, UnknownArchitecture, some
@@ -107,21 +107,32 @@ class Directory(Format):
     def save(self, tensors: dict[str, LazyTensor], contents: Contents, path: Path, options: Options) -> Written:
         model = self.model(contents)
         model.to(dtype=contents.dtype)  # type: ignore[call-arg]  # hidden by a decorator
-        settings = contents.directory / GENERATION_CONFIG_NAME if contents.directory else None
-        try:
-            if settings and model.can_generate() and settings.exists():
-                read_json(settings)
-                model.generation_config = GenerationConfig.from_pretrained(settings.parent)
-        except (OSError, ConversionError):
-            raise
-        except Exception as error:  # wrong settings raise errors of many types
-            raise ConversionError(f"{settings} is not usable: {error}; correct it") from error
+        if model.can_generate():
+            model.generation_config = generation_settings(contents, model.config)
         if options.tokenizer is not None:
             options.tokenizer.save_pretrained(path)
         return Written(hashes=write_model(model, tensors, path, options.max_shard_size, options.progress))
 
     def load(self, directory: Path, kind: type[GPTScratchPreTrainedModel]) -> PreTrainedModel:
         return kind.from_pretrained(directory, dtype=torch.float32)
+
+
+def generation_settings(contents: Contents, config: PreTrainedConfig) -> GenerationConfig:
+    """The source's settings for `generate`, or if it has none, what the model's config says of them.
+
+    Raises:
+        ConversionError: they are not usable.
+    """
+    settings = contents.directory / GENERATION_CONFIG_NAME if contents.directory else None
+    try:
+        if settings and settings.exists():
+            read_json(settings)
+            return GenerationConfig.from_pretrained(settings.parent)
+        return GenerationConfig.from_model_config(config)
+    except (OSError, ConversionError):
+        raise
+    except Exception as error:  # wrong settings raise errors of many types
+        raise ConversionError(f"{settings or contents.name} is not usable: {error}; correct it") from error
 
 
 class Native(Directory):

@@ -217,12 +217,14 @@ class Options:
         max_shard_size: largest size of a weights file, in bytes or such as "5GB", if the format can have several.
         bias: whether biases are stored, if the format has the choice; None: if there are any.
         tokenizer: stored in the file, if the format has a place for one.
+        quantize: what is written beside the weights as they are, if the format can: "int8".
     """
 
     progress: Progress = field(default_factory=Progress)
     max_shard_size: int | str = MAX_SHARD_SIZE
     bias: bool | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,7 @@ class Format:
         plain: it stores only language models, all of whose tensors have one dtype.
         loads: `load` returns a model that can be run.
         has_bias_choice: `Options.bias` has an effect.
+        quantizes: the values of `Options.quantize` that it knows.
     """
 
     name: str
@@ -268,6 +271,7 @@ class Format:
     plain = True
     loads = False
     has_bias_choice = False
+    quantizes: tuple[str, ...] = ()
 
     def matches(self, found: Found) -> bool:
         """Whether the path is of this format."""
@@ -382,6 +386,11 @@ class Format:
             raise ConversionError(
                 f"got bias={options.bias} for {self.name!r}, but only {having} has the choice; leave bias out"
             )
+        if options.quantize not in (None, *self.quantizes):
+            known = ", ".join(f"{one!r} for {format.name!r}" for format in FORMATS.values() for one in format.quantizes)
+            raise ConversionError(
+                f"got quantize={options.quantize!r} for {self.name!r}, but there is only {known}; leave quantize out"
+            )
         if self.plain:
             contents.check_plain()
         for name, allowed in self.limits(contents.config).items():
@@ -391,6 +400,10 @@ class Format:
                     f"{' or '.join(map(repr, allowed))}; "
                     + ("keep the native directory" if self.name == "gpt2" else "export to 'gpt2' instead")
                 )
+
+    def room(self, contents: Contents, options: Options) -> int:
+        """How many bytes must be free on the disk for the weights."""
+        return self.copies * sum(tensor.nbytes for tensor in contents.tensors.values())
 
     def write(self, contents: Contents, path: Path, options: Options) -> Written:
         """Writes contents that `check` has accepted, one tensor at a time.
@@ -415,6 +428,14 @@ class Format:
     def load(self, directory: Path, kind: type[GPTScratchPreTrainedModel]) -> PreTrainedModel:
         """The model in a directory of this format, in float32."""
         raise NotImplementedError
+
+    def run(self, path: Path, contents: Contents, progress: Progress) -> dict[str, Any]:
+        """The figures of what the program of this format computes from what was written, if it can be run here.
+
+        Raises:
+            ParityError: it is not what the model computes.
+        """
+        return {}
 
     def finish(self, directory: Path, contents: Contents, receipt: Mapping[str, Any], hub_id: str | None) -> None:
         """Adds what is known only at the end, such as the model card.

@@ -14,7 +14,7 @@ import torch
 from ...errors import ConversionError
 from ...model.configuration_gpt_scratch import GPTScratchConfig
 from ..checkpoint import Progress, read_part
-from ..tensors import LazyTensor
+from ..tensors import LazyTensor, all_zero
 from .directory import MAX_LAYERS
 from .format import Contents, Format, Found, Layout, Options, Source, Written, renamed
 from .torch_file import Hashed
@@ -103,14 +103,20 @@ class LLMC(Format):
                 f"{path} has {size} bytes, but by its header {HEADER.size + values * dtype.itemsize}; it is truncated "
                 "or corrupt: copy or download it again"
             )
-        tensors, at = {}, HEADER.size
+        tensors, at, notes = {}, HEADER.size, []
         for name, shape in shapes(metadata).items():
             shape = torch.Size(shape)
             tensors[name] = LazyTensor(shape, dtype, partial(read_part, path, at, shape, dtype))
             at += math.prod(shape) * dtype.itemsize
-            if name == "wte":
-                at += (padded - vocab) * width * dtype.itemsize  # rows of no token
-        return Source(self, path, tensors, metadata)
+            if name == "wte":  # and behind it, rows of no token
+                extra = torch.Size((padded - vocab, width))
+                if not all_zero(read_part(path, at, extra, dtype)):
+                    notes.append(
+                        f"left behind: the last {padded - vocab} rows of wte, which are not zero, though no id below "
+                        f"vocab_size={vocab} reads them"
+                    )
+                at += extra.numel() * dtype.itemsize
+        return Source(self, path, tensors, metadata, notes=notes)
 
     def limits(self, config: GPTScratchConfig) -> dict[str, tuple]:
         return {**super().limits(config), "tie_word_embeddings": (True,)}
