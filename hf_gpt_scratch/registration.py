@@ -1,6 +1,7 @@
-"""Has the models registered with transformers' Auto classes once transformers is imported, without importing it.
+"""Registers the models where other libraries look them up, once those are imported, without importing them.
 
-The import of `hf_gpt_scratch.model` registers them.
+The import of `hf_gpt_scratch.model` registers them with transformers' Auto classes, those of `peft_rows` and
+`transformer_lens_rows` with PEFT and TransformerLens.
 """
 
 import sys
@@ -10,17 +11,27 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-MODEL = f"{__name__.rpartition('.')[0]}.model"
+PACKAGE = __name__.rpartition(".")[0]
+# A module of another library, and ours that is imported when it has been run: the last that the tables there need, and
+# before anything reads them.
+REGISTERING = {
+    "transformers": f"{PACKAGE}.model",
+    "peft.utils.constants": f"{PACKAGE}.peft_rows",
+    "transformer_lens.factories.architecture_adapter_factory": f"{PACKAGE}.transformer_lens_rows",
+}
 
 
-class AfterTransformers(MetaPathFinder):
-    """Finds transformers as the other finders do, and registers the models once its module has been run.
+class After(MetaPathFinder):
+    """Finds one module as the other finders do, and imports one of ours once that module has been run.
 
-    Then none of its submodules is half imported, so ours can import what they need.
+    Then none of transformers' submodules is half imported, so ours can import what they need.
     """
 
+    def __init__(self, name: str, ours: str):
+        self.name, self.ours = name, ours
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "transformers":
+        if fullname != self.name:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         found = (finder.find_spec(fullname, path, target) for finder in others)
@@ -31,7 +42,7 @@ class AfterTransformers(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 usual(module)
-                import_module(MODEL)  # if it fails, so does this import, and the next one tries again
+                import_module(self.ours)  # if it fails, so does this import, and the next one tries again
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
 
@@ -40,8 +51,10 @@ class AfterTransformers(MetaPathFinder):
 
 
 def register_once_imported() -> None:
-    """Registers the models, now if transformers is imported, or else when it is."""
-    if "transformers" in sys.modules:
-        import_module(MODEL)
-    elif not any(isinstance(finder, AfterTransformers) for finder in sys.meta_path):
-        sys.meta_path.insert(0, AfterTransformers())
+    """Registers the models with each library, now if it is imported, or else when it is."""
+    waiting = {finder.name for finder in sys.meta_path if isinstance(finder, After)}
+    for name, ours in REGISTERING.items():
+        if name in sys.modules:
+            import_module(ours)
+        elif name not in waiting:
+            sys.meta_path.insert(0, After(name, ours))

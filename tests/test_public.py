@@ -67,13 +67,29 @@ def test_auto_classes_know_the_models_whichever_is_imported_first(imports):
 def test_the_import_of_transformers_stays_as_it_is_but_for_the_registration():
     script = """
 import importlib.resources, sys, hf_gpt_scratch
-hooks = [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_gpt_scratch.registration")]
+def hooks():
+    return [one.name for one in sys.meta_path if type(one).__module__.startswith("hf_gpt_scratch.registration")]
+assert {name.partition(".")[0] for name in hooks()} == {"peft", "transformer_lens", "transformers"}
 import transformers
-assert hooks and not set(hooks) & set(sys.meta_path)
+assert "transformers" not in hooks() and "peft.utils.constants" in hooks() and "peft" not in sys.modules
 print(type(transformers.__spec__.loader).__name__, (importlib.resources.files(transformers) / "py.typed").is_file())
 print("_LazyModule" in transformers.__spec__.loader.get_source("transformers"))
 """
     assert printed_by(script) == "SourceFileLoader True\nTrue\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ["import hf_gpt_scratch, peft", "import peft, hf_gpt_scratch"])
+def test_peft_knows_the_models_whichever_is_imported_first(imports):
+    script = f"""
+{imports}
+import sys
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as rows
+print(*rows["gpt_scratch"])
+hooks = [one.name for one in sys.meta_path if type(one).__module__.startswith("hf_gpt_scratch.registration")]
+print(*(name for name in hooks if name.startswith("peft")))
+"""
+    assert printed_by(script) == "W_query W_key W_value\n\n"
 
 
 @pytest.mark.slow

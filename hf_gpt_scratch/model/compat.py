@@ -143,10 +143,7 @@ def one_cache(past_key_values: Any, cache: Any, kwargs: dict[str, Any], attentio
                 f"and would be ignored here; {advice()}"
             )
     if past_key_values is not None and cache is not None and past_key_values is not cache:
-        raise TypeError(
-            "got both `past_key_values` and `cache`, two names of one argument; pass one of them. PEFT's prefix tuning "
-            "passes both, of which one would be lost: generate with use_cache=False"
-        )
+        raise TypeError("got both `past_key_values` and `cache`, two names of one argument; pass one of them")
     found = past_key_values if cache is None else cache
     if found is not None and not is_cache(found):
         raise TypeError(f"got a {type(found).__name__} as the cache; pass one of transformers', such as DynamicCache()")

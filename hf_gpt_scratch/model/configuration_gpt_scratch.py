@@ -186,6 +186,9 @@ TO_GPT2 = {ours: theirs for theirs, ours in FROM_GPT2.items()}
 # Keys that describe the class and not the model, and so are never copied from one config to the other.
 IDENTITY = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "name_or_path")
 
+# transformers' names that other programs look up in a config's `to_dict()`.
+LOOKED_UP = ("hidden_size", "num_attention_heads")
+
 # Keys beside its fields that a transformers config may have: they do not change the model, or are read by name.
 COMMON = {
     *vars(GenerationConfig()),
@@ -434,6 +437,14 @@ class GPTScratchConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with two sizes under transformers' names, too, by which PEFT looks them up here."""
+        return {**super().to_dict(), **{name: getattr(self, name) for name in LOOKED_UP}}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in transformers: what `config.json` holds, with each size under one name."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in LOOKED_UP}
+
     def validate_architecture(self):
         if getattr(self, "is_heterogeneous", False):
             raise ValueError("got a per_layer_config, but all GPTScratch layers are built alike; remove it")
@@ -502,7 +513,7 @@ class GPTScratchConfig(PreTrainedConfig):
                 "got book_classifier=True, but the official classifier has no bias and reads the last token that is "
                 "not padding; keep this model as it is, or train a new head with book_classifier=False"
             )
-        values = {TO_GPT2.get(k, k): v for k, v in self.to_dict().items() if k not in IDENTITY}
+        values = {TO_GPT2.get(k, k): v for k, v in self.to_dict().items() if k not in (*IDENTITY, *LOOKED_UP)}
         for place in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             if values[place] is None:
                 values[place] = self.drop_rate

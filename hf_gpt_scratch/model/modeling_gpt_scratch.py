@@ -581,6 +581,14 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         check_library("generate_batch")
         return super().init_continuous_batching(*args, **kwargs)
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):  # type: ignore[override]  # of the same signature
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        # PEFT's prompts look for the cache here under its old name alone; without it each step would get the prompt.
+        if CACHE in inputs:
+            inputs["past_key_values"] = inputs.pop(CACHE)
+        return inputs
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         given = model_kwargs.get(CACHE)
         super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self` is declared as a protocol

@@ -125,6 +125,15 @@ def test_translation_from_gpt2_loses_nothing():
         assert getattr(ours, FROM_GPT2.get(gpt2_name, gpt2_name)) == value
 
 
+def test_sizes_are_looked_up_by_transformers_names_and_saved_once():
+    config = GPTScratchConfig(emb_dim=48, n_heads=6)
+    values = config.to_dict()
+    assert (values["hidden_size"], values["num_attention_heads"]) == (values["emb_dim"], values["n_heads"]) == (48, 6)
+    assert GPTScratchConfig(**values).to_dict() == GPTScratchConfig.from_dict(values).to_dict() == values
+    saved = json.loads(config.to_json_string(use_diff=True))
+    assert saved["emb_dim"] == 48 and not {"hidden_size", "num_attention_heads"} & saved.keys()
+
+
 def test_equal_dropout_rates_become_the_books_one_rate():
     config = GPTScratchConfig.from_gpt2(GPT2Config(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2))
     assert (config.drop_rate, config.drop_rate_emb) == (0.2, None)

@@ -1,0 +1,31 @@
+"""Tells PEFT which modules its methods change by default: those that it changes in the official GPT-2.
+
+PEFT has a table for each method, by model type. Its import adds the row of our models where there is none; see
+`registration.py`.
+"""
+
+from peft.utils import constants
+
+MODEL_TYPE = "gpt_scratch"
+# Names of the official modules in PEFT's tables, and ours for the same weights.
+OURS = {
+    "c_attn": ["W_query", "W_key", "W_value"],
+    "c_proj": ["out_proj", "ff.layers.2"],
+    "mlp.c_proj": ["ff.layers.2"],
+    "mlp.c_fc": ["ff.layers.0"],
+    "ln_1": ["norm1"],
+    "ln_2": ["norm2"],
+    "ln_f": ["final_norm"],
+}
+
+
+def add_rows() -> None:
+    """Adds our row to each of PEFT's tables that has one of the official GPT-2, of known names, and none of ours."""
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
+            theirs = table.get("gpt2")
+            if isinstance(theirs, list) and set(theirs) <= OURS.keys():
+                table.setdefault(MODEL_TYPE, [ours for one in theirs for ours in OURS[one]])
+
+
+add_rows()
