@@ -56,7 +56,8 @@ class Settings(dict):
         if meant is not None and dict.__contains__(self, meant):
             return self[meant]
         if self.defaults.get(name, self) is not self:
-            return self.defaults[name]
+            value = self.defaults[name]
+            return filled(value, self) if isinstance(value, Mapping) or is_nested(value) else value
         if re.fullmatch(GROUPS, name, re.IGNORECASE):
             return self
         raise KeyError(f"{name}: the cfg has none; add it, --cfg '{{\"{name}\": …}}'")

@@ -36,11 +36,13 @@ if TYPE_CHECKING:
 
 # Two numbers within this are one: fits of exact constants in float64 are closer, those of float32 constants are not.
 SNAP = 1e-9
+# The most places in which sums are fitted to one stage: beyond, each of many columns is a long computation.
+MOST_PLACES = 3
 SUMS = (*WIRING, "input", "embedded", "head.input")
 
 
-def fits(experiment: "Experiment", target: str) -> list[Mistake]:
-    """The mistakes fitted to one stage, with everything recorded before it given."""
+def fits(experiment: "Experiment", target: str, *, more: bool = True) -> list[Mistake]:
+    """The mistakes fitted to one stage, with everything recorded before it given; if `more`, sums with more values."""
     recorded = experiment.activations[target]
     forward = experiment.forward(target)
     try:
@@ -48,10 +50,11 @@ def fits(experiment: "Experiment", target: str) -> list[Mistake]:
     except (ValueError, RuntimeError, KeyError):
         return []
     slots, found = forward.read, []
-    if len({place for place, _ in slots}) == 1 or target.endswith(".input"):
+    places = {place for place, _ in slots}
+    if len(places) == 1 or (target.endswith(".input") and len(places) <= MOST_PLACES):
         for place, slot in sorted(slots, key=str):
             if slot in SUMS:
-                found += guarded(partial(fitted_sums, experiment, target, place, slot))
+                found += guarded(partial(fitted_sums, experiment, target, place, slot, more=more))
     stage = re.sub(r"^trf_blocks\.\d+\.?", "", target)
     n = int(number[1]) if (number := re.match(r"trf_blocks\.(\d+)", target)) else -1
     forward = experiment.forward(target)
@@ -78,8 +81,8 @@ def guarded(make: Callable[[], list[Mistake]]) -> list[Mistake]:
 # Sums
 
 
-def fitted_sums(experiment: "Experiment", target: str, place: int, slot: str) -> list[Mistake]:
-    """What a module reads, as a sum of values with factors, by least squares; with one value more if that is needed.
+def fitted_sums(experiment: "Experiment", target: str, place: int, slot: str, *, more: bool) -> list[Mistake]:
+    """What a module reads, as a sum of values with factors, by least squares; if `more`, with one value more if needed.
 
     The target must depend linearly on the sum.
     """
@@ -97,13 +100,17 @@ def fitted_sums(experiment: "Experiment", target: str, place: int, slot: str) ->
         return []
     wanted = recorded.flatten() - origin
     sound = wanted.isfinite()
-    base = [(operand, column(plus(operand))) for operand in operands_of(slot, place, experiment.config.n_layers)]
+    usual_operands = operands_of(slot, place, experiment.config.n_layers)
+    if slot == "output":  # also what was found to be added after attention
+        added = experiment.wrong.get(place, {}).get("norm2.input", ())
+        usual_operands += [operand for operand, _ in added if operand not in usual_operands]
+    base = [(operand, column(plus(operand))) for operand in usual_operands]
     columns = [(operand, value - origin) for operand, value in base if value is not None]
     usual = fitted_sum(wanted, sound, columns)
     if usual is not None:
         return [named_sum(slot, usual)]
     found = []
-    for extra in extra_operands(slot, place):
+    for extra in extra_operands(slot, place) if more else ():
         value = column(plus(extra))
         if value is not None:
             with_it = fitted_sum(wanted, sound, [*columns, (extra, value - origin)])
@@ -140,7 +147,7 @@ def extra_operands(slot: str, place: int) -> Iterator[Operand]:
     sums += [plus("input", "norm1"), plus("input", "norm2")]
     for module in ("norm1", "norm2", "ff", "att", "act", "final_norm"):
         for operands in sums:
-            if module != "act" or operands in (plus("ff"), plus("att")):
+            if module != "act" or operands in (plus("ff"), plus("att"), plus("norm1"), plus("norm2")):
                 yield (module, operands)
     yield ("ff", plus(("norm2", plus("input", "att", "ff"))))
     yield ("ff", plus(("norm2", plus("input"))))

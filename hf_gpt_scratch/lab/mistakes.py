@@ -152,6 +152,8 @@ WIRINGS: tuple[tuple[str, str, str, str, dict[str, Any], bool], ...] = (
           output=plus("input", "pos_emb", "att", "ff")), True),
     ("no-activation", "ff.layers.2.input", "the activation comes after the second linear layer", "linear, GELU, linear",
      {"activation": "linear", **sums(output=plus("input", "att", ("act", plus("ff"))))}, True),
+    ("no-activation", "ff.layers.0", "the activation comes before the first linear layer", "linear, GELU, linear",
+     {"activation": "linear", **sums(ff=plus(("act", plus("norm2"))))}, True),
 )  # fmt: skip
 
 # Rows of one stage are tried in this order.
@@ -205,6 +207,12 @@ CATALOGUE = (
         over="heads", mask=(None, None), common=True),
     row("attention-over-heads", "att.weights", "the heads of a token attend to each other, under a causal mask", HEADS,
         over="heads"),
+    row("attention-over-heads", "att.weights",
+        "the heads of a token attend to each other, and are joined as if they had been transposed", HEADS,
+        over="heads", mask=(None, None), merge="htd", common=True),
+    row("attention-over-heads", "att.weights",
+        "the heads of a token attend to each other, under a causal mask, and are joined as if they had been transposed",
+        HEADS, over="heads", merge="htd"),
     row("attention-over-batch", "att.weights", "the sequences of a batch attend to each other, not the tokens",
         "nn.MultiheadAttention(…, batch_first=True), or (B, H, T, D) before the product",
         over="batch", mask=(None, None), common=True),

@@ -603,7 +603,7 @@ def fitting(
     if "weight" not in kinds:
         return []
     name = kinds["weight"]
-    layout = layouts[name] if len(own[name]) == 2 else None
+    layout = layouts[name] if sum(size != 1 for size in own[name]) == 2 else None
     allowed = {"[out, in]": ((0, 1), (0,)), "[in, out]": ((1, 0),), None: None}[layout]
     for exactly in (True, False):
         fit = [

@@ -173,8 +173,11 @@ def search(experiment: Experiment, known: list[Mistake], *, thorough: bool = Tru
         if harmless(experiment, target):
             experiment = experiment.doubting([target])
             continue
-        pairs = thorough and not any(key_of(other) == key_of(target) for other in unexplained)
-        added = best_edit(experiment, target, known, pairs=pairs)
+        again = any(key_of(other) == key_of(target) for other in unexplained)
+        if again and len({place for place, _ in experiment.state(target).read}) > 1:
+            added = None  # what is found across places is not kept behind an unexplained stage
+        else:
+            added = best_edit(experiment, target, known, pairs=thorough and not again, again=again)
         if added is None:
             unexplained.append(target)
             if not thorough:
@@ -196,8 +199,13 @@ def harmless(experiment: Experiment, target: str) -> bool:
     return bool(followers) and all(without.equation(other).error <= limit for other in followers)
 
 
-def best_edit(experiment: Experiment, target: str, known: list[Mistake], *, pairs: bool) -> Findings | None:
+def best_edit(
+    experiment: Experiment, target: str, known: list[Mistake], *, pairs: bool, again: bool
+) -> Findings | None:
     """The edit that makes the equation true, and of several the one that leaves the fewest equations false.
+
+    `pairs` also allows pairs of mistakes. `again`, if such a stage is unexplained in another block, tries only common
+    mistakes and simple fits.
 
     None where no value is finite: any edit that makes NaN would do.
     """
@@ -205,9 +213,9 @@ def best_edit(experiment: Experiment, target: str, known: list[Mistake], *, pair
         return None
     read = experiment.state(target).read
     slots, places = {slot for _, slot in read}, sorted({place for place, _ in read})
-    local = [mistake for mistake in known if mistake.slots & slots]
+    local = [mistake for mistake in known if mistake.slots & slots and (mistake.common or not again)]
     listed = {mistake.changes for mistake in local}
-    fitted = [mistake for mistake in fits(experiment, target) if mistake.changes not in listed]
+    fitted = [mistake for mistake in fits(experiment, target, more=not again) if mistake.changes not in listed]
     options = options_of(experiment, target, ([mistake] for mistake in dict.fromkeys([*local, *fitted])), places)
     if not options and pairs:
         common = [mistake for mistake in local if mistake.common]

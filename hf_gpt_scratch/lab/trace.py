@@ -146,9 +146,9 @@ def hook_points(subject: Subject) -> Iterator[tuple[nn.Module, tuple[str, ...], 
         if isinstance(module, nn.MultiheadAttention):  # never calls its out_proj, and returns what that would
             yield module, (re.sub(r"W_query$", "out_proj", names[0]),), False
             continue
-        if isinstance(module, nn.Conv1d) or any(
-            True for _ in module.children()
-        ):  # its output is not that of its own matrix alone
+        if any(True for _ in module.children()):  # its output is not that of its own matrix alone
+            continue
+        if isinstance(module, nn.Conv1d) and module.kernel_size != (1,):
             continue
         if names[0] != LOGITS and not re.search(r"att\.out_proj\[", names[0]):  # a head's part of it is no stage
             yield module, names, False
@@ -188,9 +188,12 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
 
     def record(names: tuple[str, ...], value: Any) -> None:
         tensor = first_tensor(value) if names else None
-        if tensor is not None and tensor.ndim and tensor.shape[-1] % len(names) == 0:
-            if tensor.ndim == 3 and tensor.shape[:2] == input_ids.shape[::-1] != input_ids.shape:
+        if tensor is not None and tensor.ndim == 3:
+            if tensor.shape[:2] == input_ids.shape[::-1] != input_ids.shape:
                 tensor = tensor.transpose(0, 1)  # tokens come first inside
+            elif tensor.shape[::2] == input_ids.shape and tensor.shape[1] != input_ids.shape[1]:
+                tensor = tensor.transpose(1, 2)  # tokens come last inside
+        if tensor is not None and tensor.ndim and tensor.shape[-1] % len(names) == 0:
             for name, part in zip(names, tensor.detach().chunk(len(names), dim=-1), strict=True):
                 # A copy: later operations may be in place. Of several calls the first counts.
                 activations.setdefault(name, part.clone())
