@@ -73,13 +73,13 @@ def test_the_receipt_has_the_hashes_of_what_was_read_and_of_what_was_written(way
     receipt = go(tmp_path / "target")
     assert receipt == json.loads((tmp_path / "target" / RECEIPT).read_text()) == verify_receipt(tmp_path / "target")
     files = receipt["target"]["files"]
-    assert files.keys() == {path.name for path in (tmp_path / "target").iterdir()} - {RECEIPT}
+    written = [path for path in everything(tmp_path / "target") if path.name != RECEIPT]
+    assert files.keys() == {path.relative_to(tmp_path / "target").as_posix() for path in written}
     assert all(found == figures(tmp_path / "target" / name) for name, found in files.items())
     there = receipt["source"]["files"]
-    read = {path.name for path in source.iterdir()} if source.is_dir() else {source.name}
+    read = {path.name: path for path in (everything(source) if source.is_dir() else [source])}
     assert there.keys() == {name for name in read if not name.endswith((".png", ".md", ".py"))}
-    place = source if source.is_dir() else source.parent
-    assert all(found == figures(place / name) for name, found in there.items())
+    assert all(found == figures(read[name]) for name, found in there.items())
     assert receipt["source"]["name"] == str(source) and receipt["source"]["format"] == detect(source)
     if (card := tmp_path / "target/README.md").exists():
         format = receipt["source"]["format"]

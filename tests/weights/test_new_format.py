@@ -110,7 +110,7 @@ def test_messages_name_it(toy, native, tmp_path):
     export(native, tmp_path / "there", "toy")
     with pytest.raises(ConversionError, match=r"give the file, .*model\.toy"):
         detect(tmp_path / "there")
-    with pytest.raises(ConversionError, match=r"got format 'toys'.*gguf, llmc, toy"):
+    with pytest.raises(ConversionError, match=r"got format 'toys'.*gguf, llmc, onnx, toy"):
         export(native, tmp_path / "out", "toys")
     with pytest.raises(ConversionError, match="already has the format 'toy'"):
         export(tmp_path / "there/model.toy", tmp_path / "out", "toy")

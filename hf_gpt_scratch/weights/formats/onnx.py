@@ -209,7 +209,7 @@ def graph(settings: str) -> bytes:
 
     class WithCache(nn.Module):
         def forward(self, input_ids, attention_mask, position_ids, past, weights):
-            cache = DynamicCache(config=config)
+            cache: Any = DynamicCache(config=config)
             for layer, states in enumerate(past):
                 cache.update(*states, layer)
             parameters = {
@@ -241,7 +241,7 @@ def graph(settings: str) -> bytes:
     states = [f"{layer}.{kind}" for layer in range(n_layers) for kind in ("key", "value")]
     try:
         with _quiet():
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 WithCache().eval(),
                 kwargs=example,
                 dynamic_shapes=axes,
