@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["torch==2.13.0", "deepspeed==0.19.8", "accelerate==1.15.0", "transformers==5.24.0"]
 # ///
-"""DeepSpeed: Trainer with ZeRO-1, 2 and 3 in two processes, and what it saves."""
+"""DeepSpeed: Trainer with ZeRO-2 and 3 in two processes, and what it saves."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def train(directory: str, output: str, stage: str) -> None:
 
     config = {
         "zero_optimization": {"stage": int(stage), "stage3_gather_16bit_weights_on_model_save": True},
-        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "optimizer": {"type": "SGD", "params": {"lr": "auto"}},
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -35,6 +35,8 @@ def train(directory: str, output: str, stage: str) -> None:
         deepspeed=config,
         max_steps=4,
         per_device_train_batch_size=2,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -68,7 +70,7 @@ def trained(directory: Path, output: Path, stage: int):
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         official, ours = checkpoints(Path(folder), **WITHOUT_DROPOUT)
-        for stage in (1, 2, 3):
+        for stage in (2, 3):
             expected, gpt2 = trained(official, Path(folder) / f"gpt2-{stage}", stage)
             curve, model = trained(ours, Path(folder) / f"ours-{stage}", stage)
             same = same_curve(curve, expected) and same_weights(gpt2, model)
