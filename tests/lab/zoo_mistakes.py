@@ -434,6 +434,12 @@ def again_in_each_block():
     return {"embed": embed, "block": block}
 
 
+def heads_but_joined_as_tokens(q, k, v, heads, n):
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))  # (B, T, H, D)
+    context = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+    return context.transpose(1, 2).reshape(len(q), q.shape[1], -1)
+
+
 SPECIMENS = [
     *zoo(
         "wrong-scale",
@@ -597,6 +603,15 @@ SPECIMENS = [
     *zoo("wrong-tokens", tokens_shifted=("ids", lambda ids: ids.roll(1, 1)), tokens_reversed=("ids", lambda ids: ids.flip(1)),
          tokens_left=("ids", lambda ids: torch.cat([ids[:, 1:], ids[:, -1:]], 1))),
     # Logits
+    *zoo("attention-transposed", weights_transposed=("weigh", lambda w, v: w.mT @ v)),
+    *zoo("attention-over-heads", heads_not_transposed_but_joined_so=("attend", heads_but_joined_as_tokens)),
+    *zoo("mask-hides-diagonal", diagonal_with_a_large_number=("mask", lambda s: s + torch.full(s.shape[-2:], -1e9, dtype=s.dtype).triu()),
+         diagonal_with_safe_softmax={"mask": masked(lambda i, j: j >= i), "softmax": lambda s: s.softmax(-1).nan_to_num(0.0)}),
+    *zoo("mask-upside-down", inverted_with_a_large_number=("mask", lambda s: s - 1e10 * torch.ones(s.shape[-2:], dtype=s.dtype).tril())),
+    *zoo("rotary-positions", rotary_pairs_only={"rotate": lambda x: rope(x, pairs=True), "embed": lambda tok, pos: tok}),
+    *zoo("feed-forward-first", feed_forward_first_with_its_norm=reads(lambda x, n1, att, n2, ff, n: (y := x + ff(n1(x))) + att(n2(y)))),
+    *zoo("no-activation", activation_before=("ff", lambda first, second, act, x: second(first(act(x))))),
+    *zoo("wrong-wiring", outputs_normed_again=reads(lambda x, n1, att, n2, ff, n: (y := x + n1(att(n1(x)))) + n2(ff(n2(y))))),
     *zoo("scaled-logits", temperature=("head", lambda norm, head, x: head(norm(x)) / 0.7),
          logits_by_width=("head", lambda norm, head, x: head(norm(x)) * x.shape[-1] ** -0.5)),
     *zoo("capped-logits", soft_cap=("head", lambda norm, head, x: 5 * (head(norm(x)) / 5).tanh())),

@@ -1084,6 +1084,215 @@ def run(model, input_ids):
     options={"my_forward": "run"},
 )
 
+STYLES["parameter lists in one forward"] = Style(
+    HEAD
+    + """
+def several(n, *shape):
+    return nn.ParameterList([torch.randn(*shape) for _ in range(n)])
+
+
+class GPT(nn.Module):
+    def __init__(self, v, t, d, h, l):
+        super().__init__()
+        self.h = h
+        self.tok, self.pos = nn.Embedding(v, d), nn.Embedding(t, d)
+        self.ln1_w, self.ln1_b, self.ln2_w, self.ln2_b = (several(l, d) for _ in range(4))
+        self.qkv_w, self.qkv_b = several(l, 3 * d, d), several(l, 3 * d)
+        self.o_w, self.o_b = several(l, d, d), several(l, d)
+        self.up_w, self.up_b = several(l, 4 * d, d), several(l, 4 * d)
+        self.down_w, self.down_b = several(l, d, 4 * d), several(l, d)
+        self.lnf_w, self.lnf_b = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d))
+
+    def forward(self, idx):
+        B, T = idx.shape
+        x = self.tok(idx) + self.pos.weight[:T]
+        for i in range(len(self.qkv_w)):
+            y = F.layer_norm(x, x.shape[-1:], self.ln1_w[i], self.ln1_b[i])
+            q, k, v = (part.view(B, T, self.h, -1).transpose(1, 2) for part in F.linear(y, self.qkv_w[i], self.qkv_b[i]).chunk(3, -1))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            x = x + F.linear(y, self.o_w[i], self.o_b[i])
+            y = F.layer_norm(x, x.shape[-1:], self.ln2_w[i], self.ln2_b[i])
+            y = F.gelu(y @ self.up_w[i].T + self.up_b[i], approximate="tanh")
+            x = x + F.linear(y, self.down_w[i], self.down_b[i])
+        return F.layer_norm(x, x.shape[-1:], self.lnf_w, self.lnf_b) @ self.tok.weight.T
+""",
+    mistake=(".transpose(1, 2).flatten(2)", ".reshape(B, T, -1)"),
+)
+
+STYLES["an output projection for each head"] = Style(
+    HEAD
+    + """
+class Head(nn.Module):
+    def __init__(self, d_model, d_head):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_model, d_head) for _ in range(3))
+        self.o_proj = nn.Linear(d_head, d_model, bias=False)
+
+    def forward(self, x):
+        scores = self.q_proj(x) @ self.k_proj(x).mT / self.q_proj.out_features**0.5
+        hidden = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        return self.o_proj(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ self.v_proj(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, d_model, n_heads):
+        super().__init__()
+        self.heads = nn.ModuleList(Head(d_model, d_model // n_heads) for _ in range(n_heads))
+        self.bias = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x):
+        return sum(head(x) for head in self.heads) + self.bias
+
+
+class Layer(nn.Module):
+    def __init__(self, d_model, n_heads):
+        super().__init__()
+        self.attn_norm, self.mlp_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.attn = Attention(d_model, n_heads)
+        self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU("tanh"), nn.Linear(4 * d_model, d_model))
+
+    def forward(self, x):
+        x = x + self.attn(self.attn_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, ntoken, num_hiddens, num_blks, num_heads, max_len):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(ntoken, num_hiddens), nn.Embedding(max_len, num_hiddens)
+        self.layers = nn.ModuleList(Layer(num_hiddens, num_heads) for _ in range(num_blks))
+        self.norm = nn.LayerNorm(num_hiddens)
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x) @ self.tokens.weight.T
+""",
+    mistake=("/ self.q_proj.out_features**0.5", ""),
+)
+
+STYLES["Conv1d, tokens last"] = Style(
+    HEAD
+    + """
+class ChannelNorm(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.g, self.b = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x):
+        return F.layer_norm(x.mT, (x.shape[1],), self.g, self.b).mT
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = ChannelNorm(dim), ChannelNorm(dim)
+        self.to_qkv, self.to_out = nn.Conv1d(dim, 3 * dim, 1), nn.Conv1d(dim, dim, 1)
+        self.up, self.down = nn.Conv1d(dim, 4 * dim, 1), nn.Conv1d(4 * dim, dim, 1)
+
+    def attend(self, x):
+        q, k, v = (part.unflatten(1, (self.heads, -1)) for part in self.to_qkv(x).chunk(3, dim=1))
+        scores = torch.einsum("bhdi,bhdj->bhij", q, k) / q.shape[2] ** 0.5
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+        return self.to_out(torch.einsum("bhij,bhdj->bhdi", scores.softmax(-1), v).flatten(1, 2))
+
+    def forward(self, x):
+        x = x + self.attend(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+        dim = kwargs["hidden_size"]
+        self.emb, self.pos = nn.Embedding(kwargs["vocab_size"], dim), nn.Embedding(kwargs.get("max_len", 99), dim)
+        self.layers = nn.ModuleList(Block(dim, kwargs["num_attention_heads"]) for _ in range(kwargs["depth"]))
+        self.norm = ChannelNorm(dim)
+
+    def forward(self, ids):
+        x = (self.emb(ids) + self.pos(torch.arange(ids.shape[1]))).mT
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x).mT @ self.emb.weight.T
+""",
+    mistake=("scores.softmax(-1)", "scores.softmax(-2)"),
+)
+
+NESTED = """
+@dataclass
+class ModelConfig:
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    vocab_size: int = 50257
+    block_size: int = 1024
+
+
+@dataclass
+class TrainConfig:
+    lr: float = 3e-4
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads = cfg.model.n_head
+        self.c_attn = nn.Linear(cfg.model.n_embd, 3 * cfg.model.n_embd)
+        self.c_proj = nn.Linear(cfg.model.n_embd, cfg.model.n_embd)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        width = cfg.model.n_embd
+        self.ln_1, self.ln_2, self.attn = nn.LayerNorm(width), nn.LayerNorm(width), Attention(cfg)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        m = cfg.model
+        self.wte, self.wpe = nn.Embedding(m.vocab_size, m.n_embd), nn.Embedding(m.block_size, m.n_embd)
+        self.h = nn.Sequential(*(Block(cfg) for _ in range(m.n_layer)))
+        self.ln_f = nn.LayerNorm(m.n_embd)
+
+    def forward(self, ids):
+        return self.ln_f(self.h(self.wte(ids) + self.wpe.weight[: ids.shape[1]])) @ self.wte.weight.T
+"""
+STYLES["a config in a config"] = Style(
+    HEAD.replace("import dataclass", "import dataclass, field") + NESTED,
+    mistake=("is_causal=True", "is_causal=False"),
+    variants={
+        "without annotation": [("cfg: Config", "cfg")],
+        "that no file defines": [(NESTED[: NESTED.index("class Attention")], ""), ("cfg: Config", "cfg")],
+        "as a dict in a dict": [
+            (
+                NESTED[: NESTED.index("class Attention")],
+                'CONFIG = {"model": {"n_layer": 12, "n_head": 12, "n_embd": 768}, "lr": 3e-4}\n\n\n',
+            ),
+            ("cfg: Config", "config"),
+            ("m = cfg.model", 'cfg = config\n        m = cfg["model"]'),
+        ],
+    },
+)
+
 STYLES["a package"] = Style(
     FUSED.replace("class Attention(nn.Module):", "from .attention import Attention\n\n\nclass Unused(nn.Module):", 1),
     mistake=('nn.GELU(approximate="tanh")', "nn.SiLU()"),
@@ -1161,6 +1370,21 @@ MISUSED: dict[str, tuple[str, list[tuple[str, str]], list[str]]] = {
         "book",
         [("return self.scale * (", "return self.shift * ("), (" + self.shift", " + self.scale")],
         ["wrong-norm"],
+    ),
+    "values from the block's input": (
+        "nn.MultiheadAttention",
+        [("self.mha(h, h, h,", "self.mha(h, h, x,")],
+        ["wrong-input"],
+    ),
+    "queries and keys from the block's input": (
+        "nn.MultiheadAttention",
+        [("self.mha(h, h, h,", "self.mha(x, x, h,")],
+        ["wrong-input"],
+    ),
+    "a norm that is not used, in lists": (
+        "parameter lists in one forward",
+        [("self.ln2_w[i], self.ln2_b[i])", "self.ln1_w[i], self.ln1_b[i])")],
+        ["one-norm-for-both"],
     ),
     "norms without scale, in functions": (
         "picoGPT",
