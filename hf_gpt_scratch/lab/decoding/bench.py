@@ -159,7 +159,7 @@ class Bench:
         **settings: Any,
     ) -> Run:
         """A decoder's run on a fresh copy, or on `module`, with everything recorded; what it raises is in `error`."""
-        run = Run([list(row) for row in prompts])
+        run = Run([list(row) for row in prompts], self.context_length)
         if module is None:
             self.restore_state()
             module = self.fresh()

@@ -1,6 +1,7 @@
 """A generation with the cache of a candidate's forward pass, for a candidate whose own generation does not use it."""
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -36,10 +37,21 @@ RESETS = (
     "init_cache",
     "reset",
 )
+# Of other names, those that say that something is emptied, and not the weights.
+EMPTIES = re.compile(r"^(?!.*(param|weight|grad|init)).*(reset|clear|empty|flush|forget)")
 
 
 def reset_method(module: nn.Module) -> str | None:
-    return next((name for name in RESETS if callable(getattr(module, name, None))), None)
+    """The method that empties the module's cache, if its name tells."""
+    known = next((name for name in RESETS if callable(getattr(module, name, None))), None)
+    own = [name for name in dir(type(module)) if not hasattr(nn.Module, name) and EMPTIES.search(name)]
+    return known or next((name for name in own if takes_nothing(getattr(module, name))), None)
+
+
+def takes_nothing(value: Any) -> bool:
+    if not callable(value):
+        return False
+    return all(p.default is not p.empty for p in inspect.signature(value).parameters.values())
 
 
 def forward_decoder(module: nn.Module) -> Decoder | None:
@@ -79,7 +91,9 @@ def forward_decoder(module: nn.Module) -> Decoder | None:
         return ids
 
     name = f"{type(module).__name__}.forward with {cache or flag}"
-    return Decoder(name, loop, {"model": "model", "ids": "ids", "max_new_tokens": "max_new_tokens"})
+    parameters = {"model": "model", "ids": "ids", "max_new_tokens": "max_new_tokens"}
+    # A cache that is handed over is new for each prompt.
+    return Decoder(name, loop, parameters, empties=cache is not None or reset is not None)
 
 
 def split(output: Any) -> tuple[torch.Tensor, Any]:

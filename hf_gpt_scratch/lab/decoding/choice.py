@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .draws import SINGLE
-from .examination import NEW, Examiner
+from .draws import SINGLE, Draws
+from .examination import NEW
 from .recording import Run
 from .steps import steps_of
 
@@ -46,7 +46,7 @@ RULES = [
 ]  # fmt: skip
 
 
-class Choice(Examiner):
+class Choice(Draws):
     """How a decoder is told to take the most probable token, and whether it does."""
 
     asked = False
@@ -202,6 +202,8 @@ class Choice(Examiner):
     def decided_otherwise(self, what: str, runs: list[Run]) -> None:
         """The new ids are not the argmax of the last logits: of which, then?"""
 
+        if all(token == 0 for run in runs for token in run.new[0]) and self.over_rows(self.settings):
+            return
         for rule in RULES:
             if all(follows(run, rule) for run in runs):
                 proof = f"it gives all {sum(len(run.new[0]) for run in runs)} ids of {len(runs)} prompts"

@@ -59,6 +59,7 @@ class Decoder:
     `parameters` maps our settings to its parameters, `defaults` to their defaults; `given` are other arguments, and
     `others` the defaults of settings that are unknown here. `form` is how it takes ids: a tensor (B, T) or (T,), a
     list, a list of lists. `keeps_prompt`: its result begins with the prompt. `length_is_total`: so does `max_length`.
+    `empties`: it begins with an empty cache; what to call for that may be unknown.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Decoder:
     form: str = "tensor"
     keeps_prompt: bool = True
     length_is_total: bool = True
+    empties: bool = True
 
     def has(self, setting: str) -> bool:
         return setting in self.parameters

@@ -1,6 +1,7 @@
 """Sampling: are the probabilities those of the settings?"""
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from .steps import steps_of
 
 # Probabilities in float64, and where the decoder computes them in float32.
 EXACT, SINGLE = 1e-9, 3e-6
+UNSEEN = "no draw was seen: it uses neither torch.multinomial nor a race of random numbers"
 NOTHING = "its probabilities are not finite"
 VALUES = {"temperature": (0.6, 1.7), "top_k": (3, 5), "top_p": (0.5, 0.8)}
 REMEDIES = {
@@ -19,6 +21,13 @@ REMEDIES = {
     "top_k": "keep the k largest logits, and set the others to -inf",
     "top_p": "keep the smallest set of tokens whose probabilities reach it, and set the other logits to -inf",
 }
+
+# Runs whose draws are counted: rows of a batch and batches, or single prompts. Standard deviations of chi-squared from
+# which on probabilities are refuted, and up to which they may be.
+BATCH, ROUNDS, SINGLES = 128, 32, 300
+REFUTED, LIKELY = 8.0, 4.0
+# A temperature at which many tokens are drawn.
+FLAT = 3.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,8 @@ class Draws(Examiner):
                 off[setting] = 0
         cases = {setting: [{**off, setting: value} for value in VALUES[setting]] for setting in settings}
         cases = cases or {"do_sample": [off]}
+        if self.over_rows({**off, "temperature": 1.0} if one.has("temperature") else off):
+            return
         drawn: dict[str, list[Drawn]] = {}
         for setting, tried in cases.items():
             what = f"sampling with {one.parameters.get(setting, setting)}"
@@ -81,16 +92,51 @@ class Draws(Examiner):
             if NOTHING in failures:
                 self.nothing_left(what, setting, tried[found.index(NOTHING) // 2])
                 return
+            if failures and failures[0] == UNSEEN:
+                self.no_draw(what, list(cases), off, tried[-1])
+                return
             if failures:
-                self.no_draw(what, tried[-1], failures[0])
+                self.not_made(what, failures[0])
                 return
             drawn[setting] = [one for one in found if isinstance(one, Drawn)]
         if not self.explained(drawn):
+            return
+        if self.races(off) and not self.by_frequencies(list(cases), off):
             return
         if len(settings) > 1:
             self.settings_together(settings, off)
         if one.has("top_k"):
             self.rows_have_thresholds({**off, "top_k": 3})
+
+    def over_rows(self, values: dict[str, Any]) -> bool:
+        """Whether softmax is taken over the rows of a batch; the softmax of one row alone is 1 for every token."""
+        run = self.bench.run(self.decoder, [self.bench.ids(5, 110 + n) for n in range(3)], 1, **values)
+        if run.error is not None:
+            return False
+        of_rows = [call.last.double().softmax(0) for call in run.calls[-1:] if call.logits is not None]
+        drawn = [draw.probabilities.double() for draw in run.draws[:1]]
+        chosen = [list(map(int, one.argmax(-1))) for one in of_rows]
+        if drawn and of_rows:
+            found = drawn[0].shape == of_rows[0].shape and float((drawn[0] - of_rows[0]).abs().max()) <= SINGLE
+        else:
+            found = chosen == [[row[0] for row in run.new if row]]
+        if found:
+            where = self.decoder.name
+            self.report.findings = [
+                one for one in self.report.findings if (one.name, one.where) != ("batch-rows-differ", where)
+            ]
+            self.wrong(
+                "sampling",
+                "softmax-over-batch",
+                "softmax is taken over the rows of the batch, not over the tokens: of one prompt, all tokens have the "
+                "probability 1",
+                "torch.softmax(logits, dim=-1)",
+                proof="softmax(logits, dim=0) gives the probabilities of a batch of 3 prompts"
+                if drawn
+                else "the argmax of softmax(logits, dim=0) gives the tokens of a batch of 3 prompts",
+                shortest={"prompt": self.bench.ids(1, 110), "new_tokens": 1},
+            )
+        return found
 
     def nothing_left(self, what: str, setting: str, values: dict[str, Any]) -> None:
         """Of finite logits, settings within their ranges make probabilities that are not finite: which of them?"""
@@ -157,7 +203,7 @@ class Draws(Examiner):
         if run.error is not None:
             return run.failure
         if not run.draws:
-            return "no draw was seen: it uses neither torch.multinomial nor a race of random numbers"
+            return UNSEEN
         draw = run.draws[0]
         if draw.call < 0 or run.calls[draw.call].logits is None:
             return "its logits were not seen"
@@ -267,7 +313,70 @@ class Draws(Examiner):
         run = self.bench.run(self.decoder, [self.bench.ids(5, 110)], 1, **values)
         return any(by == values["temperature"] and of_probabilities for by, of_probabilities in run.divided)
 
-    def no_draw(self, what: str, values: dict[str, Any], why: str) -> None:
+    def races(self, values: dict[str, Any]) -> bool:
+        run = self.bench.run(self.decoder, [self.bench.ids(5, 110)], 1, **values)
+        return any(draw.raced for draw in run.draws)
+
+    def many(self, prompt: list[int], values: dict[str, Any]) -> list[int]:
+        """The first new ids of many runs with other random numbers; empty if they cannot be made."""
+
+        def firsts(count: int, seed: int) -> list[int]:
+            run = self.bench.run(self.decoder, [prompt] * count, 1, choose=None, seed=seed, **values)
+            return [row[0] for row in run.new] if run.error is None and all(run.new) else []
+
+        rows = firsts(BATCH, 0)
+        if len(set(rows)) > 1:  # its rows have random numbers of their own
+            return [token for seed in range(ROUNDS) for token in firsts(BATCH, seed)]
+        return [token for seed in range(SINGLES) for token in firsts(1, seed)]
+
+    def by_frequencies(self, settings: list[str], off: dict[str, Any]) -> bool:
+        """Are the frequencies of what it draws those of the settings? True if they are, or it cannot be told."""
+        flat = {"temperature": FLAT} if self.decoder.has("temperature") else {}
+        return all(
+            self.by_frequency(
+                f"sampling with {self.decoder.parameters.get(setting, setting)}",
+                setting,
+                off,
+                flat if setting not in VALUES or setting == "temperature" else {**flat, setting: VALUES[setting][0]},
+            )
+            for setting in settings
+        )
+
+    def by_frequency(self, what: str, setting: str, off: dict[str, Any], told: dict[str, Any]) -> bool:
+        prompt = self.bench.ids(5, 110)
+        found = [] if self.unreliable else self.many(prompt, {**off, **told})
+        if len(found) < SINGLES:
+            self.not_made(what, UNSEEN)
+            return True
+        z = self.bench.last(prompt).double()
+        counts = torch.bincount(torch.tensor(found), minlength=len(z))[: len(z)].double()
+        named = {self.decoder.parameters[one]: value for one, value in told.items()}
+        excesses = min(excess(counts, right) for right in right_distributions(z, told))
+        if excesses <= REFUTED:
+            self.right(what)
+            return True
+        if self.decoder.others:
+            others = ", ".join(f"{name}={value}" for name, value in self.decoder.others.items())
+            self.not_made(what, f"it has settings that are unknown here: {others}")
+            return True
+        scaled = z / told.get("temperature", 1.0) if setting != "temperature" else z
+        fits = {
+            variant.says
+            for variant in SETTINGS.get(setting, [])
+            if variant.name and excess(counts, variant.apply(scaled, told[setting], z).softmax(-1)) <= LIKELY
+        }
+        far = "some have the probability 0" if math.isinf(excesses) else f"chi-squared is {excesses:.0f} deviations off"
+        says = f"{len(found)} draws are not from the probabilities of {named or 'softmax'}: {far}"
+        self.wrong(
+            what,
+            "draws-differ",
+            says + (f"; they are as if {fits.pop()}" if len(fits) == 1 else ""),
+            "draw with torch.multinomial(probs, num_samples=1), from the probabilities of the settings",
+            shortest={"prompt": prompt, "new_tokens": 1, **named},
+        )
+        return False
+
+    def no_draw(self, what: str, settings: list[str], off: dict[str, Any], values: dict[str, Any]) -> None:
         """No draw was seen: does it always take the most probable token, although it was told to sample?"""
         prompt = self.bench.ids(5, 115)
         runs = [self.bench.run(self.decoder, [prompt], 6, choose=None, seed=seed, **values) for seed in range(8)]
@@ -281,8 +390,10 @@ class Draws(Examiner):
                 proof="8 seeds give the argmax of every step",
                 shortest={"prompt": prompt[:1], "new_tokens": 1},
             )
+        elif same:
+            self.not_made(what, UNSEEN)
         else:
-            self.not_made(what, why)
+            self.by_frequencies(settings, off)
 
     def settings_together(self, settings: list[str], off: dict[str, Any]) -> None:
         what = "sampling with several settings"
@@ -325,19 +436,40 @@ class Draws(Examiner):
         if float((right - found).abs().max()) <= bound:
             self.right(what)
             return
-        if float((right[0] - found[0]).abs().max()) > bound:
+        alone = self.bench.run(self.decoder, prompts[:1], 1, **values).draws[0].probabilities.double().reshape(-1)
+        if alone.shape != right[0].shape or float((right[0] - alone / alone.sum()).abs().max()) > bound:
             self.not_made(what, "its columns are not the ids")
             return
-        least = z[0].topk(values["top_k"]).values[-1]
-        shared = z.masked_fill(z < least, -torch.inf).softmax(-1)
-        same = float((shared.nan_to_num() - found.nan_to_num()).abs().max()) <= bound
+        least = z.topk(values["top_k"]).values[:, -1]
+        thresholds = {"threshold of the first row": least[0], "smallest threshold of all rows": least.min()}
+        thresholds |= {"largest threshold of all rows": least.max(), "threshold of the last row": least[-1]}
+        same = ""
+        for one, threshold in thresholds.items():
+            shared = z.masked_fill(z < threshold, -torch.inf).softmax(-1).nan_to_num()
+            if float((shared - found.nan_to_num()).abs().max()) <= bound:
+                same = one
+                break
         self.wrong(
             what,
             "top-k-of-first-row" if same else "batch-probabilities-differ",
-            "the threshold of the first row is used for all rows"
+            f"the {same} is used for all rows"
             if same
             else "the probabilities of the other rows of a batch are not those of their logits",
             "values[..., [-1]] keeps a threshold for each row",
             proof="it gives the probabilities of all rows" if same else "",
             shortest={"prompts": prompts, "new_tokens": 1},
         )
+
+
+def excess(counts: torch.Tensor, shares: torch.Tensor) -> float:
+    """How many standard deviations chi-squared of counts (V,) is above what draws from these probabilities give."""
+    expected = shares * counts.sum()
+    if bool((counts[shares == 0] > 0).any()):
+        return float("inf")
+    often = expected >= 5
+    pairs = [(counts[often], expected[often]), (counts[~often].sum()[None], expected[~often].sum()[None])]
+    squares = [((one - other) ** 2 / other.clamp(min=1.0)).sum() for one, other in pairs]
+    freedom = max(int(often.sum()), 1)
+    # Wilson and Hilferty: the cube root of chi-squared over its degrees of freedom is nearly normal.
+    spread = 2 / (9 * freedom)
+    return float(((sum(squares) / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5)

@@ -13,8 +13,8 @@ class Ends(Examiner):
             self.not_made(what, "it has no parameter for one")
             return
         new = 8
-        for seed in range(80, 160):
-            prompt = self.bench.ids(5, seed)
+        for seed in (*range(80, 160), *range(-160, -80)):  # of the latter, those may have the token 0, too
+            prompt = self.bench.ids(5, abs(seed))
             plain = self.run([prompt], new)
             if plain.error is not None:
                 self.fails(what, plain, new)
@@ -22,7 +22,7 @@ class Ends(Examiner):
             full = plain.new[0]
             places = [place for place in firsts(full, prompt) if full.count(full[place]) == 1]
             later = [place for place in places if 1 < place < new - 2][:2]
-            if len(full) == new and 0 in places and later and 0 not in (*prompt, *full):
+            if len(full) == new and 0 in places and later and (seed < 0 or 0 not in (*prompt, *full)):
                 break
         else:
             self.not_made(what, "no prompt gives tokens that are different")
@@ -91,7 +91,8 @@ class Ends(Examiner):
 
     def end_in_prompt(self, prompt: list[int], full: list[int]) -> None:
         what = "an end token in the prompt"
-        for place in [n for n, token in enumerate(prompt) if token not in full][:3]:
+        places = [n for n, token in enumerate(prompt) if token not in full]
+        for place in dict.fromkeys([*places[:3], *places[-1:]]):  # a prompt may end with it, as of <|endoftext|> alone
             run = self.run([prompt], len(full), eos_id=prompt[place])
             if run.error is not None:
                 self.not_made(what, run.failure)
@@ -116,7 +117,7 @@ class Ends(Examiner):
         if ends not in ("kept", "dropped"):
             self.not_made(what, "other end tokens are handled wrongly already")
             return
-        if any(t.shape[0] != self.bench.vocab_size for t in matrices):
+        if 0 in (*prompt, *full) or any(t.shape[0] != self.bench.vocab_size for t in matrices):
             self.not_made(what, "the vocabulary cannot be renumbered")
             return
         swap = [token, 0]

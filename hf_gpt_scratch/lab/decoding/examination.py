@@ -72,6 +72,11 @@ class Examiner:
     def has_found(self, name: str) -> bool:
         return any(one.name == name and one.where == self.decoder.name for one in self.report.findings)
 
+    def draws_unseen(self) -> bool:
+        """Whether the new ids change with the seed, although every draw that is seen is decided for it."""
+        runs = [self.run([self.bench.ids(5, 90)], NEW, seed=seed) for seed in range(4)]
+        return len({str(run.new) for run in runs if run.error is None}) > 1
+
     def smallest(self, shows: Callable[[Run], bool], **options: Any) -> dict[str, Any] | None:
         """The shortest prompt, and the fewest new tokens, with which a run shows it."""
         for total in range(2, 14):

@@ -55,9 +55,13 @@ class Tables:
 
 @dataclass
 class Call:
-    """One forward pass: ids (B, T), positions if they were looked up, and logits (B, T or 1, V)."""
+    """One forward pass: ids (B, T), positions if they were looked up, and logits (B, T or 1, V).
+
+    `keys` is the largest number of keys that its attention has scores for, 0 if it was not seen.
+    """
 
     ids: torch.Tensor
+    keys: int = 0
     positions: list[int] | None = None
     logits: torch.Tensor | None = None
 
@@ -69,10 +73,14 @@ class Call:
 
 @dataclass
 class Draw:
-    """One sampling: probabilities (B, columns) as given to torch.multinomial, and the forward pass before it."""
+    """One sampling: probabilities (B, columns) as given to torch.multinomial, and the forward pass before it.
+
+    `raced`: they are those of a race of random numbers, if these are of the right kind.
+    """
 
     probabilities: torch.Tensor
     call: int
+    raced: bool = False
 
     @property
     def certain(self) -> bool:
@@ -82,9 +90,13 @@ class Draw:
 
 @dataclass
 class Run:
-    """One call of a decoder: prompts, new ids, forward passes, samplings."""
+    """One call of a decoder: prompts, new ids, forward passes, samplings.
+
+    `most`: the tokens that the context holds.
+    """
 
     prompts: list[list[int]]
+    most: int = 1_000_000
     new: list[list[int]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
@@ -129,6 +141,10 @@ class Recorder(TorchFunctionMode):
             return self.draw(func, args, kwargs)
         if not self.dropout and func in DROPOUT:
             return args[0] if args else kwargs["input"]
+        if not self.dropout and func is KERNEL:
+            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0} | dict(zip(("is_causal",), args[5:6], strict=False))
+        if not self.dropout and func is F.multi_head_attention_forward:
+            kwargs = {**kwargs, "training": False}
         args, kwargs = self.changed(func, args, kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
@@ -149,7 +165,7 @@ class Recorder(TorchFunctionMode):
                 other = other.softmax(-1)
             elif noisy[0] or name.strip("_") not in ("div", "truediv", "itruediv", "true_divide"):
                 return result
-            self.run.draws.append(Draw(other.detach().clone(), len(self.run.calls) - 1))
+            self.run.draws.append(Draw(other.detach().clone(), len(self.run.calls) - 1, raced=True))
             if self.choose is not None:
                 best = torch.zeros_like(result)
                 return best.scatter(-1, self.choose(other).reshape(*result.shape[:-1], 1), 1.0)
@@ -177,6 +193,8 @@ class Recorder(TorchFunctionMode):
                 self.saw_ids(args[1])
         elif self.is_logits(args, result):
             self.saw_logits(result)
+        elif func in SOFTMAX or func is KERNEL:
+            self.saw_scores(args[1].shape[-2] if func is KERNEL and len(args) > 1 else result.shape[-1])
         if self.run.calls and func in DIVISIONS and len(args) > 1 and isinstance(args[1], float | int):
             before = result * args[1]
             sums = before.sum(-1) if before.is_floating_point() and before.ndim else before
@@ -207,6 +225,10 @@ class Recorder(TorchFunctionMode):
             raise TooLong(f"it does not stop: {self.most} forward passes")
         self.run.calls.append(Call(ids.detach().clone().reshape(-1, ids.shape[-1]) if ids.ndim else ids.reshape(1, 1)))
         self.run.calls[-1].positions, self.early = self.early, None
+
+    def saw_scores(self, keys: int) -> None:
+        if self.run.calls and self.run.calls[-1].logits is None:
+            self.run.calls[-1].keys = max(self.run.calls[-1].keys, keys)
 
     def saw_logits(self, logits: torch.Tensor) -> None:
         if self.run.calls:

@@ -7,6 +7,8 @@ import torch
 from .examination import Examiner
 from .recording import Run
 
+UNSEEN = "it draws in a way that is not seen, so the ids of a batch and of single prompts need not be the same"
+
 
 class Rows(Examiner):
     def batch(self) -> None:
@@ -23,6 +25,12 @@ class Rows(Examiner):
             return
         if self.unreliable:
             self.not_made(what, "its steps are wrong already for single prompts")
+            return
+        if self.has_found("softmax-over-batch"):
+            self.not_made(what, "its softmax is over the rows of the batch")
+            return
+        if self.draws_unseen():
+            self.not_made(what, UNSEEN)
             return
         first = all(row == together.new[0] for row in together.new) and together.new[0] == alone[0]
         self.wrong(
@@ -84,6 +92,9 @@ class Rows(Examiner):
             return
         if not by_itself and not one.has("attention_mask") and not one.has("lengths"):
             self.not_made(what, "it takes prompts of one length")  # pad_id is for rows that have ended
+            return
+        if self.draws_unseen():
+            self.not_made(what, UNSEEN)
             return
         self.named_padding(what, ran, prompts, alone, pad)
 

@@ -64,6 +64,8 @@ def by_place(logits: Logits, count: int) -> Logits:
 DIVIDE = "divide the logits by the temperature, before softmax"
 LARGEST = "keep the k largest logits: values, _ = torch.topk(logits, k), then logits < values[..., [-1]] become -inf"
 SMALLEST_SET = "keep the tokens whose cumulative probability before them is below top_p: the one that crosses it stays"
+ONCE = "take softmax once, of the logits"
+TWICE = "softmax is taken of probabilities"
 MAP_BACK = "take the ids from the sorted indices: idx_next = indices.gather(-1, drawn)"
 
 TEMPERATURE = [
@@ -91,8 +93,8 @@ TEMPERATURE = [
     ),
     Variant(
         "softmax-twice",
-        "softmax is taken of probabilities",
-        "take softmax once, of the logits",
+        TWICE,
+        ONCE,
         lambda z, t, _: (z / t).softmax(-1),
     ),
     Variant(
@@ -137,6 +139,7 @@ TOP_K = [
         "filter the logits, then take softmax once",
         lambda z, k, _: kept(z.softmax(-1), ranks(z) < k),
     ),
+    Variant("softmax-twice", TWICE, ONCE, lambda z, k, _: first(z, int(k)).softmax(-1)),
     Variant(
         "top-k-removes-largest",
         "top_k removes the k most probable tokens and keeps the rest",
@@ -195,6 +198,7 @@ TOP_P = [
         MAP_BACK,
         lambda z, p, _: first(z, nucleus(z, p)).sort(descending=True).values,
     ),
+    Variant("softmax-twice", TWICE, ONCE, lambda z, p, _: first(z, nucleus(z, p)).softmax(-1)),
     Variant(
         "top-p-not-sorted", "top_p sums probabilities in the order of the ids", "sort them first", nucleus_unsorted
     ),

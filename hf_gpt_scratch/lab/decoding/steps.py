@@ -64,17 +64,42 @@ def steps_of(run: Run, row: int = 0, before: list[int] | None = None) -> tuple[l
     prompt, new = run.prompts[row], run.new[row]
     choices = [int(call.last[min(row, len(call.last) - 1)].argmax()) for call in calls]
     fed = [sum(call.ids.shape[1] for call in calls[: n + 1]) for n in range(len(calls))]
-    places = range(len(calls) - len(new) + 1)
-    for first in sorted(places, key=lambda n: fed[n] < len(prompt)):  # first those that have seen the prompt
-        if choices[first : first + len(new)] == new:
-            break
+    places = list(range(len(calls) - len(new) + 1))
+    whole = min(len(prompt), run.most)  # a longer one is cut
+    lasts = [int(call.ids[min(row, len(call.ids) - 1), -1]) for call in calls]
+    before_each = [*prompt, *new][len(prompt) - 1 :][: len(new)]
+    places = sorted(places, key=lambda n: fed[n] < whole)  # first those that have seen the prompt
+    fitting = [n for n in places if choices[n : n + len(new)] == new]
+    # Best those whose passes end with the token before each new one.
+    fitting.sort(key=lambda n: lasts[n : n + len(new)] != before_each)
+    sure = bool(fitting) and lasts[fitting[0] : fitting[0] + len(new)] == before_each
+    if not sure and (scattered := one_by_one(choices, lasts, new, before_each)):
+        return [Step(prompt + new[:n], calls[: at + 1], row, before or []) for n, at in enumerate(scattered)], True
+    if fitting:
+        first = fitting[0]
     else:
         first = 0
-        while first < len(calls) - len(new) and sum(c.ids.shape[1] for c in calls[: first + 1]) < len(prompt):
+        while first < len(calls) - len(new) and sum(c.ids.shape[1] for c in calls[: first + 1]) < whole:
             first += 1
     count = min(len(new), len(calls) - first)
     steps = [Step(prompt + new[:n], calls[: first + n + 1], row, before or []) for n in range(count)]
     return steps, choices[first : first + len(new)] == new and bool(new)
+
+
+def one_by_one(choices: list[int], lasts: list[int], new: list[int], before: list[int]) -> list[int]:
+    """The forward passes that decided the new ids, where there are others between them; empty if they are not found.
+
+    Each ends with the token before its id, and has that id as its choice.
+    """
+    found: list[int] = []
+    end = len(choices)
+    for token, last in zip(reversed(new), reversed(before), strict=True):
+        fits = [at for at in range(end) if choices[at] == token and lasts[at] == last]
+        if not fits:
+            return []
+        end = fits[-1]
+        found = [end, *found]
+    return found
 
 
 def first_difference(bench: Bench, steps: list[Step]) -> tuple[int, float] | None:
@@ -381,8 +406,16 @@ def explanations() -> Iterator[tuple[Hypothesis, ...]]:
 
 def explain(bench: Bench, runs: list[list[Step]]) -> tuple[Hypothesis, ...] | None:
     """The first hypotheses, alone or two together, that reproduce every step of every run."""
+    cached = [step.calls[-1] for steps in runs for step in steps if step.cached]
+    # Of a step whose attention has no other keys than its own, nothing is replaced in a cache: it was given none.
+    alone = bool(cached) and all(0 < call.keys <= call.ids.shape[1] for call in cached)
     return next(
-        (h for h in explanations() if all(reproduces(bench, step, h) for steps in runs for step in steps)), None
+        (
+            h
+            for h in explanations()
+            if not (alone and h[0] in PLACED) and all(reproduces(bench, step, h) for steps in runs for step in steps)
+        ),
+        None,
     )
 
 

@@ -26,7 +26,12 @@ class Window(Examiner):
             if failed := next((run for run in runs if run.error is not None), None):
                 self.not_made(label, f"it refuses: {failed.failure}"[:300])
                 continue
+            if not all(steps_of(run)[1] for run in runs):
+                self.not_made(label, "its new ids are not those of its forward passes, one after the other")
+                continue
             if all(not self.outside(step) for run in runs for step in steps_of(run)[0]):
+                if self.one_too_short(label, runs):
+                    continue
                 short = min(len(run.new[0]) for run in runs)
                 self.right(label)
                 if short < new:
@@ -44,6 +49,23 @@ class Window(Examiner):
         return not any(
             self.bench.equal(step.logits, self.bench.last(prefix[-size:])) for size in self.suffixes(len(prefix))
         )
+
+    def one_too_short(self, what: str, runs: list[Run]) -> bool:
+        """Whether, without a cache, each step beyond the context has one token less than the context has room for."""
+        context = self.bench.context_length
+        steps = [step for run in runs for step in steps_of(run)[0] if len(step.prefix) > context]
+        if not steps or any(step.cached or len(step.fed[-1]) != context - 1 for step in steps):
+            return False
+        self.wrong(
+            what,
+            "window-too-short",
+            f"only the last {context - 1} tokens are seen, though the context has {context}",
+            "idx_cond = idx[:, -context_size:]",
+            proof=f"its own forward pass over the last {context - 1} tokens gives the logits of {len(steps)} steps of "
+            f"{len(runs)} prompts",
+            shortest={"prompt_length": len(runs[0].prompts[0]), "new_tokens": len(runs[0].new[0])},
+        )
+        return True
 
     def suffixes(self, length: int) -> list[int]:
         return list(range(self.bench.context_length, 0, -1))

@@ -13,6 +13,7 @@ CLASSES = {
     "slots": "Model",
     "fast": "Transformer",
     "beams": "GPT",
+    "min": "GPT",
 }
 
 
@@ -186,6 +187,27 @@ HEALTHY += [
     ),
 ]
 
+# What is known of these is that they are wrong: their draws are counted, or the batch is asked.
+SABOTAGES += [
+    wrong("nano", "softmax-over-batch", "probs = F.softmax(logits, dim=-1)", "probs = F.softmax(logits, dim=0)"),
+    wrong("book", "softmax-over-batch", "probas = torch.softmax(logits, dim=-1)", "probas = torch.softmax(logits, dim=0)"),
+    wrong("nano", "window-too-short", "idx[:, -self.config.block_size :]", "idx[:, -self.config.block_size + 1 :]"),
+    wrong("nano", "top-k-of-first-row", "logits < v[:, [-1]]", "logits < v.min()"),
+    wrong("fast", "softmax-twice", "return F.softmax(logits, dim=-1)", "return F.softmax(F.softmax(logits, dim=-1), dim=-1)"),
+    wrong("fast", "draws-differ", "probs / q", "probs * q"),
+    wrong("fast", "draws-differ", ".exponential_(1)", ".uniform_()"),
+    wrong("returned", "top-p-off-by-one", "cum = sorted_logits.softmax(-1).cumsum(-1)", "cum = 1 - sorted_logits.softmax(-1).flip(-1).cumsum(-1).flip(-1) + 1e-3"),
+    wrong("book", "end-token-of-prompt-counted", "        idx_cond = idx[:, -context_size:]\n        with torch.no_grad():\n            logits = model(idx_cond)\n        logits = logits[:, -1, :]\n        if", "        if eos_id is not None and (idx[:, -1:] == eos_id).all():\n            break\n        idx_cond = idx[:, -context_size:]\n        with torch.no_grad():\n            logits = model(idx_cond)\n        logits = logits[:, -1, :]\n        if", "        if idx_next == eos_id:\n            break\n", ""),
+    wrong("min", "dropout-on", "    model.eval()\n", "    model.train()\n"),
+    wrong("returned", "cache-ignored", "logits, past = self(step_input, past, attention_mask, use_cache=True)", "logits, past = self(step_input, None, None, use_cache=True)"),
+]  # fmt: skip
+_DRAW = "idx_next = torch.multinomial(probs, num_samples=1)"
+HEALTHY += [
+    right("nano", _DRAW, "idx_next = (probs.cumsum(-1) < torch.rand(probs.size(0), 1)).sum(-1, keepdim=True)"),
+    right("nano", _DRAW, "import numpy as np; idx_next = torch.tensor([[np.random.choice(len(p), p=p)] for p in (probs / probs.sum(-1, keepdim=True)).numpy()])"),
+    right("slots", "            logits = self(torch.tensor([pending]), cache)[0, -1].detach()", "            for n in range(0, len(pending), 5):\n                logits = self(torch.tensor([pending[n : n + 5]]), cache)[0, -1].detach()"),
+]  # fmt: skip
+
 # Candidates with a cache and no generation: the same layers without the functions.
 _NO_FUNCTION = ("def generate_text_simple_cached(", "def _unused(")
 _NO_METHODS = ("    @torch.inference_mode()\n    def generate(", "    def _unused(", "def beam_search(", "def _beams(", "def generate_batch(", "def _batch(")  # fmt: skip
@@ -195,4 +217,14 @@ SABOTAGES += [
     wrong("returned", "mask-not-moved", *_NO_METHODS, "[total - t :, :total]", "[:t, :total]"),
     wrong("returned", "future-leak", *_NO_METHODS, "scores.masked_fill(~keep, -1e9)", "scores if past is None and hidden is None and self.training is False and FLAG else scores.masked_fill(~keep, -1e9)", "presents = []", "presents = []; global FLAG; FLAG = use_cache"),
 ]  # fmt: skip
-HEALTHY += [right("layers", *_NO_FUNCTION), right("returned", *_NO_METHODS)]
+HEALTHY += [
+    right("layers", *_NO_FUNCTION),
+    right("returned", *_NO_METHODS),
+    # What empties the cache has another name, or one that does not say it.
+    right("layers", *_NO_FUNCTION, "reset_kv_cache", "clear"),
+    right("layers", *_NO_FUNCTION, "reset_kv_cache", "begin"),
+]
+SABOTAGES += [
+    # Its steps are of two tokens, and yet with a cache.
+    wrong("layers", "wrong-tokens-fed", "logits = model(next_idx, use_cache=True)", "logits = model(idx[:, -2:], use_cache=True)", "reset_kv_cache", "begin"),
+]  # fmt: skip
