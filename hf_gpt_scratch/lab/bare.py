@@ -32,6 +32,11 @@ class Bare:
     bias: torch.Tensor | None = None
     product: torch.Tensor | None = None
 
+    @property
+    def input(self) -> str:
+        """The stage of what it reads."""
+        return next((name for name in self.names if name.endswith("W_query")), self.names[0]) + ".input"
+
 
 class BareRecorder(TorchFunctionMode):
     """Records inputs and results of the operations on parameters whose stages no hook can record.
@@ -120,7 +125,7 @@ class BareRecorder(TorchFunctionMode):
         if bare.bias is not None and alike(product + bare.bias, got):
             self.keep_linear(bare, x, result)
         elif alike(product, got):
-            self.keep(f"{bare.names[0]}.input", x)
+            self.keep(bare.input, x)
             bare.product = got.clone()
             if bare.bias is None and bare.names[0] != "out_head":
                 self.keep_linear(bare, x, result)
@@ -135,7 +140,7 @@ class BareRecorder(TorchFunctionMode):
 
     def keep_linear(self, bare: Bare, x: torch.Tensor | None, result: torch.Tensor) -> None:
         if x is not None:
-            self.keep(f"{bare.names[0]}.input", x)
+            self.keep(bare.input, x)
         whole = flat(result, bare.matrix.shape[0])
         shape = self.token_shape(result, bare.matrix.shape[0])
         if whole is None or shape is None:

@@ -47,6 +47,8 @@ SHIFT_NAMES = ("shift", "bias", "beta", "b", "offset")
 WEIGHT_NAMES = ("scale", "weight", "gamma", "gain", "alpha", "g", "w", "a")
 # The least difflib ratio of a similar name that is not an alias, and its least lead over the next best slot.
 ALIKE, LEAD = 0.6, 0.15
+# So many other bare matrices of a block in one layout make a square one that is used otherwise a mistake.
+MANY = 3
 # The layers without a bias in GPT-2, and what the model must have to be compared at all.
 UNBIASED = ("tok_emb", "pos_emb", "out_head")
 # What a model may lack even if others of its parameters are left over.
@@ -325,7 +327,7 @@ def layers_of(shapes: Shapes, n_layers: int) -> dict[str, tuple[int, str]]:
             alone = f".{before}".endswith(".") and (after.startswith(".") or listed) and values == [0]
             consecutive = values == list(range(values[0], values[0] + n_layers))
             if consecutive and (n_layers > 1 or alone):
-                found[name] = (int(number[0]) - values[0], before, after.removeprefix("."))
+                found[name] = (int(number[0]) - values[0], before, after.lstrip("._"))
                 break
             if len(values) > 1:
                 break
@@ -381,7 +383,7 @@ def match_place(place: Place, module: nn.Module, taken: list[str], uses: Uses) -
             if kind == "bias" and (slot in UNBIASED or not wanted.orders(place.own[name])):
                 left += place.names[name]
                 continue
-            layers = SEVERAL.get(slot, (slot,))
+            layers = in_named_order(unit, SEVERAL.get(slot, (slot,)))
             ours = tuple(f"{place.book_prefix}{layer}.{kind_of_tensor(slot, kind)}" for layer in layers)
             parts = place.names[name]
             for h, theirs in enumerate(parts):
@@ -389,6 +391,13 @@ def match_place(place: Place, module: nn.Module, taken: list[str], uses: Uses) -
                 row = Row(theirs, tuple(our + part for our in ours), False, "")
                 matches.append(Match(row, confidence, reason))
     return matches, left
+
+
+def in_named_order(unit: str, layers: tuple[str, ...]) -> tuple[str, ...]:
+    """The layers side by side in a matrix, in the order that its name spells: `kqv`."""
+    letters = {layer.removeprefix("att.W_")[0]: layer for layer in layers}
+    spelled = [word for word in re.split(r"[^a-z]+", unit.lower()) if len(letters) > 1 and set(word) == set(letters)]
+    return tuple(letters[letter] for letter in spelled[-1]) if spelled and len(spelled[-1]) == len(letters) else layers
 
 
 def bias_left(
@@ -542,7 +551,7 @@ def units(own: Shapes, used: Uses) -> dict[str, dict[str, str]]:
 
 
 def bias_called_like(weight: str, own: Shapes) -> str | None:
-    """The bias beside a weight by its name: `b_Q` of `W_Q`, `ln_1_b` of `ln_1_g`."""
+    """The bias beside a weight by its name: `b_Q` of `W_Q`, `ln_1_b` of `ln_1_g`, `bq` of `wq`."""
     path, dot, last = weight.rpartition(".")
     words = re.split("(_)", last)
     names = [
@@ -551,6 +560,8 @@ def bias_called_like(weight: str, own: Shapes) -> str | None:
         if word.lower() in WEIGHT_NAMES
         for bias in SHIFT_NAMES
     ]
+    if re.fullmatch("[wW][a-zA-Z0-9]{1,2}", last):
+        names += [f"{path}{dot}{letter}{last[1:]}" for letter in "bB"]
     shape = own[weight]
     found = [
         name for name in names if name in own and (len(own[name]) < len(shape) or own[name] == shape[-1:] == shape)
@@ -630,10 +641,15 @@ def settle(claims: dict[str, Claim], pending: Pending, found: dict[str, Claim]) 
         pending[unit] = [slot for slot in slots if slot not in closed]
 
 
+def plain(unit: str) -> str:
+    """A unit's name without the place of a head or the word for a weight: `sa.q` of `sa.q.{h}`, `ln1` of `ln1_g`."""
+    return re.sub(rf"\.{{h}}$|_({'|'.join(WEIGHT_NAMES)})$", "", unit)
+
+
 def by_name(pending: Pending) -> dict[str, Claim]:
     claims: dict[str, Claim] = {}
     for unit, slots in pending.items():
-        named = [slot for slot in slots if re.fullmatch(ALIASES[slot], unit, re.IGNORECASE)]
+        named = [slot for slot in slots if re.fullmatch(ALIASES[slot], plain(unit), re.IGNORECASE)]
         if len(named) == 1:
             claims[unit] = (named[0], 1.0, "name and shape")
     return claims
@@ -642,7 +658,10 @@ def by_name(pending: Pending) -> dict[str, Claim]:
 def by_name_of_norms(pending: Pending) -> dict[str, Claim]:
     """A block's two norms, if both are named for their places or are called alike but for 1 and 2."""
     norms = [unit for unit, slots in pending.items() if slots == ["norm1", "norm2"]]
-    named = {slot: [u for u in norms if re.fullmatch(ALIASES[slot], u, re.IGNORECASE)] for slot in ("norm1", "norm2")}
+    named = {
+        slot: [unit for unit in norms if re.fullmatch(ALIASES[slot], plain(unit), re.IGNORECASE)]
+        for slot in ("norm1", "norm2")
+    }
     if len(norms) == 2 and not (named["norm1"] and named["norm2"]):
         first, second = sorted(norms)
         places = [i for i, pair in enumerate(zip(first, second, strict=False)) if pair == ("1", "2")]
@@ -742,13 +761,37 @@ def with_layout(
             known = "[out, in]"
         elif use is not None and use.transposed is not None:
             known = "[in, out]" if use.transposed else "[out, in]"
-            reason = f"{reason}; square: {known} as it is multiplied"
+            beside_it = layouts_beside(match, module, shapes, config, matches, uses)
+            if len(beside_it) >= MANY and set(beside_it) == {"[out, in]", "[in, out]"} - {known}:
+                known = beside_it[0]
+                reason = (
+                    f"{reason}; square: {known} as the block's other bare matrices, though it is multiplied otherwise"
+                )
+            else:
+                reason = f"{reason}; square: {known} as it is multiplied"
         else:
             known = layout_of_others(match, module, shapes, config, matches)
             reason = f"{reason}; square: {known} as the other bare matrices"
         order = (1, 0) if known == "[in, out]" else (0, 1)
     folded = Folded(row.theirs, row.ours, order == (1, 0), row.meaning, shape, order, straight)
     return replace(match, row=folded, reason=reason)
+
+
+def layouts_beside(
+    match: Match, module: nn.Module, shapes: Shapes, config: GPTScratchConfig, matches: list[Match], uses: Uses
+) -> list[str]:
+    """The layouts of the other bare matrices in a match's block: by shape, of square ones by use."""
+    block = re.match(r"trf_blocks\.\d+\.", match.row.ours[0])
+    found = []
+    for row in (other.row for other in matches if block and other is not match):
+        shape, use = shapes[row.theirs], uses.get(row.theirs)
+        if len(shape) != 2 or layout_of(module, row.theirs) or not row.ours[0].startswith(block[0] if block else ""):
+            continue
+        if shape[0] != shape[1]:
+            found.append("[out, in]" if shape == slot_of(row, config).straight else "[in, out]")
+        elif use is not None and use.transposed is not None:
+            found.append("[in, out]" if use.transposed else "[out, in]")
+    return found
 
 
 def layout_of_others(

@@ -524,6 +524,9 @@ PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softsign": F.softsign,
     "sine": torch.sin,
     "absolute value": torch.abs,
+    "GELU with x² in place of x³": lambda x: 0.5 * x * (1 + ((2 / math.pi) ** 0.5 * (x + 0.044715 * x**2)).tanh()),
+    "GELU without 1 +": lambda x: 0.5 * x * ((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh(),
+    "GELU without x before the bracket": lambda x: 0.5 * (1 + ((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh()),
     "Φ(x) without x": lambda x: 0.5 * (1 + (x / 2**0.5).erf()),
 }
 

@@ -154,6 +154,8 @@ def hook_points(subject: Subject) -> Iterator[tuple[nn.Module, tuple[str, ...], 
             yield module, names, False
         if re.sub(r"^trf_blocks\.\d+\.|\[.*", "", names[0]) + ".input" in {**BLOCK_STAGES, **MODULE_INPUTS}:
             yield module, (f"{names[0]}.input",), True
+        elif any(name.endswith("W_query") for name in names):  # side by side in another order
+            yield module, (next(f"{name}.input" for name in names if name.endswith("W_query")),), True
     for stage, paths in blocks.items():
         path = commonpath(paths).replace("/", ".")
         if path and len(set(paths)) > 1:

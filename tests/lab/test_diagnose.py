@@ -601,7 +601,7 @@ def test_names_several_mistakes_in_execution_order(official, faults):
 
 
 class BlackBox(nn.Module):
-    """A model none of whose modules can be listened to: it hides them, and has its parameters in one flat list."""
+    """A model of which nothing can be recorded: it hides its modules, and computes with copies of its parameters."""
 
     def __init__(self, model):
         super().__init__()
@@ -609,7 +609,7 @@ class BlackBox(nn.Module):
         self.mine = nn.ParameterDict({n.replace(".", "/"): p for n, p in model.named_parameters()})
 
     def forward(self, ids):
-        mine = {name.replace("/", "."): p for name, p in self.mine.items()}
+        mine = {name.replace("/", "."): p.clone() for name, p in self.mine.items()}
         return torch.func.functional_call(self.inner[0], mine, (ids, ids) if self.takes_targets else (ids,))
 
     @property

@@ -280,7 +280,7 @@ class FlatStyle(nn.Module):
 
 
 class BoxStyle(nn.Module):
-    """Nothing can be heard but the logits: the modules are hidden, and the softmax is written out."""
+    """Nothing can be heard but the logits: modules are hidden, parameters copied, and the softmax is written out."""
 
     def __init__(self, cfg, parts):
         super().__init__()
@@ -290,7 +290,10 @@ class BoxStyle(nn.Module):
 
     def forward(self, ids):
         return torch.func.functional_call(
-            self.inner[0], {name.replace("/", "."): p for name, p in self.mine.items()}, (ids,), tie_weights=True
+            self.inner[0],
+            {name.replace("/", "."): p.clone() for name, p in self.mine.items()},
+            (ids,),
+            tie_weights=True,
         )
 
     @property
