@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .decoders import MEANINGS, Decoder
+from .recording import Run
 
 CACHES = (
     "past_key_values",
@@ -55,15 +56,14 @@ def takes_nothing(value: Any) -> bool:
 
 
 def forward_decoder(module: nn.Module) -> Decoder | None:
-    """The decoder, or None if the forward pass has no cache that its parameters tell."""
+    """The decoder, or None if the forward pass has no cache that its parameters tell.
+
+    Where all that they tell is where to start, whether there is a cache is to be seen: see `remembers`.
+    """
     accepted = inspect.signature(type(module).forward).parameters
-    flag = next(
-        (n for n, p in accepted.items() if MEANINGS.get(n) == "use_cache" and isinstance(p.default, bool)), None
-    )
-    cache = next((n for n, p in accepted.items() if n in CACHES and not isinstance(p.default, bool)), None)
-    if flag is None and cache is None:
+    flag, cache, start = cache_parameters(module)
+    if flag is None and cache is None and start is None:
         return None
-    start = next((n for n in accepted if n in STARTS), None)
     positions = next((n for n, p in accepted.items() if n in POSITIONS and p.default is p.empty), None)
     reset = reset_method(module)
 
@@ -90,10 +90,26 @@ def forward_decoder(module: nn.Module) -> Decoder | None:
             ids = torch.cat([ids, fed], dim=1)
         return ids
 
-    name = f"{type(module).__name__}.forward with {cache or flag}"
+    name = f"{type(module).__name__}.forward with {cache or flag or start}"
     parameters = {"model": "model", "ids": "ids", "max_new_tokens": "max_new_tokens"}
-    # A cache that is handed over is new for each prompt.
-    return Decoder(name, loop, parameters, empties=cache is not None or reset is not None)
+    # A cache that is handed over is new for each prompt, and places written over from the start on need not be emptied.
+    return Decoder(name, loop, parameters, empties=cache is not None or reset is not None or start is not None)
+
+
+def cache_parameters(module: nn.Module) -> tuple[str | None, str | None, str | None]:
+    """The parameters of the forward pass that say to use a cache, that are one, and where to start in it."""
+    accepted = inspect.signature(type(module).forward).parameters
+    flag = next(
+        (n for n, p in accepted.items() if MEANINGS.get(n) == "use_cache" and isinstance(p.default, bool)), None
+    )
+    cache = next((n for n, p in accepted.items() if n in CACHES and not isinstance(p.default, bool)), None)
+    return flag, cache, next((n for n in accepted if n in STARTS), None)
+
+
+def remembers(module: nn.Module, run: Run) -> bool:
+    """Whether there is a cache: if no parameter tells, later passes have more keys than they are given tokens."""
+    told = any(cache_parameters(module)[:2])
+    return told or any(call.keys > call.ids.shape[1] for call in run.calls[1:])
 
 
 def split(output: Any) -> tuple[torch.Tensor, Any]:

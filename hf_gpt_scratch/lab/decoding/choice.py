@@ -69,7 +69,9 @@ class Choice(Draws):
         elif one.has("temperature"):
             default = one.defaults.get("temperature")
             zero = self.run(prompt, 2, temperature=0.0)
-            works = zero.error is None and (steps_of(zero)[1] or not default)
+            # Where it draws otherwise, and not at 0, 0 asks for the most probable token.
+            only_there = not zero.draws and bool(self.run(prompt, 2).draws)
+            works = zero.error is None and (steps_of(zero)[1] or not default or only_there)
             if works and (not default or all(draw.certain for draw in zero.draws)):
                 chosen["temperature"], self.asked = 0.0, True
             elif default is None:

@@ -214,9 +214,19 @@ class Draws(Examiner):
         if not torch.isfinite(shares).all():
             return NOTHING
         whole = len(shares) == len(z)
-        columns = shares.topk(min(64, int((shares > 0).sum()))).indices.tolist()
-        ids = {}
-        for column in columns[:4] if whole else columns:
+        columns = shares.topk(min(256, int((shares > 0).sum()))).indices.tolist()
+        by_id = torch.zeros_like(z)
+        order = z.argsort(descending=True)
+        # The columns are the ids, or the ids sorted by their logits, either way.
+        maps = [torch.arange(len(z)), order, order.flip(0)] if whole else []
+        ids: dict[int, int] = {}
+        for column in columns:
+            if (
+                len(ids) == 4
+                and (known := next((m for m in maps if all(int(m[c]) == token for c, token in ids.items())), None))
+                is not None
+            ):
+                return Drawn(z, by_id.scatter(0, known, shares), bound, values)
             picked = self.bench.run(
                 self.decoder,
                 [prompt],
@@ -229,15 +239,8 @@ class Draws(Examiner):
             ids[column] = picked.new[0][0]
             if not 0 <= ids[column] < len(z):
                 return f"it returns {ids[column]}, which is no id"
-        by_id = torch.zeros_like(z)
-        order = z.argsort(descending=True)
-        if whole and all(column == token for column, token in ids.items()):
-            by_id = shares
-        elif whole and all(int(order[column]) == token for column, token in ids.items()):  # the columns are sorted
-            by_id = by_id.scatter(0, order, shares)
-        else:
-            for column, token in ids.items():
-                by_id[token] += shares[column]
+        for column, token in ids.items():
+            by_id[token] += shares[column]
         return Drawn(z, by_id, bound, values)
 
     def explained(self, drawn: dict[str, list[Drawn]]) -> bool:

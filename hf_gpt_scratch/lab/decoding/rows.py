@@ -56,8 +56,9 @@ class Rows(Examiner):
         if self.unreliable:
             self.not_made(what, "its steps are wrong already for single prompts")
             return
-        if any(self.has_found(name) for name in ("first-row-for-all", "batch-rows-differ", "wrong-number-of-tokens")):
-            self.not_made(what, "its batches are wrong already for prompts of one length, or its number of tokens is")
+        known = ("first-row-for-all", "batch-rows-differ", "wrong-number-of-tokens", "wrong-row")
+        if any(self.has_found(name) for name in known):
+            self.not_made(what, "what it gives for prompts of one length is wrong already")
             return
         alone = [run.new[0] for run in single]
         pad = next(
@@ -115,8 +116,8 @@ class Rows(Examiner):
             stay = [min(n, len(short) - 1) for n in range(len(ids))]
             only = torch.ones(len(ids), len(ids)).tril().bool() & real
             if not left:
-                if side != "its own":
-                    continue  # not the decoder's choice
+                if side != "its own" or len(ids) == len(short):
+                    continue  # not the decoder's choice, or no padding
                 ways = [(ids, where, seen) for where in (None, stay) for seen in (None, masked, only)]
                 if self.replayed(found, ways):
                     self.wrong(

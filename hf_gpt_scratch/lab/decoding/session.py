@@ -12,7 +12,7 @@ from ...errors import LabError
 from ..building import import_file, public_model
 from ..subject import load, names_a_class, settings_for
 from .bench import Make, causal_forward, make_bench
-from .cached_forward import forward_decoder
+from .cached_forward import forward_decoder, remembers
 from .checks import Examination, ready
 from .decoders import find_decoders
 from .report import WRONG, DecodingFinding, DecodingReport
@@ -113,6 +113,8 @@ def check_decoding(
     if not used_cache and (of_forward := forward_decoder(bench.module)) is not None and generate is None:
         step(f"Checking {of_forward.name}")
         one, failure = ready(bench, of_forward)
+        if not failure and not remembers(bench.module, bench.run(one, [bench.ids(5, 1)], 3)):
+            failure = "no pass attends to more tokens than it is given"
         if failure:
             report.notes.append(
                 f"{of_forward.name} was not checked, because the cache is used in another way: {failure}"

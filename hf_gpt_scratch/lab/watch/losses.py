@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...errors import few
 from .findings import NOTE, Finding
 from .record import Forward, Loss, Recorder, Step, are_probabilities
 
@@ -342,6 +343,9 @@ class LossFindings:
         for shift in range(1, batches):
             if self.matches_order(one, (one.batch + shift) % batches, one.time):
                 return f"the targets belong to the sequence {shift} further in the batch"
+        places = permuted(one, batches, len(times))
+        if places is not None and self.matches_order(one, places[one.batch], one.time):
+            return f"the targets of the sequences 0, 1, … belong to {few(list(map(str, places.tolist())), 6)}"
         return ""
 
     def losses(self, one: Aligned, offset: int) -> tuple[float, float]:
@@ -523,6 +527,18 @@ SHIFTS = {
         "make the target of position t the token at t + 1: logits[:, :-1] with ids[:, 1:]",
     ),
 }
+
+
+def permuted(one: Aligned, batches: int, length: int) -> torch.Tensor | None:
+    """(B,): the sequence whose next tokens are the targets of each, if each has one of its own."""
+    if not bool((one.batch == torch.arange(batches, device=one.batch.device).repeat_interleave(length)).all()):
+        return None
+    targets = one.loss.targets.view(batches, length)
+    later = one.time.view(batches, length)[0] + 1
+    inside = later < one.ids.shape[1]
+    equal = (targets[:, None, inside] == one.ids[None, :, later[inside]]).all(-1)
+    found = equal.long().argmax(1)
+    return found if bool(equal.any(1).all()) and len(found.unique()) == batches else None
 
 
 def counted_of(one: Aligned, valid: torch.Tensor, part: torch.Tensor) -> torch.Tensor | None:

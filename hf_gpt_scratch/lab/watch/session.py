@@ -78,8 +78,8 @@ def report_of(recorder: Recorder, report: WatchReport, frames: list[dict[str, An
         found.append(
             Finding(
                 "step-missing",
-                f"{recorder.backwards} backward passes ran, and no optimizer made a step",
-                remedy="optimizer.step() after backward()",
+                f"{recorder.backwards} backward passes ran, and no optimizer of torch made a step",
+                remedy="optimizer.step() after backward(), before the gradients are set to 0",
                 proof="no parameter has changed",
             )
         )

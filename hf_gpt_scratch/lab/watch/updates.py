@@ -62,7 +62,10 @@ class UpdateFindings:
                 for key in update.ids[:1]:
                     if update.optimizer is not None and not any(one is update.optimizer for one in kinds.get(key, [])):
                         kinds.setdefault(key, []).append(update.optimizer)
+        late = [e.info["of"] for e in self.recorder.loaded if e.what == "optimizer_made" and e.info["steps"]]
         for several in kinds.values():
+            if not any(one is other for one in several for other in late):
+                continue  # all of them were there before the first step
             if len(several) > 1 and len(self.steps) > 1 and len(self.steps[0].updates) < len(several):
                 made = [event for event in self.recorder.loaded if event.what == "optimizer_made"]
                 self.add(
@@ -758,5 +761,7 @@ def rules(decay: float, told: bool, rated: bool, untold: bool = False) -> list[R
         found += [Rule(("l2-instead-of-decoupled",), decay=wd) for wd in USUAL_DECAYS]
     found.append(Rule(("one-beta-for-both",), kind="adam, correction as told"))
     found.append(Rule(("ascent",), kind="sgd"))
+    if not rated:
+        found.append(Rule(("ascent",), kind="sgd", momentum=0.9))
     found += [Rule(pair) for pair in itertools.product(moments, decays)]
     return found

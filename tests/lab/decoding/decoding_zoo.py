@@ -14,6 +14,7 @@ CLASSES = {
     "fast": "Transformer",
     "beams": "GPT",
     "min": "GPT",
+    "llama": "LLM",
 }
 
 
@@ -227,4 +228,16 @@ HEALTHY += [
 SABOTAGES += [
     # Its steps are of two tokens, and yet with a cache.
     wrong("layers", "wrong-tokens-fed", "logits = model(next_idx, use_cache=True)", "logits = model(idx[:, -2:], use_cache=True)", "reset_kv_cache", "begin"),
+]  # fmt: skip
+
+# A forward pass that is told where to start: in its cache, or, as of one without, among its positions.
+_ALONE = ("def generate(", "def _unused(", "def sample_top_p(", "def _unused_top_p(")
+SABOTAGES += [
+    wrong("llama", "wrong-row", "torch.argmax(logits[:, -1], dim=-1)", "torch.argmax(logits[:, 0], dim=-1)"),
+    wrong("llama", "top-p-ascending", "torch.sort(probs, dim=-1, descending=True)", "torch.sort(probs, dim=-1)"),
+    wrong("llama", "positions-off-by-one", *_ALONE, "torch.arange(s, s + t)", "torch.arange(t) + max(s - 1, 0)"),
+]
+HEALTHY += [
+    right("llama", *_ALONE),
+    right("min", "def forward(self, idx, targets=None):", "def forward(self, idx, start=0):", "self.pos_emb[:, :t, :]", "self.pos_emb[:, start : start + t, :]"),
 ]  # fmt: skip
