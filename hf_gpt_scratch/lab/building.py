@@ -413,7 +413,8 @@ def called(
     required = [p for p in named if p.default is p.empty]
     takes_config = [p for p in (required if len(required) == 1 else []) if concept(p.name) is None or given_alone(p)]
     if not required:
-        takes_config = [p for p in named if is_config(p.name, p.default) and not callable(p.default)]
+        plain = [p for p in named if isinstance(p.default, type) or not callable(p.default)]
+        takes_config = [p for p in plain if is_config(p.name, p.default)]
     if takes_config and module is not None:
         return with_config(make, takes_config[0], settings, module, given)
     unknown = [p.name for p in required if not settings.knows(p.name)]
