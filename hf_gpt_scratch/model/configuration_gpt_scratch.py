@@ -411,11 +411,17 @@ class GPTScratchConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
 
+    def __new__(cls, *args, **kwargs):
+        config = super().__new__(cls)
+        if kwargs:
+            config.__dict__["_given"] = kwargs.keys()  # until `__post_init__`, which sees defaults beside them
+        return config
+
     def __post_init__(self, **kwargs):
-        defaults = {field.name: field.default for field in fields(self)}
+        given = self.__dict__.pop("_given", ())
         for name, value in kwargs.items():
             ours = self.attribute_map.get(name)
-            if ours and getattr(self, ours) not in (value, defaults[ours]):
+            if ours and ours in given and getattr(self, ours) != value:
                 raise ValueError(
                     f"got {ours}={getattr(self, ours)!r} and {name}={value!r}, which are the same setting; leave one "
                     "of them out"

@@ -166,6 +166,7 @@ def test_equal_dropout_rates_become_the_books_one_rate():
         ({"encoder_layers": 3}, "encoder_layers=3.*does not know"),
         ({"n_embd": "9" * 10_000}, "n_embd=9{80},"),
         ({"emb_dim": 48, "hidden_size": 96}, "emb_dim=48 and hidden_size=96, which are the same setting"),
+        ({"emb_dim": 768, "hidden_size": 96}, "emb_dim=768 and hidden_size=96"),  # also where one is the default
     ],
 )
 def test_a_key_that_would_be_ignored_is_refused_by_name_with_what_to_do(values, told):

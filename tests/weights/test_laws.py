@@ -187,7 +187,7 @@ def test_what_was_written_wrong_is_not_published(way, tmp_path, monkeypatch):
     before = everything(tmp_path)
     monkeypatch.setattr(written, "write", wrong)
     with pytest.raises(
-        ParityError, match=r"'(.*1\.norm1\.shift|.*h\.1\.ln_1\.bias|.*attn_norm\.bias|.*h1/ln_1/b)' is not"
+        ParityError, match=r"'(.*1\.norm1\.shift|.*h\.1\.ln_1\.bias|.*attn_norm\.bias|.*h1/ln_1/b|ln1b\.1)' is not"
     ):
         go(tmp_path / "target")
     assert everything(tmp_path) == before
