@@ -436,7 +436,8 @@ import psutil  # on Linux it needs resource itself
 sys.modules.update(dict.fromkeys(["fcntl", "grp", "pwd", "resource"]))
 import hf_gpt_scratch, hf_gpt_scratch_command
 for module in pkgutil.walk_packages(hf_gpt_scratch.__path__, "hf_gpt_scratch."):
-    if module.name != "hf_gpt_scratch.vllm_model":  # which vLLM alone imports
+    # The imports of vLLM and TransformerLens alone import these.
+    if module.name not in ("hf_gpt_scratch.vllm_model", "hf_gpt_scratch.transformer_lens_rows"):
         importlib.import_module(module.name)
 """
 
