@@ -21,6 +21,7 @@ PLACES = ("model_state_dict", "state_dict", "model", "state")
 # What torch.compile, DataParallel and a model around the model put before names.
 PREFIX = re.compile(r"(_orig_mod\.|module\.|model\.)+")
 QKV = ("W_query", "W_key", "W_value")
+MASK = re.compile(r"trf_blocks\.\d+\.att\.(.*\.)?mask")  # a buffer
 
 # What else has names like the book's, and why it is no GPT-2.
 OTHERS = {
@@ -155,7 +156,7 @@ def parts(shapes: Mapping[str, Sequence[int]], lora_scale: float | None = None) 
         found = _once(step(found))
     if is_classifier(shapes):
         found = {re.sub(r"^out_head\.", "score.", name): part for name, part in found.items()}
-    return {name: part for name, part in found.items() if not re.fullmatch(r"trf_blocks\.\d+\.att\.(.*\.)?mask", name)}
+    return {name: part for name, part in found.items() if not MASK.fullmatch(name)}
 
 
 def _once(named: Iterable[tuple[str, Part]]) -> dict[str, Part]:

@@ -21,9 +21,10 @@ from transformers import GPT2PreTrainedModel, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .book_files import BARE, bare, bare_matrices, heads_in_a_list, parts, shared, weights_in
+from .book_files import BARE, MASK, bare, bare_matrices, heads_in_a_list, parts, shared, weights_in
 from .compat import few
 from .configuration_gpt_scratch import SIZES, GPTScratchConfig
+from .layers import refuse_other_mask
 from .own_code import bring_package, refuse_own_files
 from .weight_map import DROPPED_PATTERNS, conversions, to_gpt2_state_dict
 
@@ -121,6 +122,8 @@ class Interop(PreTrainedModel):
                 "built with, such as GPT_CONFIG_124M"
             )
         given = _book_weights(state_dict)
+        for name in filter(MASK.fullmatch, given):
+            refuse_other_mask(name, given[name])
         shapes = {name: tensor.shape for name, tensor in given.items()}
         try:
             weights = {

@@ -123,7 +123,19 @@ class MultiHeadAttention(nn.Module):
 
 def drop_mask(module, state_dict, prefix, *_):
     """Drops the mask, which the book's code saves: 4 MiB per layer at 1024 tokens."""
-    state_dict.pop(prefix + "mask", None)
+    refuse_other_mask(prefix + "mask", state_dict.pop(prefix + "mask", None))
+
+
+def refuse_other_mask(name, mask):
+    """Raises ValueError for a saved mask (…, T, T), True where a token must not attend, that is not the book's."""
+    if mask is None or mask.is_meta:
+        return
+    later = torch.triu(torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device), diagonal=1)
+    if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2] or not (mask.bool() == later).all():
+        raise ValueError(
+            f"{name} is not the causal mask, so this is another model: in GPT-2 a token attends to itself and to all "
+            "tokens before it. If the model was run with GPT-2's mask, leave this tensor out of its state dict"
+        )
 
 
 class TransformerBlock(nn.Module):

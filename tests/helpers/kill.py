@@ -75,7 +75,9 @@ def write_sources(directory: Path) -> Path:
         onnx.graph = trace
     state_dict = torch.load(directory / "nanogpt/ckpt.pt")["model"]
     (directory / "mingpt").mkdir()
-    torch.save({**state_dict, "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)}, directory / "mingpt/model.pt")
+    torch.save(
+        {**state_dict, "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4).tril()}, directory / "mingpt/model.pt"
+    )
     sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
     importlib.import_module("convert").write_openai(native, directory / "tensorflow")
     return directory

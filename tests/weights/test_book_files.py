@@ -297,6 +297,27 @@ def test_a_scale_without_adapters_is_refused_and_adapters_of_peft_are_named(tmp_
     assert "merge_and_unload" in refusal(saved(tmp_path / "peft.pth", peft), n_heads=HEADS)
 
 
+@pytest.mark.parametrize("mask", ["none", "window", "transposed", "not square"])
+def test_a_mask_of_another_model_in_a_file_is_refused(tmp_path, mask):
+    model, causal = plain(), masked(CONTEXT)
+    masks = {"none": causal & False, "window": causal | causal.T.roll(-4, 0).roll(4, 1), "transposed": causal.T}
+    other = {**masks, "not square": causal[:-1]}[mask].float()
+    for name, right in (("right.pth", True), ("wrong.pth", False)):
+        state_dict = model.state_dict() | {"trf_blocks.1.att.mask": causal.float() if right else other}
+        path = saved(tmp_path / name, state_dict)
+        if right:
+            GPTScratchForCausalLM.from_book(path, n_heads=HEADS)
+            model_of_the_book = GPTModel(CFG)
+            model_of_the_book.load_state_dict(state_dict)
+            continue
+        told = r"trf_blocks\.1\.att\.mask is not the causal mask, so this is another model"
+        assert re.search(told, refusal(path, n_heads=HEADS))
+        with pytest.raises(ValueError, match=told):
+            GPTScratchForCausalLM.from_book(path, n_heads=HEADS)
+        with pytest.raises(ValueError, match=told):
+            model_of_the_book.load_state_dict(state_dict)
+
+
 def test_a_config_that_unties_a_tied_model_is_followed_and_that_is_said(caplog):
     model = plain()
     model.out_head.weight = model.tok_emb.weight
@@ -472,8 +493,10 @@ def test_what_is_saved_of_a_classifier_is_a_classifier_and_no_other_format_takes
         export(tmp_path / "out", tmp_path / "official", "gpt2")
     with pytest.raises(ConversionError, match="book_classifier=True, but gpt2 supports only False"):
         export(path, tmp_path / "official", "gpt2", n_heads=HEADS)
-    with pytest.raises(ConversionError, match="score"):
-        export(path, tmp_path / "official", "nanogpt", n_heads=HEADS)
+    for format in ("book", "nanogpt", "gguf", "llmc", "onnx"):
+        told = f"holds a {type(ours).__name__}, but '{format}' stores language models alone; keep the native directory"
+        with pytest.raises(ConversionError, match=told):
+            export(tmp_path / "out", tmp_path / "official", format)
     for save in (ours.to_gpt2, ours.config.to_gpt2, lambda: ours.save_as_gpt2(tmp_path / "official")):
         with pytest.raises(ValueError, match="the official classifier has no bias"):
             save()

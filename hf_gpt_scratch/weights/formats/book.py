@@ -7,11 +7,24 @@ from pathlib import Path
 import torch
 
 from ...errors import ConversionError
-from ...model.book_files import BARE, Part, bare_matrices, has_adapters, heads_in_a_list, parts, refusal
+from ...model.book_files import BARE, MASK, Part, bare_matrices, has_adapters, heads_in_a_list, parts, refusal
 from ...model.modeling_gpt_scratch import GPTScratchForSequenceClassification
 from ...model.weight_map import HEADS, LM_HEAD, Row
 from ..tensors import LazyTensor, all_zero, held, zero
-from .format import PLAIN, Contents, Format, Found, Layout, Options, Source, Written, check_tensors, finite, readable
+from .format import (
+    PLAIN,
+    Contents,
+    Format,
+    Found,
+    Layout,
+    Options,
+    Source,
+    Written,
+    check_tensors,
+    finite,
+    readable,
+    refuse_mask,
+)
 from .torch_file import StateDict, save_tensors, state_dict
 
 SCORE = tuple(row for row in HEADS if row.theirs.startswith("score."))
@@ -126,6 +139,10 @@ def made(tensors: Mapping[str, LazyTensor], lora_scale: float | None, path: Path
     Raises:
         ConversionError: no `GPTModel` can be made of them.
     """
+
+    for name, tensor in tensors.items():
+        if MASK.fullmatch(name):
+            refuse_mask(name, tensor.read(), path)
 
     def one(part: Part) -> LazyTensor:
         sources = [tensors[name] for name in part.sources]

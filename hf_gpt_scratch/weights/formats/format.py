@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import ConversionError, some
 from ...model.configuration_gpt_scratch import PRESETS, TANH_GELU, GPTScratchConfig
-from ...model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchPreTrainedModel
+from ...model.layers import refuse_other_mask
+from ...model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
 from ...model.weight_map import BASE, LM_HEAD, SCRATCH_PREFIX, Row, rows, without_prefix
 from ..checkpoint import Progress, check_files, checked_finite, refuse_special_file
 from ..parity import same_bits
@@ -296,6 +297,9 @@ class Format:
             ConversionError: it is not a complete, finite GPT-2, or `n_heads` is missing or wrong.
         """
         path, layout = source.path, self.layout
+        for name, tensor in source.tensors.items():
+            if re.fullmatch(layout.dropped, name) and name.endswith("attn.bias"):  # 1 where a token may attend
+                refuse_mask(name, tensor.read() == 0, path)
         tensors = source.tensors = {
             name: finite(tensor, name, path)
             for name, tensor in source.tensors.items()
@@ -391,6 +395,12 @@ class Format:
             raise ConversionError(
                 f"got quantize={options.quantize!r} for {self.name!r}, but there is only {known}; leave quantize out"
             )
+        if self.plain and not contents.kind.can_generate() and contents.kind is not GPTScratchModel:
+            remedy = "keep the native directory" if contents.config.book_classifier else "export to 'gpt2' instead"
+            raise ConversionError(
+                f"{contents.name} holds a {contents.kind.__name__}, but {self.name!r} stores language models alone; "
+                f"{remedy}"
+            )
         if self.plain:
             contents.check_plain()
         for name, allowed in self.limits(contents.config).items():
@@ -479,6 +489,14 @@ def writable(name: str) -> Format:
 def finite(tensor: LazyTensor, name: str, path: Path) -> LazyTensor:
     """The tensor, which raises an error when it is read if a value is NaN or infinite."""
     return replace(tensor, read=lambda: checked_finite(tensor.read(), name, path.name))
+
+
+def refuse_mask(name: str, mask: torch.Tensor, path: Path) -> None:
+    """Raises ConversionError for a saved mask, true where a token must not attend, of another model than GPT-2."""
+    try:
+        refuse_other_mask(name, mask)
+    except ValueError as error:
+        raise ConversionError(f"{path}: {error}") from error
 
 
 def heads(source: Source, emb_dim: int, given: int | None) -> int:
