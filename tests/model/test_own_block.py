@@ -12,7 +12,7 @@ from remote import run_without_the_package
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from hf_gpt_scratch import GPTModel, model_card
+from hf_gpt_scratch import GPTModel, Int8Config, model_card
 from hf_gpt_scratch.model import own_code
 from hf_gpt_scratch.model.layers import generate_text_simple
 
@@ -152,13 +152,19 @@ torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
 
 
 @pytest.mark.slow
-def test_its_classes_may_lie_in_files_that_import_each_other(tmp_path, monkeypatch):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_its_classes_may_lie_in_files_that_import_each_other(tmp_path, monkeypatch, quantized):
     (tmp_path / "own_files").mkdir()
     for name, text in FILES.items():
         (tmp_path / "own_files" / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "own_files"]:
+        monkeypatch.delitem(sys.modules, name)
     whole = importlib.import_module("own_files.whole")
     model = whole.WholeForCausalLM(whole.PartConfig(**SIZES)).eval()
+    if quantized:  # its quantizer goes along, too
+        model.save_pretrained(tmp_path / "float")
+        model = whole.WholeForCausalLM.from_pretrained(tmp_path / "float", quantization_config=Int8Config())
     model.save_pretrained(tmp_path / "saved")
     ids = random_ids(2, 9, vocab_size=97)
     torch.save(ids, tmp_path / "ids.pt")
