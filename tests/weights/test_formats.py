@@ -303,7 +303,7 @@ def test_nanogpt_without_biases_is_refused_to_a_model_that_has_some(tmp_path):
 )
 def test_what_a_format_cannot_say_is_refused_by_name(tmp_path, changes, format, named):
     ours = random_pair(**changes)[1]
-    with pytest.raises(ConversionError, match=rf"{named}.*{format} supports only.*export to 'gpt2'"):
+    with pytest.raises(ConversionError, match=rf"{named}.*{format} supports only.*use the format 'gpt2'"):
         write(ours, ours.config, tmp_path / "file", format)
     assert not (tmp_path / "file").exists()
 

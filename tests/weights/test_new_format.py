@@ -121,7 +121,7 @@ def test_what_it_cannot_express_is_refused_before_anything_is_written(toy, tmp_p
     with pytest.raises(ConversionError, match=r"activation_function='relu'.*toy supports only"):
         write(ours, ours.config, tmp_path / "model.toy", "toy")
     GPT2ForSequenceClassification(gpt2_config()).save_pretrained(tmp_path / "head")
-    with pytest.raises(ConversionError, match="'toy' stores language models alone; export to 'gpt2' instead"):
+    with pytest.raises(ConversionError, match="'toy' stores language models alone; use the format 'gpt2' instead"):
         export(tmp_path / "head", tmp_path / "out", "toy")
     ours = random_pair()[1]
     with pytest.raises(ConversionError, match="only 'nanogpt' has the choice"):

@@ -355,10 +355,13 @@ def test_key_that_is_there_twice_is_refused_in_any_format(tmp_path, name):
 
 def test_other_heads_do_not_get_lost_in_formats_without_them(tmp_path):
     official(MODELS[3]).save_pretrained(tmp_path / "a")
-    with pytest.raises(ConversionError, match=r"'book' stores language models alone; export to 'gpt2' instead"):
+    with pytest.raises(ConversionError, match=r"'book' stores language models alone; use the format 'gpt2' instead"):
         export_checkpoint(tmp_path / "a", tmp_path / "b", "book")
     assert not (tmp_path / "b").exists()
-    export_checkpoint(tmp_path / "a", tmp_path / "b", "gpt2")
+    import_checkpoint(tmp_path / "a", tmp_path / "native")
+    with pytest.raises(ConversionError, match=r"'book' stores language models alone; use the format 'gpt2' instead"):
+        export_checkpoint(tmp_path / "native", tmp_path / "b", "book")
+    export_checkpoint(tmp_path / "native", tmp_path / "b", "gpt2")  # as it says
 
 
 def test_foreign_import_is_opened_once_and_shards(tmp_path, monkeypatch):

@@ -396,7 +396,7 @@ class Format:
                 f"got quantize={options.quantize!r} for {self.name!r}, but there is only {known}; leave quantize out"
             )
         if self.plain and not contents.kind.can_generate() and contents.kind is not GPTScratchModel:
-            remedy = "keep the native directory" if contents.config.book_classifier else "export to 'gpt2' instead"
+            remedy = "keep the native directory" if contents.config.book_classifier else "use the format 'gpt2' instead"
             raise ConversionError(
                 f"{contents.name} holds a {contents.kind.__name__}, but {self.name!r} stores language models alone; "
                 f"{remedy}"
@@ -408,7 +408,7 @@ class Format:
                 raise ConversionError(
                     f"the model has {name}={getattr(contents.config, name)!r}, but {self.name} supports only "
                     f"{' or '.join(map(repr, allowed))}; "
-                    + ("keep the native directory" if self.name == "gpt2" else "export to 'gpt2' instead")
+                    + ("keep the native directory" if self.name == "gpt2" else "use the format 'gpt2' instead")
                 )
 
     def room(self, contents: Contents, options: Options) -> int:
