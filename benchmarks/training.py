@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import harness
 import torch
 import typer
-from harness import REFERENCE, Checkpoint, Only, Output, Quick, Report, Rounds, Size, Threads
+from harness import REFERENCE, Checkpoint, CPUTime, Only, Output, Quick, Report, Rounds, Size, Threads
 from transformers import GPT2LMHeadModel
 
 from hf_gpt_scratch import GPTScratchForCausalLM
@@ -91,9 +91,10 @@ def main(
     threads: Threads = 0,
     output: Output = harness.RESULTS,
     quick: Quick = False,
+    cpu_time: CPUTime = False,
 ) -> None:
     """Seconds and peak memory of a training step."""
-    harness.use_threads(threads)
+    harness.use_threads(threads, cpu_time)
     if quick:
         size, rounds, only, length = "tiny", 2, only or harness.QUICK, 20
     settings = {"model": checkpoint or size, "batch": batch, "length": length, "dropout": dropout, "rounds": rounds}

@@ -87,7 +87,7 @@ def onednn_products() -> Iterator[None]:
     """Within it, `product` uses oneDNN where it is faster; `torch.backends.mkldnn.enabled = False` turns it off."""
     # autocast has another dtype, and modes such as FlopCounterMode know F.linear only.
     usual = not torch.is_autocast_enabled("cpu") and _get_current_dispatch_mode() is None
-    token = _by_onednn.set(usual and torch._C._get_mkldnn_enabled() and prefers_onednn())
+    token = _by_onednn.set(usual and onednn_is_on())
     try:
         yield
     finally:
@@ -96,13 +96,43 @@ def onednn_products() -> Iterator[None]:
 
 def product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`layer(x)`; by oneDNN if that is on and the layer is a plain one, without hooks, adapters or quantization."""
-    if torch.compiler.is_compiling() or not _by_onednn.get() or not _is_plain(layer):
+    compiling = torch.compiler.is_compiling()
+    if not (_is_compiled_by_onednn() if compiling else _by_onednn.get()) or not _is_plain(layer):
         return layer(x)
     weight: Any = layer.weight
     suits = type(x) is torch.Tensor and x.dtype is weight.dtype is torch.float32 and x.is_cpu
     if not suits or weight.numel() < LARGE or torch.is_grad_enabled():
         return layer(x)
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, layer.bias, "none", [], "")
+    linear = torch.ops.hf_gpt_scratch.linear.default if compiling else onednn_linear
+    bias: Any = layer.bias
+    return linear(x, weight, bias)
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` of float32 on the CPU, without gradients."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def _fake_linear(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+# For compiled graphs: inductor takes oneDNN's operator with frozen weights only, and calls one that it does not know.
+if not hasattr(torch.ops.hf_gpt_scratch, "linear"):  # as after a reload
+    _operators = torch.library.Library("hf_gpt_scratch", "FRAGMENT")
+    _operators.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    _operators.impl("linear", onednn_linear, "CPU")
+    torch.library.register_fake("hf_gpt_scratch::linear", _fake_linear, lib=_operators)
+
+
+def _is_compiled_by_onednn() -> bool:
+    return onednn_is_on() and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result  # which a graph keeps: dynamo cannot read the switch
+def onednn_is_on() -> bool:
+    """Whether torch may use oneDNN, and it is faster here."""
+    return torch._C._get_mkldnn_enabled() and prefers_onednn()
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_gpt_scratch.model import decoding
@@ -327,6 +327,58 @@ def test_a_forward_pass_alone_is_torch_s(pair, around):
     with around():
         count, _ = by_onednn(lambda: ours(random_ids()))
     assert count == 0
+
+
+@pytest.fixture
+def graphs():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_compiled_generation_is_by_onednn_too(pair, graphs):
+    gpt2, ours = pair
+    config = CompileConfig(fullgraph=True)
+    config._compile_all_devices = True  # otherwise transformers compiles only on GPUs
+    asked = dict(**OPTIONS, cache_implementation="static", compile_config=config)
+    expected = gpt2.generate(random_ids(2), **OPTIONS)
+    ours.generate(random_ids(2), **asked)
+    count, got = by_onednn(lambda: ours.generate(random_ids(2), **asked))
+    assert count == NEW * PRODUCTS
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("around", "count"),
+    [
+        (torch.no_grad, PRODUCTS),
+        (torch.inference_mode, PRODUCTS),
+        (nullcontext, 0),
+        (lambda: torch.autocast("cpu", torch.bfloat16), 0),
+        (switched_off, 0),
+    ],
+    ids=["no gradients", "inference", "gradients", "autocast", "switched off"],
+)
+def test_a_compiled_forward_pass_is_by_onednn_without_gradients(pair, graphs, around, count):
+    gpt2, ours = pair
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    ids = random_ids(2)
+    no_gradients = nullcontext if around is nullcontext else torch.no_grad
+    with no_gradients(), around():
+        compiled(ids)
+        found, got = by_onednn(lambda: compiled(ids).logits)
+        expected = gpt2(ids).logits
+    assert found == count
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 if got.dtype == torch.float32 else 0.3)
+
+
+def test_an_exported_graph_has_torch_s_operators_alone(pair, graphs):
+    _, ours = pair
+    with torch.no_grad():
+        exported = torch.export.export(ours, (random_ids(),), {"use_cache": False})
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert "aten.linear.default" in names
+    assert not any("mkldnn" in name or "hf_gpt_scratch" in name for name in names)
 
 
 def test_with_gradients_it_is_torch_s(pair):

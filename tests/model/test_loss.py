@@ -1,16 +1,20 @@
 """The loss without logits is the loss with them: value, gradients, every option, and logits for whoever asks."""
 
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 from pairs import VOCAB, random_ids, random_pair
 from torch import nn
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
+from hf_gpt_scratch.model import decoding
 from hf_gpt_scratch.model import loss as loss_module
 from hf_gpt_scratch.model.loss import LazyLogitsOutput, can_skip_logits
-from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, relative_error
+from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, relative_error, relative_errors
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +50,38 @@ def loss_and_gradients(model, forward=None, **inputs):
 IDS = random_ids()
 MASKED = IDS.clone()
 MASKED[0, :9] = -100
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """As on an AMD CPU, with weights of any size."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(decoding, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(loss_module, "LARGE", 0)
+
+
+def by_onednn(call):
+    with profile() as profiled:
+        result = call()
+    return sum("mkldnn::_linear_pointwise" in event.name for event in profiled.events()), result
+
+
+def test_onednn_s_logits_give_the_same_loss_and_gradients(pair, onednn, monkeypatch):
+    gpt2, ours = pair
+    _, expected = loss_and_gradients(ours, input_ids=IDS, labels=IDS)
+    for count, around in ((-(-IDS.numel() // 7), nullcontext()), (0, FlopCounterMode(display=False))):
+        with around:
+            found, (loss, got) = by_onednn(lambda: loss_and_gradients(ours, input_ids=IDS, labels=IDS))
+        assert found == count
+        torch.testing.assert_close(loss, gpt2(IDS, labels=IDS).loss, rtol=1e-5, atol=0)
+        assert max(relative_errors(expected, got).values()) < FP32_GRADIENTS
+    with torch.autocast("cpu", torch.bfloat16):
+        assert by_onednn(lambda: loss_and_gradients(ours, input_ids=IDS, labels=IDS))[0] == 0
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert by_onednn(lambda: loss_and_gradients(ours, input_ids=IDS, labels=IDS))[0] == 0
+
+
 OPTIONS = {
     "mean": dict(labels=IDS),
     "labels left out": dict(labels=MASKED),
