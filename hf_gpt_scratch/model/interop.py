@@ -513,10 +513,10 @@ def _check_fit(model_class, config, weights):
         if name in expected and tensor.shape != expected[name].shape
     ][:5]
     if wrong:
-        raise ValueError(
-            f"the state dict does not fit the config ({'; '.join(wrong)}); give the complete state dict of a GPTModel "
-            "and the cfg that it was built with"
-        )
+        remedy = "give the complete state dict of a GPTModel and the cfg that it was built with"
+        if model_class not in model_class.kinds():
+            remedy = f"convert it, and {model_class.__name__}.from_pretrained takes of the directory what fits"
+        raise ValueError(f"the state dict does not fit the config ({'; '.join(wrong)}); {remedy}")
 
 
 def _official_class(model_class):

@@ -292,7 +292,8 @@ def test_a_quantizer_that_quantizes_nothing_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("format", "quantize"), [("onnx", "int4"), ("gguf", "int8"), ("native", "int8")])
 def test_what_no_format_can_quantize_is_refused(tmp_path, format, quantize):
     model = random_pair()[1]
-    told = f"got quantize='{quantize}' for '{format}', but there is only 'int8' for 'onnx'; give that format"
+    remedy = "leave quantize out" if quantize == "int4" else "give --format onnx, or leave quantize out"
+    told = f"got quantize='{quantize}' for '{format}', but there is only 'int8' for 'onnx'; {remedy}"
     with pytest.raises(ConversionError, match=told):
         write(model, model.config, tmp_path / "out", format, quantize=quantize)
 

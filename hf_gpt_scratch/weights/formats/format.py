@@ -394,9 +394,10 @@ class Format:
             )
         if options.quantize not in (None, *self.quantizes):
             known = ", ".join(f"{one!r} for {format.name!r}" for format in FORMATS.values() for one in format.quantizes)
+            able = (f"give --format {name}, or " for name, one in FORMATS.items() if options.quantize in one.quantizes)
             raise ConversionError(
-                f"got quantize={options.quantize!r} for {self.name!r}, but there is only {known}; give that format, "
-                "in a command by --format, or leave quantize out"
+                f"got quantize={options.quantize!r} for {self.name!r}, but there is only {known}; {next(able, '')}"
+                "leave quantize out"
             )
         if self.plain and not contents.kind.can_generate() and contents.kind is not GPTScratchModel:
             remedy = "keep the native directory" if contents.config.book_classifier else "export to 'gpt2' instead"
