@@ -65,13 +65,13 @@ def verify(reference: str | os.PathLike, candidate: str | os.PathLike) -> Verdic
         if any(theirs[name].shape != own[name].shape for name in theirs.keys() & own.keys()):
             return Verdict(None, different)
         with quiet_transformers():
-            models: Any = [
+            first, second = (
                 one.model_class.from_pretrained(one.directory, dtype=torch.float32) for one in (right, other)
-            ]
-        for model in models:
+            )
+        for model in (first, second):
             model.config.return_dict = True
-        figures = measure(*models, same_weights=not different)
-        return Verdict(figures, different, differing_settings(*models))
+        figures = measure(first, second, same_weights=not different)
+        return Verdict(figures, different, differing_settings(first, second))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConversionError(str(error)) from error
 

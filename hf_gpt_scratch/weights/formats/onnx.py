@@ -173,8 +173,10 @@ def _write_settings(contents: Contents, directory: Path) -> None:
 
 
 # What a graph is made of, by the names in an official config.
-_OF_GRAPH = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function")
-_OF_GRAPH += ("layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
+_OF_GRAPH = (
+    *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function"),
+    *("layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"),
+)
 
 
 def _check_config(directory: Path, config: GPTScratchConfig) -> None:
