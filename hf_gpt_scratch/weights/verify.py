@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..errors import ConversionError
-from ..model.configuration_gpt_scratch import GPTScratchConfig, model_type_of
-from .formats.directory import Weights, config_of
+from ..errors import ConversionError, shortened
+from ..model.configuration_gpt_scratch import model_type_of
+from .formats.directory import PREFIXES, Weights, config_of
 from .hub import find_source, quiet_transformers
 from .parity import Verification, differing, differing_settings, measure
 
@@ -80,4 +80,9 @@ def _weights(name: str | os.PathLike) -> Weights:
     directory = find_source(name)
     values = config_of(directory)
     model_type = model_type_of(values) if isinstance(values, dict) else None
-    return Weights(directory, GPTScratchConfig.model_type if model_type == GPTScratchConfig.model_type else "gpt2")
+    if model_type not in (None, *PREFIXES):
+        known = " and ".join(map(repr, PREFIXES))
+        raise ConversionError(
+            f"{name} holds a model of type {shortened(repr(model_type))}, but verify compares {known}"
+        )
+    return Weights(directory, model_type or "gpt2")
