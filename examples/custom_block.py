@@ -40,6 +40,8 @@ class RotaryBlock(GPTScratchBlock):
     def __init__(self, config: RotaryConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.att = RotaryAttention(config, layer_idx)
+        if self.att.head_dim % 2:
+            raise ValueError(f"heads have the odd size {self.att.head_dim}, but their halves are rotated")
         self.norm1 = nn.RMSNorm(config.emb_dim, config.layer_norm_epsilon)
         self.norm2 = nn.RMSNorm(config.emb_dim, config.layer_norm_epsilon)
 

@@ -1,12 +1,13 @@
 """Tells PEFT which modules its methods change by default: those that it changes in the official GPT-2.
 
-PEFT has a table for each method, by model type. Its import adds the row of our models where there is none; see
-`registration.py`.
+PEFT has a table for each method, by model type. Its import adds a row where there is none, of our models and of classes
+of one's own that inherit from them; see `registration.py`.
 """
 
 from peft.utils import constants
 
-MODEL_TYPE = "gpt_scratch"
+from .model.interop import for_each_type
+
 # Names of the official modules in PEFT's tables, and ours for the same weights.
 OURS = {
     "c_attn": ["W_query", "W_key", "W_value"],
@@ -19,13 +20,13 @@ OURS = {
 }
 
 
-def add_rows() -> None:
-    """Adds our row to each of PEFT's tables that has one of the official GPT-2, of known names, and none of ours."""
+def add_rows(model_type: str) -> None:
+    """Adds a row to each of PEFT's tables that has one of the official GPT-2, of known names, and none of this type."""
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
             theirs = table.get("gpt2")
             if isinstance(theirs, list) and set(theirs) <= OURS.keys():
-                table.setdefault(MODEL_TYPE, [ours for one in theirs for ours in OURS[one]])
+                table.setdefault(model_type, [ours for one in theirs for ours in OURS[one]])
 
 
-add_rows()
+for_each_type(add_rows)

@@ -130,11 +130,11 @@ def export(
 
 
 def verify(
-    reference: Annotated[str, typer.Argument(help="Directory or hub id of the official checkpoint.")],
-    candidate: Annotated[str, typer.Argument(help="Directory or hub id of a GPTScratch checkpoint.")],
+    reference: Annotated[str, typer.Argument(help="Directory or hub id of a checkpoint, such as the official one.")],
+    candidate: Annotated[str, typer.Argument(help="Directory or hub id of the one to check, official or ours.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compares an official checkpoint with a GPTScratch one in float32: weights, logits, greedily generated ids."""
+    """Compares two checkpoints, official or ours, in float32: weights, logits, greedily generated ids."""
     from .terminal import verify_and_report
 
     verify_and_report(reference, candidate, as_json)

@@ -65,7 +65,12 @@ def write_package(name: str, target: Path) -> list[str]:
 def check_name(name: str) -> None:
     """Raises ConversionError unless a new package and a new model type can have this name."""
     shown = repr(shortened(name))
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name) or len(name) > 40:
+    if keyword.iskeyword(name):
+        raise ConversionError(
+            f"got the name {shown}, but it is a word of Python's own, so no package can have it; take one such as "
+            f"{name.lower()}_model"
+        )
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or len(name) > 40:
         raise ConversionError(
             f"got the name {shown}, but a package and its model type are called by small letters, digits and single _, "
             "at most 40, beginning with a letter; take one such as my_model"

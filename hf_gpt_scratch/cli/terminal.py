@@ -104,7 +104,7 @@ def convert_and_report(
 
 
 def verify_and_report(reference: str, candidate: str, as_json: bool = False) -> None:
-    """Measures the difference between an official checkpoint and one of ours, and prints the figures.
+    """Measures the difference between two checkpoints, and prints the figures.
 
     Raises:
         SystemExit: 1 one of them cannot be read, or they are models of different kinds; 3 they differ.

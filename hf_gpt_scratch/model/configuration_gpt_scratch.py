@@ -545,6 +545,8 @@ class GPTScratchConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers, but an official GPT-2 config is translated.
 
+        A config class of one's own also reads a config of GPTScratch's, as one of its own type.
+
         Raises:
             ValueError: the config is of another model type.
         """
@@ -552,9 +554,13 @@ class GPTScratchConfig(PreTrainedConfig):
         model_type = model_type_of(config_dict)
         if model_type == "gpt2":
             config_dict = cls.from_gpt2(GPT2Config.from_dict({**config_dict, "model_type": "gpt2"})).to_dict()
+        elif model_type == GPTScratchConfig.model_type != cls.model_type:
+            config_dict = {name: value for name, value in config_dict.items() if name not in IDENTITY}
+            config_dict["model_type"] = cls.model_type
         elif config_dict and model_type != cls.model_type:
+            read = dict.fromkeys(("gpt2", GPTScratchConfig.model_type, cls.model_type))
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a model of type {model_type!r}, but GPTScratch reads only "
-                f"'gpt2' and {cls.model_type!r} checkpoints; {OF_ANOTHER_TYPE}"
+                f"{pretrained_model_name_or_path} holds a model of type {model_type!r}, but {cls.__name__} reads only "
+                f"checkpoints of {', '.join(map(repr, read))}; {OF_ANOTHER_TYPE}"
             )
         return config_dict, kwargs

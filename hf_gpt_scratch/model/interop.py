@@ -8,7 +8,7 @@ import copy
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,7 +21,7 @@ from transformers import GPT2PreTrainedModel, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .book_files import BARE, MASK, bare, bare_matrices, heads_in_a_list, parts, shared, weights_in
+from .book_files import BARE, MASK, bare, bare_matrices, has_adapters, heads_in_a_list, parts, shared, weights_in
 from .compat import few
 from .configuration_gpt_scratch import SIZES, GPTScratchConfig
 from .layers import refuse_other_mask
@@ -36,6 +36,17 @@ def register_conversions(model_type: str = GPTScratchConfig.model_type) -> None:
     register_checkpoint_conversion_mapping(model_type, conversions(), overwrite=True)
 
 
+_model_types: list[str] = []
+_for_each_type: list[Callable[[str], None]] = [register_conversions]
+
+
+def for_each_type(register: Callable[[str], None]) -> None:
+    """Calls `register` with the model type of each class, and later with those of classes to come."""
+    _for_each_type.append(register)
+    for model_type in _model_types:
+        register(model_type)
+
+
 class Interop(PreTrainedModel):
     """Translation from and to the book and GPT-2; `save_pretrained` refuses what would load as another model."""
 
@@ -47,8 +58,12 @@ class Interop(PreTrainedModel):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # A class with a model type of its own loads official checkpoints, too.
-        register_conversions(cls.config_class.model_type)
+        # A class with a model type of its own loads official checkpoints, too, and takes PEFT's adapters.
+        model_type = cls.config_class.model_type
+        if model_type not in _model_types:
+            _model_types.append(model_type)
+            for register in _for_each_type:
+                register(model_type)
 
     @classmethod
     def kinds(cls) -> "tuple[type[Interop], ...]":
@@ -96,13 +111,16 @@ class Interop(PreTrainedModel):
                 what the model in memory has.
             n_heads: without a `cfg`, the number of heads, which no tensor tells; a model in memory does. A wrong number
                 that divides emb_dim cannot be noticed: the model computes something else.
-            lora_scale: for adapters, what A @ B is multiplied by: alpha / rank, or alpha alone in the first printing.
+            lora_scale: for adapters, what A @ B is multiplied by: alpha / rank, or alpha alone in the first printing. A
+                model in memory tells it.
 
         Raises:
             KeyError: `cfg` lacks a size.
             ValueError: `cfg` has a key that means nothing here, or the state dict is not that of a model with this
                 config, or of another model than GPT-2; the message names the tensors.
         """
+        if isinstance(source, nn.DataParallel):
+            source = source.module
         if isinstance(source, PreTrainedModel):
             raise ValueError(
                 f"got a {type(source).__name__}, which is a Transformers model already; from_gpt2 copies official ones"
@@ -125,6 +143,8 @@ class Interop(PreTrainedModel):
         for name in filter(MASK.fullmatch, given):
             refuse_other_mask(name, given[name])
         shapes = {name: tensor.shape for name, tensor in given.items()}
+        if module is not None and lora_scale is None and has_adapters(given):
+            lora_scale = _lora_scale(module)
         try:
             weights = {
                 name: part.make([given[one] for one in part.sources])
@@ -371,6 +391,30 @@ def _settings_in(module):
     return found
 
 
+@torch.no_grad()
+def _lora_scale(module):
+    """What the adapters of a model in memory multiply A @ B by, by what they compute; any number if that is 0.
+
+    Raises:
+        ValueError: they do not all have the same.
+    """
+    scales = set()
+    for adapted in module.modules():
+        if {"lora.A", "lora.B"} <= {name for name, _ in adapted.named_parameters()}:
+            adapted = copy.deepcopy(adapted).to("cpu", torch.float64).eval()
+            a, b = adapted.lora.A, adapted.lora.B
+            x = torch.randn(4, len(a), dtype=a.dtype, generator=torch.Generator().manual_seed(0))
+            product, added = x @ a @ b, adapted(x) - adapted.linear(x)
+            if product.any():
+                scales.add(float(f"{(added * product).sum() / product.square().sum():.9g}"))
+    if len(scales) > 1:
+        raise ValueError(
+            f"the adapters multiply A @ B by different numbers, {few(sorted(map(str, scales)))}, but are merged with "
+            "one; merge them into their layers first"
+        )
+    return scales.pop() if scales else 1.0
+
+
 def _refuse_other_settings(module, config):
     """Raises ValueError for settings of a model of the book's that small weights hide in its logits."""
     for name, one in module.named_modules():
@@ -469,10 +513,10 @@ def _check_fit(model_class, config, weights):
         if name in expected and tensor.shape != expected[name].shape
     ][:5]
     if wrong:
-        raise ValueError(
-            f"the state dict does not fit the config ({'; '.join(wrong)}); give the complete state dict of a GPTModel "
-            "and the cfg that it was built with"
-        )
+        remedy = "give the complete state dict of a GPTModel and the cfg that it was built with"
+        if model_class not in model_class.kinds():
+            remedy = f"convert it, and {model_class.__name__}.from_pretrained takes of the directory what fits"
+        raise ValueError(f"the state dict does not fit the config ({'; '.join(wrong)}); {remedy}")
 
 
 def _official_class(model_class):

@@ -229,6 +229,7 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
     """
     for _ in range(max_new_tokens):
         logits = model(idx[:, -context_size:])  # (B, T, V)
+        logits = getattr(logits, "logits", logits)  # of a Transformers model
         idx_next = logits[:, -1, :].argmax(dim=-1, keepdim=True)  # (B, 1)
         idx = torch.cat((idx, idx_next), dim=1)
     return idx

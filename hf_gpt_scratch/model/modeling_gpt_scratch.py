@@ -73,6 +73,8 @@ with explained():
 logger = logging.get_logger(__name__)
 
 
+FROM_TOKENIZER = "use the tokenizer that it was trained with, or model.resize_token_embeddings"
+
 # Translation, and what makes a model cheap, do not ship: a model that comes along with its code does without.
 Translation: Any = import_module(f"{PACKAGE}.interop").Interop if IN_PACKAGE else NoTranslation
 decoding: Any = import_module(f"{PACKAGE}.decoding") if IN_PACKAGE else Plain
@@ -442,8 +444,10 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             `last_hidden_state` (B, T, E).
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`, more tokens than `context_length`, a mask
-                for more or fewer tokens than there are, or an encoder's states for a model without cross-attention.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`, or of another shape; no tokens, or more than
+                `context_length`; a mask for more or fewer tokens than there are; or an encoder's states for a model
+                without cross-attention.
+            IndexError: an id or a position that the model does not have; on a GPU torch stops the process.
             TypeError: a cache under a name that would be ignored.
             RuntimeError: this transformers passes its cache in an unexpected way.
         """
@@ -455,6 +459,11 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             refuse_unread(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        for name, given, shape in (("input_ids", input_ids, "(B, T)"), ("inputs_embeds", inputs_embeds, "(B, T, E)")):
+            if given is not None and given.ndim != shape.count(",") + 1:
+                raise ValueError(
+                    f"got {name} of shape {tuple(given.shape)}, but it must be {shape}; one text is {name}.unsqueeze(0)"
+                )
         if encoder_hidden_states is not None and not self.config.add_cross_attention:
             raise ValueError(
                 "got encoder_hidden_states, but the model has no cross-attention layers; build it with "
@@ -462,7 +471,7 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             )
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-            inputs_embeds = self.tok_emb(input_ids)  # (B, T, E)
+            inputs_embeds = self._embedded(self.tok_emb, "input_ids", input_ids, FROM_TOKENIZER)  # (B, T, E)
         # transformers always makes a mask for a compiled model, and with a mask sdpa computes all pairs of tokens.
         needs_no_mask = (
             torch.compiler.is_compiling()
@@ -507,9 +516,9 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         x = inputs_embeds
         # In a later stage of a pipeline it is an Identity, and x already has the positions.
         if not isinstance(self.pos_emb, nn.Identity):
-            x = x + self.pos_emb(position_ids)
+            x = x + self._embedded(self.pos_emb, "position_ids", position_ids, "give padding position 0")
         if token_type_ids is not None:
-            x = x + self.tok_emb(token_type_ids)
+            x = x + self._embedded(self.tok_emb, "token_type_ids", token_type_ids, FROM_TOKENIZER)
         x = self.drop_emb(x)
         # A checkpointed block runs twice, and would add to the cache twice.
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -533,11 +542,23 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
         first = self.trf_blocks[0]
         return isinstance(first, GPTScratchBlock) and first.att.layer_idx == 0
 
+    @staticmethod
+    def _embedded(embedding, name, ids, remedy):
+        if torch.compiler.is_compiling():
+            return embedding(ids)
+        try:
+            return embedding(ids)
+        except IndexError as error:  # a CPU's, which does not say of what; a GPU stops
+            found = f"got {name} from {ids.min().item()} to {ids.max().item()}"
+            raise IndexError(f"{found}, but this model has 0 to {len(embedding.weight) - 1}; {remedy}") from error
+
     def _check_positions(self, position_ids, num_tokens):
         # Padding takes no position, so more than context_length tokens may still fit: the positions decide. On a GPU
         # reading them has to wait, so there they are checked only if there are more tokens than positions.
         if torch.compiler.is_compiling() or position_ids.device.type == "meta":
             return
+        if not position_ids.numel():
+            raise ValueError("got no tokens; give at least one, such as the token that texts begin with")
         too_many = isinstance(num_tokens, int) and num_tokens > self.config.context_length
         if too_many or position_ids.device.type == "cpu":
             check_length(int(position_ids.max()) + 1, self.config.context_length)

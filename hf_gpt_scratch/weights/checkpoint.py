@@ -293,6 +293,11 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path]]:
 
 def _instead(directory: Path) -> str:
     """The end of the message: which weights there are instead, and the remedy."""
+    if (directory / "onnx" / "model.onnx").is_file():
+        return (
+            f", but a graph of ONNX; hf-gpt-scratch convert {directory} TARGET makes a native directory of what export "
+            "has written: give that"
+        )
     names = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_WEIGHTS)
     whole = [name for name in names if re.fullmatch(r"(pytorch_)?model\.[\w.-]+\.(safetensors|bin)", name)]
     if any(re.search(r"-\d+-of-\d+\.", name) for name in names):

@@ -203,7 +203,7 @@ def _convert(
             f"got check={str(check)[:80]!r}, but it must be True, False or 'weights'; give one of them"
         )
     place = target_path(target)
-    options = Options(as_progress(progress), max_shard_size, bias, quantize=quantize)
+    options = Options(as_progress(progress), max_shard_size, bias, quantize=quantize, runs=check is True)
     options.progress.step(f"Finding {name}")
     with errors_explained("reading the source", place):
         path = find_source(name, revision) if only else find_checkpoint(name, revision)

@@ -96,7 +96,14 @@ def model_card(
         receipt: of the conversion it came from; its parity figures are shown, if they were measured and passed.
         source: hub id of the checkpoint that the weights come from.
         license: of the weights, by the hub's names; default: "mit" for OpenAI's own, else the card does not state it.
+
+    Raises:
+        TypeError: it is another model.
     """
+    if not hasattr(type(model), "kinds"):
+        raise TypeError(
+            f"model_card got a {type(model).__name__}; give it a model of this package, such as its .module"
+        )
     license = license or OPENAI_GPT2.get(source or "")
     auto_class = type(model)._auto_class or "AutoModel"
     own = None if type(model) in model.kinds() else type(model).__name__  # a class of somebody's own

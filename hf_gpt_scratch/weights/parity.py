@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, GPT2LMHeadModel, GPT2PreTrainedModel, PreTrainedModel
+from transformers import GenerationConfig, GPT2PreTrainedModel, PreTrainedModel
 
 from ..errors import ParityError
 from ..model.modeling_gpt_scratch import GPTScratchPreTrainedModel
@@ -246,37 +246,37 @@ def weights_equal(gpt2: GPT2PreTrainedModel, scratch: GPTScratchPreTrainedModel)
     )
 
 
-def measure(
-    gpt2: GPT2PreTrainedModel, scratch: GPTScratchPreTrainedModel, same_weights: bool | None = None
-) -> Verification:
-    """Compares two models that should be the same, in float32: weights, all outputs, and a language model's greedy ids.
+def measure(reference: Any, candidate: Any, same_weights: bool) -> Verification:
+    """Compares two models that should be the same, in float32: all outputs, and a language model's greedy ids.
 
     Args:
-        same_weights: whether the weights are equal, if the files have shown it; default: compare them in memory.
+        reference: an official model or one of ours, like `candidate`.
+        same_weights: whether the weights are equal, which is compared elsewhere.
     """
-    language = isinstance(gpt2, GPT2LMHeadModel)
+    language = reference.can_generate() and not hasattr(reference, "multiple_choice_head")
     # A classifier takes several sequences only if its config names a padding token.
-    input_ids = probe_ids(gpt2.config.vocab_size, gpt2.config.n_positions, batch=2 if language else 1)
-    prompt = input_ids[:1, : min(8, (gpt2.config.n_positions + 1) // 2)]
-    new_tokens = min(32, gpt2.config.n_positions - prompt.shape[1]) if language else 0
-    continuations = [greedy_ids(model, prompt, new_tokens) for model in (gpt2, scratch) if new_tokens]
+    context = reference.config.max_position_embeddings
+    input_ids = probe_ids(reference.config.vocab_size, context, batch=2 if language else 1)
+    prompt = input_ids[:1, : min(8, (context + 1) // 2)]
+    new_tokens = min(32, context - prompt.shape[1]) if language else 0
+    continuations = [greedy_ids(model, prompt, new_tokens) for model in (reference, candidate) if new_tokens]
     return Verification(
-        logits=compare_outputs(gpt2, scratch, input_ids),
+        logits=compare_outputs(reference, candidate, input_ids),
         logit_bound=FP32_LOGITS,
         greedy_tokens=new_tokens,
         greedy_equal=all(torch.equal(ids, continuations[0]) for ids in continuations),
-        tensors=len(gpt2.state_dict()),
-        weights_equal=weights_equal(gpt2, scratch) if same_weights is None else same_weights,
+        tensors=len(reference.state_dict()),
+        weights_equal=same_weights,
     )
 
 
 def verify_models(gpt2: GPT2PreTrainedModel, scratch: GPTScratchPreTrainedModel) -> Verification:
-    """The result of `measure`.
+    """The result of `measure`, with the weights compared in memory.
 
     Raises:
         ParityError: they are not the same model; the message has the figures.
     """
-    verification = measure(gpt2, scratch)
+    verification = measure(gpt2, scratch, weights_equal(gpt2, scratch))
     if not verification.passed:
         raise ParityError(f"the two models differ: {verification}")
     return verification

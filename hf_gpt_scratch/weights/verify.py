@@ -1,4 +1,4 @@
-"""Whether an official checkpoint and one of ours are the same model."""
+"""Whether two checkpoints, official or ours, are the same model."""
 
 import os
 from dataclasses import dataclass, field
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..errors import ConversionError
-from .formats.directory import Weights
+from ..errors import ConversionError, shortened
+from ..model.configuration_gpt_scratch import model_type_of
+from .formats.directory import PREFIXES, Weights, config_of
 from .hub import find_source, quiet_transformers
 from .parity import Verification, differing, differing_settings, measure
 
@@ -45,30 +46,43 @@ class Verdict:
 
 
 def verify(reference: str | os.PathLike, candidate: str | os.PathLike) -> Verdict:
-    """Compares an official checkpoint with one of ours: weights bit for bit, outputs and greedy ids in float32.
+    """Compares two checkpoints, official or ours: weights bit for bit, outputs and greedy ids in float32.
 
     Args:
-        reference: directory or hub id of the official checkpoint.
-        candidate: directory or hub id of ours.
+        reference: directory or hub id of the one that errors are relative to, such as the official one.
+        candidate: directory or hub id of the other.
 
     Raises:
         ConversionError: one of them cannot be read, or they are models of different kinds.
     """
     try:
-        official, ours = Weights(find_source(reference), "gpt2"), Weights(find_source(candidate), "gpt_scratch")
-        if official.ours is not ours.ours:
-            kinds = f"{reference} is a {official.ours.gpt2_class.__name__}, but {candidate} is a {ours.ours.__name__}"
+        right, other = _weights(reference), _weights(candidate)
+        if right.ours is not other.ours:
+            kinds = f"{reference} is a {right.model_class.__name__}, but {candidate} is a {other.model_class.__name__}"
             raise ConversionError(f"{kinds}; give two checkpoints of the same kind")
-        theirs, own = official.in_our_names(), ours.tensors()
+        theirs, own = right.in_our_names(), other.in_our_names()
         different = differing(theirs, own)
         if any(theirs[name].shape != own[name].shape for name in theirs.keys() & own.keys()):
             return Verdict(None, different)
         with quiet_transformers():
-            gpt2 = official.ours.gpt2_class.from_pretrained(official.directory, dtype=torch.float32)
-            scratch = ours.ours.from_pretrained(ours.directory, dtype=torch.float32)
-        for model in (gpt2, scratch):
+            first, second = (
+                one.model_class.from_pretrained(one.directory, dtype=torch.float32) for one in (right, other)
+            )
+        for model in (first, second):
             model.config.return_dict = True
-        figures = measure(gpt2, scratch, same_weights=not different)
-        return Verdict(figures, different, differing_settings(gpt2, scratch))
+        figures = measure(first, second, same_weights=not different)
+        return Verdict(figures, different, differing_settings(first, second))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConversionError(str(error)) from error
+
+
+def _weights(name: str | os.PathLike) -> Weights:
+    directory = find_source(name)
+    values = config_of(directory)
+    model_type = model_type_of(values) if isinstance(values, dict) else None
+    if model_type not in (None, *PREFIXES):
+        known = " and ".join(map(repr, PREFIXES))
+        raise ConversionError(
+            f"{name} holds a model of type {shortened(repr(model_type))}, but verify compares {known}"
+        )
+    return Weights(directory, model_type or "gpt2")

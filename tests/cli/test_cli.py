@@ -209,9 +209,13 @@ def test_verify_tells_the_same_from_another(pair, tmp_path):
     assert not json.loads(run("verify", official, tmp_path, "--json", status=3).stdout)["passed"]
 
 
-def test_verify_says_which_checkpoint_cannot_be_read(pair):
+def test_verify_says_which_checkpoint_cannot_be_read(pair, tmp_path):
     official, ours = pair
-    assert "'gpt_scratch', but 'gpt2' is expected" in run("verify", ours, official, status=1).output
+    assert "The same model" in run("verify", ours, official).output
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "type 'llama', but verify compares 'gpt2' and 'gpt_scratch'" in " ".join(
+        run("verify", official, tmp_path, status=1).output.split()
+    )
     assert "there is no directory" in run("verify", official, "./missing", status=1).output
 
 

@@ -44,7 +44,8 @@ def project(tmp_path_factory):
         ("My-Model", "take one such as my_model"),
         ("a__b", "take one such as my_model"),
         ("../up", "take one such as my_model"),
-        ("class", "take one such as my_model"),
+        ("class", "it is a word of Python's own"),
+        ("None", "take one such as none_model"),
         ("x" * 41, "take one such as my_model"),
         ("gpt2", "there is a model type of this name"),
         ("gpt_scratch", "there is a model type of this name"),
@@ -160,6 +161,13 @@ def model(project):
     return small_thing.SmallThingForCausalLM(
         small_thing.SmallThingConfig(vocab_size=VOCAB, pad_token_id=0, eos_token_id=VOCAB - 1, **sizes)
     ).eval()
+
+
+@needs_newest
+@pytest.mark.parametrize("heads", [0, 5, -4])
+def test_its_config_refuses_heads_that_do_not_fit(model, heads):
+    with pytest.raises(ValueError, match=rf"hidden_size=32 must be a multiple of .*heads={heads}, at least 1"):
+        type(model.config)(hidden_size=32, num_attention_heads=heads)
 
 
 @needs_newest

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from pairs import random_gpt2, random_ids, random_pair
+from peft import LoraConfig, get_peft_model
 from remote import run_without_the_package
 from torch import nn
 from torch._inductor.utils import run_and_get_code
@@ -127,6 +128,28 @@ def test_layers_can_be_left_out(checkpoint):
     model = GPTScratchForCausalLM.from_pretrained(checkpoint, quantization_config=config)
     assert type(model.out_head) is nn.Linear and model.out_head.weight is model.model.tok_emb.weight
     assert type(model.model.trf_blocks[0].ff.layers[0]) is Int8Linear
+
+
+@pytest.mark.parametrize("tokens", [5, 30])
+def test_adapters_train_on_layers_that_stay_float_and_are_refused_on_others(checkpoint, tokens):
+    adapted = ["W_query", "W_value"]
+    model = GPTScratchForCausalLM.from_pretrained(
+        checkpoint, quantization_config=Int8Config(modules_to_not_convert=adapted)
+    )
+    options = dict(task_type="CAUSAL_LM", init_lora_weights=False)
+    plain = GPTScratchForCausalLM.from_pretrained(checkpoint)
+    gradients = []
+    for one in (model, plain):
+        torch.manual_seed(0)
+        peft = get_peft_model(one, LoraConfig(target_modules=adapted, **options))
+        ids = random_ids(1, tokens)
+        peft(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in peft.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) == 3 * 2 * 2
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() < 0.1 * theirs.norm()
+    with pytest.raises(ValueError, match=r"Int8Linear.* is not supported"):
+        get_peft_model(GPTScratchForCausalLM.from_pretrained(checkpoint, **BFLOAT16), LoraConfig(**options))
 
 
 def test_it_is_smaller_and_not_for_training_or_translation(checkpoint):

@@ -262,6 +262,13 @@ def test_generate_text_simple_cuts_the_context(tiny):
     assert torch.equal(out[:, -1], tiny(out[:, -17:-1])[:, -1].argmax(-1))
 
 
+def test_generate_text_simple_takes_a_transformers_model_of_the_same_weights(tiny):
+    ours = GPTScratchForCausalLM.from_book(tiny)
+    idx = random_ids(2, 14, vocab_size=97)
+    ids = [generate_text_simple(model, idx, max_new_tokens=5, context_size=16) for model in (tiny, ours)]
+    assert torch.equal(*ids)
+
+
 def test_later_tokens_do_not_change_earlier_logits(tiny):
     idx = random_ids(2, 12, vocab_size=97)
     changed = idx.clone()

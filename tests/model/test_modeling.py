@@ -530,6 +530,30 @@ def test_flex_attention_equals_eager():
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("model_class", [GPTScratchForCausalLM, GPTScratchModel])
+def test_ids_and_positions_that_do_not_exist_are_told(model_class):
+    model = model_class(tiny_config()).eval()
+    ids, last = random_ids(1, 5), f"0 to {VOCAB - 1}"
+    for wrong in (-1, VOCAB):
+        other = ids.clone()
+        other[0, 2] = wrong
+        for inputs in ({"input_ids": other}, {"input_ids": ids, "token_type_ids": other}):
+            name = list(inputs)[-1]
+            with pytest.raises(IndexError, match=rf"got {name} from .*{wrong}.*has {last}; use the tokenizer"):
+                model(**inputs)
+    with pytest.raises(IndexError, match=f"position_ids from -1 to 3, but this model has 0 to {CONTEXT - 1}"):
+        model(ids, position_ids=torch.arange(-1, 4).unsqueeze(0))
+    for inputs, told in (
+        ({"input_ids": ids[0]}, r"input_ids of shape \(5,\), but it must be \(B, T\).*input_ids\.unsqueeze"),
+        ({"input_ids": ids[None]}, r"input_ids of shape \(1, 1, 5\)"),
+        ({"inputs_embeds": torch.randn(5, 48)}, r"inputs_embeds of shape \(5, 48\).*\(B, T, E\)"),
+        ({"input_ids": ids[:, :0]}, "got no tokens"),
+        ({"inputs_embeds": torch.randn(2, 0, 48)}, "got no tokens"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            model(**inputs)
+
+
 def test_auto_tokenizer_knows_the_model(tmp_path):
     """From a directory without tokenizer_config.json, as older official checkpoints are."""
     tiny_model().save_pretrained(tmp_path)

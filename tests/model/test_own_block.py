@@ -1,6 +1,7 @@
 """A model with blocks of its own, from examples/custom_block.py: exact, and independent of this package once saved."""
 
 import importlib
+import json
 import logging
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from remote import run_without_the_package
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from hf_gpt_scratch import GPTModel, Int8Config, model_card
+from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM, Int8Config, model_card
 from hf_gpt_scratch.model import own_code
 from hf_gpt_scratch.model.layers import generate_text_simple
 
@@ -175,9 +176,11 @@ def test_its_classes_may_lie_in_files_that_import_each_other(tmp_path, monkeypat
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_official_weights_that_fit_are_taken_and_others_named(own, tmp_path, caplog):
-    gpt2 = random_gpt2()
-    gpt2.save_pretrained(tmp_path)
+@pytest.mark.parametrize("checkpoint", ["official", "native"])
+def test_weights_that_fit_are_taken_and_others_named(own, tmp_path, caplog, checkpoint):
+    gpt2 = random_gpt2(layer_norm_epsilon=1e-3)
+    native = checkpoint == "native"
+    (GPTScratchForCausalLM.from_gpt2(gpt2) if native else gpt2).save_pretrained(tmp_path)
     logging.getLogger("transformers").addHandler(caplog.handler)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_warning()
@@ -190,9 +193,18 @@ def test_official_weights_that_fit_are_taken_and_others_named(own, tmp_path, cap
     assert {name.rpartition(".")[2] for name in info["missing_keys"]} == {"weight"}
     assert all(".norm" in name for name in info["missing_keys"])
     assert "MISSING" in caplog.text and "pos_emb.weight" in caplog.text
+    config = model.config
+    assert type(config) is own.RotaryConfig and config.model_type == "gpt_rotary" and config.n_layers == 3
+    assert config.layer_norm_epsilon == 1e-3 and config.rope_theta == 10000.0
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["architectures"] == ["RotaryForCausalLM"] and saved["model_type"] == "gpt_rotary"
+    assert {value.partition(".")[0] for value in saved["auto_map"].values()} == {"custom_block"}
+    with pytest.raises(ValueError, match="of type 'gpt_rotary', but GPTScratchConfig reads only"):
+        GPTScratchForCausalLM.from_pretrained(tmp_path / "saved")
 
     weights = load_file(tmp_path / "model.safetensors")
-    del weights["transformer.h.1.attn.c_proj.weight"]
+    del weights["model.trf_blocks.1.att.out_proj.weight" if native else "transformer.h.1.attn.c_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"no weights for model\.trf_blocks\.1\.att\.out_proj\.weight"):
         own.RotaryForCausalLM.from_pretrained(tmp_path)
@@ -202,8 +214,14 @@ def test_it_is_no_gpt2_and_no_book_model_any_more(own, model, tmp_path):
     with pytest.raises(ValueError, match=r"pos_emb is a linear\.Identity instead of"):
         model.save_as_gpt2(tmp_path / "official")
     assert not (tmp_path / "official").exists()
-    with pytest.raises(ValueError, match=r"missing: trf_blocks\.0\.norm1\.weight"):
+    told = r"missing: trf_blocks\.0\.norm1\.weight.*convert it, and RotaryForCausalLM\.from_pretrained"
+    with pytest.raises(ValueError, match=told):
         own.RotaryForCausalLM.from_book(GPTModel({**SIZES, "qkv_bias": False}).state_dict(), {**SIZES})
+
+
+def test_heads_of_an_odd_size_are_refused_where_halves_are_rotated(own):
+    with pytest.raises(ValueError, match="heads have the odd size 3"):
+        own.RotaryForCausalLM(own.RotaryConfig(**{**SIZES, "n_heads": 16}))
 
 
 def test_the_card_says_what_class_it_is(model):

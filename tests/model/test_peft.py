@@ -22,6 +22,7 @@ from peft.utils import constants
 from transformers import GPT2LMHeadModel
 
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, peft_rows
+from hf_gpt_scratch.model.interop import for_each_type
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 pytestmark = [
@@ -161,12 +162,46 @@ def test_vera_with_its_defaults_trains_and_merges():
     assert relative_error(expected, model.merge_and_unload()(ids).logits) <= 10 * FP32_LOGITS
 
 
+class OwnConfig(GPTScratchConfig):
+    model_type = "gpt_with_adapters"
+
+
+class OwnForCausalLM(GPTScratchForCausalLM):  # defined after PEFT has been imported
+    config_class = OwnConfig
+
+
+@pytest.mark.parametrize("method", [*LOW_RANK, *ALIKE])
+def test_a_class_of_ones_own_takes_every_method_with_its_defaults_too(method):
+    config = {**LOW_RANK, **ALIKE}[method]
+    _, ours = pair()
+    own = OwnForCausalLM(OwnConfig.from_gpt2(pair()[0].config))
+    names = [
+        {name for name, p in get_peft_model(model, config()).named_parameters() if p.requires_grad}
+        for model in (ours, own)
+    ]
+    assert names[0] == names[1] and names[0]
+
+
+def test_rows_are_for_all_model_types_that_there_are_and_those_to_come():
+    found = []
+    for_each_type(found.append)
+    assert {"gpt_scratch", "gpt_with_adapters"} <= set(found) and len(found) == len(set(found))
+
+    class LaterConfig(GPTScratchConfig):
+        model_type = "gpt_later"
+
+    class LaterForCausalLM(GPTScratchForCausalLM):
+        config_class = LaterConfig
+
+    assert found[-1] == "gpt_later"
+
+
 def test_each_of_pefts_tables_with_the_official_model_has_our_row():
     tables = {name: table for name, table in vars(constants).items() if name.startswith("TRANSFORMERS_MODELS_TO_")}
     with_gpt2 = [name for name, table in tables.items() if "gpt2" in table]
     assert len(with_gpt2) > 10
-    assert [name for name, table in tables.items() if GPTScratchConfig.model_type in table] == with_gpt2
-    assert GPTScratchConfig.model_type == peft_rows.MODEL_TYPE
+    for model_type in (GPTScratchConfig.model_type, OwnConfig.model_type):
+        assert [name for name, table in tables.items() if model_type in table] == with_gpt2
 
 
 def test_a_row_that_peft_has_stays_and_unknown_names_give_none(monkeypatch):

@@ -282,10 +282,29 @@ def test_adapters_are_merged_with_the_scale_that_is_given(tmp_path, make, by_ran
         GPTScratchForCausalLM.from_pretrained(tmp_path / "out"),
         GPTScratchForCausalLM.from_book(path, lora_scale=scale, **options),
         GPTScratchForCausalLM.from_book(model, lora_scale=scale),
+        GPTScratchForCausalLM.from_book(model),  # which tells it
     ):
         assert error_of(ours, model) < BOUND
     with pytest.raises(ValueError, match="other logits"):
         GPTScratchForCausalLM.from_book(model, lora_scale=2.0)
+
+
+def test_adapters_in_memory_tell_their_scale_to_the_last_bit_and_must_have_one():
+    model = randomize(adapt(plain())).eval()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    found = GPTScratchForCausalLM.from_book(model).state_dict()
+    given = GPTScratchForCausalLM.from_book(model, lora_scale=1.5).state_dict()
+    assert all(torch.equal(found[name], given[name]) for name in given)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    model.out_head.scale = 3.0
+    with pytest.raises(ValueError, match=r"by different numbers, 1\.5, 3\.0.*merge them"):
+        GPTScratchForCausalLM.from_book(model)
+    untrained = randomize(adapt(plain())).eval()
+    with torch.no_grad():
+        for name, parameter in untrained.named_parameters():
+            if name.endswith("lora.B"):
+                parameter.zero_()
+    assert error_of(GPTScratchForCausalLM.from_book(untrained), untrained) < BOUND
 
 
 def test_a_scale_without_adapters_is_refused_and_adapters_of_peft_are_named(tmp_path):

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 from typer.testing import CliRunner
 
-from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM
+from hf_gpt_scratch import GPTModel, GPTScratchForCausalLM, model_card
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.errors import ConversionError, LabError
 from hf_gpt_scratch.lab.subject import load
@@ -235,6 +235,22 @@ def test_classifiers_with_other_labels_or_padding_are_not_the_same(tmp_path, cha
     assert status == 3 and json.loads(output)["passed"] is False
 
 
+def test_verify_takes_any_two_directories_and_tells_them_apart(official, ours, tmp_path):
+    gpt2, place = official
+    places = {"official": place, "ours": ours}
+    for kind, model in (("official", gpt2), ("ours", GPTScratchForCausalLM.from_pretrained(ours))):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[0, 0] += 1e-3
+        places[f"other {kind}"] = tmp_path / f"other {kind}"
+        model.save_pretrained(places[f"other {kind}"])
+    for first in places:
+        for second in places:
+            same = first.startswith("other") == second.startswith("other")
+            status, output = run("verify", places[first], places[second])
+            assert status == (0 if same else 3), output
+            assert same or "Different tensors: tok_emb.weight" in output
+
+
 # Models in memory
 
 
@@ -251,6 +267,16 @@ def test_the_advice_for_a_data_parallel_model_works():
     with pytest.raises(ValueError, match=r"got a DataParallel.*\.module"):
         GPTScratchForCausalLM.from_gpt2(parallel)
     GPTScratchForCausalLM.from_gpt2(parallel.module)
+    parallel = nn.DataParallel(random_pair()[1])
+    with pytest.raises(TypeError, match=r"model_card got a DataParallel; .*\.module"):
+        model_card(parallel)
+    model_card(parallel.module)
+
+
+def test_the_books_model_is_taken_out_of_data_parallel():
+    book, ids = randomize(GPTModel(CFG)).eval(), random_ids(vocab_size=97)
+    ours = GPTScratchForCausalLM.from_book(nn.DataParallel(book))
+    torch.testing.assert_close(ours(ids).logits, book(ids), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"vocab_size": "97"}, {"n_heads": 3.0}, {"emb_dim": None}])

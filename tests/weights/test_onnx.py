@@ -292,7 +292,8 @@ def test_a_quantizer_that_quantizes_nothing_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("format", "quantize"), [("onnx", "int4"), ("gguf", "int8"), ("native", "int8")])
 def test_what_no_format_can_quantize_is_refused(tmp_path, format, quantize):
     model = random_pair()[1]
-    told = f"got quantize='{quantize}' for '{format}', but there is only 'int8' for 'onnx'; leave quantize out"
+    remedy = "leave quantize out" if quantize == "int4" else "give --format onnx, or leave quantize out"
+    told = f"got quantize='{quantize}' for '{format}', but there is only 'int8' for 'onnx'; {remedy}"
     with pytest.raises(ConversionError, match=told):
         write(model, model.config, tmp_path / "out", format, quantize=quantize)
 
@@ -306,6 +307,17 @@ def test_a_missing_package_is_told_before_anything_is_written(tmp_path, monkeypa
     with pytest.raises(ConversionError, match=rf"needs the package {package} .*pip install 'hf-gpt-scratch\[onnx\]'"):
         exported(random_pair()[1], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"mine"}
+
+
+def test_onnxruntime_is_needed_by_what_runs_it_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for options in ({"quantize": "int8", "check": False}, {}):
+        with pytest.raises(ConversionError, match=r"package onnxruntime .*--no-verify"):
+            exported(random_pair()[1], tmp_path, **options)
+    for check in (False, "weights"):
+        exported(random_pair()[1], tmp_path, check=check, overwrite=True)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    convert(tmp_path / "out", tmp_path / "back")
 
 
 def test_what_a_graph_cannot_hold_is_refused(tmp_path):
@@ -383,7 +395,32 @@ def elsewhere(directory):
     changed(directory, lambda model: setattr(first_weight(model).external_data[0], "value", "../secret"))
 
 
+def settings(directory, **changes):
+    """Changes config.json."""
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 DAMAGES = {
+    "another number of heads": (lambda d: settings(d, n_head=6), "config.json has n_head=6, but the graph 4"),
+    "more layers": (lambda d: settings(d, n_layer=4), "n_layer=4, but the graph 3"),
+    "another width": (lambda d: settings(d, n_embd=96), "n_embd=96, but the graph 48"),
+    "another epsilon": (
+        lambda d: settings(d, layer_norm_epsilon=1e-6),
+        "layer_norm_epsilon=1e-06, but the graph 1e-05",
+    ),
+    "the exact GELU": (
+        lambda d: settings(d, activation_function="gelu"),
+        "activation_function='gelu', but the graph 'gelu_new'",
+    ),
+    "scores unscaled": (
+        lambda d: settings(d, scale_attn_weights=False),
+        "scale_attn_weights=False, but the graph True",
+    ),
+    "an untied head": (lambda d: settings(d, tie_word_embeddings=False), "tie_word_embeddings=False"),
+    "settings of a Llama": (lambda d: settings(d, model_type="llama"), "config.json is not that of a GPT-2"),
+    "settings of a wrong type": (lambda d: settings(d, n_head="4"), "config.json is not usable"),
+    "heads that the graph has not": (lambda d: about(d, n_heads=2), "damaged metadata.*n_heads=2, but its cache has 4"),
     "no weights": (lambda d: (d / FOLDER / (GRAPH + DATA)).unlink(), "is missing, truncated or corrupt"),
     "half the weights": (lambda d: data_changed(d, lambda b: b[:200_000]), "is missing, truncated or corrupt"),
     "more than the weights": (
@@ -434,6 +471,27 @@ def test_what_is_damaged_is_refused(tmp_path, damage):
     with pytest.raises(ConversionError, match=told):
         convert(tmp_path / "out", tmp_path / "back")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_settings_that_are_not_the_graphs_may_change(tmp_path):
+    model = random_pair()[1]
+    write(model, model.config, tmp_path / "out", "onnx")
+    settings(tmp_path / "out", eos_token_id=7, attn_pdrop=0.5, architectures=["GPT2Model"])
+    assert read(tmp_path / "out")[0].to_diff_dict() == model.config.to_diff_dict()
+    (tmp_path / "out" / "config.json").unlink()
+    assert read(tmp_path / "out")[0].to_diff_dict() == model.config.to_diff_dict()
+
+
+def test_verify_and_compare_say_what_to_do_with_a_graph(tmp_path):
+    _, model = random_pair()
+    exported(model, tmp_path, check=False)
+    mine, graph = str(tmp_path / "mine"), str(tmp_path / "out")
+    for command in ("verify", "compare"):
+        for pair in ([graph, mine], [mine, graph]):
+            done = CliRunner().invoke(app, [command, *pair])
+            assert done.exit_code == 1 and f"hf-gpt-scratch convert {graph} TARGET" in " ".join(done.output.split())
+    convert(graph, tmp_path / "back")
+    assert CliRunner().invoke(app, ["verify", mine, str(tmp_path / "back")]).exit_code == 0
 
 
 def test_weights_that_change_while_they_are_read_are_noticed(tmp_path, monkeypatch):

@@ -211,7 +211,8 @@ class Weights:
         if isinstance(self.config, GPT2Config) and (unused := ignored_by_gpt2(self.config)):
             self.notes.append(f"left out of config.json, since GPT-2 ignores it: {listed(unused)}")
         self.ours = _architecture(directory, values)
-        self.model = meta_model(self.ours.gpt2_class if model_type == "gpt2" else self.ours, self.config)
+        self.model_class: type[PreTrainedModel] = self.ours.gpt2_class if model_type == "gpt2" else self.ours
+        self.model = meta_model(self.model_class, self.config)
         self.names = self._match()
         dtypes = [self.checkpoint.tensors[name].dtype for name in self.names.values()]
         dtype = self.config.dtype or dtypes[0]
@@ -318,7 +319,7 @@ def _config_values(directory: Path, model_type: str) -> dict[str, Any]:
         other = {"gpt2": "convert", "gpt_scratch": "export"}.get(found)
         remedy = OF_ANOTHER_TYPE
         if other:
-            remedy = f"hf-gpt-scratch {other} converts such a model; for verify, name the official one first"
+            remedy = f"hf-gpt-scratch {other} converts such a model"
         raise ConversionError(f"{directory} holds a model of type {found!r}, but {model_type!r} is expected; {remedy}")
     refuse_kernels(path, values)
     check_settings(path, values)

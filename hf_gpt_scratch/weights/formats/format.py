@@ -219,6 +219,7 @@ class Options:
         bias: whether biases are stored, if the format has the choice; None: if there are any.
         tokenizer: stored in the file, if the format has a place for one.
         quantize: what is written beside the weights as they are, if the format can: "int8".
+        runs: what is written will be run by the format's program.
     """
 
     progress: Progress = field(default_factory=Progress)
@@ -226,6 +227,7 @@ class Options:
     bias: bool | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     quantize: str | None = None
+    runs: bool = False
 
 
 @dataclass(frozen=True)
@@ -392,8 +394,10 @@ class Format:
             )
         if options.quantize not in (None, *self.quantizes):
             known = ", ".join(f"{one!r} for {format.name!r}" for format in FORMATS.values() for one in format.quantizes)
+            able = (f"give --format {name}, or " for name, one in FORMATS.items() if options.quantize in one.quantizes)
             raise ConversionError(
-                f"got quantize={options.quantize!r} for {self.name!r}, but there is only {known}; leave quantize out"
+                f"got quantize={options.quantize!r} for {self.name!r}, but there is only {known}; {next(able, '')}"
+                "leave quantize out"
             )
         if self.plain and not contents.kind.can_generate() and contents.kind is not GPTScratchModel:
             remedy = "keep the native directory" if contents.config.book_classifier else "use the format 'gpt2' instead"

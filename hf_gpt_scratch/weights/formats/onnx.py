@@ -28,17 +28,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GPT2Config
 
 from ...errors import ConversionError, ParityError, shortened
-from ...model.configuration_gpt_scratch import GPTScratchConfig
+from ...model.configuration_gpt_scratch import GPTScratchConfig, model_type_of
 from ...model.modeling_gpt_scratch import GPTScratchForCausalLM
 from ...model.weight_map import BASE, LM_HEAD, SCRATCH_PREFIX, Row
 from ...tokenizer import complete_tokenizer
 from ..checkpoint import Progress, check_settings, holds_weights, parse_json, read_part, refuse_special_file
 from ..parity import FP32_LOGITS, LogitParity, Verification, logit_parity, probe_ids, warm_up
 from ..tensors import LazyTensor
-from .directory import MAX_LAYERS, generation_settings, meta_model
+from .directory import MAX_LAYERS, config_of, generation_settings, meta_model
 from .format import DTYPES, Contents, Format, Found, Layout, Options, Source, Written, check_tensors, finite
 
 # transformers.js's folder for graphs, its names for those in float32 and in int8 ("q8"), and its suffix for weights.
@@ -92,6 +92,7 @@ class Onnx(Format):
         if n_heads not in (None, config.n_heads):
             raise ConversionError(f"got n_heads={n_heads}, but {path} says {config.n_heads}; leave n_heads out")
         check_tensors(source.tensors, self.expected(config, source.tensors), str(path), "its graph's metadata")
+        _check_config(path, config)
         source.tensors = {name: finite(tensor, name, path) for name, tensor in source.tensors.items()}
         ours = self.layout.to_scratch(source.tensors, config.n_layers)
         return Contents(str(path), config, ours, source.metadata["dtype"], directory=path)
@@ -101,7 +102,9 @@ class Onnx(Format):
 
     def check(self, contents: Contents, options: Options) -> None:
         super().check(contents, options)
-        _packages()
+        _packages("onnx", "onnxscript")
+        if options.quantize or options.runs:
+            _packages("onnxruntime", more="; it quantizes, and runs the graph unless --no-verify")
         if contents.dtype == torch.float64:
             raise ConversionError(
                 f"the weights are {contents.dtype}, but graphs are float32, into which that does not fit; cast them "
@@ -169,6 +172,39 @@ def _write_settings(contents: Contents, directory: Path) -> None:
         raise ConversionError(f"the model's settings cannot be saved: {error}; correct them") from error
 
 
+# What a graph is made of, by the names in an official config.
+_OF_GRAPH = (
+    *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function"),
+    *("layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings"),
+)
+
+
+def _check_config(directory: Path, config: GPTScratchConfig) -> None:
+    """Raises ConversionError if config.json, by which other programs run the graph, is of another model."""
+    values = config_of(directory)
+    if values is None:
+        return
+    path = directory / "config.json"
+    if not isinstance(values, dict) or model_type_of(values) != "gpt2":
+        raise ConversionError(f"{path} is not that of a GPT-2, but the graph beside it is one; export the model again")
+    try:
+        beside = GPT2Config.from_dict(values)
+    except Exception as error:  # wrong settings raise errors of many types
+        reason = shortened(" ".join(str(error).split()), 300)
+        raise ConversionError(f"{path} is not usable ({reason}); export the model again") from error
+    graph = config.to_gpt2()
+    wrong = [
+        f"{name}={shortened(repr(getattr(beside, name)))}, but the graph {getattr(graph, name)!r}"
+        for name in _OF_GRAPH
+        if getattr(beside, name) != getattr(graph, name)
+    ]
+    if wrong:
+        raise ConversionError(
+            f"{path} has {'; '.join(wrong)}; the graph cannot be changed so: correct config.json, or export a model "
+            "with these settings"
+        )
+
+
 def _settings(config: GPTScratchConfig) -> dict[str, Any]:
     values = json.loads(config.to_json_string())
     return {name: value for name, value in values.items() if name not in _OF_FILES}
@@ -177,14 +213,14 @@ def _settings(config: GPTScratchConfig) -> dict[str, Any]:
 _OF_FILES = ("architectures", "auto_map", "dtype", "transformers_version")  # not of the model
 
 
-def _packages() -> None:
+def _packages(*names: str, more: str = "") -> None:
     """Raises ConversionError if a package is missing."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise ConversionError(
-                f"ONNX needs the package {name} ({error}); pip install 'hf-gpt-scratch[onnx]'"
+                f"ONNX needs the package {name} ({error}); pip install 'hf-gpt-scratch[onnx]'{more}"
             ) from error
 
 
@@ -314,7 +350,7 @@ def _read_graph(path: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         ConversionError: it is another graph, or damaged.
     """
-    _packages()
+    _packages("onnx")
     refuse_special_file(path)
     data = path.read_bytes() if path.stat().st_size <= LARGEST_GRAPH else b""
     try:
@@ -334,6 +370,10 @@ def _read_graph(path: Path) -> tuple[Any, dict[str, Any]]:
         if type(layers) is not int or layers > min(MAX_LAYERS, len(model.graph.initializer)):
             raise ValueError(f"n_layers={shortened(repr(layers))}, but it holds {len(model.graph.initializer)} tensors")
         config = GPTScratchConfig.from_dict(about["config"])
+        shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+        n_heads = shapes["past_key_values.0.key"][1].dim_value
+        if n_heads != config.n_heads:
+            raise ValueError(f"n_heads={config.n_heads}, but its cache has {n_heads}")
         dtype = next(dtype for dtype in DTYPES if str(dtype) == f"torch.{about['dtype']}")
         config.dtype = dtype
     except ConversionError:

@@ -33,6 +33,6 @@ class MyModelConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.hidden_size=} must be a multiple of {self.num_attention_heads=}, at least 1")
         super().__post_init__(**kwargs)
