@@ -121,7 +121,7 @@ class ForDecoding(GPTScratchForCausalLM):
 def for_decoding(model: GPTScratchForCausalLM) -> GPTScratchForCausalLM:
     """A frozen copy of a language model that generates the same ids faster, for 2 sequences and more.
 
-    For one sequence it is slower than the model itself.
+    For one sequence it is about as fast as the model itself.
 
     It has `.generate()` with all its modes, and forward passes without gradients, on a CPU in float32. All linear
     layers are packed, a tied head too, which costs its size more than the model: `get_memory_footprint()` tells the
