@@ -22,7 +22,6 @@ MINUTES = {  # approximate, on two cores
     "import_time": 3,
     "scaling": 8,
     "profile_decode": 2,
-    "memory_order": 1,
     "few_rows": 2,
     "gpu": 0,
 }

@@ -1,8 +1,9 @@
-"""Products of a few rows in float32, as F.linear and by oneDNN: python benchmarks/few_rows.py
+"""Products of a few rows in float32, by MKL and by oneDNN: python benchmarks/few_rows.py
 
-F.linear calls MKL in torch's builds for x86; oneDNN multiplies by the same weight as it is, or by a copy packed for it:
-`.generate()` does the first on AMD's CPUs, `for_decoding` the second. Each call uses 300 MB of different weights, like
-a model, so that none of them stays in a cache. `--cpu-time` on a machine that others use.
+F.linear calls MKL in torch's builds for x86. nn.Linear stores its weight as `[out, in]`, transformers' Conv1D as
+`[in, out]`, here a transposed view. oneDNN multiplies by the weight as it is, or by a copy packed for it: `.generate()`
+does the first on AMD's CPUs, `for_decoding` the second. Each call uses 300 MB of different weights, like a model, so that
+none of them stays in a cache. `--cpu-time` on a machine that others use.
 """
 
 from functools import partial
@@ -43,12 +44,14 @@ def main(
     for size_in, size_out in SHAPES[:1] if quick else SHAPES:
         copies = 2 if quick else max(2, int(300e6 / (size_in * size_out * 4)))
         weights, bias = [torch.randn(size_out, size_in) for _ in range(copies)], torch.randn(size_out)
+        transposed = [weight.t().contiguous().t() for weight in weights]
         packed = [torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) for weight in weights]
         for count in ROWS[:2] if quick else ROWS:
             x = torch.randn(count, size_in)
 
             calls = {
                 "F.linear": partial(by_torch, x, weights, bias),
+                "F.linear, [in, out]": partial(by_torch, x, transposed, bias),
                 "oneDNN": partial(by_onednn, x, weights, bias),
                 "oneDNN, packed": partial(by_onednn, x, packed, bias),
             }
