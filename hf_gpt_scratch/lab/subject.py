@@ -246,9 +246,13 @@ def load(
     if source.endswith((".py", ".ipynb")):
         raise LabError(f"got {source}, but a file can contain several models; name one of them, {source}:Name")
     if Path(source).is_file():
+        beside = Path(source).with_name("config.json").is_file()
+        remedy = (
+            "give the directory that it is in" if beside else f"hf-gpt-scratch convert {source} DIRECTORY makes one"
+        )
         raise LabError(
-            f"got the file {source}, but a model is a directory or a class; give the directory that it is in, or the "
-            f"class with these weights, file.py:Name and --weights {source}"
+            f"got the file {source}, but a model is a directory or a class; {remedy}, or give the class with these "
+            f"weights, file.py:Name and --weights {source}"
         )
     try:
         return load_checkpoint(find_source(source), source)

@@ -408,6 +408,14 @@ def test_files_of_the_wrong_kind_are_refused(files, tmp_path, content, arguments
     assert message in result.output
 
 
+def test_a_file_of_weights_is_answered_with_what_makes_a_model_of_it(files, tmp_path):
+    (tmp_path / "model.pth").write_bytes(b"x")
+    for remedy in ("hf-gpt-scratch convert", "give the directory that it is in"):
+        result = run(f"{files}/official", tmp_path / "model.pth")
+        assert result.exit_code == 1 and remedy in " ".join(result.output.split()), result.output
+        (tmp_path / "config.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
