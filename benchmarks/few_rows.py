@@ -1,9 +1,9 @@
 """Products of a few rows in float32, by MKL and by oneDNN: python benchmarks/few_rows.py
 
 F.linear calls MKL in torch's builds for x86. nn.Linear stores its weight as `[out, in]`, transformers' Conv1D as
-`[in, out]`, here a transposed view. oneDNN multiplies by the weight as it is, or by a copy packed for it: `.generate()`
-does the first on AMD's CPUs, `for_decoding` the second. Each call uses 300 MB of different weights, like a model, so that
-none of them stays in a cache. `--cpu-time` on a machine that others use.
+`[in, out]`, here a transposed view. oneDNN multiplies by the weight as it is, or by a copy packed for it:
+`.generate()` does the first on AMD's CPUs, `for_decoding` the second. Each call uses 300 MB of different weights, like
+a model, so that none of them stays in a cache. `--cpu-time` on a machine that others use.
 """
 
 from functools import partial
