@@ -5,15 +5,18 @@ from .recording import NotReplayable, Run
 from .searches import MISTAKES, ONE, Search
 
 CHOICE, CACHE = "the choice of beams", "the cache follows the beams"
-WIDTH, LENGTH = 3, 6
+LENGTH = 6
 # Settings that change nothing without an end token.
 HARMLESS = ("length", "alpha", "early", "verbose")
 
 
 class Beams(Examiner):
+    width: int
+    many_beams: bool
+
     def beams(self) -> None:
         """Are its beams those of a beam search, and does the cache follow them?"""
-        if not self.decoder.has("num_beams"):
+        if not self.decoder.has("num_beams") and not self.many_beams:
             self.not_made(CHOICE, "it has no beams")
             self.not_made(CACHE, "it has no beams")
             return
@@ -25,7 +28,7 @@ class Beams(Examiner):
             prompts, rights = self.telling_prompts()
             # 0 asks many decoders for the most probable token, and would divide the scores of beams.
             scale = {"temperature": 1.0} if self.decoder.has("temperature") else {}
-            runs = [self.run([prompt], LENGTH, num_beams=WIDTH, **scale) for prompt in prompts]
+            runs = [self.run([prompt], LENGTH, num_beams=self.width, **scale) for prompt in prompts]
             self.judge(runs, rights)
         except NotReplayable as error:
             self.not_made(CHOICE, f"its forward pass without a cache fails: {error}")
@@ -35,7 +38,7 @@ class Beams(Examiner):
         prompts, rights = [], []
         for seed in range(140, 200):
             prompt = self.bench.ids(5, seed)
-            right = self.searched(Search(), prompt, WIDTH)
+            right = self.searched(Search(), prompt, self.width)
             if right != self.searched(ONE, prompt, 1):
                 prompts.append(prompt)
                 rights.append(right)
@@ -61,11 +64,11 @@ class Beams(Examiner):
             self.follow(runs)
             return
         shown = next(n for n, right in enumerate(rights) if given[n] != right)
-        shortest = {"prompt": runs[shown].prompts[0], "num_beams": WIDTH, "new_tokens": LENGTH}
+        shortest = {"prompt": runs[shown].prompts[0], "num_beams": self.width, "new_tokens": LENGTH}
         undecided = self.undecided()
         # Of other searches, such as one for diverse beams, the first beam may well be that of one alone.
         for how in (*(() if undecided else (ONE,)), *MISTAKES):
-            width = 1 if how is ONE else WIDTH
+            width = 1 if how is ONE else self.width
             if all(self.searched(how, run.prompts[0], width) == run.new[0] for run in runs):
                 proof = f"a search that does so, on its own forward pass without a cache, gives all ids of {len(runs)} "
                 proof += "prompts; a beam search gives others"
@@ -80,8 +83,8 @@ class Beams(Examiner):
             self.wrong(
                 CHOICE,
                 "beams-differ",
-                f"its beams are not those of a beam search: with {WIDTH} beams, after {runs[shown].prompts[0]}, it "
-                f"gives {given[shown]}, where the sums of log probabilities give {rights[shown]}",
+                f"its beams are not those of a beam search: with {self.width} beams, after {runs[shown].prompts[0]}, "
+                f"it gives {given[shown]}, where the sums of log probabilities give {rights[shown]}",
                 "compare the beams and their scores after each step with those of a beam search by hand",
                 shortest=shortest,
             )
@@ -94,13 +97,15 @@ class Beams(Examiner):
         others = {
             n: v for n, v in {**one.others, **one.given}.items() if not any(word in n.lower() for word in HARMLESS)
         }
+        if not one.has("num_beams") and "beam" not in one.name.lower():
+            return f"nothing says that its {self.width} rows for one prompt are beams"
         others |= {one.parameters[s]: one.defaults[s] for s in ("top_k", "top_p") if one.defaults.get(s)}
         told = ", ".join(f"{name}={value}" for name, value in others.items())
         return f"it has settings that may change them: {told}" if told else ""
 
     def follow(self, runs: list[Run]) -> bool:
         """Does the cache of each beam follow it? True also where this cannot be asked."""
-        what, width = CACHE, WIDTH
+        what, width = CACHE, self.width
         cached = [run for run in runs if len(run.calls) > 2 and run.calls[-1].ids.shape == (width, 1)]
         if not cached:
             self.not_made(what, "its beams use no cache")
@@ -157,7 +162,7 @@ class Beams(Examiner):
         fed: list[list[int]] = []
         for call in run.calls:
             if call.ids.shape[1] > 1:
-                fed = [run.prompts[0] for _ in range(3)]
+                fed = [run.prompts[0] for _ in range(self.width)]
                 continue
             fed = [[*row, int(token)] for row, token in zip(fed, call.ids[:, -1], strict=False)]
             if not all(self.bench.equal(call.last[n], self.bench.last(row)) for n, row in enumerate(fed)):

@@ -6,7 +6,7 @@ import torch
 
 from .findings import FAULT, NOTE, Finding
 from .losses import LossFindings
-from .record import Forward, Recorder
+from .record import Forward, Recorder, untouched
 from .streams import glued, overlap
 
 
@@ -105,9 +105,8 @@ class DataFindings:
                     figures={"dropouts": forward.dropouts},
                 )
                 break
-        state = torch.get_rng_state()
-        found = overlap(self.recorder, self.trained(), self.frames)
-        torch.set_rng_state(state)
+        with untouched():
+            found = overlap(self.recorder, self.trained(), [*self.frames, *self.recorder.drawing.values()])
         if found is not None:
             self.add("validation-overlaps-training", **found)
         joined = glued(self.frames)

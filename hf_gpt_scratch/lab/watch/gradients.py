@@ -332,15 +332,31 @@ class GradientFindings:
                         f"at step {number + 1} the order is {order_of(step)}",
                     )
                     return
-                if step.backwards > 1 and len(useful) >= step.backwards and useful[0] < backwards[-1]:
+                if step.backwards > 1 and len(useful) >= step.backwards - 1 and useful[0] < backwards[-1]:
+                    last = "" if useful[-1] > backwards[-1] else ", but not after the last"
                     self.add(
                         "clipped-per-micro-batch",
-                        f"the gradients are clipped after each of {step.backwards} backward passes, while they add up",
+                        f"the gradients are clipped {len(useful)} times between the {step.backwards} backward passes "
+                        f"of a step, while they add up{last}",
                         events[0].where,
                         "clip once, after the last backward pass of the step",
                         f"at step {number + 1} the order is {order_of(step)}",
                     )
                     return
+            part = clipped_part(step) if events else None
+            if part is not None:
+                ones, every = part
+                self.add(
+                    "clipped-in-part",
+                    f"{counted(len(ones), 'parameter')} of {every} are clipped, the others are not: "
+                    f"{self.names.of(ones)}",
+                    events[0].where,
+                    "clip_grad_norm_(model.parameters(), ...), all of them by one norm",
+                    f"at step {number + 1} the gradients used are those of the backward pass, smaller for these and bit "
+                    "for bit the same for the rest",
+                    level=NOTE,
+                    figures={"clipped": len(ones), "parameters": every},
+                )
             cut = by_value(step)
             if cut is not None and not any(event.what == "clip_norm" for event in events):
                 limit, share = cut
@@ -633,6 +649,19 @@ def by_value(step: Step) -> tuple[float, float] | None:
     if not cut or not all(torch.equal(used, made.clamp(-limit, limit)) for used, made in pairs):
         return None
     return limit, cut / sum(made.numel() for _, made in pairs)
+
+
+def clipped_part(step: Step) -> tuple[list[int], int] | None:
+    """The parameters whose gradient was made smaller, and the number of all; None if it was none or all of them."""
+    pairs = {
+        key: (used, made)
+        for update in step.updates
+        for key, used in update.gradients.items()
+        if used is not None and (made := step.gradients.get(key)) is not None and bool(made.any())
+    }
+    smaller = [key for key, (used, made) in pairs.items() if float(used.norm()) < (1 - NEAR) * float(made.norm())]
+    same = [key for key, (used, made) in pairs.items() if torch.equal(used, made)]
+    return (smaller, len(pairs)) if smaller and len(smaller) + len(same) == len(pairs) > len(smaller) else None
 
 
 class Uncut(TorchFunctionMode):

@@ -519,7 +519,8 @@ def numbers_beside(frames: list[dict[str, Any]], ids: set[int]) -> set[float]:
 def explain_updates(history: list[Update], numbers: set[float]) -> tuple[str, str, str, str, dict[str, Any]] | None:
     """The rule that reproduces the updates of one optimizer of the user's, from its first step on; None if none does.
 
-    The name is empty if the rule is right: SGD, momentum, Adam or AdamW. `numbers` are those that may be its settings.
+    The name is empty if the rule is right: SGD, momentum, Nesterov's, Adam, AdamW or Lion. `numbers` are those that may
+    be its settings.
     """
     chosen, size = [], 0
     for key in history[0].ids:
@@ -574,9 +575,14 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
         slope = float((deltas[step] * direction).sum() / direction.pow(2).sum().clamp(min=1e-300))
         return slope if rule.ascent else -slope
 
-    def unit_of(step: int) -> torch.Tensor:
-        # float32 weights and moments are rounded; the sum of both bounds what a correct program may differ by
-        return 1.2e-7 * (before[step].abs() * 2 + deltas[step].abs() * 16).pow(2).mean().sqrt() + 1e-30
+    generator = torch.Generator().manual_seed(0)
+    noisy = [g * (1 + 1e-7 * torch.randn(g.shape, generator=generator, dtype=g.dtype)) for g in gradients]
+
+    def unit_of(step: int, rate: float, direction: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
+        # float32 weights and moments are rounded, and so are gradients; what follows from both bounds what a correct
+        # program may differ by
+        rounded = (before[step].abs() * 2 + deltas[step].abs() * 16).pow(2).mean().sqrt()
+        return 1.2e-7 * rounded + abs(rate) * (perturbed - direction).pow(2).mean().sqrt() + 1e-30
 
     def fitted(directions: list[torch.Tensor], decays: bool) -> tuple[float, float]:
         """The learning rate and the share of the weights that are taken away, of all steps, by least squares."""
@@ -590,7 +596,8 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
     def misfit_untold(rule: "Rule") -> float:
         """The same where neither learning rate nor decay are told: they are fitted, the same for all steps."""
         one, two = rule.betas or usual
-        directions = list(rule.directions(before, gradients, one, two, eps, momentum or rule.momentum, rule.decay))
+        settings = (one, two, eps, momentum or rule.momentum, rule.decay)
+        directions = list(rule.directions(before, gradients, *settings))
         rate, pull = fitted(directions, rule.pulls)
         if (pull < 0) != ("decay-adds" in rule.faults) and pull:
             rate, pull = fitted(directions, False)
@@ -598,7 +605,9 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
             return math.inf
         rule.fit = rate, pull
         errors = [-rate * d - pull * w - x for d, w, x in zip(directions, before, deltas, strict=True)]
-        return max(float(error.pow(2).mean().sqrt() / unit_of(step)) for step, error in enumerate(errors))
+        pairs = zip(directions, rule.directions(before, noisy, *settings), strict=True)
+        units = [unit_of(step, rate, *pair) for step, pair in enumerate(pairs)]
+        return max(float(error.pow(2).mean().sqrt() / unit) for error, unit in zip(errors, units, strict=True))
 
     def misfit(rule: "Rule") -> float:
         """The largest error over the steps, in units of what rounding explains."""
@@ -606,8 +615,9 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
             return misfit_untold(rule)
         worst, used = 0.0, []
         one, two = rule.betas or usual
-        directions = rule.directions(before, gradients, one, two, eps, rule.momentum or momentum, decay)
-        for step, (direction, delta) in enumerate(zip(directions, deltas, strict=True)):
+        settings = (one, two, eps, rule.momentum or momentum, decay)
+        both = (rule.directions(before, given, *settings) for given in (gradients, noisy))
+        for step, (delta, direction, perturbed) in enumerate(zip(deltas, *both, strict=True)):
             rate = rate_of(rule, step, direction)
             used.append(rate)
             if rates[step] is None and (rate <= 0 or abs(rate - used[0]) > 1e-3 * used[0]):
@@ -617,7 +627,7 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
             if rule.kind == "adam, decay last":
                 predicted = -rate * direction - rate * decay * (before[step] - rate * direction)
             error = (predicted - delta).pow(2).mean().sqrt()
-            worst = max(worst, float(error / unit_of(step)))
+            worst = max(worst, float(error / unit_of(step, rate, direction, perturbed)))
         return worst
 
     told = bool(group.get("betas"))
@@ -692,7 +702,8 @@ class Rule:
         return "l2-instead-of-decoupled" not in self.faults
 
     def pull(self, rate: float, decay: float) -> float:
-        if not self.kind.startswith("adam") or {"l2-instead-of-decoupled", "decay-missing"} & set(self.faults):
+        coupled = {"l2-instead-of-decoupled", "decay-missing"} & set(self.faults)
+        if coupled or self.kind in ("sgd", "nesterov"):
             return 0.0
         if "decay-not-scaled-by-lr" in self.faults:
             return decay
@@ -708,11 +719,15 @@ class Rule:
             corrected = corrected if self.kind == "adam, correction as told" else two
         m = v = torch.zeros_like(gradients[0])
         for t, (weights, gradient) in enumerate(zip(before, gradients, strict=True), start=1):
-            if self.kind == "sgd" or "l2-instead-of-decoupled" in faults:
+            if self.kind in ("sgd", "nesterov") or "l2-instead-of-decoupled" in faults:
                 gradient = gradient + decay * weights
-            if self.kind == "sgd":
+            if self.kind in ("sgd", "nesterov"):
                 m = momentum * m + gradient if t > 1 else gradient
-                yield m
+                yield m if self.kind == "sgd" else gradient + momentum * m
+                continue
+            if self.kind == "lion":
+                yield (one * m + (1 - one) * gradient).sign()
+                m = two * m + (1 - two) * gradient
                 continue
             if "state-forgotten" in faults:
                 t = 1
@@ -751,7 +766,9 @@ def rules(decay: float, told: bool, rated: bool, untold: bool = False) -> list[R
     moments = [name for name in RULES if name not in {*decays, "ascent"} and not name.startswith(("decay", "l2"))]
     found = [Rule(), Rule(kind="sgd"), Rule(kind="adam, decay last"), Rule(kind="adam, eps before correction")]
     if not rated:
-        found.append(Rule(kind="sgd", momentum=0.9))
+        found += [Rule(kind=kind, momentum=0.9) for kind in ("sgd", "nesterov")]
+    found += [Rule(kind="nesterov"), Rule(kind="lion")]
+    found += [Rule(kind="lion", betas=betas) for betas in ((0.9, 0.99), (0.95, 0.98)) if not told]
     if not told:
         found += [Rule(betas=(0.9, two)) for two in (0.95, 0.98, 0.99)]
     found += [Rule((name,)) for name in (*moments, *decays, "ascent")]
