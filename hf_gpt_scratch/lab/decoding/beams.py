@@ -2,10 +2,25 @@
 
 from .examination import Examiner
 from .recording import NotReplayable, Run
-from .searches import MISTAKES, ONE, Search
+from .searches import MISTAKES, ONE, Ending, Search, endings
 
 CHOICE, CACHE = "the choice of beams", "the cache follows the beams"
 LENGTH = 6
+ENDS = "beams that end"
+ENDED = {
+    "unseen": ("end-ignored", "beams go on after the end token", "a beam that has the end token is not grown any more"),
+    "on": (
+        "ended-beams-go-on",
+        "a beam that ends is kept as a result, and grows on all the same, so that it takes the place of others",
+        "take it out of the beams once it has ended",
+    ),
+    "dropped": (
+        "ended-beams-dropped",
+        "a beam that ends is thrown away, so that no result has the end token",
+        "keep it among the results, and choose the best of these",
+    ),
+}
+BEAM_NAMES = ("beams-differ", "cache-not-reordered", *(how.name for how in (ONE, *MISTAKES)))
 # Settings that change nothing without an end token.
 HARMLESS = ("length", "alpha", "early", "verbose")
 
@@ -30,6 +45,8 @@ class Beams(Examiner):
             scale = {"temperature": 1.0} if self.decoder.has("temperature") else {}
             runs = [self.run([prompt], LENGTH, num_beams=self.width, **scale) for prompt in prompts]
             self.judge(runs, rights)
+            if self.decoder.has("eos_id") and not any(self.has_found(name) for name in BEAM_NAMES):
+                self.ends_of_beams(prompts, rights, scale)
         except NotReplayable as error:
             self.not_made(CHOICE, f"its forward pass without a cache fails: {error}")
 
@@ -88,6 +105,42 @@ class Beams(Examiner):
                 "compare the beams and their scores after each step with those of a beam search by hand",
                 shortest=shortest,
             )
+
+    def ends_of_beams(self, prompts: list[list[int]], rights: list[list[int]], scale: dict[str, float]) -> None:
+        """What becomes of beams that end? Many conventions are right."""
+        pairs = zip(prompts, rights, strict=True)
+        ends = [(p, right, end) for p, right in pairs for end in right[:-1] if right.count(end) == 1]
+        runs = [self.run([p], LENGTH, num_beams=self.width, eos_id=end, **scale) for p, _, end in ends]
+        if failed := next((run for run in runs if run.error is not None), None):
+            self.not_made(ENDS, failed.failure)
+            return
+        powers = [v for v in {**self.decoder.others, **self.decoder.given}.values() if isinstance(v, float)]
+
+        def explains(how: Ending) -> bool:
+            for run, (prompt, plain, end) in zip(runs, ends, strict=True):
+                right = how.run(self.bench.last, prompt, LENGTH, self.width, end)
+                given = run.new[0]
+                place = given.index(end) + 1 if end in given else len(given)
+                if given != plain and len(set(given[place:])) == 1:  # padding
+                    given = given[:place]
+                if given != right and (right[-1] != end or given[: len(right) - 1] != right[:-1] or end in given):
+                    return False
+            return True
+
+        known = tuple(dict.fromkeys([0.0, 1.0, 0.6, 0.7, 0.75, *powers]))
+        kinds = ("aside", "fewer", "stay"), *[(kind,) for kind in ENDED]
+        how = next((one for kind in kinds for one in endings(kind, known) if explains(one)), None)
+        if how is None or len(ends) < 3:
+            self.not_made(ENDS, "what becomes of beams that end is none of the ways that are known here")
+        elif how.ended not in ENDED:
+            self.right(ENDS)
+        else:
+            name, says, remedy = ENDED[how.ended]
+            proof = f"a beam search that does so gives all ids of {len(runs)} runs; those that are right do not"
+            mine = [one for one in self.report.findings if one.where == self.decoder.name and "end" in one.name]
+            for one in mine:  # of the same cause
+                self.report.findings.remove(one)
+            self.wrong(ENDS, name, says, remedy, proof=proof, shortest={"prompt": ends[0][0], "eos_id": ends[0][2]})
 
     def undecided(self) -> str:
         """Why its beams may be meant to be others than those of a plain beam search."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ...errors import few
-from .findings import FAULT, NOTE, Finding
-from .record import Forward, Loss, Recorder, Step, are_probabilities, untouched
+from .findings import FAULT, NOTE, Finding, Findings
+from .record import Forward, Loss, Recorder, Step, are_probabilities, integer_rows, untouched
 
 # The least number of positions that a statement about targets rests on.
 ENOUGH = 6
@@ -149,12 +149,11 @@ def unscaled(step: Step, loss: Loss) -> float:
     return math.nan if loss.weights is None else float(loss.weights.sum()) / step.scale
 
 
-class LossFindings:
+class LossFindings(Findings):
     """The findings about the losses of a recorded run."""
 
     def __init__(self, recorder: Recorder):
-        self.recorder = recorder
-        self.findings: list[Finding] = []
+        super().__init__(recorder)
         self.aligned: list[tuple[Step, Aligned]] = []
         for step in recorder.steps:
             for loss in step.losses:
@@ -184,11 +183,6 @@ class LossFindings:
             self.few_positions()
         self.start()
         return self.findings
-
-    def add(self, name: str, *args: Any, **kwargs: Any) -> bool:
-        if name not in {finding.name for finding in self.findings}:
-            self.findings.append(Finding(name, *args, **kwargs))
-        return True
 
     # Softmax
 
@@ -627,7 +621,7 @@ def parts_of(dataset: Any) -> list[tuple[list[int], list[tuple[int, bool]]]]:
         for n in range(min(len(dataset), ITEMS)):
             item = dataset[n]
             values = list(item.values()) if isinstance(item, dict) else list(item)
-            rows = [list(map(int, one)) for one in values if are_integers(one)]
+            rows = integer_rows(values)
             whole = rows[0] + rows[1] if len(rows) == 2 else max(rows, key=len)
             lengths = [(len(one), True) for one in rows if len(one) < len(whole) and whole[: len(one)] == one]
             lengths += [(one, False) for one in values if type(one) is int]
@@ -637,12 +631,6 @@ def parts_of(dataset: Any) -> list[tuple[list[int], list[tuple[int, bool]]]]:
     except Exception:  # a dataset of the user's that has no such items, or cannot be read again
         return []
     return found
-
-
-def are_integers(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.dim() == 1 and not value.is_floating_point() and len(value) > 0
-    return isinstance(value, list) and len(value) > 0 and all(type(one) is int for one in value)
 
 
 def permuted(one: Aligned, batches: int, length: int) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ import time
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -957,6 +957,13 @@ class Recorder:
         if torch.is_grad_enabled() and self.waiting is None:
             self.pending.append(kept)
         return batch
+
+
+def integer_rows(values: Iterable[Any]) -> list[list[int]]:
+    """The tensors and lists of integers with one dimension among these."""
+    rows = [v for v in values if isinstance(v, torch.Tensor) and v.dim() == 1 and not v.is_floating_point()]
+    rows += [v for v in values if type(v) is list and v and all(type(one) is int for one in v)]
+    return [list(map(int, row)) for row in rows]
 
 
 def begins_with(batch: torch.Tensor, ids: torch.Tensor) -> bool:

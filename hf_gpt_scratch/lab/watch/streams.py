@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from .findings import NOTE
-from .record import Forward, Recorder, is_library, tensors_in
+from .record import Forward, Recorder, integer_rows, is_library, tensors_in
 
 # Ids in an array, arrays, and windows that are looked at.
 LONGEST, MOST, WINDOWS = 20_000_000, 64, 64
@@ -138,20 +138,20 @@ def overlap(
 def of_one_loader(recorder: Recorder, evaluations: list[Forward]) -> dict[str, Any] | None:
     """The same if all that is evaluated comes out of the loader of training.
 
-    Evaluated once, it may be meant for the training loss; twice at one point of the training, one is a validation.
+    Evaluated once, it may be meant for the training loss; twice between two steps, one is a validation.
     """
     training = {facts["loader"] for _, facts in recorder.loaders if facts["grad"]}
     passes = [(forward.backwards, forward.loader) for forward in evaluations if forward.loader is not None]
     if not passes or len(passes) < len(evaluations) or any(facts["loader"] not in training for _, facts in passes):
         return None
-    times = [(backwards, id(facts)) for backwards, facts in passes if not facts["grad"]]
+    times = [(backwards, id(facts)) for backwards, facts in passes if backwards and not facts["grad"]]
     twice = max((len({one for n, one in times if n == backwards}) for backwards, _ in times), default=0)
     says = f"all {len(passes)} passes of the evaluation are over batches of the loader that is trained on"
     if twice < 2:
         return dict(says=says + ": there is no validation", level=NOTE)
     return dict(
         says=says,
-        proof=f"at one point of the training it goes through that loader {twice} times, and through no other",
+        proof=f"between two steps it goes through that loader {twice} times, and through no other",
         figures={"passes": len(passes), "times": twice},
     )
 
@@ -323,13 +323,15 @@ def ids_in(value: Any, depth: int) -> torch.Tensor | None:
 def same_items(dataset: Any, indices: list[int] | None, checked: Any, its: list[int] | None) -> dict[str, Any] | None:
     """The same for datasets of separate texts, which are compared as wholes."""
 
-    def texts(data: Any, chosen: list[int] | None) -> list[tuple[int, ...]]:
+    def texts(data: Any, chosen: list[int] | None) -> list[tuple[tuple[int, ...], str]]:
+        """The first ids of each item, and all that it has, as of a question and its answer."""
         if isinstance(data, IterableDataset):  # a copy, for one that goes on where it was; what cannot be copied fails
-            read = copy.deepcopy(data)
-            found = [ids_in(one, 3) for one in itertools.islice(read, READ)]
+            items = list(itertools.islice(copy.deepcopy(data), READ))
         else:
-            found = [item(data, index) for index in (range(len(data)) if chosen is None else chosen)[:READ]]
-        return [tuple(one.tolist()) for one in found if one is not None]
+            items = [data[index] for index in (range(len(data)) if chosen is None else chosen)[:READ]]
+        parts = [one.values() if isinstance(one, dict) else one if isinstance(one, tuple) else [one] for one in items]
+        pairs = [(ids_in(one, 3), str(integer_rows(part))) for one, part in zip(items, parts, strict=True)]
+        return [(tuple(ids.tolist()), whole) for ids, whole in pairs if ids is not None]
 
     mine, theirs = texts(dataset, indices), texts(checked, its)
     known = set(mine)
@@ -338,7 +340,7 @@ def same_items(dataset: Any, indices: list[int] | None, checked: Any, its: list[
     repeated = 1 - len(known) / max(1, len(mine))
     common = sum(text in known for text in theirs)
     if common < 2:
-        return within_blocks(mine, theirs)
+        return within_blocks([ids for ids, _ in mine], [ids for ids, _ in theirs])
     if common <= (0.1 + 2 * repeated) * len(theirs):
         return None
     return dict(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from .findings import NOTE, Finding
+from .findings import NOTE, Finding, Findings
 from .gradients import Names, counted
 from .record import Recorder, Step, Update, tensors_in
 
@@ -22,15 +22,14 @@ def default_groups(update: Update) -> list[dict[str, Any]]:
     return [group for group in update.groups if group.get("ids")]
 
 
-class UpdateFindings:
+class UpdateFindings(Findings):
     """The findings about the updates of a recorded run."""
 
     def __init__(self, recorder: Recorder, names: Names, frames: list[dict[str, Any]]):
-        self.recorder = recorder
+        super().__init__(recorder)
         self.names = names
         self.frames = frames
         self.steps = recorder.steps
-        self.findings: list[Finding] = []
 
     def all(self) -> list[Finding]:
         if not self.steps:
@@ -44,11 +43,6 @@ class UpdateFindings:
         self.settings()
         self.unmoved()
         return self.findings
-
-    def add(self, name: str, *args: Any, **kwargs: Any) -> bool:
-        if name not in {finding.name for finding in self.findings}:
-            self.findings.append(Finding(name, *args, **kwargs))
-        return True
 
     def updates(self) -> list[tuple[int, Step, Update]]:
         return [(n, step, update) for n, step in enumerate(self.steps) for update in step.updates]
@@ -292,7 +286,7 @@ class UpdateFindings:
     def decay(self) -> None:
         _, _, update = self.updates()[0]
         groups = [group for group in default_groups(update) if is_number(group.get("weight_decay"))]
-        made = next((event.where for event in self.recorder.loaded if event.what == "optimizer_made"), update.where)
+        made = self.optimizer_made or update.where
         small, tables = [], []
         for group in groups:
             if not group["weight_decay"]:
@@ -367,11 +361,10 @@ class UpdateFindings:
         for group in default_groups(update):
             betas = group.get("betas")
             if isinstance(betas, (tuple, list)) and len(betas) >= 2 and float(betas[0]) > float(betas[1]):
-                made = next((event.where for event in self.recorder.loaded if event.what == "optimizer_made"), "")
                 self.add(
                     "betas-swapped",
                     f"betas={tuple(map(float, betas[:2]))}: the mean of squares forgets faster than the mean",
-                    made,
+                    self.optimizer_made,
                     f"betas=({float(betas[1]):g}, {float(betas[0]):g})",
                     "Adam divides by the root of the second mean, which has to be the steadier one",
                 )
@@ -382,13 +375,10 @@ class UpdateFindings:
                 if sizes and (every := torch.cat(sizes)).numel():
                     middle = float(every.median())
                     if eps > middle:
-                        made = next(
-                            (event.where for event in self.recorder.loaded if event.what == "optimizer_made"), ""
-                        )
                         self.add(
                             "eps-too-large",
                             f"eps={eps:g} is larger than most of the gradient, so the update is not scaled by its size",
-                            made,
+                            self.optimizer_made,
                             "eps=1e-8",
                             f"the median of |gradient| at the first step is {middle:.3g}",
                             figures={"eps": eps, "median_gradient": middle},
