@@ -46,11 +46,11 @@ class Beams(Examiner):
             runs = [self.run([prompt], LENGTH, num_beams=self.width, **scale) for prompt in prompts]
             self.judge(runs, rights)
             if self.decoder.has("eos_id") and not any(self.has_found(name) for name in BEAM_NAMES):
-                self.ends_of_beams(prompts, rights, scale)
+                self.ends_of_beams(scale)
         except NotReplayable as error:
             self.not_made(CHOICE, f"its forward pass without a cache fails: {error}")
 
-    def telling_prompts(self) -> tuple[list[list[int]], list[list[int]]]:
+    def telling_prompts(self, number: int = 4) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts after which several beams find what one does not, and what they find."""
         prompts, rights = [], []
         for seed in range(140, 200):
@@ -59,9 +59,11 @@ class Beams(Examiner):
             if right != self.searched(ONE, prompt, 1):
                 prompts.append(prompt)
                 rights.append(right)
-            if len(prompts) == 4:
-                return prompts, rights
-        raise NotReplayable("no prompt tells several beams from one")
+            if len(prompts) == number:
+                break
+        if len(prompts) < 4:
+            raise NotReplayable("too few prompts tell several beams from one")
+        return prompts, rights
 
     def searched(self, how: Search, prompt: list[int], width: int) -> list[int]:
         return how.run(self.bench.last, prompt, LENGTH, width)
@@ -106,9 +108,9 @@ class Beams(Examiner):
                 shortest=shortest,
             )
 
-    def ends_of_beams(self, prompts: list[list[int]], rights: list[list[int]], scale: dict[str, float]) -> None:
+    def ends_of_beams(self, scale: dict[str, float]) -> None:
         """What becomes of beams that end? Many conventions are right."""
-        pairs = zip(prompts, rights, strict=True)
+        pairs = zip(*self.telling_prompts(8), strict=True)
         ends = [(p, right, end) for p, right in pairs for end in right[:-1] if right.count(end) == 1]
         runs = [self.run([p], LENGTH, num_beams=self.width, eos_id=end, **scale) for p, _, end in ends]
         if failed := next((run for run in runs if run.error is not None), None):
