@@ -443,7 +443,8 @@ class GradientFindings(Findings):
             )
         self.unregistered(in_optimizers)
         by_hand = any(update.optimizer is None for step in recorder.steps for update in step.updates)
-        stale = [key for key in in_optimizers if key not in names.parameters and key in stepped]
+        looked = {id(one) for forward in recorder.evaluations for one in forward.module.parameters()}
+        stale = [key for key in in_optimizers if key not in {*names.parameters, *looked} and key in stepped]
         left_out = [key for key in trainable if key not in in_optimizers] if not by_hand else []
         if stale and not (set(in_optimizers) & set(names.parameters)):
             self.stale(stale, in_optimizers, left_out)

@@ -76,9 +76,10 @@ def align(loss: Loss) -> Aligned | None:
     forward, rows = loss.forward, loss.rows
     if forward is None or forward.ids is None or rows is None or rows.shape[0] != loss.targets.shape[0]:
         return None
-    ids = forward.ids
     for logits in candidates(forward, rows.shape[-1]):
         batch, time = logits.shape[:2]
+        given = forward.embedded
+        ids = given if given is not None and given.shape == (batch, time) else forward.ids
         if batch != ids.shape[0] or time > ids.shape[1]:
             continue
         offset = ids.shape[1] - time  # a model that returns the last logits only

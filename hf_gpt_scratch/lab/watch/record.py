@@ -114,6 +114,7 @@ class Forward:
     where: str
     rng: int
     ids: torch.Tensor | None = None  # (B, T)
+    embedded: torch.Tensor | None = None  # those of them that a module within embeds, as of a wrapper that shifts
     head: torch.Tensor | None = None  # the last output of a module with three dimensions
     output: Any = None
     called: set[int] = field(default_factory=set)
@@ -508,8 +509,10 @@ class Recorder:
     def on_embedding(self, func, args, kwargs):
         ids = args[0] if args else kwargs["input"]
         weight = args[1] if len(args) > 1 else kwargs["weight"]
-        if self.forward is not None and self.forward.ids is None and are_ids(ids):
-            self.forward.ids = ids.detach().clone()
+        if self.forward is not None and self.forward.embedded is None and are_ids(ids):
+            self.forward.embedded = ids.detach().clone()
+            if self.forward.ids is None:
+                self.forward.ids = self.forward.embedded
         try:
             return func(*args, **kwargs)
         except IndexError:

@@ -128,9 +128,9 @@ def overlap(
     found = of_one_loader(recorder, [forward for forward in evaluations if not forward.beside])
     if found is not None:
         return dict(where=evaluations[-1].where, remedy=remedy) | found
-    if any(not facts["grad"] for _, facts in recorder.loaders):
-        found = of_loaders(recorder)
-    else:
+    loaders = any(not facts["grad"] for _, facts in recorder.loaders)
+    found = of_loaders(recorder) if loaders else None
+    if found is None and (not loaders or recorder.draws):  # datasets may draw their items
         found = of_windows(recorder, evaluations, [forward for _, forward in trained], frames)
     return None if found is None else dict(where=evaluations[-1].where, remedy=remedy) | found
 
@@ -234,14 +234,10 @@ def of_loaders(recorder: Recorder) -> dict[str, Any] | None:
     facts = [facts for _, facts in recorder.loaders]
     training = [one for one in facts if one["grad"]]
     used = {one["loader"] for one in training}
-    for other in facts:
-        if other["grad"] or other["loader"] in used:
-            continue
-        for mine in training:
-            found = shared(mine, other)
-            if found is not None:
-                return found
-    return None
+    others = [one for one in facts if not one["grad"] and one["loader"] not in used]
+    # One that shares nothing is a validation as it should be, beside which others may be meant for the training loss.
+    found = [next((s for mine in training if (s := shared(mine, one)) is not None), None) for one in others]
+    return None if not found or None in found else found[0]
 
 
 def base_of(facts: dict[str, Any]) -> tuple[Any, list[int] | None]:
@@ -330,8 +326,9 @@ def same_items(dataset: Any, indices: list[int] | None, checked: Any, its: list[
         else:
             items = [data[index] for index in (range(len(data)) if chosen is None else chosen)[:READ]]
         parts = [one.values() if isinstance(one, dict) else one if isinstance(one, tuple) else [one] for one in items]
-        pairs = [(ids_in(one, 3), str(integer_rows(part))) for one, part in zip(items, parts, strict=True)]
-        return [(tuple(ids.tolist()), whole) for ids, whole in pairs if ids is not None]
+        pairs = [(ids_in(one, 3), integer_rows(part)) for one, part in zip(items, parts, strict=True)]
+        long = [(ids, rows) for ids, rows in pairs if ids is not None or sum(map(len, rows)) >= SHORTEST]
+        return [(tuple(rows[0] if ids is None else ids.tolist()), str(rows)) for ids, rows in long]
 
     mine, theirs = texts(dataset, indices), texts(checked, its)
     known = set(mine)
