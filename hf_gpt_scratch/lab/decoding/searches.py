@@ -110,8 +110,8 @@ class Ending:
                 break
         if done and len(done) >= {"one": 1, "all": width, "never": new * width + 1}[self.first]:
             live = []
-        best = max([*done, *live], key=lambda one: self.worth(prompt, *one, end))[1]
-        return best[: best.index(end) + 1] if end in best and self.ended == "stay" else best
+        chosen = max([*done, *live], key=lambda one: self.worth(prompt, one[0], one[1], end))[1]
+        return chosen[: chosen.index(end) + 1] if end in chosen and self.ended == "stay" else chosen
 
     def worth(self, prompt: list[int], score: float, ids: list[int], end: int) -> float:
         ended = ids.index(end) + 1 if end in ids and self.ended == "stay" else len(ids)

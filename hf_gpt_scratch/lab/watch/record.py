@@ -964,7 +964,7 @@ class Recorder:
 
 def integer_rows(values: Iterable[Any]) -> list[list[int]]:
     """The tensors and lists of integers with one dimension among these."""
-    rows = [v for v in values if isinstance(v, torch.Tensor) and v.dim() == 1 and not v.is_floating_point()]
+    rows: list[Any] = [v for v in values if isinstance(v, torch.Tensor) and v.dim() == 1 and not v.is_floating_point()]
     rows += [v for v in values if type(v) is list and v and all(type(one) is int for one in v)]
     return [list(map(int, row)) for row in rows]
 

@@ -262,5 +262,15 @@ SABOTAGES += [
     wrong("beams", "beam-score-sums-logits", *_ALWAYS, "torch.log_softmax(model(seq)[0, -1], dim=-1)", "model(seq)[0, -1]"),
     wrong("beams", "end-ignored", _ENDED, ""),
     wrong("beams", "ended-beams-dropped", ".topk(num_beams)", ".topk(2 * num_beams)", _SORTED, _SORTED.replace("sorted(grown", "sorted([one for one in grown if int(one[1][0, -1]) != eos_id]")),
+    wrong("layers", "logits-not-finite", "attn_scores.masked_fill_(mask_bool, ", "attn_scores.masked_fill_(torch.ones_like(mask_bool), "),
     wrong("beams", "ended-beams-go-on", *_ASIDE, _SORTED, f"{_SORTED}\n        {_TAKEN}"),
 ]  # fmt: skip
+SABOTAGES.append(
+    wrong(
+        "returned",
+        "cache-not-extended",
+        *_NO_METHODS,
+        "            presents.append(present)",
+        "            presents.append(present if past_key_values is None else past_key_values[n])",
+    )
+)
