@@ -44,10 +44,7 @@ class Make:
 def resized(settings: Settings, context_length: int) -> Settings:
     """A cfg with the bench's sizes, under all the names that it has."""
     sizes = {"emb_dim": WIDTH, "n_heads": HEADS, "n_layers": LAYERS, "context_length": context_length}
-    sizes |= {"n_inner": 4 * WIDTH, "head_dim": WIDTH // HEADS}
-    changed = Settings(
-        {**settings, **{name: size for name, size in sizes.items() if name not in ("n_inner", "head_dim")}}
-    )
+    changed = Settings({**settings, **sizes})
     changed.defaults = settings.defaults
     sizes |= {"n_inner": 4 * WIDTH, "head_dim": WIDTH // HEADS}
     for name, value in settings.items():

@@ -51,6 +51,7 @@ class Choice(Draws):
 
     asked = False
     many_beams = False
+    width = 3  # of beams that are asked for
 
     def choose_settings(self) -> None:
         one, prompt = self.decoder, [self.bench.ids(5, 2)]
@@ -62,6 +63,8 @@ class Choice(Draws):
             if self.run(prompt, 2).error is not None:
                 del chosen["num_beams"]
                 self.many_beams = True
+        elif (width := self.beams_seen()) > 1:
+            self.width, self.many_beams = width, True
         if one.has("do_sample"):
             chosen["do_sample"], self.asked = False, True
         elif one.has("greedy"):
@@ -77,6 +80,16 @@ class Choice(Draws):
             elif default is None:
                 chosen["temperature"] = 1.0
         self.asked = self.asked or one.says_greedy
+
+    def beams_seen(self) -> int:
+        """How many beams it has for one prompt, without a parameter for their number; 1 if it is no beam search."""
+        runs = [self.run([self.bench.ids(5, seed)], new) for seed, new in ((2, 3), (2, 5), (3, 5), (4, 5), (5, 5))]
+        if any(run.error is not None or not run.calls for run in runs):
+            return 1
+        rows = int(runs[0].calls[-1].ids.shape[0])
+        if rows == 1 and "beam" in self.decoder.name.lower():  # one after the other
+            return (len(runs[1].calls) - len(runs[0].calls)) // 2
+        return 1 if all(steps_of(run)[1] for run in runs) else rows
 
     def count(self) -> None:
         """Does it return as many ids as it was asked for?"""

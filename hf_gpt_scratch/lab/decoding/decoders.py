@@ -22,7 +22,7 @@ SETTINGS = {
     "context start_ids start encoded x batch seqs sequences rows",
     "max_new_tokens": "max_new_tokens max_new new_tokens num_new_tokens n_new num_tokens n_tokens max_tokens "
     "num_tokens_to_generate max_gen_len steps num_steps n_steps n num",
-    "max_length": "max_length max_len total_len total_length",
+    "max_length": "max_length max_len total_len total_length length",
     "context_size": "context_size context_length block_size ctx_len ctx ctx_size max_context window n_ctx max_seq_len "
     "context_len seq_len",
     "temperature": "temperature temp tau",
@@ -89,7 +89,7 @@ class Decoder:
         arguments = {p: values[s] for s, p in self.parameters.items() if s in values and s != "ids"}
         result = self.call(**{self.parameters["ids"]: as_form(rows, self.form), **arguments, **self.given})
         found = id_rows(result, len(rows))
-        if self.has("num_beams") and len(rows) == 1:
+        if (self.has("num_beams") or "beam" in self.name.lower()) and len(rows) == 1:
             found = found[:1]  # the best beam
         return self.new_ids(found, rows)
 

@@ -5,8 +5,9 @@ Without an end token all beams are of one length, so that dividing scores by it 
 Shapes: V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -57,6 +58,71 @@ class Search:
         if self.alone:
             beams.sort(key=lambda one: one[0], reverse=True)
         return beams[self.returned][2]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a beam search with an end token does with the beams that end; its scores are sums of log probabilities.
+
+    Args:
+        ended: "aside": they leave, and others take their places; "fewer": they leave, and their places with them;
+            "stay": they keep their places and scores. Mistakes: "dropped": they are thrown away; "on": they are set
+            aside, and grow on as well; "unseen": they grow on.
+        power: of the length by which a score is divided to choose among the ended.
+        whole: whether the length counts the prompt.
+        first: how many have to have ended so that they come before all that have not: "one", "all" or "never".
+        early: whether it stops as soon as there are as many ended beams as beams, or all beams end.
+        ranked: whether "aside" takes only those among the best as many as beams.
+    """
+
+    ended: str
+    power: float = 0.0
+    whole: bool = False
+    first: str = "never"
+    early: bool = True
+    ranked: bool = True
+
+    def run(self, logits: Logits, prompt: list[int], new: int, width: int, end: int) -> list[int]:
+        """The new ids that it returns, up to the end token."""
+        live: list[tuple[float, list[int]]] = [(0.0, [])]
+        done: list[tuple[float, list[int]]] = []
+        for _ in range(new):
+            grown = [one for one in live if self.ended == "stay" and end in one[1]]
+            for score, ids in (one for one in live if one not in grown):
+                best = logits([*prompt, *ids]).double().log_softmax(-1).topk(2 * width)
+                grown += [
+                    (score + s, [*ids, t]) for s, t in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+                ]
+            grown.sort(key=lambda one: one[0], reverse=True)
+            if self.ended in ("stay", "unseen"):
+                live = grown[:width]
+            elif self.ended in ("fewer", "on"):
+                live = grown[: len(live) if self.ended == "fewer" and len(live[0][1]) else width]
+                done += [one for one in live if one[1][-1] == end]
+                live = [one for one in live if one[1][-1] != end or self.ended == "on"]
+            else:
+                going = [one for one in grown if one[1][-1] != end][:width]
+                last = going[-1][0]
+                places = grown[:width] if self.ranked else [one for one in grown if one[0] > last]
+                done += [one for one in places if one[1][-1] == end and self.ended == "aside"]
+                live = going
+            if not live or (self.early and (len(done) >= width or all(ids[-1] == end for _, ids in live))):
+                break
+        if done and len(done) >= {"one": 1, "all": width, "never": new * width + 1}[self.first]:
+            live = []
+        chosen = max([*done, *live], key=lambda one: self.worth(prompt, one[0], one[1], end))[1]
+        return chosen[: chosen.index(end) + 1] if end in chosen and self.ended == "stay" else chosen
+
+    def worth(self, prompt: list[int], score: float, ids: list[int], end: int) -> float:
+        ended = ids.index(end) + 1 if end in ids and self.ended == "stay" else len(ids)
+        return score / (ended + len(prompt) * self.whole) ** self.power
+
+
+def endings(ended: tuple[str, ...], powers: tuple[float, ...]) -> Iterator[Ending]:
+    """All conventions with these."""
+    either = (False, True)
+    for settings in product(ended, powers, either, ("never", "one", "all"), either, either):
+        yield Ending(*settings)
 
 
 KEEP_BEST = "keep the beams with the largest scores: sorted(beams, key=score, reverse=True)[:num_beams], or topk"

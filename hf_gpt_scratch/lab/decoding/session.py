@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -69,6 +70,22 @@ def check_decoding(
     report = DecodingReport(candidate, [], notes=notes)
     failures: list[str] = []
     used_cache = False
+    finite = bool(torch.isfinite(bench.all_logits(bench.ids(6, 0))).all())
+    if not finite:
+        report.decoders.append(f"{model_class.__name__}.forward")
+        report.checked(report.decoders[0], "its logits are numbers", WRONG, "logits-not-finite")
+        report.findings.append(
+            DecodingFinding(
+                "logits-not-finite",
+                "without a cache, some logits are NaN or infinite, so that nothing can be said of what is generated",
+                report.decoders[0],
+                "compare the forward pass first: a row of the mask may hide all tokens",
+                False,
+                "",
+                shortest={"prompt": bench.ids(6, 0), "new_tokens": 1},
+            )
+        )
+        return report
     bench.causal = causal_forward(bench)
     if not bench.causal:
         report.findings.append(

@@ -315,6 +315,8 @@ PLACED = [
     ),
 ]
 
+NOT_EXTENDED = Hypothesis("cache-not-extended", PLACED[3].says, CACHE)
+
 FED = [
     Hypothesis(
         "wrong-tokens-fed",
@@ -409,7 +411,7 @@ def explain(bench: Bench, runs: list[list[Step]]) -> tuple[Hypothesis, ...] | No
     cached = [step.calls[-1] for steps in runs for step in steps if step.cached]
     # Of a step whose attention has no other keys than its own, nothing is replaced in a cache: it was given none.
     alone = bool(cached) and all(0 < call.keys <= call.ids.shape[1] for call in cached)
-    return next(
+    found = next(
         (
             h
             for h in explanations()
@@ -417,6 +419,9 @@ def explain(bench: Bench, runs: list[list[Step]]) -> tuple[Hypothesis, ...] | No
         ),
         None,
     )
+    # A cache of places has one for each token of the context; one that is never longer is not extended.
+    short = all(step.calls[-1].keys == len(step.history[0]) + 1 for steps in runs for step in steps if step.cached)
+    return (NOT_EXTENDED,) if found and found[0] in PLACED and found[0].says == NOT_EXTENDED.says and short else found
 
 
 def explain_stale(bench: Bench, runs: list[list[Step]]) -> bool:

@@ -4,21 +4,20 @@ from typing import Any
 
 import torch
 
-from .findings import FAULT, NOTE, Finding
+from .findings import FAULT, NOTE, Finding, Findings
 from .losses import LossFindings
-from .record import Forward, Recorder
+from .record import Forward, Recorder, untouched
 from .streams import glued, overlap
 
 
-class DataFindings:
+class DataFindings(Findings):
     """The findings about modes, batches and restored state of a recorded run."""
 
     def __init__(self, recorder: Recorder, losses: LossFindings, frames: list[dict[str, Any]]):
-        self.recorder = recorder
+        super().__init__(recorder)
         self.steps = recorder.steps
         self.losses = losses
         self.frames = frames
-        self.findings: list[Finding] = []
 
     def all(self) -> list[Finding]:
         self.mode()
@@ -26,11 +25,6 @@ class DataFindings:
         self.batches()
         self.resume()
         return self.findings
-
-    def add(self, name: str, *args: Any, **kwargs: Any) -> bool:
-        if name not in {finding.name for finding in self.findings}:
-            self.findings.append(Finding(name, *args, **kwargs))
-        return True
 
     def trained(self) -> list[tuple[int, Forward]]:
         """The forward passes whose losses went backward, with their steps' numbers."""
@@ -105,9 +99,8 @@ class DataFindings:
                     figures={"dropouts": forward.dropouts},
                 )
                 break
-        state = torch.get_rng_state()
-        found = overlap(self.recorder, self.trained(), self.frames)
-        torch.set_rng_state(state)
+        with untouched():
+            found = overlap(self.recorder, self.trained(), [*self.frames, *self.recorder.drawing.values()])
         if found is not None:
             self.add("validation-overlaps-training", **found)
         joined = glued(self.frames)

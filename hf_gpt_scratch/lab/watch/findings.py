@@ -27,6 +27,24 @@ class Finding:
         return finite(asdict(self))
 
 
+class Findings:
+    """What collects findings, each name once."""
+
+    def __init__(self, recorder: Any):
+        self.recorder = recorder
+        self.findings: list[Finding] = []
+
+    @property
+    def optimizer_made(self) -> str:
+        """File and line where the first optimizer was made, or nothing."""
+        return next((event.where for event in self.recorder.loaded if event.what == "optimizer_made"), "")
+
+    def add(self, name: str, *args: Any, **kwargs: Any) -> bool:
+        if name not in {finding.name for finding in self.findings}:
+            self.findings.append(Finding(name, *args, **kwargs))
+        return True
+
+
 @dataclass
 class WatchedStep:
     """One optimizer step: the mean loss of its tokens, the norm of its gradient, and the learning rates."""

@@ -8,9 +8,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ...errors import few
-from .findings import NOTE, Finding
+from .findings import NOTE, Finding, Findings
 from .losses import unscaled
-from .record import DATA, Event, Loss, Parts, Recorder, Step, are_probabilities, tensors_in
+from .record import DATA, Loss, Parts, Recorder, Step, are_probabilities, tensors_in
 
 # Relative; weights are computed in float32 or float64 from a handful of factors.
 NEAR = 1e-3
@@ -64,13 +64,12 @@ def key_of(module: torch.nn.Module) -> tuple[int, ...]:
     return tuple(map(id, module)) if isinstance(module, Parts) else (id(module),)
 
 
-class GradientFindings:
+class GradientFindings(Findings):
     """The findings about the gradients of a recorded run."""
 
     def __init__(self, recorder: Recorder, names: Names):
-        self.recorder = recorder
+        super().__init__(recorder)
         self.names = names
-        self.findings: list[Finding] = []
 
     def all(self) -> list[Finding]:
         for number, step in enumerate(self.recorder.steps):
@@ -89,11 +88,6 @@ class GradientFindings:
         self.scaler()
         self.missing()
         return self.findings
-
-    def add(self, name: str, *args: Any, **kwargs: Any) -> bool:
-        if name not in {finding.name for finding in self.findings}:
-            self.findings.append(Finding(name, *args, **kwargs))
-        return True
 
     # The scale of what goes backward
 
@@ -194,15 +188,6 @@ class GradientFindings:
                 proof,
                 figures=figures,
             )
-        if parts > 1 and inverse > 1 and near(inverse, round(inverse)) and not near(inverse, parts):
-            return self.add(
-                "accumulation-wrong-divisor",
-                f"the losses of {parts} micro-batches together count 1/{round(inverse)} of a mean",
-                where,
-                f"divide each by {parts}, the number of backward passes between two steps",
-                proof,
-                figures=figures,
-            )
         if rows is not None and parts == 1:
             for number, what, fix in (
                 (rows[1], "sequences", 0),
@@ -220,7 +205,7 @@ class GradientFindings:
                         figures=figures | {"factor": fix},
                     )
         if parts > 1:
-            for number in range(2, 257):
+            for number in range(2, 1025):
                 if near(total, parts / number) and number != parts:
                     return self.add(
                         "accumulation-wrong-divisor",
@@ -332,37 +317,48 @@ class GradientFindings:
                         f"at step {number + 1} the order is {order_of(step)}",
                     )
                     return
-                if step.backwards > 1 and len(useful) >= step.backwards and useful[0] < backwards[-1]:
+                made = [n for n in backwards if n < steps[0]]
+                if len(useful) >= max(2, len(made) - 1) and useful[0] < made[-1]:
+                    last = "" if useful[-1] > made[-1] else ", but not after the last"
                     self.add(
                         "clipped-per-micro-batch",
-                        f"the gradients are clipped after each of {step.backwards} backward passes, while they add up",
+                        f"the gradients are clipped {len(useful)} times between the {len(made)} backward passes "
+                        f"of a step, while they add up{last}",
                         events[0].where,
                         "clip once, after the last backward pass of the step",
                         f"at step {number + 1} the order is {order_of(step)}",
                     )
                     return
-            cut = by_value(step)
-            if cut is not None and not any(event.what == "clip_norm" for event in events):
-                limit, share = cut
+            part = clipped_part(step) if events else None
+            if part is not None:
+                ones, every = part
                 self.add(
-                    "clipped-by-value",
-                    f"each element of the gradient is clipped to ±{limit:.4g}, which changes its direction",
-                    next((event.where for event in events), ""),
-                    "clip_grad_norm_, which keeps the direction",
-                    f"the gradient used is the backward pass's, clamped to ±{limit:.4g}: {share:.2%} of it is cut",
+                    "clipped-in-part",
+                    f"{counted(len(ones), 'parameter')} of {every} are clipped, the others are not: "
+                    f"{self.names.of(ones)}",
+                    events[0].where,
+                    "clip_grad_norm_(model.parameters(), ...), all of them by one norm",
+                    f"at step {number + 1} the gradients used are those of the backward pass, smaller for these and "
+                    "bit for bit the same for the rest",
                     level=NOTE,
-                    figures={"limit": limit, "share": share},
+                    figures={"clipped": len(ones), "parameters": every},
                 )
-                return
-            if any(event.what == "clip_value" for event in events):
+            cut = by_value(step)
+            values = [event for event in events if event.what == "clip_value"]
+            if values or (cut is not None and not any(event.what == "clip_norm" for event in events)):
+                limit, share = cut or (math.nan, 0.0)
                 self.add(
                     "clipped-by-value",
                     "the gradient is clipped element by element, which changes its direction once it cuts",
-                    events[0].where,
+                    next((event.where for event in events), ""),
                     "clip_grad_norm_, which keeps the direction",
-                    "in these steps it cut nothing",
+                    f"the gradient used is the backward pass's, clamped to ±{limit:.4g}: {share:.2%} of it is cut"
+                    if cut
+                    else "in these steps it cut nothing",
                     level=NOTE,
+                    figures={"limit": limit, "share": share} if cut else {},
                 )
+                return
 
     # GradScaler
 
@@ -447,7 +443,8 @@ class GradientFindings:
             )
         self.unregistered(in_optimizers)
         by_hand = any(update.optimizer is None for step in recorder.steps for update in step.updates)
-        stale = [key for key in in_optimizers if key not in names.parameters and key in stepped]
+        looked = {id(one) for forward in recorder.evaluations for one in forward.module.parameters()}
+        stale = [key for key in in_optimizers if key not in {*names.parameters, *looked} and key in stepped]
         left_out = [key for key in trainable if key not in in_optimizers] if not by_hand else []
         if stale and not (set(in_optimizers) & set(names.parameters)):
             self.stale(stale, in_optimizers, left_out)
@@ -493,7 +490,6 @@ class GradientFindings:
         )
 
     def stale(self, stale: list[int], in_optimizers: dict[int, torch.Tensor], left_out: list[int]) -> None:
-        made = next((event for event in self.recorder.loaded if event.what == "optimizer_made"), Event("", ""))
         elements = sum(in_optimizers[key].numel() for key in stale)
         says = f"the optimizer has {counted(len(stale), 'parameter')} ({elements:,} elements) that the model has not"
         if left_out:
@@ -501,7 +497,7 @@ class GradientFindings:
         self.add(
             "stale-parameters",
             says + ": the model was tied, copied or replaced after the optimizer was made",
-            made.where,
+            self.optimizer_made,
             "make the optimizer after the model is complete and on its device",
             "none of them gets a gradient, and none is among the parameters of the model that runs",
             figures={"stale": len(stale), "left_out": len(left_out)},
@@ -509,7 +505,6 @@ class GradientFindings:
 
     def left_out(self, left_out: list[int], stale: list[int], in_optimizers: dict[int, torch.Tensor]) -> None:
         names = self.names
-        made = next((event for event in self.recorder.loaded if event.what == "optimizer_made"), Event("", ""))
         if stale:
             self.stale(stale, in_optimizers, left_out)
             return
@@ -521,7 +516,7 @@ class GradientFindings:
             "not-in-optimizer",
             f"{counted(len(left_out), 'trainable parameter')} of the model ({elements:,} elements) are in no optimizer "
             f"and stay as they are: {names.of(left_out)}",
-            made.where,
+            self.optimizer_made,
             "give the optimizer all of model.parameters(), or set requires_grad=False where they are to stay",
             f"they are bit for bit the same after {counted(len(self.recorder.steps), 'step')}, and no group holds them",
             # Only the last layers: how a model is fine-tuned.
@@ -633,6 +628,19 @@ def by_value(step: Step) -> tuple[float, float] | None:
     if not cut or not all(torch.equal(used, made.clamp(-limit, limit)) for used, made in pairs):
         return None
     return limit, cut / sum(made.numel() for _, made in pairs)
+
+
+def clipped_part(step: Step) -> tuple[list[int], int] | None:
+    """The parameters whose gradient was made smaller, and the number of all; None if it was none or all of them."""
+    pairs = {
+        key: (used, made)
+        for update in step.updates
+        for key, used in update.gradients.items()
+        if used is not None and (made := step.gradients.get(key)) is not None and bool(made.any())
+    }
+    smaller = [key for key, (used, made) in pairs.items() if float(used.norm()) < (1 - NEAR) * float(made.norm())]
+    same = [key for key, (used, made) in pairs.items() if torch.equal(used, made)]
+    return (smaller, len(pairs)) if smaller and len(smaller) + len(same) == len(pairs) > len(smaller) else None
 
 
 class Uncut(TorchFunctionMode):

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 
 from ...errors import few
-from .findings import NOTE, Finding
-from .record import Forward, Loss, Recorder, Step, are_probabilities
+from .findings import FAULT, NOTE, Finding, Findings
+from .record import Forward, Loss, Recorder, Step, are_probabilities, integer_rows, untouched
 
 # The least number of positions that a statement about targets rests on.
 ENOUGH = 6
 # Nats above ln V from which a start is called far.
 FAR = 1.0
 OFFSETS = (1, 0, 2, -1, 3, -2, 4)
+# Items of a dataset among which those of a batch are looked for.
+ITEMS = 2000
 
 
 @dataclass
@@ -74,9 +76,10 @@ def align(loss: Loss) -> Aligned | None:
     forward, rows = loss.forward, loss.rows
     if forward is None or forward.ids is None or rows is None or rows.shape[0] != loss.targets.shape[0]:
         return None
-    ids = forward.ids
     for logits in candidates(forward, rows.shape[-1]):
         batch, time = logits.shape[:2]
+        given = forward.embedded
+        ids = given if given is not None and given.shape == (batch, time) else forward.ids
         if batch != ids.shape[0] or time > ids.shape[1]:
             continue
         offset = ids.shape[1] - time  # a model that returns the last logits only
@@ -147,12 +150,11 @@ def unscaled(step: Step, loss: Loss) -> float:
     return math.nan if loss.weights is None else float(loss.weights.sum()) / step.scale
 
 
-class LossFindings:
+class LossFindings(Findings):
     """The findings about the losses of a recorded run."""
 
     def __init__(self, recorder: Recorder):
-        self.recorder = recorder
-        self.findings: list[Finding] = []
+        super().__init__(recorder)
         self.aligned: list[tuple[Step, Aligned]] = []
         for step in recorder.steps:
             for loss in step.losses:
@@ -177,13 +179,11 @@ class LossFindings:
             self.masks()
         if not self.findings:
             self.ignored_tokens()
+        if not self.findings:
+            self.prompts()
+            self.few_positions()
         self.start()
         return self.findings
-
-    def add(self, name: str, *args: Any, **kwargs: Any) -> bool:
-        if name not in {finding.name for finding in self.findings}:
-            self.findings.append(Finding(name, *args, **kwargs))
-        return True
 
     # Softmax
 
@@ -267,11 +267,10 @@ class LossFindings:
                 "logits.view(-1, V), with targets.view(-1)",
                 "a permutation of the logits, reshaped to (-1, V), reproduces the rows",
             )
-        if not any(equal == number >= ENOUGH for equal, number in (one.matches(offset) for offset in OFFSETS)):
-            # Some models take sequences as columns, (T, B).
-            other = Aligned(loss, one.ids.t(), one.time, one.batch, one.how, one.cut)
-            if any(equal == number >= ENOUGH for equal, number in (other.matches(offset) for offset in OFFSETS)):
-                one = other
+        # Some models take sequences as columns, (T, B).
+        other = Aligned(loss, one.ids.t(), one.time, one.batch, one.how, one.cut)
+        if not self.one_offset(one) and self.one_offset(other):
+            one = other
         matched = {offset: one.matches(offset) for offset in OFFSETS}
         right, possible = matched[1]
         if possible == 0 and not any(number for _, number in matched.values()):
@@ -305,7 +304,7 @@ class LossFindings:
                 ),
             )
             return self.add(name, says, where, remedy, proof, figures=numbers)
-        order = self.other_order(one)
+        order = self.other_order(one) or self.other_order(other)
         if order:
             return self.add(
                 "wrong-rows",
@@ -316,6 +315,11 @@ class LossFindings:
                 figures=numbers,
             )
         return False
+
+    @staticmethod
+    def one_offset(one: Aligned) -> bool:
+        """Whether all targets are the tokens at one distance."""
+        return any(equal == number >= ENOUGH for equal, number in map(one.matches, OFFSETS))
 
     def in_order(self, one: Aligned) -> bool:
         """Whether the targets, in the order (B, T), are the next tokens."""
@@ -483,6 +487,88 @@ class LossFindings:
                 )
                 return
 
+    # Positions that no loss counts
+
+    def prompts(self) -> None:
+        """Whether the loss begins one token beside the place where the dataset's items end their prompts."""
+        loaders = [facts for _, facts in self.recorder.loaders if facts["grad"]]
+        with untouched():
+            items = [parts for facts in loaders[:1] for parts in parts_of(facts["dataset"])]
+        found: dict[tuple[int, bool], list[int]] = {}  # (distance, whether the prompt itself is an item's) -> tokens
+        seen: set[int] = set()  # lengths of prompts
+        for _, one in self.aligned if items else []:
+            for row, ids in enumerate(one.ids.tolist()):
+                times = one.time[one.counted & (one.batch == row)]
+                first = int(times.min()) + 1 if len(times) else 0
+                known = next((two for whole, two in items if whole[: len(ids)] == ids[: len(whole)]), None)
+                if known is None or not 1 < first < len(ids) - 1:
+                    return
+                for length, sure in known:
+                    found.setdefault((first - length, sure), []).append(ids[min(first, length)])
+                seen.update(length for length, _ in known)
+        if len(seen) < 2 or any(distance == 0 for distance, _ in found):
+            return
+        rows = max(map(len, found.values()), default=0)
+        for (distance, sure), tokens in found.items():
+            if abs(distance) != 1 or len(tokens) < max(4, rows) or len(set(tokens)) < 2:
+                continue
+            early = "the last token of each prompt is counted too"
+            self.add(
+                "mask-off-by-one",
+                "the first token of each answer is not counted" if distance > 0 else early,
+                self.aligned[0][1].loss.where,
+                "targets are one place ahead of their rows: after a shift, mask prompt_length - 1 of them",
+                f"in {len(tokens)} rows the first target that counts is {abs(distance)} "
+                f"{'after' if distance > 0 else 'before'} the prompt's end, which is where an item of the dataset says",
+                level=FAULT if sure else NOTE,
+                figures={"rows": len(tokens), "distance": distance},
+            )
+            return
+
+    def few_positions(self) -> None:
+        """Only the last of all positions, or all but the last token of each text."""
+        if not self.aligned:
+            return
+        _, one = self.aligned[0]
+        ids, counted = one.ids, one.counted
+        rows = one.loss.rows
+        vocabulary = 0 if rows is None else rows.shape[-1]
+        batch, length = ids.shape
+        if not bool(counted.any()) or int(ids.max()) >= vocabulary:  # classes, not tokens
+            return
+        if batch > 1 and length > 3 and bool((one.time[counted] == length - 1).all()):
+            self.add(
+                "last-position-only",
+                f"the loss counts the last of {length} positions only; the others have a next token to learn too",
+                one.loss.where,
+                "if all next tokens are to be learnt: logits.view(-1, V) with targets.view(-1)",
+                f"{int(counted.sum())} rows of logits enter the loss, of {ids.numel()}",
+                level=NOTE,
+                figures={"positions": 1, "length": length},
+            )
+            return
+        pairs = []  # the last target that counts, and what follows it
+        for row in range(batch):
+            times = one.time[counted & (one.batch == row)]
+            if len(times) and int(times.max()) + 2 < length:
+                last = int(times.max()) + 1
+                pairs.append((int(ids[row, last]), int(ids[row, last + 1]), len(ids[row, last + 1 :].unique())))
+        lasts, ends = {last for last, _, _ in pairs}, {end for _, end, _ in pairs}
+        if len(pairs) < 3 or len(lasts) < 2 or len(ends) != 1 or max(kinds for _, _, kinds in pairs) > 2:
+            return
+        padded = any(kinds == 2 for _, _, kinds in pairs)
+        self.add(
+            "end-not-learnt",
+            f"token {ends.pop()} follows the last target that counts in {len(pairs)} rows, and is never counted: "
+            "the model is not taught where to end",
+            one.loss.where,
+            "let the loss count the end token of each text, and only the padding after it not",
+            "it is one token in all of these rows, "
+            + ("and other tokens, the padding, follow it" if padded else "and nothing else follows it"),
+            level=FAULT if padded else NOTE,
+            figures={"rows": len(pairs)},
+        )
+
     # The loss at the start
 
     def start(self) -> None:
@@ -527,6 +613,25 @@ SHIFTS = {
         "make the target of position t the token at t + 1: logits[:, :-1] with ids[:, 1:]",
     ),
 }
+
+
+def parts_of(dataset: Any) -> list[tuple[list[int], list[tuple[int, bool]]]]:
+    """The ids of each item, and the lengths that its prompt may have: of a part that they begin with, or a number."""
+    found = []
+    try:
+        for n in range(min(len(dataset), ITEMS)):
+            item = dataset[n]
+            values = list(item.values()) if isinstance(item, dict) else list(item)
+            rows = integer_rows(values)
+            whole = rows[0] + rows[1] if len(rows) == 2 else max(rows, key=len)
+            lengths = [(len(one), True) for one in rows if len(one) < len(whole) and whole[: len(one)] == one]
+            lengths += [(one, False) for one in values if type(one) is int]
+            if not lengths:
+                return []
+            found.append((whole, lengths))
+    except Exception:  # a dataset of the user's that has no such items, or cannot be read again
+        return []
+    return found
 
 
 def permuted(one: Aligned, batches: int, length: int) -> torch.Tensor | None:

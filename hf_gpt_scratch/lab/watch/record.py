@@ -16,7 +16,7 @@ import time
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,16 +69,34 @@ def is_library(file: str) -> bool:
     return file.startswith("<frozen") or os.path.abspath(file).startswith(LIBRARIES)
 
 
+def own_frame() -> types.FrameType | None:
+    """The innermost frame of the user's code."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
 def place() -> str:
     """File and line of the innermost frame of the user's code, or nothing."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not is_library(file):
-            shown = os.path.relpath(file) if os.path.isabs(file) else file
-            return f"{os.path.basename(file) if shown.startswith('..') else shown}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
+    frame = own_frame()
+    if frame is None:
+        return ""
+    file = frame.f_code.co_filename
+    shown = os.path.relpath(file) if os.path.isabs(file) else file
+    return f"{os.path.basename(file) if shown.startswith('..') else shown}:{frame.f_lineno}"
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Reads datasets again, whose items may be drawn, and leaves the random generators as they were."""
+    kept, kept_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(kept)
+            np.random.set_state(kept_numpy)
 
 
 class Parts(nn.ModuleList):
@@ -96,6 +114,7 @@ class Forward:
     where: str
     rng: int
     ids: torch.Tensor | None = None  # (B, T)
+    embedded: torch.Tensor | None = None  # those of them that a module within embeds, as of a wrapper that shifts
     head: torch.Tensor | None = None  # the last output of a module with three dimensions
     output: Any = None
     called: set[int] = field(default_factory=set)
@@ -109,6 +128,7 @@ class Forward:
     strangers: dict[int, nn.Parameter] = field(default_factory=dict)  # of modules that run and are not registered in it
     backwards: int = 0  # how many backward passes came before it
     beside: bool = False  # without gradients, on a batch that a pass with gradients is given too
+    loader: dict[str, Any] | None = None  # the facts of the loader that its batch is from
 
 
 @dataclass
@@ -249,6 +269,8 @@ class Recorder:
         self.loaders: list[Any] = []
         # Random integers: low, high (excluded), and what was drawn.
         self.draws: deque[tuple[int, int, list[int]]] = deque(maxlen=DRAWS)
+        # The arrays and lists of functions that draw, among which the text is, by bounds.
+        self.drawing: dict[tuple[int, int], dict[str, Any]] = {}
         self.used: set[int] = set()  # gradients that a step has used
         # The last batches, with the facts of their loaders.
         self.fetched: list[tuple[dict[str, Any], list[torch.Tensor]]] = []
@@ -449,7 +471,7 @@ class Recorder:
         for number, (facts, tensors) in reversed(list(enumerate(self.fetched))):
             if any(begins_with(one, forward.ids) for one in tensors):
                 facts["grad"] = forward.grad or (facts["used"] and facts["grad"])
-                facts["used"] = True
+                facts["used"], forward.loader = True, facts
                 if forward.grad:  # a teacher may be given the batch first
                     del self.fetched[number]
                 return
@@ -487,8 +509,10 @@ class Recorder:
     def on_embedding(self, func, args, kwargs):
         ids = args[0] if args else kwargs["input"]
         weight = args[1] if len(args) > 1 else kwargs["weight"]
-        if self.forward is not None and self.forward.ids is None and are_ids(ids):
-            self.forward.ids = ids.detach().clone()
+        if self.forward is not None and self.forward.embedded is None and are_ids(ids):
+            self.forward.embedded = ids.detach().clone()
+            if self.forward.ids is None:
+                self.forward.ids = self.forward.embedded
         try:
             return func(*args, **kwargs)
         except IndexError:
@@ -504,8 +528,16 @@ class Recorder:
         low = kwargs.get("low", bounds[0] if len(bounds) > 1 else 0)
         high = kwargs.get("high", bounds[-1] if bounds else None)
         if self.forward is None and high is not None and output.numel() <= DRAWN:
-            self.draws.append((int(low), int(high), output.flatten().long().tolist()))
+            self.drew(int(low), int(high), output.flatten().long().tolist())
         return output
+
+    def drew(self, low: int, high: int, values: list[int]) -> None:
+        self.draws.append((low, high, values))
+        frame = own_frame()
+        if (low, high) not in self.drawing and len(self.drawing) < 16 and frame is not None:
+            of_object = vars(frame.f_locals["self"]) if hasattr(frame.f_locals.get("self"), "__dict__") else {}
+            found = {**of_object, **frame.f_locals}.items()
+            self.drawing[low, high] = {n: v for n, v in found if isinstance(v, torch.Tensor | np.ndarray | list)}
 
     def on_draw(self, original, args, kwargs):
         """Of Python's `randint`, whose upper bound is included, and `randrange`, and of numpy's `randint`."""
@@ -514,7 +546,7 @@ class Recorder:
             low, high = (0, args[0]) if len(args) == 1 or args[1] is None else args[:2]
             values = np.asarray(drawn).reshape(-1)
             if len(values) <= DRAWN:
-                self.draws.append((int(low), int(high) + (original is RANDINT), values.tolist()))
+                self.drew(int(low), int(high) + (original is RANDINT), values.tolist())
         return drawn
 
     def on_dropout(self, func, args, kwargs):
@@ -930,6 +962,13 @@ class Recorder:
         return batch
 
 
+def integer_rows(values: Iterable[Any]) -> list[list[int]]:
+    """The tensors and lists of integers with one dimension among these."""
+    rows: list[Any] = [v for v in values if isinstance(v, torch.Tensor) and v.dim() == 1 and not v.is_floating_point()]
+    rows += [v for v in values if type(v) is list and v and all(type(one) is int for one in v)]
+    return [list(map(int, row)) for row in rows]
+
+
 def begins_with(batch: torch.Tensor, ids: torch.Tensor) -> bool:
     """Whether the ids (B, T) are the batch (B, S), or the first T of S."""
     if batch.dim() != 2 or len(batch) != len(ids) or batch.shape[1] < ids.shape[1]:
@@ -1004,7 +1043,7 @@ def contents(value: Any, depth: int = 2) -> Iterator[str]:
     if "param_groups" in value and "state" in value:
         if value["state"]:
             yield "optimizer"
-    elif "last_epoch" in value and ("_step_count" in value or "base_lrs" in value):
+    elif "last_epoch" in value and {"_step_count", "base_lrs", "_schedulers"} & value.keys():
         yield "scheduler"
     elif value and all(isinstance(item, torch.Tensor) for item in value.values()) and len(value) > 1:
         yield "model"

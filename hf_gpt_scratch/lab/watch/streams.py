@@ -1,17 +1,22 @@
 """Where batches come from: the arrays of token ids that a script holds, and the windows cut out of them."""
 
+import copy
 import itertools
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 
-from .record import Forward, Recorder, is_library, tensors_in
+from .findings import NOTE
+from .record import Forward, Recorder, integer_rows, is_library, tensors_in
 
 # Ids in an array, arrays, and windows that are looked at.
 LONGEST, MOST, WINDOWS = 20_000_000, 64, 64
 # A window shorter than this is in many texts by chance.
 SHORTEST = 8
+# Items of a dataset that are read to be compared.
+READ = 5000
 
 
 def id_arrays(frames: list[dict[str, Any]]) -> list[tuple[str, torch.Tensor]]:
@@ -120,11 +125,35 @@ def overlap(
     if not evaluations or not trained:
         return None
     remedy = "evaluate on a part of the text that training never reads, split before the windows are made"
-    if any(not facts["grad"] for _, facts in recorder.loaders):
-        found = of_loaders(recorder)
-    else:
+    found = of_one_loader(recorder, [forward for forward in evaluations if not forward.beside])
+    if found is not None:
+        return dict(where=evaluations[-1].where, remedy=remedy) | found
+    loaders = any(not facts["grad"] for _, facts in recorder.loaders)
+    found = of_loaders(recorder) if loaders else None
+    if found is None and (not loaders or recorder.draws):  # datasets may draw their items
         found = of_windows(recorder, evaluations, [forward for _, forward in trained], frames)
     return None if found is None else dict(where=evaluations[-1].where, remedy=remedy) | found
+
+
+def of_one_loader(recorder: Recorder, evaluations: list[Forward]) -> dict[str, Any] | None:
+    """The same if all that is evaluated comes out of the loader of training.
+
+    Evaluated once, it may be meant for the training loss; twice between two steps, one is a validation.
+    """
+    training = {facts["loader"] for _, facts in recorder.loaders if facts["grad"]}
+    passes = [(forward.backwards, forward.loader) for forward in evaluations if forward.loader is not None]
+    if not passes or len(passes) < len(evaluations) or any(facts["loader"] not in training for _, facts in passes):
+        return None
+    times = [(backwards, id(facts)) for backwards, facts in passes if backwards and not facts["grad"]]
+    twice = max((len({one for n, one in times if n == backwards}) for backwards, _ in times), default=0)
+    says = f"all {len(passes)} passes of the evaluation are over batches of the loader that is trained on"
+    if twice < 2:
+        return dict(says=says + ": there is no validation", level=NOTE)
+    return dict(
+        says=says,
+        proof=f"between two steps it goes through that loader {twice} times, and through no other",
+        figures={"passes": len(passes), "times": twice},
+    )
 
 
 def of_windows(recorder: Recorder, evaluations: list[Forward], trained: list[Forward], frames: list[dict[str, Any]]):
@@ -205,14 +234,10 @@ def of_loaders(recorder: Recorder) -> dict[str, Any] | None:
     facts = [facts for _, facts in recorder.loaders]
     training = [one for one in facts if one["grad"]]
     used = {one["loader"] for one in training}
-    for other in facts:
-        if other["grad"] or other["loader"] in used:
-            continue
-        for mine in training:
-            found = shared(mine, other)
-            if found is not None:
-                return found
-    return None
+    others = [one for one in facts if not one["grad"] and one["loader"] not in used]
+    # One that shares nothing is a validation as it should be, beside which others may be meant for the training loss.
+    found = [next((s for mine in training if (s := shared(mine, one)) is not None), None) for one in others]
+    return None if not found or None in found else found[0]
 
 
 def base_of(facts: dict[str, Any]) -> tuple[Any, list[int] | None]:
@@ -228,6 +253,8 @@ def base_of(facts: dict[str, Any]) -> tuple[Any, list[int] | None]:
 def shared(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
     (dataset, indices), (checked, its) = base_of(mine), base_of(other)
     try:
+        if isinstance(dataset, IterableDataset) or isinstance(checked, IterableDataset):
+            return same_items(dataset, indices, checked, its)
         if dataset is checked:
             number = len(dataset)
             first = set(range(number) if indices is None else indices)
@@ -292,9 +319,16 @@ def ids_in(value: Any, depth: int) -> torch.Tensor | None:
 def same_items(dataset: Any, indices: list[int] | None, checked: Any, its: list[int] | None) -> dict[str, Any] | None:
     """The same for datasets of separate texts, which are compared as wholes."""
 
-    def texts(data: Any, chosen: list[int] | None) -> list[tuple[int, ...]]:
-        found = [item(data, index) for index in (range(len(data)) if chosen is None else chosen)[:5000]]
-        return [tuple(one.tolist()) for one in found if one is not None]
+    def texts(data: Any, chosen: list[int] | None) -> list[tuple[tuple[int, ...], str]]:
+        """The first ids of each item, and all that it has, as of a question and its answer."""
+        if isinstance(data, IterableDataset):  # a copy, for one that goes on where it was; what cannot be copied fails
+            items = list(itertools.islice(copy.deepcopy(data), READ))
+        else:
+            items = [data[index] for index in (range(len(data)) if chosen is None else chosen)[:READ]]
+        parts = [one.values() if isinstance(one, dict) else one if isinstance(one, tuple) else [one] for one in items]
+        pairs = [(ids_in(one, 3), integer_rows(part)) for one, part in zip(items, parts, strict=True)]
+        long = [(ids, rows) for ids, rows in pairs if ids is not None or sum(map(len, rows)) >= SHORTEST]
+        return [(tuple(rows[0] if ids is None else ids.tolist()), str(rows)) for ids, rows in long]
 
     mine, theirs = texts(dataset, indices), texts(checked, its)
     known = set(mine)
@@ -303,7 +337,7 @@ def same_items(dataset: Any, indices: list[int] | None, checked: Any, its: list[
     repeated = 1 - len(known) / max(1, len(mine))
     common = sum(text in known for text in theirs)
     if common < 2:
-        return within_blocks(mine, theirs)
+        return within_blocks([ids for ids, _ in mine], [ids for ids, _ in theirs])
     if common <= (0.1 + 2 * repeated) * len(theirs):
         return None
     return dict(

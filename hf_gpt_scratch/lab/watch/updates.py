@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from .findings import NOTE, Finding
+from .findings import NOTE, Finding, Findings
 from .gradients import Names, counted
 from .record import Recorder, Step, Update, tensors_in
 
@@ -22,15 +22,14 @@ def default_groups(update: Update) -> list[dict[str, Any]]:
     return [group for group in update.groups if group.get("ids")]
 
 
-class UpdateFindings:
+class UpdateFindings(Findings):
     """The findings about the updates of a recorded run."""
 
     def __init__(self, recorder: Recorder, names: Names, frames: list[dict[str, Any]]):
-        self.recorder = recorder
+        super().__init__(recorder)
         self.names = names
         self.frames = frames
         self.steps = recorder.steps
-        self.findings: list[Finding] = []
 
     def all(self) -> list[Finding]:
         if not self.steps:
@@ -44,11 +43,6 @@ class UpdateFindings:
         self.settings()
         self.unmoved()
         return self.findings
-
-    def add(self, name: str, *args: Any, **kwargs: Any) -> bool:
-        if name not in {finding.name for finding in self.findings}:
-            self.findings.append(Finding(name, *args, **kwargs))
-        return True
 
     def updates(self) -> list[tuple[int, Step, Update]]:
         return [(n, step, update) for n, step in enumerate(self.steps) for update in step.updates]
@@ -292,7 +286,7 @@ class UpdateFindings:
     def decay(self) -> None:
         _, _, update = self.updates()[0]
         groups = [group for group in default_groups(update) if is_number(group.get("weight_decay"))]
-        made = next((event.where for event in self.recorder.loaded if event.what == "optimizer_made"), update.where)
+        made = self.optimizer_made or update.where
         small, tables = [], []
         for group in groups:
             if not group["weight_decay"]:
@@ -367,11 +361,10 @@ class UpdateFindings:
         for group in default_groups(update):
             betas = group.get("betas")
             if isinstance(betas, (tuple, list)) and len(betas) >= 2 and float(betas[0]) > float(betas[1]):
-                made = next((event.where for event in self.recorder.loaded if event.what == "optimizer_made"), "")
                 self.add(
                     "betas-swapped",
                     f"betas={tuple(map(float, betas[:2]))}: the mean of squares forgets faster than the mean",
-                    made,
+                    self.optimizer_made,
                     f"betas=({float(betas[1]):g}, {float(betas[0]):g})",
                     "Adam divides by the root of the second mean, which has to be the steadier one",
                 )
@@ -382,13 +375,10 @@ class UpdateFindings:
                 if sizes and (every := torch.cat(sizes)).numel():
                     middle = float(every.median())
                     if eps > middle:
-                        made = next(
-                            (event.where for event in self.recorder.loaded if event.what == "optimizer_made"), ""
-                        )
                         self.add(
                             "eps-too-large",
                             f"eps={eps:g} is larger than most of the gradient, so the update is not scaled by its size",
-                            made,
+                            self.optimizer_made,
                             "eps=1e-8",
                             f"the median of |gradient| at the first step is {middle:.3g}",
                             figures={"eps": eps, "median_gradient": middle},
@@ -519,7 +509,8 @@ def numbers_beside(frames: list[dict[str, Any]], ids: set[int]) -> set[float]:
 def explain_updates(history: list[Update], numbers: set[float]) -> tuple[str, str, str, str, dict[str, Any]] | None:
     """The rule that reproduces the updates of one optimizer of the user's, from its first step on; None if none does.
 
-    The name is empty if the rule is right: SGD, momentum, Adam or AdamW. `numbers` are those that may be its settings.
+    The name is empty if the rule is right: SGD, momentum, Nesterov's, Adam, AdamW or Lion. `numbers` are those that may
+    be its settings.
     """
     chosen, size = [], 0
     for key in history[0].ids:
@@ -574,9 +565,14 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
         slope = float((deltas[step] * direction).sum() / direction.pow(2).sum().clamp(min=1e-300))
         return slope if rule.ascent else -slope
 
-    def unit_of(step: int) -> torch.Tensor:
-        # float32 weights and moments are rounded; the sum of both bounds what a correct program may differ by
-        return 1.2e-7 * (before[step].abs() * 2 + deltas[step].abs() * 16).pow(2).mean().sqrt() + 1e-30
+    generator = torch.Generator().manual_seed(0)
+    noisy = [g * (1 + 1e-7 * torch.randn(g.shape, generator=generator, dtype=g.dtype)) for g in gradients]
+
+    def unit_of(step: int, rate: float, direction: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
+        # float32 weights and moments are rounded, and so are gradients; what follows from both bounds what a correct
+        # program may differ by
+        rounded = (before[step].abs() * 2 + deltas[step].abs() * 16).pow(2).mean().sqrt()
+        return 1.2e-7 * rounded + abs(rate) * (perturbed - direction).pow(2).mean().sqrt() + 1e-30
 
     def fitted(directions: list[torch.Tensor], decays: bool) -> tuple[float, float]:
         """The learning rate and the share of the weights that are taken away, of all steps, by least squares."""
@@ -590,7 +586,8 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
     def misfit_untold(rule: "Rule") -> float:
         """The same where neither learning rate nor decay are told: they are fitted, the same for all steps."""
         one, two = rule.betas or usual
-        directions = list(rule.directions(before, gradients, one, two, eps, momentum or rule.momentum, rule.decay))
+        settings = (one, two, eps, momentum or rule.momentum, rule.decay)
+        directions = list(rule.directions(before, gradients, *settings))
         rate, pull = fitted(directions, rule.pulls)
         if (pull < 0) != ("decay-adds" in rule.faults) and pull:
             rate, pull = fitted(directions, False)
@@ -598,7 +595,9 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
             return math.inf
         rule.fit = rate, pull
         errors = [-rate * d - pull * w - x for d, w, x in zip(directions, before, deltas, strict=True)]
-        return max(float(error.pow(2).mean().sqrt() / unit_of(step)) for step, error in enumerate(errors))
+        pairs = zip(directions, rule.directions(before, noisy, *settings), strict=True)
+        units = [unit_of(step, rate, *pair) for step, pair in enumerate(pairs)]
+        return max(float(error.pow(2).mean().sqrt() / unit) for error, unit in zip(errors, units, strict=True))
 
     def misfit(rule: "Rule") -> float:
         """The largest error over the steps, in units of what rounding explains."""
@@ -606,8 +605,9 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
             return misfit_untold(rule)
         worst, used = 0.0, []
         one, two = rule.betas or usual
-        directions = rule.directions(before, gradients, one, two, eps, rule.momentum or momentum, decay)
-        for step, (direction, delta) in enumerate(zip(directions, deltas, strict=True)):
+        settings = (one, two, eps, rule.momentum or momentum, decay)
+        both = (rule.directions(before, given, *settings) for given in (gradients, noisy))
+        for step, (delta, direction, perturbed) in enumerate(zip(deltas, *both, strict=True)):
             rate = rate_of(rule, step, direction)
             used.append(rate)
             if rates[step] is None and (rate <= 0 or abs(rate - used[0]) > 1e-3 * used[0]):
@@ -617,7 +617,7 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
             if rule.kind == "adam, decay last":
                 predicted = -rate * direction - rate * decay * (before[step] - rate * direction)
             error = (predicted - delta).pow(2).mean().sqrt()
-            worst = max(worst, float(error / unit_of(step)))
+            worst = max(worst, float(error / unit_of(step, rate, direction, perturbed)))
         return worst
 
     told = bool(group.get("betas"))
@@ -692,7 +692,8 @@ class Rule:
         return "l2-instead-of-decoupled" not in self.faults
 
     def pull(self, rate: float, decay: float) -> float:
-        if not self.kind.startswith("adam") or {"l2-instead-of-decoupled", "decay-missing"} & set(self.faults):
+        coupled = {"l2-instead-of-decoupled", "decay-missing"} & set(self.faults)
+        if coupled or self.kind in ("sgd", "nesterov"):
             return 0.0
         if "decay-not-scaled-by-lr" in self.faults:
             return decay
@@ -708,11 +709,15 @@ class Rule:
             corrected = corrected if self.kind == "adam, correction as told" else two
         m = v = torch.zeros_like(gradients[0])
         for t, (weights, gradient) in enumerate(zip(before, gradients, strict=True), start=1):
-            if self.kind == "sgd" or "l2-instead-of-decoupled" in faults:
+            if self.kind in ("sgd", "nesterov") or "l2-instead-of-decoupled" in faults:
                 gradient = gradient + decay * weights
-            if self.kind == "sgd":
+            if self.kind in ("sgd", "nesterov"):
                 m = momentum * m + gradient if t > 1 else gradient
-                yield m
+                yield m if self.kind == "sgd" else gradient + momentum * m
+                continue
+            if self.kind == "lion":
+                yield (one * m + (1 - one) * gradient).sign()
+                m = two * m + (1 - two) * gradient
                 continue
             if "state-forgotten" in faults:
                 t = 1
@@ -751,7 +756,9 @@ def rules(decay: float, told: bool, rated: bool, untold: bool = False) -> list[R
     moments = [name for name in RULES if name not in {*decays, "ascent"} and not name.startswith(("decay", "l2"))]
     found = [Rule(), Rule(kind="sgd"), Rule(kind="adam, decay last"), Rule(kind="adam, eps before correction")]
     if not rated:
-        found.append(Rule(kind="sgd", momentum=0.9))
+        found += [Rule(kind=kind, momentum=0.9) for kind in ("sgd", "nesterov")]
+    found += [Rule(kind="nesterov"), Rule(kind="lion")]
+    found += [Rule(kind="lion", betas=betas) for betas in ((0.9, 0.99), (0.95, 0.98)) if not told]
     if not told:
         found += [Rule(betas=(0.9, two)) for two in (0.95, 0.98, 0.99)]
     found += [Rule((name,)) for name in (*moments, *decays, "ascent")]

@@ -241,3 +241,36 @@ HEALTHY += [
     right("llama", *_ALONE),
     right("min", "def forward(self, idx, targets=None):", "def forward(self, idx, start=0):", "self.pos_emb[:, :t, :]", "self.pos_emb[:, start : start + t, :]"),
 ]  # fmt: skip
+
+# Beams whose number is no parameter, one after the other and as rows; and what becomes of beams that end.
+_ALWAYS = ("num_beams=3, eos_id=None):\n", "eos_id=None):\n    num_beams = 4\n")
+_ENDED = "            if n and eos_id is not None and seq[0, -1] == eos_id:\n                grown.append((score, seq))\n                continue\n"
+_SORTED = "beams = sorted(grown, key=lambda beam: beam[0], reverse=True)[:num_beams]"
+_ASIDE = (
+    _ENDED, "",
+    "    beams = [(0.0, ids)]\n", "    beams, done = [(0.0, ids)], []\n",
+    _PICKED, "return max([*done, *beams] if len(done) < num_beams else done, key=lambda beam: beam[0] / (beam[1].shape[1] - ids.shape[1]))[1]",
+)  # fmt: skip
+_TAKEN = "done += [beam for beam in beams if beam[1][0, -1] == eos_id]"
+HEALTHY += [
+    right("beams", *_ALWAYS),
+    right("beams", _SORTED, _SORTED + "\n        if eos_id is not None and all(seq[0, -1] == eos_id for _, seq in beams):\n            break"),
+    right("beams", *_ASIDE, _SORTED, f"{_SORTED}\n        {_TAKEN}\n        beams = [beam for beam in beams if beam[1][0, -1] != eos_id]\n        if not beams:\n            break"),
+]  # fmt: skip
+SABOTAGES += [
+    wrong("beams", "worst-beams-kept", *_ALWAYS, ", reverse=True)", ")"),
+    wrong("beams", "beam-score-sums-logits", *_ALWAYS, "torch.log_softmax(model(seq)[0, -1], dim=-1)", "model(seq)[0, -1]"),
+    wrong("beams", "end-ignored", _ENDED, ""),
+    wrong("beams", "ended-beams-dropped", ".topk(num_beams)", ".topk(2 * num_beams)", _SORTED, _SORTED.replace("sorted(grown", "sorted([one for one in grown if int(one[1][0, -1]) != eos_id]")),
+    wrong("layers", "logits-not-finite", "attn_scores.masked_fill_(mask_bool, ", "attn_scores.masked_fill_(torch.ones_like(mask_bool), "),
+    wrong("beams", "ended-beams-go-on", *_ASIDE, _SORTED, f"{_SORTED}\n        {_TAKEN}"),
+]  # fmt: skip
+SABOTAGES.append(
+    wrong(
+        "returned",
+        "cache-not-extended",
+        *_NO_METHODS,
+        "            presents.append(present)",
+        "            presents.append(present if past_key_values is None else past_key_values[n])",
+    )
+)

@@ -59,7 +59,7 @@ def test_a_sabotage_is_named_and_nothing_else(case, tmp_path):
     assert (
         all(finding.proven for finding in report.findings)
         or "sort()" in case.title
-        or case.names[0] in ("beams-differ", "fails", "draws-differ")
+        or case.names[0] in ("beams-differ", "fails", "draws-differ", "logits-not-finite")
     )
 
 
