@@ -275,24 +275,23 @@ def match_parameters(
             found, unmatched = like, []
         matches += found
         left += unmatched
-    matches = norms_in_order_of_use(matches, uses, config.n_layers)
+    matches = norms_across_blocks(matches, uses, config.n_layers)
     refuse_doubt(type(module).__name__, left, lacking(places, matches), matches)
     return [with_layout(match, module, shapes, config, matches, uses) for match in matches]
 
 
-def norms_in_order_of_use(matches: list[Match], uses: Uses, n_layers: int) -> list[Match]:
+def norms_across_blocks(matches: list[Match], uses: Uses, n_layers: int) -> list[Match]:
     """The matches, where the norm outside of the blocks is the first to run, and the first block's come behind its
-    attention and its feed-forward network: a block then has the norm of the next, so they are paired as they run."""
-    wanted = [f"trf_blocks.{n}.{norm}" for n in range(n_layers) for norm in ("norm1", "norm2")] + ["final_norm"]
+    attention and its feed-forward network: a block's second norm is then the first of the next block."""
+    norms = [f"trf_blocks.{n}.{norm}" for n in range(n_layers) for norm in ("norm1", "norm2")]
     orders = {match.row.ours[0]: uses[match.row.theirs].order for match in matches if match.row.theirs in uses}
-    norms = sorted((order, name.removesuffix(".scale")) for name, order in orders.items() if name.endswith(".scale"))
-    running = [name for _, name in norms]
+    running = sorted((order, name.removesuffix(".scale")) for name, order in orders.items() if name.endswith(".scale"))
     attention = min((order for name, order in orders.items() if name.startswith("trf_blocks.0.att.")), default=math.inf)
     named = {match.row.ours[0] for match in matches if match.reason == "name and shape"}
-    outside_first = set(running) == set(wanted) and running[0] == "final_norm" and "final_norm.scale" not in named
-    if not outside_first or norms[1][0] < attention:
+    outside_first = {name for _, name in running} == {*norms, "final_norm"} and running[0][1] == "final_norm"
+    if not outside_first or "final_norm.scale" in named or running[1][0] < attention:
         return matches
-    right = dict(zip(running, wanted, strict=True))
+    right = dict(zip(["final_norm", *norms], [*norms, "final_norm"], strict=True))
     found = []
     for match in matches:
         owner, _, kind = match.row.ours[0].rpartition(".")

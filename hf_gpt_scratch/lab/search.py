@@ -169,8 +169,8 @@ def search(experiment: Experiment, known: list[Mistake], *, thorough: bool = Tru
     """The experiment with findings that make as many equations true as possible, and the stages still unexplained.
 
     If `thorough`, pairs of mistakes are tried where no single one explains a stage, and the search goes on behind an
-    unexplained stage. Then it names only what a stage in one place shows by itself: an edit found across several
-    places, of which one is not understood, may reproduce one stage by chance.
+    unexplained stage. Then it names only what a stage in one place shows by itself, and what makes all stages true that
+    it changes: an edit found across several places, of which one is not understood, may reproduce one stage by chance.
     """
     unexplained: list[str] = []
     firm: Findings = []
@@ -196,6 +196,8 @@ def search(experiment: Experiment, known: list[Mistake], *, thorough: bool = Tru
             firm += added if alone and target not in experiment.repeated else []
             experiment = experiment.with_findings([*experiment.findings, *added])
     if unexplained:
+        experiment = experiment.with_findings(firm)
+        firm = [one for one in firm if not any(experiment.fails(other) for other in experiment.affected([one]))]
         experiment = experiment.with_findings(firm)
     failing = [target for target in experiment.compared if experiment.fails(target)]
     return experiment, [*unexplained, *(target for target in failing if target not in unexplained)]

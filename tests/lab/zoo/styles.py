@@ -1466,6 +1466,11 @@ MISUSED: dict[str, tuple[str, list[tuple[str, str]], list[str]]] = {
         ],
         ["feed-forward-first"],
     ),
+    "the norm of the next block, exchanged with the own": (
+        "book: the norm of the next block in each",
+        [("self.ff(self.norm1(x))", "self.ff(self.norm2(x))"), ("return x, self.norm2(x)", "return x, self.norm1(x)")],
+        [],
+    ),
     "the final norm behind each block": (
         "book",
         [
