@@ -28,8 +28,8 @@ SIZE_NAMES = {
     r"(_?(len(gth)?|size|window|embeddings))?|max_?(seq_?)?len(gth)?|t",
     "emb_dim": r"(n|d)_?(embd?|embed|model)|(emb(d|ed|edding)?|hidden)(_?(dim|size|d|width))?s?"
     r"|model_?(dim|size|d|width)|(dim|width)|num_?hiddens|d|e|k",
-    "n_heads": r"((n|num)_?)?(attention_?|attn_?)?heads?|h",
-    "n_layers": r"((n|num)_?)?(hidden_?|trf_?|transformer_?)?(layers?|blocks?|blks?)|depth|l|n",
+    "n_heads": r"((n|num)_?)?(attention_?|attn_?)?heads?|n?h",
+    "n_layers": r"((n|num)_?)?(hidden_?|trf_?|transformer_?)?(layers?|blocks|blks)|(n|num)_?(block|blk)|depth|n?l|n",
     "drop_rate": r".*drop.*",
     "qkv_bias": r"(qkv_?|use_?|attn_?)?bias(es)?",
     "n_inner": r"(n|d)_?(inner|ff|ffn|mlp|hidden)|(ff|ffn|mlp|inner|intermediate|feed_?forward)(_?(dim|size|hidden))+",
@@ -441,7 +441,9 @@ def with_any_names(make: Callable[..., Any], arguments: dict[str, Any], settings
     nano |= {name: settings[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     failed: Exception | None = None
     own = {name: settings[name] for name in names_in_code(make) if concept(name) and settings.knows(name)}
-    for names in (own, dict(settings), book, nano, gpt2, {}):
+    attributes = names_in_code(make, attributes=True)
+    read = {name: settings[name] for name in attributes if concept(name) and settings.knows(name)}
+    for names in (own, dict(settings), book, nano, gpt2, read, {}):
         try:
             return make(**{**names, **arguments})
         except Exception as error:  # whatever the class raises
@@ -449,14 +451,19 @@ def with_any_names(make: Callable[..., Any], arguments: dict[str, Any], settings
     raise failed or TypeError("no names of the sizes are accepted")
 
 
-def names_in_code(make: Callable[..., Any]) -> list[str]:
-    """The texts in the code of a function, or of a class's constructor: the keys that it reads from `**kwargs`."""
+def names_in_code(make: Callable[..., Any], *, attributes: bool = False) -> list[str]:
+    """The texts in the code of a function, or of a class's constructor: the keys that it reads from `**kwargs`.
+
+    Args:
+        attributes: also the names of attributes, of an object that is made from `**kwargs`.
+    """
     code = getattr(getattr(make, "__init__", make) if isinstance(make, type) else make, "__code__", None)
     found, names = [code], list[str]()
     for part in found:
         for constant in getattr(part, "co_consts", ()):
             names += [constant] if isinstance(constant, str) else []
             found += [constant] if hasattr(constant, "co_consts") else []
+        names += getattr(part, "co_names", ()) if attributes else ()
     return names
 
 

@@ -105,7 +105,7 @@ class Comparison:
     extras: list[str] = field(default_factory=list)
     quick: bool = False
     failure: str = ""
-    traces: Traces = field(default=({}, {}), repr=False)
+    traces: Traces = field(default=(Activations(), Activations()), repr=False)
     tokenizer: Any = field(default=None, repr=False)
 
     @property

@@ -20,7 +20,7 @@ from ..errors import LabError, few
 from ..model.configuration_gpt_scratch import GPTScratchConfig
 from .compare import Comparison, errors, logit_bound, stage_bound
 from .mistakes import mistakes
-from .observe import observations
+from .observe import numbered, observations
 from .search import SHORT, Experiment, Found, Outcome, agreement, forward_mistakes
 from .simulate import QKV, Edits, Forward, Weights, everywhere
 from .subject import Subject
@@ -153,7 +153,7 @@ def diagnose(comparison: Comparison, reference: Subject, candidate: Subject) -> 
     own, changes = complete(given, right), grouped(weight_changes(right, given))
     runner = Runner(candidate, comparison.dtype, dropout=comparison.deterministic)
     short, brief = runner.first_of(searched_tokens(input_ids))
-    experiment = Experiment(config, short, brief, bound, own)
+    experiment = Experiment(config, short, brief, bound, own, repeated=brief.repeated)
     outcome = forward_mistakes(experiment, mistakes(config, epsilons(candidate)), thorough=not comparison.quick)
     edits = together(outcome.found)
     proof, unexplained = proved(outcome, runner, own, edits, input_ids)
@@ -367,11 +367,7 @@ def forward_fault(one: Found, n_layers: int) -> tuple[str, Fault]:
 
 def named_blocks(blocks: list[int], *, only: bool = False) -> str:
     """block 3; blocks 3 and 7; blocks 2, 3 and 7; blocks 2 to 7. `only`: "block 3 only", if it is one."""
-    if len(blocks) == 1:
-        return f"block {blocks[0]}" + " only" * only
-    if len(blocks) > 2 and blocks == list(range(blocks[0], blocks[-1] + 1)):
-        return f"blocks {blocks[0]} to {blocks[-1]}"
-    return f"blocks {', '.join(map(str, blocks[:-1]))} and {blocks[-1]}"
+    return numbered("block", blocks) + " only" * (only and len(blocks) == 1)
 
 
 def reproduced_positions(simulated: torch.Tensor, logits: torch.Tensor, bound: float) -> int:
@@ -396,7 +392,11 @@ def unexplained_note(comparison: Comparison, faults: list[Fault], outcome: Outco
             f"{known}: each recorded stage is reproduced by itself, but not the logits on tokens not used in the search"
         )
     stage = outcome.unexplained[0]
-    places = {place for place, _ in outcome.experiment.state(stage).read}
+    # What another stage that is as it should be has consulted, too, is not where it arises.
+    experiment = outcome.experiment
+    right = [experiment.state(other).read for other in experiment.compared if not experiment.fails(other)]
+    read = experiment.state(stage).read
+    places = {place for place, _ in read - frozenset().union(*right)} or {place for place, _ in read}
     n_layers = outcome.experiment.config.n_layers
     if len(places) > 1:
         return (

@@ -110,7 +110,7 @@ def fitted_sums(experiment: "Experiment", target: str, place: int, slot: str, *,
     if usual is not None:
         return [named_sum(slot, usual)]
     found = []
-    for extra in extra_operands(slot, place) if more else ():
+    for extra in extra_operands(slot, place, experiment.config.n_layers) if more else ():
         value = column(plus(extra))
         if value is not None:
             with_it = fitted_sum(wanted, sound, [*columns, (extra, value - origin)])
@@ -134,7 +134,23 @@ def operands_of(slot: str, place: int, n_layers: int) -> list[Operand]:
     return [*right, *(operand for operand in rest if operand not in right and operand != own)]
 
 
-def extra_operands(slot: str, place: int) -> Iterator[Operand]:
+# What a module of another block may stand for, by the slot that reads it.
+ELSEWHERE = {
+    "att.input": ("norm1", plus("input")),
+    "norm2.input": ("att", plus("norm1")),
+    "ff.input": ("norm2", plus("input", "att")),
+    "output": ("ff", plus("norm2")),
+}
+
+
+def extra_operands(slot: str, place: int, n_layers: int) -> Iterator[Operand]:
+    if slot in ELSEWHERE:
+        module, operands = ELSEWHERE[slot]
+        yield from ((f"block {k}'s {module}", operands) for k in range(n_layers) if k != place)
+    if slot in ("input", "embedded"):
+        whole = [plus("previous")] if slot == "input" else [plus("tok_emb", "pos_emb"), plus("tok_emb")]
+        for module in ("F.layer_norm", "F.normalize", "final_norm", "act"):
+            yield from ((module, operands) for operands in whole)
     if slot == "input" and place > 0:
         yield (f"block {place - 1}", plus("previous"))
         yield (f"block {place - 1}", plus(f"block {place - 1}"))
@@ -145,7 +161,7 @@ def extra_operands(slot: str, place: int) -> Iterator[Operand]:
     sums = [plus("input"), plus("input", "att"), plus("norm1"), plus("norm2"), plus("att"), plus("ff")]
     sums += [plus("norm1", "att"), plus("att", "ff"), plus("input", "att", "ff"), plus("input", "ff")]
     sums += [plus("input", "norm1"), plus("input", "norm2")]
-    for module in ("norm1", "norm2", "ff", "att", "act", "final_norm"):
+    for module in ("norm1", "norm2", "ff", "att", "act", "final_norm", "F.layer_norm"):
         for operands in sums:
             if module != "act" or operands in (plus("ff"), plus("att"), plus("norm1"), plus("norm2")):
                 yield (module, operands)
@@ -209,17 +225,23 @@ def named_sum(slot: str, operands: Sum) -> Mistake:
 
 
 def fitted_positions(experiment: "Experiment", recorded: torch.Tensor) -> list[Mistake]:
-    """Positions that begin elsewhere, or go in other steps: which rows of the table were added?"""
+    """Positions that begin elsewhere, go in other steps, stop or begin again: which rows of the table were added?"""
     table = experiment.weights["pos_emb.weight"]
     rows = recorded.reshape(-1, recorded.shape[-2], recorded.shape[-1])[0].to(table.dtype)
     found = torch.cdist(rows, table).argmin(-1)
     if not torch.equal(table[found], rows) or len(found) < 2:
         return []
     start, step = found[0].item(), (found[1] - found[0]).item()
-    if not torch.equal(found, start + step * torch.arange(len(found))):
-        return []
-    says = f"positions start at {start} and go in steps of {step}"
-    return [row("wrong-positions", "pos_emb", says, POSITIONS, positions=(start, step))]
+    wanted = start + step * torch.arange(len(found))
+    says, last = f"positions start at {start} and go in steps of {step}", int(found.max())
+    for more, positions, kind in (
+        ("", wanted, ()),
+        (f", but not beyond {last}", wanted.clamp(max=last), ("up to", last)),
+        (f", modulo {last + 1}", wanted % (last + 1), ("modulo", last + 1)),
+    ):
+        if torch.equal(found, positions):
+            return [row("wrong-positions", "pos_emb", says + more, POSITIONS, positions=(start, step, *kind))]
+    return []
 
 
 def fitted_attention(experiment: "Experiment", forward: Forward, recorded: torch.Tensor, n: int) -> list[Mistake]:

@@ -11,7 +11,7 @@ from itertools import combinations, permutations, product
 from typing import Any
 
 from ..model.configuration_gpt_scratch import GPTScratchConfig
-from .simulate import AFFINE, FORMULAS, NORMS, OUTPUTS, PLAIN, QKV, SCALES, TOKENS, WIRING, Sum, plus
+from .simulate import AFFINE, CHANGES, FORMULAS, NORMS, OUTPUTS, PLAIN, QKV, SCALES, TOKENS, WIRING, Sum, plus
 from .trace import BLOCK_STAGES, LOGITS, stages
 
 
@@ -169,6 +169,8 @@ CATALOGUE = (
     row("wrong-positions", "pos_emb", "positions are the last rows of the table", POSITIONS, positions="last"),
     row("wrong-positions", "pos_emb", "every token has position 0", POSITIONS, positions=(0, 0), common=True),
     row("wrong-positions", "pos_emb", "positions go in steps of 2", POSITIONS, positions=(0, 2)),
+    row("wrong-positions", "pos_emb", "each sequence has one position: its number in the batch", POSITIONS,
+        positions="sequences"),
     row("wrong-positions", "pos_emb", "token ids are looked up as positions", POSITIONS, positions="tokens"),
     row("sinusoidal-positions", "pos_emb", "positions are sinusoidal, not the checkpoint's", POSITIONS,
         positions="sinusoidal", common=True),
@@ -440,6 +442,10 @@ SOFTMAX_ROWS = {
     "keys and queries": ("softmax-dimension", "softmax is taken over keys and queries together, not over the keys"),
     "log": ("wrong-softmax", "log_softmax is used in place of softmax"),
     "twice": ("wrong-softmax", "softmax is applied twice"),
+    "plus one behind the maximum": (
+        "wrong-softmax",
+        "softmax's denominator has 1 more, once the maximum is subtracted",
+    ),
     "plus one": ("wrong-softmax", "softmax's denominator has 1 more"),
     "none": ("wrong-softmax", "there is no softmax: the scores are used as attention weights, masked ones as 0"),
     "exponential": ("wrong-softmax", "the exponentials of the scores are not divided by their sum"),
@@ -479,6 +485,27 @@ def wrong_biases() -> list[Mistake]:
         if not layer.startswith("ff") and layer != "out_proj":
             says = f"{layer} is applied transposed"
             rows.append(Mistake("not-transposed", stage, says, TRANSPOSE, ((f"{layer}.transposed", True),)))
+    return rows
+
+
+def wrong_parts() -> list[Mistake]:
+    """Queries, keys, values, scores or attention weights that something else is made of first."""
+    remedy = "softmax(q @ k.transpose(2, 3) / head_dim ** 0.5) @ v, each head by itself, and nothing else"
+    rows = []
+    for change in filter(None, CHANGES):
+        for which in ("q", "k", "v", "qk", "kv", "qkv"):
+            says = f"{' and '.join(PARTS[layer] for layer in QKV if layer[2] in which)} are {change}"
+            stage = "att.out_proj.input" if which == "v" else "att.weights"
+            rows.append(row("wrong-operand", stage, says, remedy, parts=(which, change)))
+        if "token" not in change:
+            says = f"attention scores are {change}"
+            rows.append(row("wrong-scores", "att.weights", says, remedy, scores=change))
+            if change not in ("taken without their sign", "put through a ReLU"):  # they are positive
+                says = f"attention weights are {change}, before they are applied to the values"
+                rows.append(row("wrong-scores", "att.out_proj.input", says, remedy, weights=change))
+    says = "attention is by cosine: queries and keys are scaled to length 1, and the scores not divided"
+    cosine = row("wrong-operand", "att.weights", says, remedy, parts=("qk", "scaled to length 1"), scale="none")
+    rows.append(cosine)
     return rows
 
 
@@ -574,6 +601,7 @@ def mistakes(config: GPTScratchConfig, candidate_eps: Iterable[float] = ()) -> l
     generated += [*wrong_qkv_orders(), *wrong_heads(config), *wrong_softmax(), *wrong_biases()]
     generated += [
         *wrong_inputs(),
+        *wrong_parts(),
         *hidden_rows(),
         *wrong_activations(config),
         *wrong_outputs(),

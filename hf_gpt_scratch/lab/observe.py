@@ -1,16 +1,19 @@
 """What an unexplained stage depends on, by perturbation: of the tokens, and of the candidate's own weights.
 
-Shapes: B batch, T tokens.
+Shapes: B batch, T tokens, E emb_dim, H heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import torch
 
 from ..errors import LabError
-from .search import Outcome
+from .search import FAILURES, Experiment, Outcome
 from .trace import LOGITS, Activations
+
+# So few token ids for which alone a stage differs are named.
+FEW = 3
 
 
 def observations(run: Callable[[torch.Tensor], Activations], outcome: Outcome, input_ids: torch.Tensor) -> list[str]:
@@ -25,7 +28,7 @@ def observations(run: Callable[[torch.Tensor], Activations], outcome: Outcome, i
     recorded = experiment.activations.get(stage)
     if recorded is None:
         return []
-    says = broken(stage, recorded)
+    says = broken(stage, recorded) or of_places(experiment, stage, recorded)
     with suppress(LabError):
         says += of_tokens(run, stage, recorded, input_ids, experiment.config.vocab_size)
     return says
@@ -34,6 +37,39 @@ def observations(run: Callable[[torch.Tensor], Activations], outcome: Outcome, i
 def broken(stage: str, recorded: torch.Tensor) -> list[str]:
     bad = (~recorded.isfinite()).sum().item()
     return [f"{bad} of {recorded.numel()} values of {stage} are NaN or infinite"] if bad else []
+
+
+def numbered(word: str, numbers: Iterable[int]) -> str:
+    """head 3; heads 3 and 7; heads 2, 3 and 7; heads 2 to 7."""
+    found = sorted(numbers)
+    if len(found) == 1:
+        return f"{word} {found[0]}"
+    if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
+        return f"{word}s {found[0]} to {found[-1]}"
+    return f"{word}s {', '.join(map(str, found[:-1]))} and {found[-1]}"
+
+
+def of_places(experiment: Experiment, stage: str, recorded: torch.Tensor) -> list[str]:
+    """Where alone the stage differs from what GPT-2 computes there: in some heads, at some positions, for some ids."""
+    try:
+        right = experiment.forward(stage).compute(stage).expand(recorded.shape)
+    except FAILURES:
+        return []
+    off = (recorded - right).abs() > experiment.bound * right.abs().max()  # (B, T, E), (B, H, T, T) or (T, E)
+    if stage.endswith(("att.out_proj.input", "att.W_query", "att.W_key", "att.W_value")) and off.ndim == 3:
+        off = off.unflatten(-1, (experiment.config.n_heads, -1)).transpose(1, 2)
+    heads, ids, says = off.ndim == 4, experiment.input_ids, []
+    by_token = off.any(-1).any(1) if heads else off.any(-1)
+    if by_token.shape == ids.shape:
+        wrong_ids = set(ids[by_token].tolist())
+        if 0 < len(wrong_ids) <= FEW and not wrong_ids & set(ids[~by_token].tolist()):
+            says.append(f"{stage} differs only for {numbered('token id', wrong_ids)}")
+    for word, dim in (("head", -3), ("position", -2)) if heads else (("position", -2),):
+        wrong = off.transpose(dim, 0).flatten(1).any(1)
+        everywhere = word == "head" or torch.equal(by_token, by_token.any(0).expand_as(by_token))
+        if 0 < wrong.sum() < len(wrong) and (everywhere or not says):
+            says.append(f"{stage} differs only at {numbered(word, wrong.nonzero().flatten().tolist())}")
+    return says
 
 
 def by_token(stage: str, recorded: torch.Tensor) -> torch.Tensor:
@@ -68,7 +104,10 @@ def of_tokens(
         says.append(f"{stage} at a position does not depend on earlier tokens")
     if differs[1:].any():
         says.append(f"{stage} of one sequence depends on another sequence of the batch")
-    return says or [f"{stage} depends on its own token and on earlier ones of its own sequence, as it should"]
+    if differs[0, middle + 1 :].any() and not mixes(stage):
+        says.append(f"{stage} at a position depends on earlier tokens")
+    others = "and on earlier ones of its own sequence" if mixes(stage) else "alone"
+    return says or [f"{stage} depends on its own token {others}, as it should"]
 
 
 def mixes(stage: str) -> bool:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
+from os.path import commonpath
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ WEIGHT_NAMES = ("scale", "weight", "gamma", "gain", "alpha", "g", "w", "a")
 ALIKE, LEAD = 0.6, 0.15
 # So many other bare matrices of a block in one layout make a square one that is used otherwise a mistake.
 MANY = 3
+# So many parameters outside of lists whose first dimension is the number of layers hold all blocks.
+MANY_STACKED = 8
 # The layers without a bias in GPT-2, and what the model must have to be compared at all.
 UNBIASED = ("tok_emb", "pos_emb", "out_head")
 # What a model may lack even if others of its parameters are left over.
@@ -257,6 +260,7 @@ def match_parameters(
     uses = uses or {}
     own = parameters(module)
     shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    refuse_stacked(shapes, config.n_layers)
     given = mapped(shapes, config, mapping)
     given |= beside(given, shapes)
     matches = [match for match in given.values() if match]
@@ -271,8 +275,43 @@ def match_parameters(
             found, unmatched = like, []
         matches += found
         left += unmatched
+    matches = norms_across_blocks(matches, uses, config.n_layers)
     refuse_doubt(type(module).__name__, left, lacking(places, matches), matches)
     return [with_layout(match, module, shapes, config, matches, uses) for match in matches]
+
+
+def norms_across_blocks(matches: list[Match], uses: Uses, n_layers: int) -> list[Match]:
+    """The matches, where the norm outside of the blocks is the first to run, and the first block's come behind its
+    attention and its feed-forward network: a block's second norm is then the first of the next block."""
+    norms = [f"trf_blocks.{n}.{norm}" for n in range(n_layers) for norm in ("norm1", "norm2")]
+    orders = {match.row.ours[0]: uses[match.row.theirs].order for match in matches if match.row.theirs in uses}
+    running = sorted((order, name.removesuffix(".scale")) for name, order in orders.items() if name.endswith(".scale"))
+    attention = min((order for name, order in orders.items() if name.startswith("trf_blocks.0.att.")), default=math.inf)
+    named = {match.row.ours[0] for match in matches if match.reason == "name and shape"}
+    outside_first = {name for _, name in running} == {*norms, "final_norm"} and running[0][1] == "final_norm"
+    if not outside_first or "final_norm.scale" in named or running[1][0] < attention:
+        return matches
+    right = dict(zip(["final_norm", *norms], [*norms, "final_norm"], strict=True))
+    found = []
+    for match in matches:
+        owner, _, kind = match.row.ours[0].rpartition(".")
+        if owner in right:
+            row = replace(match.row, ours=(f"{right[owner]}.{kind}",))
+            match = replace(match, row=row, confidence=0.9, reason="order of use across the blocks, and shape")
+        found.append(match)
+    return found
+
+
+def refuse_stacked(shapes: Shapes, n_layers: int) -> None:
+    """Raises LabError if all blocks are in the same parameters, with a dimension for the layers."""
+    outside = {name: shape for name, shape in shapes.items() if not re.search(r"(^|\.)\d+(\.|$)", name)}
+    stacked = [name for name, shape in outside.items() if len(shape) > 1 and shape[0] == n_layers]
+    if len(stacked) >= MANY_STACKED:
+        raise LabError(
+            f"{few(stacked, 4)} hold all {n_layers} layers in one tensor each, which is not read; keep a parameter for "
+            f"each layer, such as nn.ParameterList(torch.randn(E, 3 * E) for _ in range({n_layers})), and load your "
+            "weights with w.unbind(0)"
+        )
 
 
 def refuse_doubt(name: str, left: list[str], lacking: list[str], matches: list[Match]) -> None:
@@ -315,9 +354,11 @@ def layers_of(shapes: Shapes, n_layers: int) -> dict[str, tuple[int, str]]:
     """The block of each parameter that is in one, and its name there.
 
     A block is known by a number: the first in a name that has `n_layers` consecutive values, with equal shapes. In a
-    list of parameters, `ln1_w.0`, it is the place in the list, not a number in the list's name.
+    list of parameters, `ln1_w.0`, it is the place in the list, not a number in the list's name. In a list of attention,
+    feed-forward, attention, … and of all norms, several numbers in a row are one block's; a last one is outside.
     """
     found: dict[str, tuple[int, str, str]] = {}
+    shared: dict[str, tuple[int, str, str]] = {}
     for name, shape in shapes.items():
         listed = re.fullmatch(r"((?!\d+\.)[^.]+\.)+\d+", name)
         for number in re.finditer(r"\d+$" if listed else r"\d+", name):
@@ -329,8 +370,16 @@ def layers_of(shapes: Shapes, n_layers: int) -> dict[str, tuple[int, str]]:
             if consecutive and (n_layers > 1 or alone):
                 found[name] = (int(number[0]) - values[0], before, after.lstrip("._"))
                 break
+            each, more = divmod(len(values), n_layers)
+            step = values[1] - values[0] if len(values) == n_layers > 1 else 1
+            place = int(number[0]) - values[0]
+            if step > 1 and values == list(range(values[0], values[0] + step * n_layers, step)):
+                found[name] = (place // step, before, f"{values[0]}{after}")
+            elif n_layers > 1 < each and more < 2 and values[-1] - values[0] < len(values) and place < each * n_layers:
+                shared[name] = (place // each, before, f"{place % each}{after}")
             if len(values) > 1:
                 break
+    found |= shared if found else {}
     lists = {before for _, before, _ in found.values()}
     single = len(lists) == 1
     return {
@@ -586,11 +635,12 @@ def layout_by_use(use: Use | None) -> str | None:
 def settled(pending: Pending, used: Uses) -> dict[str, Claim]:
     """The slot of each unit, with confidence and reason; what is left in `pending` has none.
 
-    Each pass claims slots for what the last one left: norms by their names or their use, then by name, use, similar
-    name, elimination, order of the norms.
+    Each pass claims slots for what the last one left: norms by their names, their modules or their use, then by name,
+    use, similar name, elimination, order of the norms.
     """
     passes: list[Callable[[Pending], dict[str, Claim]]] = [
         by_name_of_norms,
+        lambda pending: by_module_of_norms(pending, used),
         lambda pending: by_use_of_norms(pending, used),
         by_name,
         lambda pending: by_use(pending, used),
@@ -669,6 +719,25 @@ def by_name_of_norms(pending: Pending) -> dict[str, Claim]:
         named = {"norm1": [first], "norm2": [second]} if alike else named
     claims = {units[0]: (slot, 1.0, "name and shape") for slot, units in named.items() if len(units) == 1}
     return claims if len(norms) == len(claims) == 2 else {}
+
+
+def by_module_of_norms(pending: Pending, used: Uses) -> dict[str, Claim]:
+    """A block's two norms, if one is in a module with the attention, and the other with the feed-forward network."""
+    attention = [unit for unit, use in used.items() if use.roles]
+    feed_forward = [unit for unit, use in used.items() if use.kind == "matrix" and not use.roles]
+
+    def nearness(unit: str, others: list[str]) -> int:
+        """The length of the longest path that a unit has in common with another."""
+        paths = [[name.replace(".", "/") for name in (unit, other)] for other in others]
+        return max((len(commonpath(both)) for both in paths), default=0)
+
+    claims: dict[str, Claim] = {}
+    for unit in (unit for unit, slots in pending.items() if slots == ["norm1", "norm2"]):
+        near = nearness(unit, attention) - nearness(unit, feed_forward)
+        if near:
+            owner = "attention" if near > 0 else "feed-forward"
+            claims[unit] = ("norm1" if near > 0 else "norm2", 0.95, f"in a module with {owner}, and shape")
+    return claims if len({slot for slot, _, _ in claims.values()}) == len(claims) == 2 else {}
 
 
 def by_use_of_norms(pending: Pending, used: Uses) -> dict[str, Claim]:

@@ -80,7 +80,8 @@ class Equation:
 class Experiment:
     """The candidate's trace, and everything needed to reproduce it.
 
-    `findings` are accepted so far; `doubted` stages are neither given nor compared. `tried` counts experiments.
+    `findings` are accepted so far; `doubted` stages are neither given nor compared. `repeated` stages ran more often
+    than in GPT-2, and only their first run is known. `tried` counts experiments.
     """
 
     config: GPTScratchConfig
@@ -90,6 +91,7 @@ class Experiment:
     weights: Mapping[str, torch.Tensor]
     findings: Findings = field(default_factory=list)
     doubted: frozenset[str] = frozenset()
+    repeated: frozenset[str] = frozenset()
     tried: list[int] = field(default_factory=lambda: [0])
 
     def __post_init__(self):
@@ -148,7 +150,14 @@ class Experiment:
 
 def usable(stage: str, tensor: torch.Tensor, input_ids: torch.Tensor, config: GPTScratchConfig) -> torch.Tensor:
     """A recorded tensor in the usual shape (B, T, …), if it has as many values."""
-    if stage.endswith("att.weights") or stage == "pos_emb" or tensor.ndim == 3:
+    batch, tokens = input_ids.shape
+    if stage.endswith("att.weights"):
+        whole = (batch, config.n_heads, tokens, tokens)
+        return tensor.reshape(whole) if tensor.numel() == math.prod(whole) else tensor
+    if stage == "pos_emb":
+        by_sequence = tensor.ndim == 2 and len(tensor) == batch != tokens
+        return tensor[:, None] if by_sequence else tensor
+    if tensor.ndim == 3:
         return tensor
     return tensor.reshape(*input_ids.shape, -1) if tensor.numel() % input_ids.numel() == 0 else tensor
 
@@ -160,8 +169,8 @@ def search(experiment: Experiment, known: list[Mistake], *, thorough: bool = Tru
     """The experiment with findings that make as many equations true as possible, and the stages still unexplained.
 
     If `thorough`, pairs of mistakes are tried where no single one explains a stage, and the search goes on behind an
-    unexplained stage. Then it names only what a stage in one place shows by itself: an edit found across several
-    places, of which one is not understood, may reproduce one stage by chance.
+    unexplained stage. Then it names only what a stage in one place shows by itself, and what makes all stages true that
+    it changes: an edit found across several places, of which one is not understood, may reproduce one stage by chance.
     """
     unexplained: list[str] = []
     firm: Findings = []
@@ -183,9 +192,12 @@ def search(experiment: Experiment, known: list[Mistake], *, thorough: bool = Tru
             if not thorough:
                 break
         else:
-            firm += added if len({place for place, _ in experiment.state(target).read}) == 1 else []
+            alone = len({place for place, _ in experiment.state(target).read}) == 1
+            firm += added if alone and target not in experiment.repeated else []
             experiment = experiment.with_findings([*experiment.findings, *added])
     if unexplained:
+        experiment = experiment.with_findings(firm)
+        firm = [one for one in firm if not any(experiment.fails(other) for other in experiment.affected([one]))]
         experiment = experiment.with_findings(firm)
     failing = [target for target in experiment.compared if experiment.fails(target)]
     return experiment, [*unexplained, *(target for target in failing if target not in unexplained)]
@@ -339,10 +351,11 @@ def forward_mistakes(experiment: Experiment, known: list[Mistake], *, thorough: 
     """
     solved, unexplained = search(experiment, known, thorough=thorough)
     if unexplained and thorough:
-        # A mistake may be behind a module's own result, so stages like the first that differs are doubted, then all
-        # inside the blocks.
+        # A mistake may be behind a module's own result, so what ran too often is doubted, then stages like the first
+        # that differs, then all inside the blocks.
         inside = [stage for stage in experiment.targets if re.match(r"trf_blocks\.\d+\.(?!input$)", stage)]
-        for doubted in ([s for s in experiment.targets if key_of(s) == key_of(unexplained[0])], inside):
+        alike = [stage for stage in experiment.targets if key_of(stage) == key_of(unexplained[0])]
+        for doubted in filter(None, (experiment.repeated, alike, inside)):
             other, left = search(experiment.doubting(doubted), known, thorough=False)
             if not left and other.compared:
                 solved, unexplained = other, left

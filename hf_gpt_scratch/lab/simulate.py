@@ -44,7 +44,8 @@ LINEARS = (*QKV, "out_proj", "ff.layers.0", "ff.layers.2")
 # Every slot, with GPT-2's value.
 GPT2: dict[str, Any] = {
     "tokens": "",  # which tokens are looked up, of TOKENS
-    "positions": (0, 1),  # first position and step, or the name of one of POSITIONS
+    # First position and step, perhaps "up to" a last one or "modulo" a number of them; or the name of one of POSITIONS.
+    "positions": (0, 1),
     "embedded": plus("tok_emb", "pos_emb"),
     "input": plus("previous"),  # what a place reads: the result of the place before
     **WIRING,
@@ -65,6 +66,9 @@ GPT2: dict[str, Any] = {
     "split": "thd",  # the order in which a projection is viewed before the heads move to the front
     "over": "tokens",  # what attends to each other: tokens, heads or the batch
     "rotary": "",  # rotary positions on queries and keys, of "halves" or "pairs"
+    "parts": ("", ""),  # which of queries, keys and values, "qkv", are changed, and how: one of CHANGES
+    "scores": "",  # how the scores are changed before the mask, and the attention weights behind it: one of CHANGES
+    "weights": "",
     "scale": "",  # of the scores: one of SCALES, or a number
     "distance": 0.0,  # factor of a penalty for distance, as ALiBi's
     "mask": (None, 0),  # how many tokens behind and ahead are seen; None is all
@@ -229,10 +233,16 @@ class Forward:
 
     def applied(self, module: str, x: torch.Tensor, n: int) -> torch.Tensor:
         """The result of a module for another input than its own."""
+        if other := re.fullmatch(r"block (\d+)'s (\w+)", module):
+            n, module = int(other[1]), other[2]
         if module == "block before":
             module = f"block {n - 1}"
         if module == "act":
             return activate(x, self.config.activation_function)
+        if module == "F.layer_norm":
+            return F.layer_norm(x, x.shape[-1:], eps=self.config.layer_norm_epsilon)
+        if module == "F.normalize":
+            return F.normalize(x, dim=-1)
         if module == "final_norm":
             return self.norm(self.config.n_layers, module, x)
         start, end = ("input", "") if module.startswith("block") else MODULES[module]
@@ -280,6 +290,8 @@ class Forward:
         moved = [part.reshape(batch, *(sizes[axis] for axis in split)).permute(0, *order) for part in parts]
         if kind := self.slot(n, "rotary"):
             moved = [*(rotated(part, kind) for part in moved[:2]), moved[2]]
+        which, change = self.slot(n, "parts")
+        moved = [CHANGES[change](part) if name in which else part for name, part in zip("qkv", moved, strict=True)]
         return [turned(part, turn) for part in moved]
 
     def n_heads(self, n: int) -> int:
@@ -299,7 +311,7 @@ class Forward:
             rows, columns = (torch.arange(size, dtype=scores.dtype) for size in scores.shape[-2:])
             slopes = 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=scores.dtype) / heads)
             scores = scores - factor * slopes[:, None, None] * (rows[:, None] - columns)
-        return scores
+        return CHANGES[self.slot(n, "scores")](scores)
 
     def attention_weights(self, n: int) -> torch.Tensor:
         """The softmax of the masked scores (B, H, T, T)."""
@@ -322,6 +334,7 @@ class Forward:
             used = used.masked_fill(outside(used, self.slot(n, "mask")), 0.0)
         if self.slot(n, "weights_transposed"):
             used = used.mT
+        used = CHANGES[self.slot(n, "weights")](used)
         values = self.remember(f"heads {n}", lambda: self.heads(n))[2]
         context = turned(used @ values, self.slot(n, "over"))  # (B, H, T, D)
         order = [1 + "htd".index(axis) for axis in self.slot(n, "merge")]
@@ -359,6 +372,8 @@ def positions(table: torch.Tensor, input_ids: torch.Tensor, kind: Any) -> torch.
     steps = torch.arange(tokens)
     if kind == "tokens":
         return table[input_ids % rows]
+    if kind == "sequences":
+        return table[torch.arange(len(input_ids)) % rows][:, None]
     if kind in ("sinusoidal", "sinusoidal, halves"):
         frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=table.dtype) / width)
         angles = steps.to(table.dtype)[:, None] * frequencies
@@ -371,8 +386,10 @@ def positions(table: torch.Tensor, input_ids: torch.Tensor, kind: Any) -> torch.
     elif kind == "last":
         steps = rows - tokens + steps
     else:
-        start, step = kind
+        start, step, *end = kind
         steps = start + step * steps
+        if end:
+            steps = steps.clamp(max=end[1]) if end[0] == "up to" else steps % end[1]
     return table[steps.clamp(0, rows - 1)]
 
 
@@ -460,12 +477,40 @@ SOFTMAX = {
     "keys and queries": lambda scores: normal_over(scores, (-2, -1)),
     "log": lambda scores: scores.log_softmax(-1).masked_fill(scores == -math.inf, 0.0),
     "twice": lambda scores: scores.softmax(-1).softmax(-1),
+    "plus one behind the maximum": lambda scores: (
+        (e := (scores - scores.amax(-1, keepdim=True)).exp()) / (1 + e.sum(-1, keepdim=True))
+    ),
     "plus one": lambda scores: scores.exp() / (1 + scores.exp().sum(-1, keepdim=True)),
     "none": lambda scores: scores.masked_fill(scores == -math.inf, 0.0),
     "exponential": lambda scores: scores.exp(),
     "sigmoid": lambda scores: scores.sigmoid(),
     "relu": lambda scores: scores.relu(),
     "sum": lambda scores: scores / scores.sum(-1, keepdim=True),
+}
+
+
+# Changes of queries, keys, values (B, H, T, D), or of scores and attention weights (B, H, T, T).
+CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "": lambda x: x,
+    "averaged over the heads": lambda x: x.mean(1, keepdim=True).expand_as(x),
+    "summed over the heads": lambda x: x.sum(1, keepdim=True).expand_as(x),
+    "those of the first head in all heads": lambda x: x[:, :1].expand_as(x),
+    "those of the last head in all heads": lambda x: x[:, -1:].expand_as(x),
+    "in the reverse order of heads": lambda x: x.flip(1),
+    "taken without their sign": torch.abs,
+    "put through a ReLU": torch.relu,
+    "put through a tanh": torch.tanh,
+    "squared": torch.square,
+    "scaled to length 1": lambda x: F.normalize(x, dim=-1),
+    "normalized to mean 0 and variance 1": lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-5),
+    "put through a softmax": lambda x: x.softmax(-1),
+    "those of the token before, the last one's first": lambda x: x.roll(1, 2),
+    "those of the token before, 0 first": lambda x: F.pad(x, (0, 0, 1, 0))[:, :, :-1],
+    "those of the next token, the first one's last": lambda x: x.roll(-1, 2),
+    "in the reverse order of tokens": lambda x: x.flip(2),
+    "summed over the tokens so far": lambda x: x.cumsum(2),
+    "averaged over all tokens": lambda x: x.mean(2, keepdim=True).expand_as(x),
+    "those of the other sequence": lambda x: x.roll(1, 0),
 }
 
 

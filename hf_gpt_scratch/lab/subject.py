@@ -138,7 +138,10 @@ def subject(
     notes: list[str] = []
     call = own_caller(module, name, notes, my_forward)
     used = uses(module, call, few_tokens(config)) if not mapping or len(mapping) < len(parameters(module)) else {}
-    matches = match_parameters(module, config, mapping or {}, used)
+    try:
+        matches = match_parameters(module, config, mapping or {}, used)
+    except LabError as error:
+        raise LabError(f"{error}{'' if used else not_run(call, few_tokens(config))}") from error
     result = Subject(
         name,
         module,
@@ -167,6 +170,20 @@ def subject(
                 "models have are compared"
             )
     return result
+
+
+def not_run(call: Callable[[torch.Tensor], Any], input_ids: torch.Tensor) -> str:
+    """Why a model does not run, if it does not, so that nothing is known of how it uses its parameters."""
+    try:
+        with torch.no_grad():
+            call(input_ids)
+    except Exception as error:  # whatever the user's class raises
+        return (
+            f". It does not run on tokens of shape {tuple(input_ids.shape)}, which would tell what they are: "
+            f"{type(error).__name__}: {error}. Was one of its sizes misunderstood? Write a function without arguments "
+            "that returns the model, and name that, with --weights reference"
+        )
+    return ""
 
 
 def rows_of(match: Match, parameter: torch.Tensor) -> int:

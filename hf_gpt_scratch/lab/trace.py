@@ -65,10 +65,15 @@ HEAD_STAGES = {
     CHOICES: "choices' scores",
 }
 SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
+PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.einsum)
 DROPOUT, KERNEL = (F.dropout, torch.dropout), F.scaled_dot_product_attention
 
 
-Activations = dict[str, torch.Tensor]  # by stage
+class Activations(dict[str, torch.Tensor]):
+    """What was recorded, by stage; `repeated` are the stages that ran more often than in GPT-2, of which the first
+    run is recorded."""
+
+    repeated: frozenset[str] = frozenset()
 
 
 def meaning(stage: str) -> str:
@@ -87,12 +92,16 @@ def stages(n_layers: int) -> list[str]:
 
 
 class AttentionRecorder(TorchFunctionMode):
-    """Records the result of each attention softmax (B, H, T, T); switches dropout off if `dropout` is False."""
+    """Records the result of each attention softmax (B, H, T, T), and what values are multiplied by.
 
-    def __init__(self, dropout: bool):
+    Switches dropout off if `dropout` is False.
+    """
+
+    def __init__(self, dropout: bool, tokens: int):
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.tokens = dropout, tokens
         self.weights: list[torch.Tensor] = []
+        self.factors: list[torch.Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -103,11 +112,19 @@ class AttentionRecorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in SOFTMAX and result.ndim in (3, 4) and result.shape[-1] == result.shape[-2]:
             self.weights.append(result.detach())
+        if func in PRODUCTS and not self.weights:
+            factors = [value for value in args if isinstance(value, torch.Tensor) and value.ndim in (3, 4)]
+            square = [value.shape[-2:] == (self.tokens, self.tokens) for value in factors]
+            if len(factors) == 2 and square.count(True) == 1:
+                self.factors.append(factors[square.index(True)].detach().clone())
         return result
 
     def by_layer(self, layers: int) -> list[torch.Tensor]:
-        """The weights of each layer (B, H, T, T); none if there is not one softmax for each layer, or each head."""
-        found = self.weights
+        """The weights of each layer (B, H, T, T); none if there is not one for each layer, or each head.
+
+        Where no softmax is called, they are what the values are multiplied by.
+        """
+        found = self.weights or self.factors
         if len(found) == layers and all(weights.ndim == 4 for weights in found):
             return found
         heads = len(found) // max(layers, 1)
@@ -157,9 +174,10 @@ def hook_points(subject: Subject) -> Iterator[tuple[nn.Module, tuple[str, ...], 
         elif any(name.endswith("W_query") for name in names):  # side by side in another order
             yield module, (next(f"{name}.input" for name in names if name.endswith("W_query")),), True
     for stage, paths in blocks.items():
-        path = commonpath(paths).replace("/", ".")
-        if path and len(set(paths)) > 1:
-            module = subject.module.get_submodule(path)
+        path = commonpath(paths)
+        inside = {name for found in blocks.values() for name in found if name.startswith(f"{path}/")}
+        if path and len(set(paths)) > 1 and inside <= set(paths):
+            module = subject.module.get_submodule(path.replace("/", "."))
             if not isinstance(module, nn.ModuleList | nn.ModuleDict):
                 yield module, (f"{stage}.input",), True
                 yield module, (stage,), False
@@ -186,10 +204,11 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
         LabError: the model does not run on these tokens.
     """
     warm_up()
-    activations: Activations = {}
+    activations: dict[str, torch.Tensor] = {}
+    repeated: set[str] = set()
 
     def record(names: tuple[str, ...], value: Any) -> None:
-        tensor = first_tensor(value) if names else None
+        tensor = first_tensor(value)
         if tensor is not None and tensor.ndim == 3:
             if tensor.shape[:2] == input_ids.shape[::-1] != input_ids.shape:
                 tensor = tensor.transpose(0, 1)  # tokens come first inside
@@ -200,27 +219,38 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
                 # A copy: later operations may be in place. Of several calls the first counts.
                 activations.setdefault(name, part.clone())
 
-    def before(calls: Iterator[tuple[str, ...]]) -> Callable[..., None]:
-        return lambda module, args, kwargs: record(next(calls, ()), args or tuple(kwargs.values()))
+    def hook(calls: list[tuple[str, ...]]) -> Callable[[Any], None]:
+        left = iter(calls)
 
-    def after(calls: Iterator[tuple[str, ...]]) -> Callable[..., None]:
-        return lambda module, args, output: record(next(calls, ()), output)
+        def each(value: Any) -> None:
+            if names := next(left, ()):
+                record(names, value)
+            else:
+                repeated.update(name for names in calls for name in names)
+
+        return each
+
+    def before(each: Callable[[Any], None]) -> Callable[..., None]:
+        return lambda module, args, kwargs: each(args or tuple(kwargs.values()))
+
+    def after(each: Callable[[Any], None]) -> Callable[..., None]:
+        return lambda module, args, output: each(output)
 
     points = hooked(subject)
     bare = BareRecorder(parameters(subject.module), subject.matches, input_ids)
     with ExitStack() as stack:
         for module, is_input, calls in points:
             if is_input:
-                handle = module.register_forward_pre_hook(before(iter(calls)), with_kwargs=True)
+                handle = module.register_forward_pre_hook(before(hook(calls)), with_kwargs=True)
             else:
-                handle = module.register_forward_hook(after(iter(calls)))
+                handle = module.register_forward_hook(after(hook(calls)))
             stack.callback(handle.remove)
         for module in {module for module, _, _ in points if not any(True for _ in module.children())}:
             stack.callback(module.register_forward_pre_hook(bare.pause).remove)
             stack.callback(module.register_forward_hook(bare.go_on).remove)
         stack.enter_context(written_out_attention(subject.module))
         stack.enter_context(every_operation())
-        attention = stack.enter_context(AttentionRecorder(dropout))
+        attention = stack.enter_context(AttentionRecorder(dropout, input_ids.shape[1]))
         stack.enter_context(bare)
         try:
             output = subject.run(input_ids)
@@ -230,14 +260,15 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
                 f"{type(error).__name__}: {error}; if it must be called in another way, write a function that does, "
                 "def run(model, input_ids): …, and give it with --forward run (in Python: my_forward=run)"
             ) from error
-    activations = joined({**bare.found, **activations}, dim=-1)
+    result = Activations(joined({**bare.found, **activations}, dim=-1))
+    result.repeated = frozenset(re.sub(r"\[.*?\]", "", name) for name in repeated)
     logits = logits_of(subject, output, input_ids)
     weights = attention.by_layer(len(subject.blocks))
-    activations |= {f"trf_blocks.{n}.att.weights": found for n, found in enumerate(weights)}
+    result |= {f"trf_blocks.{n}.att.weights": found for n, found in enumerate(weights)}
     if isinstance(getattr(output, CHOICES, None), torch.Tensor):
-        activations[CHOICES] = output.mc_logits
-    activations[LOGITS] = logits
-    return activations
+        result[CHOICES] = output.mc_logits
+    result[LOGITS] = logits
+    return result
 
 
 def logits_of(subject: Subject, output: Any, input_ids: torch.Tensor) -> torch.Tensor:

@@ -290,6 +290,32 @@ def test_the_answer_to_a_question_is_enough(compared, text, changes, question, a
     assert compared(text, *changes, **answer).same
 
 
+def test_a_size_that_is_misunderstood_is_told_by_the_failing_run(compared):
+    text = FUSED.replace("max_len", "blocks") + "\n\ndef made():\n    return GPT(211, 48, 48, 2, 3)\n"
+    letters = [(name, f"self.x{i}") for i, name in enumerate(("self.pre_attention", "self.pre_mlp", "self.embed"))]
+    with pytest.raises(LabError, match=r"It does not run on tokens .*IndexError.*a function without arguments"):
+        compared(text, *letters, ("self.to_logits", "self.x9"))
+    assert compared(text, *letters, target="made", weights="reference").same
+
+
+def test_blocks_that_are_one_tensor_each_are_refused_with_what_to_do(compared):
+    text = """
+import torch
+from torch import nn
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size, dim, depth):
+        super().__init__()
+        self.wte = nn.Parameter(torch.randn(vocab_size, dim))
+        shapes = [(3, dim, dim), (3, dim), (dim, dim), (dim,), (4, dim, dim), (4, dim), (4, dim, dim), (dim,)]
+        for name, shape in zip("abcdefgh", shapes):
+            setattr(self, name, nn.Parameter(torch.randn(depth, *shape)))
+"""
+    with pytest.raises(LabError, match=r"a, b, c, d and 4 more hold all 2 layers.*keep a parameter for each layer"):
+        compared(text)
+
+
 # The figures
 
 

@@ -100,6 +100,19 @@ def test_healthy_models_of_all_styles_get_no_diagnosis(reference, style):
     assert diagnosis(reference, style, zoo.Specimen("healthy", (), {})) is None
 
 
+@pytest.mark.parametrize(
+    ("title", "says"),
+    [
+        ("one head zeroed", "trf_blocks.0.att.out_proj.input differs only at head 0"),
+        ("prefix mask", "trf_blocks.0.att.weights differs only at positions 0 to 2"),
+        ("one id as another", f"tok_emb differs only for token id {zoo.LOST_ID}"),
+    ],
+)
+def test_what_is_not_named_is_told_where_it_differs(reference, title, says):
+    [specimen] = [specimen for specimen in zoo.UNKNOWN if specimen.title == title]
+    assert says in diagnosis(reference, "book", specimen).observations
+
+
 def test_there_are_as_many_as_there_should_be():
     titles = [specimen.title for specimen in (*zoo.SPECIMENS, *zoo.UNKNOWN)]
     assert len(titles) == len(set(titles)) >= 150

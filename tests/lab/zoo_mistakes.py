@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from pairs import random_ids
 from torch import nn
 from torch.nn import functional as F
 
@@ -483,7 +484,8 @@ SPECIMENS = [
          softmax_missing=("softmax", lambda s: s.masked_fill(future(s), 0.0)),
          softmax_plus_one=("softmax", lambda s: s.exp() / (1 + s.exp().sum(-1, keepdim=True))),
          softmax_sigmoid=("softmax", lambda s: s.sigmoid()),
-         softmax_not_divided=("softmax", lambda s: s.exp())),
+         softmax_not_divided=("softmax", lambda s: s.exp()),
+         softmax_plus_one_stable=("softmax", lambda s: (e := (s - s.amax(-1, keepdim=True)).exp()) / (1 + e.sum(-1, keepdim=True)))),
     # Heads
     *zoo("heads-not-transposed", merge_without_transpose=("merge", lambda c: c.reshape(len(c), c.shape[2], -1)),
          split_without_transpose=("split", lambda x, h: x.reshape(len(x), h, x.shape[1], -1)),
@@ -506,7 +508,16 @@ SPECIMENS = [
          k_and_v_swapped=("qkv", lambda q, k, v, h: (q, v, k)), turned=("qkv", lambda q, k, v, h: (v, q, k))),
     *zoo("wrong-operand", values_from_keys=("qkv", lambda q, k, v, h: (q, k, k)),
          keys_from_queries=("qkv", lambda q, k, v, h: (q, q, v)), values_from_queries=("qkv", lambda q, k, v, h: (q, k, q)),
-         keys_from_values=("qkv", lambda q, k, v, h: (q, v, v))),
+         keys_from_values=("qkv", lambda q, k, v, h: (q, v, v)),
+         cosine_attention=("scores", lambda q, k, n: F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT),
+         keys_of_one_head=("scores", lambda q, k, n: q @ k[:, :1].mT / q.shape[-1] ** 0.5),
+         queries_relu=("scores", lambda q, k, n: q.relu() @ k.mT / q.shape[-1] ** 0.5),
+         values_of_the_token_before=("weigh", lambda w, v: w @ v.roll(1, 2)),
+         values_summed=("weigh", lambda w, v: w @ v.cumsum(2)),
+         heads_reversed=("weigh", lambda w, v: (w @ v).flip(1))),
+    *zoo("wrong-scores", scores_averaged=("scores", lambda q, k, n: (q @ k.mT / q.shape[-1] ** 0.5).mean(1, keepdim=True).expand(-1, q.shape[1], -1, -1)),
+         scores_without_sign=("scores", lambda q, k, n: (q @ k.mT / q.shape[-1] ** 0.5).abs()),
+         weights_squared=("weigh", lambda w, v: w**2 @ v), weights_averaged=("weigh", lambda w, v: w.mean(1, keepdim=True) @ v)),
     *zoo("rotary-positions", rope_on_top=("rotate", rope), rope_pairs=("rotate", lambda x: rope(x, pairs=True))),
     *zoo("distance-bias", alibi=("scores", alibi)),
     *zoo("missing-out-proj", out_proj_missing=("out_proj", lambda layer, x: x)),
@@ -596,6 +607,10 @@ SPECIMENS = [
     *zoo(("off-by-one-positions", "wrong-positions"), positions_from_3=at(lambda t: torch.arange(t) + 3)),
     *zoo("wrong-positions", positions_reversed=at(lambda t: torch.arange(t).flip(0)),
          positions_zero=at(lambda t: torch.zeros(t, dtype=torch.long)), positions_in_twos=at(lambda t: 2 * torch.arange(t))),
+    *zoo("wrong-positions", positions_stop=at(lambda t: torch.arange(t).clamp(max=9)),
+         positions_begin_again=at(lambda t: torch.arange(t) % 8)),
+    *zoo("wrong-embedding", embedding_normed=("embed", lambda tok, pos: F.layer_norm(tok + pos, tok.shape[-1:])),
+         tokens_of_length_1=("embed", lambda tok, pos: F.normalize(tok, dim=-1) + 0 * pos)),
     *zoo("sinusoidal-positions", sinusoidal=("positions", waves)),
     *zoo("no-positions", positions_missing=("embed", lambda tok, pos: tok)),
     *zoo("embedding-scale", embedding_halved=("embed", lambda tok, pos: (tok + pos) / 2), tokens_by_root=("embed", lambda tok, pos: tok / tok.shape[-1] ** 0.5 + pos)),
@@ -625,18 +640,21 @@ SPECIMENS = [
          logits_shifted_left=("head", lambda norm, head, x: head(norm(x)).roll(-1, 1))),
 ]  # fmt: skip
 
+# One of the ids that the tests compare on.
+LOST_ID = int(random_ids()[0, 5])
 # What no edit of the lab makes: it must be called unexplained.
 UNKNOWN = [
     *zoo(
         (),
         scores_cubed=("scores", lambda q, k, n: (q @ k.mT / q.shape[-1] ** 0.5) ** 3),
         scores_with_noise_of_position=("scores", lambda q, k, n: q @ k.mT / q.shape[-1] ** 0.5 + torch.arange(q.shape[2]).sin()),
-        cosine_attention=("scores", lambda q, k, n: F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT),
+        scores_shifted=("scores", lambda q, k, n: q @ k.mT / q.shape[-1] ** 0.5 + k.sum(-1)[:, :, None]),
         distance_attention=("scores", lambda q, k, n: -torch.cdist(q.contiguous(), k.contiguous())),
         one_head_zeroed=("weigh", lambda w, v: (w @ v) * (torch.arange(v.shape[1]) > 0)[:, None, None]),
         odd_columns_hidden=("mask", masked(lambda i, j: (j > i) | ((j % 2 == 1) & (j < i)))),
         prefix_mask=("mask", masked(lambda i, j: (j > i) & (j > 3))),
-        weights_squared=("weigh", lambda w, v: w**2 @ v),
+        weights_cubed=("weigh", lambda w, v: w**3 @ v),
+        one_id_as_another=("ids", lambda ids: ids.masked_fill(ids == LOST_ID, 0)),
         top_weight_only=("weigh", lambda w, v: (w == w.amax(-1, keepdim=True)).to(v.dtype) @ v),
         values_sorted=("weigh", lambda w, v: w @ v.sort(-1).values),
         activation_of_half=("act", lambda x: torch.cat([F.gelu(x[..., ::2], approximate="tanh"), x[..., 1::2]], -1)),

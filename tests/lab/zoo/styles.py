@@ -253,6 +253,28 @@ class GPT(nn.Module):
             ),
             ("self.pos_emb(torch.arange(seq_len, device=in_idx.device))", "self.pos_emb[:, :seq_len]"),
         ],
+        "the norm of the next block in each": [
+            (
+                "    def forward(self, x):\n        x = x + self.drop_shortcut(self.att(self.norm1(x)))\n"
+                "        return x + self.drop_shortcut(self.ff(self.norm2(x)))",
+                "    def forward(self, x, z):\n        x = x + self.drop_shortcut(self.att(z))\n"
+                "        x = x + self.drop_shortcut(self.ff(self.norm1(x)))\n        return x, self.norm2(x)",
+            ),
+            ("self.final_norm = ", "self.first = "),
+            ("x = self.trf_blocks(x)", "z = self.first(x)"),
+            ("x = self.final_norm(x)", "for block in self.trf_blocks:\n            x, z = block(x, z)"),
+            ("self.out_head(x)", "self.out_head(z)"),
+        ],
+        "any keywords, as an object": [
+            (
+                "def __init__(self, cfg):\n        super().__init__()\n        self.tok_emb",
+                "def __init__(self, **hp):\n"
+                "        super().__init__()\n        hp = SimpleNamespace(**hp)\n        cfg = dict(vocab_size=hp.n_vocab, "
+                "context_length=hp.n_ctx, emb_dim=hp.n_embd, n_heads=hp.n_head, n_layers=hp.n_layer, drop_rate=0.1, "
+                "qkv_bias=True)\n        self.tok_emb",
+            ),
+            ("import math\n", "import math\nfrom types import SimpleNamespace\n"),
+        ],
         "blocks as attributes": [
             (
                 'self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])',
@@ -1293,6 +1315,53 @@ STYLES["a config in a config"] = Style(
     },
 )
 
+MLP = 'nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))'
+STYLES["attention and feed-forward in one list"] = Style(
+    FUSED[: FUSED.index("class Layer")]
+    + f"""class Residual(nn.Module):
+    def __init__(self, dim, part):
+        super().__init__()
+        self.norm, self.part = nn.LayerNorm(dim), part
+
+    def forward(self, x):
+        return x + self.part(self.norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size, max_len, dim, depth, heads):
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(vocab_size, dim), nn.Embedding(max_len, dim)
+        parts = [part for _ in range(depth) for part in (Attention(dim, heads), {MLP})]
+        self.layers = nn.Sequential(*[Residual(dim, part) for part in parts])
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens):
+        x = self.embed(tokens) + self.positions(torch.arange(tokens.size(1)))
+        return self.norm(self.layers(x)) @ self.embed.weight.T
+""",
+    mistake=('nn.GELU(approximate="tanh")', "nn.ReLU()"),
+)
+
+STYLES["all norms in one list"] = Style(
+    FUSED[: FUSED.index("class Layer")]
+    + f"""class GPT(nn.Module):
+    def __init__(self, vocab_size, max_len, dim, depth, heads):
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(vocab_size, dim), nn.Embedding(max_len, dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2 * depth + 1))
+        self.attention = nn.ModuleList(Attention(dim, heads) for _ in range(depth))
+        self.mlp = nn.ModuleList({MLP} for _ in range(depth))
+
+    def forward(self, tokens):
+        x = self.embed(tokens) + self.positions(torch.arange(tokens.size(1)))
+        for n, (attention, mlp) in enumerate(zip(self.attention, self.mlp)):
+            x = x + attention(self.norms[2 * n](x))
+            x = x + mlp(self.norms[2 * n + 1](x))
+        return self.norms[-1](x) @ self.embed.weight.T
+""",
+    mistake=("mlp(self.norms[2 * n + 1](x))", "mlp(self.norms[2 * n](x))"),
+)
+
 STYLES["a package"] = Style(
     FUSED.replace("class Attention(nn.Module):", "from .attention import Attention\n\n\nclass Unused(nn.Module):", 1),
     mistake=('nn.GELU(approximate="tanh")', "nn.SiLU()"),
@@ -1385,6 +1454,67 @@ MISUSED: dict[str, tuple[str, list[tuple[str, str]], list[str]]] = {
         "parameter lists in one forward",
         [("self.ln2_w[i], self.ln2_b[i])", "self.ln1_w[i], self.ln1_b[i])")],
         ["one-norm-for-both"],
+    ),
+    "feed-forward before attention, in two modules": (
+        "attention and feed-forward in one list",
+        [
+            ("self.layers(x)", "self.swapped(x)"),
+            (
+                "    def forward(self, tokens):",
+                "    def swapped(self, x):\n        for n in (1, 0, 3, 2):\n            x = self.layers[n](x)\n        return x\n\n    def forward(self, tokens):",
+            ),
+        ],
+        ["feed-forward-first"],
+    ),
+    "the norm of the next block, exchanged with the own": (
+        "book: the norm of the next block in each",
+        [("self.ff(self.norm1(x))", "self.ff(self.norm2(x))"), ("return x, self.norm2(x)", "return x, self.norm1(x)")],
+        [],
+    ),
+    "the final norm behind each block": (
+        "book",
+        [
+            (
+                "x = self.trf_blocks(x)\n        x = self.final_norm(x)",
+                "for block in self.trf_blocks:\n            x = self.final_norm(block(x))",
+            )
+        ],
+        ["wrong-wiring"],
+    ),
+    "the first block's attention in all blocks": (
+        "book",
+        [
+            ("self.att(self.norm1(x))", "self.first(self.norm1(x))"),
+            (
+                "x = self.trf_blocks(x)",
+                "for block in self.trf_blocks:\n            block.__dict__['first'] = self.trf_blocks[0].att\n            x = block(x)",
+            ),
+        ],
+        ["wrong-wiring"],
+    ),
+    "positions by sequence": (
+        "book",
+        [
+            (
+                "self.pos_emb(torch.arange(seq_len, device=in_idx.device))",
+                "self.pos_emb(torch.arange(batch_size))[:, None]",
+            )
+        ],
+        ["wrong-positions"],
+    ),
+    "a window, with the softmax written out": (
+        "book",
+        [
+            (
+                "torch.softmax(attn_scores / keys.shape[-1] ** 0.5, dim=-1)",
+                "(e := (attn_scores / keys.shape[-1] ** 0.5).exp()) / e.sum(-1, keepdim=True)",
+            ),
+            (
+                "torch.triu(torch.ones(context_length, context_length), diagonal=1)",
+                "torch.triu(torch.ones(context_length, context_length), diagonal=1) + torch.tril(torch.ones(context_length, context_length), diagonal=-5)",
+            ),
+        ],
+        ["local-window"],
     ),
     "norms without scale, in functions": (
         "picoGPT",
