@@ -69,9 +69,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):  # (..., in)
         rows = x.shape[:-1].numel()
-        trains = (
-            x.requires_grad and torch.is_grad_enabled()
-        )  # adapters of other layers; the packed product has no gradient
+        trains = x.requires_grad and torch.is_grad_enabled()  # through this layer; the packed product has no gradient
         if rows <= FEW_ROWS and self.in_features % PACKED == 0 and x.device.type == "cpu" and not trains:
             few = x.reshape(rows, self.in_features).bfloat16()
             out = torch._weight_int8pack_mm(few, self.int8_weight, self.scales.bfloat16())
