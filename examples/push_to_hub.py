@@ -66,11 +66,14 @@ def main(
             receipt = json.loads((model / RECEIPT).read_text())
     if model is not None and model.resolve().is_relative_to(repository.resolve()):
         raise SystemExit(f"{model} is inside the directory where the repository is assembled; choose another --output")
+    try:
+        card = model_card(ours, receipt, source, license)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     shutil.rmtree(repository, ignore_errors=True)
     ours.save_pretrained(repository)
     if model is not None and (tokenizer := tokenizer_beside(model)) is not None:
         tokenizer.save_pretrained(repository)
-    card = model_card(ours, receipt, source, license)
     card.save(repository / CARD)
 
     print(f"{repository}:")

@@ -318,6 +318,11 @@ def refuse_doubt(name: str, left: list[str], lacking: list[str], matches: list[M
     """Raises LabError if parameters are left over on both sides, or two match one of the book's."""
     if (left and lacking) or "tok_emb" in lacking:
         problems = [*left, *(f"nothing for {slot}" for slot in lacking)]
+        if any(re.search(r"\blora\b|lora_[AB]\b", one) for one in left):
+            raise LabError(
+                f"{name} has adapters, {few(left, 4)}, which are compared when they are merged: `hf-gpt-scratch "
+                "convert` merges those of the book's appendix E, model.merge_and_unload() PEFT's"
+            )
         raise LabError(
             f"the parameters of {name} cannot be paired with GPT-2's unambiguously: {few(problems, 8)}; say "
             'what they are with --map FILE, JSON such as {"blocks.{n}.proj.weight": '

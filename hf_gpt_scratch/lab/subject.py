@@ -288,7 +288,10 @@ def load_checkpoint(directory: Path, name: str) -> Subject:
     model_type = values.get("model_type")
     if model_type not in ("gpt2", "gpt_scratch"):
         what = f"contains a model of type {model_type!r}" if path.is_file() else "has no config.json"
-        raise LabError(f"{name} {what}; the lab compares gpt2 and gpt_scratch checkpoints, and classes, my.py:MyModel")
+        raise LabError(
+            f"{name} {what}; the lab compares gpt2 and gpt_scratch checkpoints, and classes, my.py:MyModel, with the "
+            f"weights of such a directory by --weights {name}"
+        )
     quantized = "quantization_config" in values
     weights = None if quantized else Weights(directory, model_type)
     if quantized:

@@ -64,26 +64,33 @@ def advice() -> str:
     )
 
 
+def _not_here(model_class: type, what: str) -> str:
+    return (
+        f"{model_class.__name__}.{what} is not in the code that came along with this model; pip install "
+        f"hf-gpt-scratch, and load the model by the class there, without trust_remote_code"
+    )
+
+
 class NoTranslation(PreTrainedModel):
     """In place of `Interop` in code that came along with a model: says what has it."""
 
     @classmethod
     def from_book(cls, *args, **kwargs):
         """Not in the code that comes along with a model."""
-        raise ImportError(f"{cls.__name__}.from_book is in the package: pip install hf-gpt-scratch")
+        raise ImportError(_not_here(cls, "from_book"))
 
     @classmethod
     def from_gpt2(cls, *args, **kwargs):
         """Not in the code that comes along with a model."""
-        raise ImportError(f"{cls.__name__}.from_gpt2 is in the package: pip install hf-gpt-scratch")
+        raise ImportError(_not_here(cls, "from_gpt2"))
 
     def to_gpt2(self, *args, **kwargs):
         """Not in the code that comes along with a model."""
-        raise ImportError(f"{type(self).__name__}.to_gpt2 is in the package: pip install hf-gpt-scratch")
+        raise ImportError(_not_here(type(self), "to_gpt2"))
 
     def save_as_gpt2(self, *args, **kwargs):
         """Not in the code that comes along with a model."""
-        raise ImportError(f"{type(self).__name__}.save_as_gpt2 is in the package: pip install hf-gpt-scratch")
+        raise ImportError(_not_here(type(self), "save_as_gpt2"))
 
 
 class Plain:

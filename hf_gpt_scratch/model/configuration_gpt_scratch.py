@@ -273,11 +273,13 @@ def activation(value):
         raise ValueError(f"got {value!r}, but must be one of transformers' activations: {', '.join(sorted(ACT2FN))}")
 
 
-# The remedy for a config.json of another type, or without one.
-OF_ANOTHER_TYPE = (
-    "AutoModelForCausalLM loads other models, with trust_remote_code=True where their code lies beside the weights; if "
-    'this is one of these and only lacks its type, add "model_type" to its config.json'
-)
+def of_another_type(model_type: Any) -> str:
+    """The remedy for a config.json of another type, or without one."""
+    others = (
+        "AutoModelForCausalLM loads other models, with trust_remote_code=True where their code lies beside the weights"
+    )
+    lacking = 'if this is one of these and only lacks its type, add "model_type" to its config.json'
+    return others if model_type else f"{others}; {lacking}"
 
 
 def model_type_of(values: Mapping[str, Any]) -> str | None:
@@ -561,6 +563,6 @@ class GPTScratchConfig(PreTrainedConfig):
             read = dict.fromkeys(("gpt2", GPTScratchConfig.model_type, cls.model_type))
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {model_type!r}, but {cls.__name__} reads only "
-                f"checkpoints of {', '.join(map(repr, read))}; {OF_ANOTHER_TYPE}"
+                f"checkpoints of {', '.join(map(repr, read))}; {of_another_type(model_type)}"
             )
         return config_dict, kwargs

@@ -162,15 +162,16 @@ class Interop(PreTrainedModel):
         _refuse_head(cls, weights)
         pair = [weights[name] for name in ("tok_emb.weight", "out_head.weight") if name in weights]
         tied = len(pair) == 2 and len({(tensor.data_ptr(), tensor.shape) for tensor in pair}) == 1
-        if cfg is None and not {"out_head.weight", "score.weight"} & weights.keys():
-            tied = True
-            logger.warning("there is one matrix for tok_emb and out_head, so the model is tied")
+        one_matrix = cfg is None and not {"out_head.weight", "score.weight"} & weights.keys()
+        tied = tied or one_matrix
         settings: dict[str, Any] = {"tie_word_embeddings": tied}
         if "score.weight" in weights:
             weights.setdefault("score.bias", weights["score.weight"].new_zeros(len(weights["score.weight"])))
             settings |= {"book_classifier": True, "num_labels": len(weights["score.weight"])}
         if cfg is None:
             cfg = _inferred(weights, module, n_heads, heads_in_a_list(given))
+            if one_matrix:
+                logger.warning("there is one matrix for tok_emb and out_head, so the model is tied")
         elif n_heads is not None:
             raise ValueError(f"got n_heads={n_heads} and a cfg, which has one too; leave n_heads out")
         if isinstance(cfg, GPTScratchConfig):
@@ -346,7 +347,9 @@ def _inferred(weights, module, n_heads, listed):
     sizes: dict[str, Any] = {}
     for name, keys in (("tok_emb.weight", ("vocab_size", "emb_dim")), ("pos_emb.weight", ("context_length",))):
         if name not in weights or weights[name].ndim != 2:
-            raise ValueError(f"the state dict lacks the matrix {name}, which tells the sizes; give all of it")
+            prefix = next((one.removesuffix(name) for one in weights if one.endswith("." + name)), None)
+            remedy = f"take off the prefix {prefix!r} of its names" if prefix else "give all of it"
+            raise ValueError(f"the state dict lacks the matrix {name}, which tells the sizes; {remedy}")
         sizes |= zip(keys, weights[name].shape, strict=False)
     layers = {int(found[1]) for found in (re.match(r"trf_blocks\.(\d+)\.", name) for name in weights) if found}
     sizes |= {"n_layers": len(layers), "qkv_bias": "trf_blocks.0.att.W_query.bias" in weights}
@@ -445,8 +448,9 @@ def _refuse_other_logits(module, model):
         theirs = torch.func.functional_call(module, parameters, (ids.to(device),)).double().cpu()
     except Exception as error:  # whatever the class raises
         raise ValueError(
-            f"this {type(module).__name__} does not run on token ids ({type(error).__name__}: {str(error)[:200]}); "
-            "give its state_dict() and its cfg instead"
+            f"this {type(module).__name__} does not run on {length} token ids, its full length "
+            f"({type(error).__name__}: {str(error)[:200]}), so it is not known whether it computes what GPT-2 does; "
+            "`hf-gpt-scratch compare` finds where they differ. Its state_dict() and its cfg are read without running it"
         ) from error
     finally:
         for one, mode in modes.items():

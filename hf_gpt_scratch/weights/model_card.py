@@ -1,9 +1,12 @@
 """The README.md of a saved model: what it is, its measured parity with the official one, how to load it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..model.modeling_gpt_scratch import GPTScratchPreTrainedModel
 
@@ -83,6 +86,15 @@ Measured {how}when the checkpoint was converted{versions}:
 """
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether it can be the id of a model on the hub, and is no file here."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return not Path(source).is_file() and not source.endswith((".pth", ".pt", ".bin", ".safetensors", ".gguf", ".onnx"))
+
+
 def model_card(
     model: GPTScratchPreTrainedModel,
     receipt: Mapping[str, Any] | None = None,
@@ -99,7 +111,13 @@ def model_card(
 
     Raises:
         TypeError: it is another model.
+        ValueError: `source` is no hub id.
     """
+    if source is not None and not is_hub_id(source):
+        raise ValueError(
+            f"got source={source!r}, which is no id of a model on the hub, such as openai-community/gpt2; leave it out "
+            "for weights of your own"
+        )
     if not hasattr(type(model), "kinds"):
         raise TypeError(
             f"model_card got a {type(model).__name__}; give it a model of this package, such as its .module"

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_gpt_scratch import GELU, GPTModel, LayerNorm
+from hf_gpt_scratch.weights.formats.book import DROP_RATE
 
 VOCAB, CONTEXT, E, HEADS, LAYERS = 97, 32, 24, 3, 2
 CFG = dict(vocab_size=VOCAB, context_length=CONTEXT, emb_dim=E, n_heads=HEADS, n_layers=LAYERS, drop_rate=0.1)
@@ -183,3 +184,8 @@ MODELS = {
     "einsum without biases": lambda: randomize(Other(Einsum, bias=False)).eval(),
     "with a cache": lambda: randomize(Other(Cached)).eval(),
 }
+
+
+def further_notes(receipt):
+    """The notes of a conversion, without the one that every file of the book's has."""
+    return [note for note in receipt["notes"] if note != DROP_RATE]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from book import CONTEXT, HEADS, LAYERS, VOCAB, E, adapt, plain
 from pairs import random_gpt2
 from test_zoo import SIZES, source_of
 
@@ -354,3 +355,15 @@ def test_the_figures_have_the_documented_schema(compared):
         figures = json.loads(json.dumps(compared(BOOK, *changes).to_dict(), allow_nan=False))
         assert not misfits(figures, schema)
     assert misfits({**figures, "more": 1}, schema) and misfits({**figures, "same": "yes"}, schema)
+
+
+def test_adapters_are_to_be_merged_and_a_directory_of_ones_own_is_for_weights(tmp_path):
+    reference = random_gpt2(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=E, n_head=HEADS, n_layer=LAYERS)
+    reference.save_pretrained(tmp_path / "official")
+    adapted = adapt(plain())
+    with pytest.raises(LabError, match=r"has adapters, .*lora.*hf-gpt-scratch convert"):
+        compare(str(tmp_path / "official"), adapted)
+    config = json.loads((tmp_path / "official/config.json").read_text())
+    (tmp_path / "official/config.json").write_text(json.dumps({**config, "model_type": "gpt_rotary"}))
+    with pytest.raises(LabError, match=rf"'gpt_rotary'.*my\.py:MyModel.* by --weights {tmp_path}/official"):
+        compare(str(tmp_path / "official"), str(tmp_path / "official"))

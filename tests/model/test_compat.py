@@ -323,3 +323,10 @@ def test_a_directory_saved_now_generates_the_official_ids_without_the_package(tm
     exec(GENERATED, here)
     expected, got = here["generated"](gpt2, ids), torch.load(tmp_path / "out.pt")
     assert {name: torch.equal(expected[name], got[name]) for name in MODES} == dict.fromkeys(MODES, True)
+
+
+def test_code_that_came_along_says_where_the_rest_is():
+    model = object.__new__(compat.NoTranslation)
+    for call in (compat.NoTranslation.from_book, compat.NoTranslation.from_gpt2, model.to_gpt2, model.save_as_gpt2):
+        with pytest.raises(ImportError, match="pip install hf-gpt-scratch, and load the model by the class there"):
+            call()

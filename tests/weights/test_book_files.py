@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from book import CFG, CONTEXT, HEADS, MODELS, VOCAB, E, adapt, classifier, fast, masked, plain
+from book import CFG, CONTEXT, HEADS, MODELS, VOCAB, E, adapt, classifier, fast, further_notes, masked, plain
 from pairs import random_ids, randomize
 from safetensors.torch import save_file, save_model
 from torch import nn
@@ -188,7 +188,7 @@ def test_a_state_dict_is_found_in_what_training_saved(tmp_path, key):
     optimizer.step()
     content = {"epoch": 3, key: model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "loss": 1.5}
     path = saved(tmp_path / "model_and_optimizer.pth", content)
-    [note, about_schedule] = convert(path, tmp_path / "out", n_heads=HEADS)["notes"]
+    [note, about_schedule] = further_notes(convert(path, tmp_path / "out", n_heads=HEADS))
     assert "the optimizer came along" in note
     assert "nothing of clipping or of a schedule" in about_schedule
     for ours in (
@@ -203,7 +203,7 @@ def test_which_of_two_state_dicts_is_meant_is_asked_or_noted(tmp_path):
     content = {"model": plain().state_dict(), "state_dict": plain().state_dict()}
     assert "under each of 'state_dict', 'model'" in refusal(saved(tmp_path / "two.pth", content), n_heads=HEADS)
     content = {"model": plain().state_dict(), "ema": plain().state_dict()}
-    [note] = convert(saved(tmp_path / "ema.pth", content), tmp_path / "out", n_heads=HEADS)["notes"]
+    [note] = further_notes(convert(saved(tmp_path / "ema.pth", content), tmp_path / "out", n_heads=HEADS))
     assert "the weights are those under 'model'; left out is 'ema'" in note
 
 
@@ -244,7 +244,7 @@ def test_a_tied_model_whose_head_was_left_out_is_tied_and_that_is_said(tmp_path,
     model = plain()
     model.out_head.weight = model.tok_emb.weight
     save_model(model, str(tmp_path / "tied.safetensors"))
-    [note] = convert(tmp_path / "tied.safetensors", tmp_path / "out", n_heads=HEADS)["notes"]
+    [note] = further_notes(convert(tmp_path / "tied.safetensors", tmp_path / "out", n_heads=HEADS))
     assert "so the model is tied" in note
     for ours in (
         GPTScratchForCausalLM.from_pretrained(tmp_path / "out"),
@@ -625,3 +625,31 @@ def test_a_classifier_of_the_books_is_inspected_and_compared(tmp_path):
         command = [str(tmp_path / word) if word in ("one", "other") else word for word in command]
         done = CliRunner().invoke(app, command)
         assert done.exit_code == status, done.output
+
+
+def test_an_unknown_prefix_is_named_and_nothing_is_called_tied(caplog):
+    model = randomize(plain())
+    state = {f"net.base.{name}": tensor for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"lacks the matrix tok_emb\.weight.*take off the prefix 'net\.base\.'"):
+        GPTScratchForCausalLM.from_book(state, n_heads=HEADS)
+    assert "tied" not in caplog.text
+    there = {name.removeprefix("net.base."): tensor for name, tensor in state.items()}
+    assert error_of(GPTScratchForCausalLM.from_book(there, n_heads=HEADS), model.eval()) < BOUND
+
+
+def test_positions_that_the_model_does_not_have_send_to_compare():
+    model = randomize(plain()).eval()
+    forward = model.pos_emb.forward
+    model.pos_emb.forward = lambda positions: forward(positions + 1)
+    with pytest.raises(ValueError, match=rf"does not run on {CONTEXT} token ids.*IndexError.*hf-gpt-scratch compare"):
+        GPTScratchForCausalLM.from_book(model)
+
+
+def test_the_drop_rate_that_no_file_tells_is_noted(tmp_path):
+    path = saved(tmp_path / "model.pth", randomize(plain()).state_dict())
+    receipt = convert(path, tmp_path / "out", n_heads=HEADS)
+    assert further_notes(receipt) == []
+    [note] = receipt["notes"]
+    assert GPTScratchForCausalLM.from_pretrained(tmp_path / "out").config.drop_rate == 0.1
+    assert "from_pretrained(directory, drop_rate=0.0)" in note
+    assert GPTScratchForCausalLM.from_pretrained(tmp_path / "out", drop_rate=0.0).model.drop_emb.p == 0.0

@@ -122,3 +122,16 @@ def test_the_cards_code_runs_as_it_stands(converted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(with_package, {"here": str(directory)})
     assert (tmp_path / "official" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("source", ["model.pth", "chapter 7", "here/is/one"])
+def test_a_source_that_is_no_id_on_the_hub_is_refused(source):
+    with pytest.raises(ValueError, match=r"no id of a model on the hub.*leave it out"):
+        model_card(random_pair()[1], source=source)
+
+
+def test_a_file_is_no_id_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").write_bytes(b"")
+    with pytest.raises(ValueError, match="no id of a model on the hub"):
+        model_card(random_pair()[1], source="weights")

@@ -76,6 +76,7 @@ class Book(Format):
         source.tensors = made(source.tensors, metadata.pop("lora_scale", None), path)
         if bare_matrices(source_names):
             source.notes.append(BARE)
+        source.notes.append(DROP_RATE)
         score = {row.theirs: source.tensors.pop(row.theirs) for row in SCORE if row.theirs in source.tensors}
         contents = super().read(source, n_heads)
         if score:
@@ -119,6 +120,12 @@ class Book(Format):
         [mask] = held({"": torch.ones(size, size).triu(1)}).values()
         masks = {f"trf_blocks.{n}.att.mask": mask for n in range(contents.config.n_layers)}
         return Written(zero_biases(contents), save_tensors({**tensors, **masks}, {}, None, path, options.progress))
+
+
+DROP_RATE = (
+    "the file does not tell the drop_rate of its training, so it is 0.1, as in GPT_CONFIG_124M; to train with another, "
+    "from_pretrained(directory, drop_rate=0.0)"
+)
 
 
 def zero_biases(contents: Contents) -> list[str]:

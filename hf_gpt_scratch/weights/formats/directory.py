@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrain
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ...errors import ConversionError, UnknownArchitecture, some
-from ...model.configuration_gpt_scratch import OF_ANOTHER_TYPE, GPTScratchConfig, ignored_by_gpt2, listed, model_type_of
+from ...model.configuration_gpt_scratch import GPTScratchConfig, ignored_by_gpt2, listed, model_type_of, of_another_type
 from ...model.modeling_gpt_scratch import GPTScratchPreTrainedModel
 from ...model.weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, TABLE, Row
 from ...tokenizer import complete_tokenizer
@@ -73,7 +73,7 @@ class Directory(Format):
             if values is None:
                 return None
             model_type = model_type_of(values) if isinstance(values, dict) else None
-            known = f"these formats can be read: {readable()}. {OF_ANOTHER_TYPE}"
+            known = f"these formats can be read: {readable()}. {of_another_type(model_type)}"
             return f"{path} holds a model of type {model_type!r}; {known}"
         there = state_dict(found)
         if there is not None and holds_conv1d(there):
@@ -314,12 +314,10 @@ def _config_values(directory: Path, model_type: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConversionError(f"{directory} has no config.json; give the directory of a whole checkpoint")
     values = read_json(path)
-    found = str(model_type_of(values)) if isinstance(values, dict) else "none"
+    found = model_type_of(values) if isinstance(values, dict) else None
     if found != model_type:
-        other = {"gpt2": "convert", "gpt_scratch": "export"}.get(found)
-        remedy = OF_ANOTHER_TYPE
-        if other:
-            remedy = f"hf-gpt-scratch {other} converts such a model"
+        other = {"gpt2": "convert", "gpt_scratch": "export"}.get(str(found))
+        remedy = f"hf-gpt-scratch {other} converts such a model" if other else of_another_type(found)
         raise ConversionError(f"{directory} holds a model of type {found!r}, but {model_type!r} is expected; {remedy}")
     refuse_kernels(path, values)
     check_settings(path, values)
