@@ -32,8 +32,8 @@ SPEEDS = (
     ("decode, batch 8, 32+64 tokens", "batch 8, 32+64 tokens", "speed", OURS + OTHERS),
     ("decode, batch 1, 928+64 tokens", "batch 1, 928+64 tokens", "speed", OURS + OTHERS),
     ("prefill, 1024 tokens (0.1.0)", "batch 1, 1024 tokens", "speed", OURS + OTHERS),
-    ("training step, 4×256 tokens (0.1.0)", "batch 4×256", "speed", OURS + OTHERS),
-    ("its peak memory (less is better; 0.1.0)", "batch 4×256", "memory", OURS + OTHERS),
+    ("training step, 4×256 tokens", "batch 4×256", "speed", OURS + OTHERS),
+    ("its peak memory (less is better)", "batch 4×256", "memory", OURS + OTHERS),
     ("int8 decode, batch 1 (0.1.0)", "0.1.0: batch 1, 32+64 tokens", "speed", INT8),
 )
 
