@@ -309,12 +309,12 @@ hf_gpt_scratch_command.main()
             assert begun.startswith(PROMPT) and process.poll() is None
             if how == "ctrl-c":
                 process.send_signal(signal.SIGINT)
-                status, told = process.wait(30), process.stderr.read()
+                status, told = process.wait(300), process.stderr.read()
                 assert status == 130 and "Interrupted" in told, told
             else:
                 process.stdout.close()
                 process.stdin.write("\n" * 100)
                 process.stdin.flush()
-                status, told = process.wait(30), process.stderr.read()
+                status, told = process.wait(300), process.stderr.read()
                 assert status == 1
             assert "Traceback" not in told, told

@@ -170,7 +170,7 @@ def check_command(words):
             check_pytest(rest[2:])
         elif rest[1] == "mkdocs":
             check_command(rest[1:])
-        elif rest[1] != "venv":
+        elif rest[1] not in ("venv", "vllm.entrypoints.openai.api_server"):
             raise WrongPage(f"python -m {rest[1]} is not known here")
     elif program == "pip":
         check_pip(rest)

@@ -328,7 +328,6 @@ def test_a_config_of_the_first_years_is_gpt2s_without_saying_so(tmp_path, values
         {"n_embd": 24},
         {"emb_dim": 24, "n_heads": 3, "n_layers": 2},
         {"n_embd": 24, "n_head": 3, "n_layer": 2, "architectures": ["OpenAIGPTLMHeadModel"]},
-        {"n_embd": 24, "n_head": 3, "n_layer": 2, "model_type": "gptj"},
     ],
 )
 def test_a_config_of_unknown_type_is_refused_and_the_type_that_is_told_to_write_works(tmp_path, values):
@@ -338,6 +337,13 @@ def test_a_config_of_unknown_type_is_refused_and_the_type_that_is_told_to_write_
     told = "gpt_scratch" if "emb_dim" in values else "gpt2"
     (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": told}))
     assert GPTScratchConfig.from_pretrained(tmp_path).emb_dim == 24
+
+
+def test_a_config_with_a_type_is_not_told_to_add_one(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"n_embd": 24, "n_head": 3, "n_layer": 2, "model_type": "gptj"}))
+    with pytest.raises(ValueError, match=r"of type 'gptj'.*AutoModelForCausalLM loads other models") as refused:
+        GPTScratchConfig.from_pretrained(tmp_path)
+    assert "lacks its type" not in str(refused.value)
 
 
 def test_config_of_another_model_is_refused_by_name(tmp_path):

@@ -248,7 +248,7 @@ def another_model(directory):
 BAD = {
     "no config": (lambda d: (d / "config.json").unlink(), r"has no config\.json"),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), r"config\.json is not valid JSON.*download"),
-    "config is a list": (lambda d: (d / "config.json").write_text("[]"), r"type 'none', but 'gpt2' is expected"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), r"type None, but 'gpt2' is expected"),
     "another model": (another_model, r"type 'llama', but 'gpt2' is expected"),
     "already converted": (edit_config(model_type="gpt_scratch"), r"'gpt_scratch'.*hf-gpt-scratch export"),
     "wrong option": (edit_config(n_embd="48"), r"config\.json is not usable.*expected int, got str"),
