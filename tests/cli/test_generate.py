@@ -284,10 +284,11 @@ def test_ctrl_c_in_the_middle_ends_with_130(monkeypatch):
 def test_text_comes_word_by_word_and_ctrl_c_and_a_closed_pipe_end_it_quietly(tmp_path):
     """In a process whose model waits for a line after every token."""
     slow = """
-import functools, sys, time
+import functools, signal, sys, time
 import hf_gpt_scratch_command
 from hf_gpt_scratch import GPTScratchForCausalLM
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background, without it
 forward = GPTScratchForCausalLM.forward
 
 @functools.wraps(forward)
@@ -309,12 +310,12 @@ hf_gpt_scratch_command.main()
             assert begun.startswith(PROMPT) and process.poll() is None
             if how == "ctrl-c":
                 process.send_signal(signal.SIGINT)
-                status, told = process.wait(300), process.stderr.read()
+                status, told = process.wait(120), process.stderr.read()
                 assert status == 130 and "Interrupted" in told, told
             else:
                 process.stdout.close()
                 process.stdin.write("\n" * 100)
                 process.stdin.flush()
-                status, told = process.wait(300), process.stderr.read()
+                status, told = process.wait(120), process.stderr.read()
                 assert status == 1
             assert "Traceback" not in told, told
