@@ -67,7 +67,7 @@ def advice() -> str:
 def _not_here(model_class: type, what: str) -> str:
     return (
         f"{model_class.__name__}.{what} is not in the code that came along with this model; pip install "
-        f"hf-gpt-scratch, and load the model by the class there, without trust_remote_code"
+        "hf-gpt-scratch, and load the model by the class there, without trust_remote_code"
     )
 
 

@@ -85,9 +85,7 @@ def prefers_onednn() -> bool:
 @contextmanager
 def onednn_products() -> Iterator[None]:
     """Within it, `product` uses oneDNN where it is faster; `torch.backends.mkldnn.enabled = False` turns it off."""
-    # autocast has another dtype, and modes such as FlopCounterMode know F.linear only.
-    usual = not torch.is_autocast_enabled("cpu") and _get_current_dispatch_mode() is None
-    token = _by_onednn.set(usual and onednn_is_on())
+    token = _by_onednn.set(not torch.is_autocast_enabled("cpu") and onednn_may_run())  # autocast has another dtype
     try:
         yield
     finally:
@@ -100,12 +98,17 @@ def product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if not (_is_compiled_by_onednn() if compiling else _by_onednn.get()) or not _is_plain(layer):
         return layer(x)
     weight: Any = layer.weight
-    suits = type(x) is torch.Tensor and x.dtype is weight.dtype is torch.float32 and x.is_cpu
-    if not suits or weight.numel() < LARGE or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not suits_onednn(x, weight):
         return layer(x)
     linear = torch.ops.hf_gpt_scratch.linear.default if compiling else onednn_linear
     bias: Any = layer.bias
     return linear(x, weight, bias)
+
+
+def suits_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether they are of the kind and size that oneDNN multiplies faster."""
+    suits = type(x) is torch.Tensor and x.dtype is weight.dtype is torch.float32 and x.is_cpu
+    return suits and weight.numel() >= LARGE
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -133,6 +136,11 @@ def _is_compiled_by_onednn() -> bool:
 def onednn_is_on() -> bool:
     """Whether torch may use oneDNN, and it is faster here."""
     return torch._C._get_mkldnn_enabled() and prefers_onednn()
+
+
+def onednn_may_run() -> bool:
+    """`onednn_is_on`, and no mode looks on that knows F.linear only, such as FlopCounterMode."""
+    return _get_current_dispatch_mode() is None and onednn_is_on()
 
 
 def _is_plain(layer: nn.Module) -> bool:

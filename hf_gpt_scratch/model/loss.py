@@ -12,11 +12,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from .decoding import LARGE, onednn_is_on, onednn_linear
+from .decoding import onednn_linear, onednn_may_run, suits_onednn
 
 CHUNK = 256  # tokens whose logits are in memory at once: 51 MB at V = 50257 in float32
 CHUNK_ON_GPU = 2048  # on GPUs, products of few rows leave most of the device idle
@@ -49,9 +48,9 @@ class HeadLoss(torch.autograd.Function):
         loss = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        linear = onednn_linear if suits_onednn(x, weight, dtype) else F.linear
         with torch.autocast(x.device.type, enabled=False):
             x, head = x.to(dtype), weight.to(dtype)
+            linear = onednn_linear if suits_onednn(x, head) and onednn_may_run() else F.linear
             for start in range(0, len(x), chunk):
                 rows = slice(start, start + chunk)
                 logits = linear(x[rows], head).float()  # (chunk, V)
@@ -82,12 +81,6 @@ class HeadLoss(torch.autograd.Function):
         if torch.compiler.is_compiling() or grad_loss.device.type != "cpu" or grad_loss != 1:
             grads = [None if grad is None else grad * grad_loss for grad in grads]
         return *grads, None, None, None
-
-
-def suits_onednn(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies them faster, and nothing that knows F.linear only looks on, such as FlopCounterMode."""
-    suits = type(x) is torch.Tensor and x.is_cpu and dtype == torch.float32 and weight.numel() >= LARGE
-    return suits and _get_current_dispatch_mode() is None and onednn_is_on()
 
 
 def shifted(labels, ignore_index):

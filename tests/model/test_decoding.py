@@ -7,10 +7,10 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from onednn import by_onednn
 from pairs import LAYERS, random_ids, random_pair
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CompileConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -137,26 +137,10 @@ OPTIONS = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id
 
 
 @pytest.fixture
-def onednn(monkeypatch):
-    """As on an AMD CPU, with weights of any size."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(decoding, "prefers_onednn", lambda: True)
-    monkeypatch.setattr(decoding, "LARGE", 0)
-
-
-@pytest.fixture
 def pair(onednn):
     gpt2, ours = random_pair()
     ours.generate(random_ids(), **OPTIONS)  # with the check of transformers, which is not to be counted
     return gpt2, ours
-
-
-def by_onednn(call):
-    """The number of products by oneDNN in a call, and its result."""
-    with profile() as profiled:
-        result = call()
-    return sum("mkldnn::_linear_pointwise" in event.name for event in profiled.events()), result
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

@@ -5,13 +5,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from onednn import by_onednn
 from pairs import VOCAB, random_ids, random_pair
 from torch import nn
-from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from hf_gpt_scratch.model import decoding
 from hf_gpt_scratch.model import loss as loss_module
 from hf_gpt_scratch.model.loss import LazyLogitsOutput, can_skip_logits
 from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, relative_error, relative_errors
@@ -50,21 +49,6 @@ def loss_and_gradients(model, forward=None, **inputs):
 IDS = random_ids()
 MASKED = IDS.clone()
 MASKED[0, :9] = -100
-
-
-@pytest.fixture
-def onednn(monkeypatch):
-    """As on an AMD CPU, with weights of any size."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(decoding, "prefers_onednn", lambda: True)
-    monkeypatch.setattr(loss_module, "LARGE", 0)
-
-
-def by_onednn(call):
-    with profile() as profiled:
-        result = call()
-    return sum("mkldnn::_linear_pointwise" in event.name for event in profiled.events()), result
 
 
 def test_onednn_s_logits_give_the_same_loss_and_gradients(pair, onednn, monkeypatch):
