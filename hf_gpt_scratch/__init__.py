@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from .lab.session import compare
     from .lab.watch.session import watch
     from .model.configuration_gpt_scratch import GPTScratchConfig
+    from .model.heads_gpt_scratch import (
+        GPTScratchDoubleHeadsModel,
+        GPTScratchForQuestionAnswering,
+        GPTScratchForSequenceClassification,
+        GPTScratchForTokenClassification,
+    )
     from .model.int8 import Int8Config
     from .model.layers import (
         GELU,
@@ -34,11 +40,7 @@ if TYPE_CHECKING:
         token_ids_to_text,
     )
     from .model.modeling_gpt_scratch import (
-        GPTScratchDoubleHeadsModel,
         GPTScratchForCausalLM,
-        GPTScratchForQuestionAnswering,
-        GPTScratchForSequenceClassification,
-        GPTScratchForTokenClassification,
         GPTScratchModel,
         GPTScratchPreTrainedModel,
     )
@@ -101,9 +103,10 @@ _MODULES = {
     ".model.int8": "Int8Config",
     ".model.layers": "GELU GPT_CONFIG_124M FeedForward GPTModel LayerNorm MultiHeadAttention TransformerBlock "
     "generate_text_simple text_to_token_ids token_ids_to_text",
-    ".model.modeling_gpt_scratch": "CachedAttention GPTScratchBlock GPTScratchDoubleHeadsModel GPTScratchForCausalLM "
-    "GPTScratchForQuestionAnswering GPTScratchForSequenceClassification GPTScratchForTokenClassification "
-    "GPTScratchModel GPTScratchPreTrainedModel",
+    ".model.heads_gpt_scratch": "GPTScratchDoubleHeadsModel GPTScratchForQuestionAnswering "
+    "GPTScratchForSequenceClassification GPTScratchForTokenClassification",
+    ".model.modeling_gpt_scratch": "CachedAttention GPTScratchBlock GPTScratchForCausalLM GPTScratchModel "
+    "GPTScratchPreTrainedModel",
     ".tokenizer": "gpt2_tokenizer",
     ".weights.convert": "convert export",
     ".weights.model_card": "model_card",

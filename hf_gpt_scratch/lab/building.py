@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from ..errors import LabError, few
-from ..model.configuration_gpt_scratch import SIZES, TO_GPT2, GPTScratchConfig
+from ..model.config_translation import TO_GPT2
+from ..model.configuration_gpt_scratch import SIZES, GPTScratchConfig
 
 # What others call the sizes; the whole name has to match, in upper case or lower.
 SIZE_NAMES = {

@@ -12,14 +12,13 @@ from transformers.activations import ACT2FN
 
 from ..errors import UnknownName
 from ..model.configuration_gpt_scratch import GPTScratchConfig
-from ..model.modeling_gpt_scratch import (
+from ..model.heads_gpt_scratch import (
     GPTScratchDoubleHeadsModel,
-    GPTScratchForCausalLM,
     GPTScratchForQuestionAnswering,
     GPTScratchForSequenceClassification,
     GPTScratchForTokenClassification,
-    GPTScratchPreTrainedModel,
 )
+from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchPreTrainedModel
 from ..model.weight_map import DROPPED, GPT2_PREFIX, HEADS, LM_HEAD, SCRATCH_PREFIX, TABLE, Row
 from .inspect import BLOCK, ROLES, arithmetic, build, facts, resolve
 

@@ -21,11 +21,10 @@ import transformers
 from packaging.version import Version
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, GPT2Config, PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_gpt_scratch import FEED_FORWARD_STYLE, SHARDED_LOADING, SIZES
-from .layers import GPTModel, generate_text_simple
+from .configuration_gpt_scratch import FEED_FORWARD_STYLE, IN_PACKAGE, SHARDED_LOADING
 
 if SHARDED_LOADING:
     from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
@@ -35,8 +34,6 @@ logger = logging.get_logger(__name__)
 
 OLDEST_TESTED, NEWEST_TESTED = "5.4.0", "5.24.0"
 INSTALLED = transformers.__version__
-PACKAGE = __name__.rpartition(".")[0]  # this folder as a package: the installed one's, or one that came with a model
-IN_PACKAGE = PACKAGE.partition(".")[0] == "hf_gpt_scratch"
 
 # transformers' name for the cache: `cache` from 5.24 on, in forward passes, outputs and `generate`.
 _names = signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -230,8 +227,8 @@ def refuse_tensor_parallel_loading(options: dict) -> None:
 
 
 class LibraryCheck:
-    """Generates with a tiny model before the first use in a process, and raises an error if the ids are not those of
-    the book's layers with the same weights.
+    """Generates with a tiny model before the first use in a process, and raises an error if the ids are not the
+    official model's with the same weights.
 
     Args:
         model_class: returns the language model's class.
@@ -285,28 +282,19 @@ class LibraryCheck:
         """What is wrong, and the exception that it raised, if any."""
         model_class = self.model_class()
         try:
-            for ours, book, modes in self._trials(what, model_class):
+            for model, modes in _trials(what, model_class):
                 for name, mode in modes.items():
-                    right, got = RIGHT[name](book), _attempt(mode, ours)
+                    got = _attempt(mode, model)
                     if isinstance(got, Exception) and name in OPTIONAL and _fails(mode, model_class):
                         continue  # not in this version
-                    if not _same(right, got):
-                        results = f"this model: {_short(got)}; the book's layers: {_short(right)}"
+                    if not _is_right(name, got):
+                        found = got.tolist() if torch.is_tensor(got) else got
+                        results = f"this model: {found!r:.200}; GPT-2: {RIGHT[name]!r:.200}"
                         error = got if isinstance(got, Exception) else None
                         return f"{what} ({name}) of a tiny model gives wrong results. {results}", error
         except Exception as error:  # any error is a reason to stop
             return f"{what} of a tiny model failed with {type(error).__name__}: {error!s:.300}", error
         return None
-
-    def _trials(self, what, model_class):
-        if what == "generate_batch":
-            yield *_tiny_models(model_class), BATCH_MODES
-            return
-        yield *_tiny_models(model_class), MODES
-        if is_untested():  # for tested versions the tests have shown this
-            yield *_tiny_models(model_class, attn_implementation="eager"), MODES
-            yield *_tiny_models(model_class, from_files=True), FORWARD_MODES
-            yield *_tiny_models(model_class, add_cross_attention=True), CROSS_MODES
 
 
 def _is_traced() -> bool:
@@ -341,11 +329,11 @@ def _undisturbed():
 # Two prompts of different length, the first one padded on the left.
 PROMPTS = [[5, 3, 9], [20, 1, 7, 11, 2]]
 REPEATED = [5, 3, 9, 5, 3]
-NEW_TOKENS, MORE_TOKENS, BEAMS, PAD, SEED = 5, 9, 3, 22, 1311
+NEW_TOKENS, MORE_TOKENS, PAD, SEED = 5, 9, 22, 1311
 
 
-def _tiny_config(model_class, add_cross_attention=False):
-    return model_class.config_class(
+def _tiny_model(model_class, attn_implementation="sdpa", from_files=False, add_cross_attention=False):
+    config = model_class.config_class(
         vocab_size=23,
         context_length=16,
         emb_dim=8,
@@ -360,43 +348,42 @@ def _tiny_config(model_class, add_cross_attention=False):
         eos_token_id=None,
         pad_token_id=PAD,
     )
-
-
-def _tiny_models(model_class, attn_implementation="sdpa", from_files=False, add_cross_attention=False):
-    """Our model and the book's, with the same weights."""
-    config = _tiny_config(model_class, add_cross_attention)
     # With these weights the ids vary and are far from ties. The user's random state is not touched.
     generator = torch.Generator().manual_seed(SEED)
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in model_class(config).named_parameters()}
-        book = GPTModel({name: getattr(config, name) for name in (*SIZES, "qkv_bias", "tie_word_embeddings")}).eval()
     weights = {
         name: torch.randn(shape, generator=generator, dtype=torch.float32) + name.endswith("scale")
         for name, shape in sorted(shapes.items())
     }
-    ours = model_class.from_pretrained(
-        None, config=config, state_dict=dict(weights), dtype=torch.float32, attn_implementation=attn_implementation
+    model = model_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation=attn_implementation
     )
     if from_files:
         with tempfile.TemporaryDirectory() as directory:
             if IN_PACKAGE:
-                ours.save_as_gpt2(f"{directory}/official")
-                ours = model_class.from_pretrained(f"{directory}/official", dtype=torch.float32)
-            ours.save_pretrained(f"{directory}/ours")
-            ours = model_class.from_pretrained(f"{directory}/ours", dtype=torch.float32)
-    if not add_cross_attention:
-        state_dict = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-        state_dict["out_head.weight"] = state_dict["tok_emb.weight"]
-        for name, tensor in state_dict.items():
-            if ".W_query." in name:  # the book's layers do not divide scores by the layer's number
-                state_dict[name] = tensor / (int(name.split(".")[1]) + 1)
-        book.load_state_dict(state_dict, assign=True)
-    return ours, book
+                model.save_as_gpt2(f"{directory}/official")
+                model = model_class.from_pretrained(f"{directory}/official", dtype=torch.float32)
+            model.save_pretrained(f"{directory}/ours")
+            model = model_class.from_pretrained(f"{directory}/ours", dtype=torch.float32)
+    return model
+
+
+def _trials(what, model_class):
+    if what == "generate_batch":
+        yield _tiny_model(model_class), {"continuous batching": _batch}
+        return
+    yield _tiny_model(model_class), MODES
+    if is_untested():  # for tested versions the tests have shown this
+        yield _tiny_model(model_class, attn_implementation="eager"), MODES
+        yield _tiny_model(model_class, from_files=True), FORWARD_MODES
+        yield _tiny_model(model_class, add_cross_attention=True), {"cross-attention": _cross}
 
 
 def _fails(mode, model_class):
     """Whether the official class does not have this mode, either."""
-    config = _tiny_config(model_class, add_cross_attention=mode is _cross).to_gpt2()
+    sizes = {"vocab_size": 23, "n_positions": 16, "n_embd": 8, "n_head": 2, "n_layer": 2, "pad_token_id": PAD}
+    config = GPT2Config.from_dict({**sizes, "add_cross_attention": mode is _cross})
     with torch.random.fork_rng(devices=[]):  # random weights
         return isinstance(_attempt(mode, model_class.gpt2_class(config).eval()), Exception)
 
@@ -408,50 +395,17 @@ def _attempt(mode, model):
         return error
 
 
-def _same(expected, got):
-    """Whether ids or logits agree: different ids differ by at least 1, equal logits only by rounding."""
-    return (
-        torch.is_tensor(got)
-        and got.shape == expected.shape
-        and torch.allclose(got.float(), expected.float(), atol=1e-2, rtol=1e-3)
-    )
-
-
-def _short(result):
-    if torch.is_tensor(result) and result.is_floating_point():
-        return "logits " + ", ".join(f"{number:.2f}" for number in result.flatten()[:5].tolist()) + ", …"
-    return f"{result.tolist() if torch.is_tensor(result) else result!r:.200}"
+def _is_right(name, got):
+    """Whether ids or logits are right: wrong ids differ by at least 1, right logits only by rounding."""
+    right = torch.tensor(RIGHT[name], dtype=torch.float32)
+    is_like = torch.is_tensor(got) and got.shape == right.shape
+    return is_like and torch.allclose(got.float(), right, atol=1e-2, rtol=1e-3)
 
 
 def _padded():
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[PAD] * (width - len(row)) + row for row in PROMPTS])
     return ids, (ids != PAD).long()
-
-
-def _greedy(book):
-    rows = [generate_text_simple(book, torch.tensor([ids]), NEW_TOKENS, 16) for ids in PROMPTS]
-    return torch.stack([row[0, -NEW_TOKENS:] for row in rows])
-
-
-def _beams(book):
-    rows = []
-    for ids in PROMPTS:
-        beams = [(0.0, ids)]  # sums of log probabilities
-        for _ in range(MORE_TOKENS):
-            scores = [book(torch.tensor([beam]))[0, -1].log_softmax(-1).tolist() for _, beam in beams]
-            longer = [(s + p, [*b, i]) for (s, b), row in zip(beams, scores, strict=True) for i, p in enumerate(row)]
-            beams = sorted(longer, reverse=True)[:BEAMS]
-        rows.append(beams[0][1][len(ids) :])
-    return torch.tensor(rows)
-
-
-def _repeated(book):
-    return generate_text_simple(book, torch.tensor([REPEATED]), NEW_TOKENS, 16)
-
-
-def _logits(book):
-    return torch.cat([book(torch.tensor([ids]))[0] for ids in PROMPTS])
 
 
 def _generate(**options):
@@ -470,7 +424,7 @@ def _prompt_lookup(model):
 
 
 def _forward(*parts):
-    """The logits of all tokens that are not padding, in passes over `parts` tokens each."""
+    """The first logits of all tokens that are not padding, in passes over `parts` tokens each."""
 
     def mode(model):
         ids, mask = _padded()
@@ -488,19 +442,17 @@ def _forward(*parts):
             )
             cache = getattr(output, CACHE)
             logits.append(output.logits)
-        return torch.cat(logits, dim=1)[mask.bool()]
+        return torch.cat(logits, dim=1)[mask.bool()][:, :3]
 
     return mode
 
 
 def _batch(model):
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
-    small = transformers.ContinuousBatchingConfig(
-        num_blocks=16, max_batch_tokens=32
-    )  # otherwise it takes all of the memory
-    outputs = model.generate_batch(
-        PROMPTS, generation_config=config, continuous_batching_config=small, progress_bar=False
-    )
+    # Otherwise it takes all of the memory.
+    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+    options = dict(generation_config=config, continuous_batching_config=small, progress_bar=False)
+    outputs = model.generate_batch(PROMPTS, **options)
     return torch.tensor([output.generated_tokens for output in outputs.values()])
 
 
@@ -513,27 +465,26 @@ def _cross(model):
 
 
 FORWARD_MODES = {"a forward pass": _forward(5), "passes with a cache": _forward(3, 1, 1)}
-CROSS_MODES = {"cross-attention": _cross}
 MODES = {
     **FORWARD_MODES,
     "greedy": _generate(),
     "greedy without a cache": _generate(use_cache=False),
-    "beams": _generate(num_beams=BEAMS, max_new_tokens=MORE_TOKENS),
+    "beams": _generate(num_beams=3, max_new_tokens=MORE_TOKENS),
     "a static cache": _generate(cache_implementation="static"),
     "prompt lookup": _prompt_lookup,
 }
-# The official model's, since the book has no cross-attention.
-CROSS_LOGITS = [[-2.4337, -1.3261, -4.0431, -9.884], [-11.0142, 6.0315, -8.9752, 3.6062]]
-BATCH_MODES = {"continuous batching": _batch}
 OPTIONAL = ("beams", "a static cache", "prompt lookup", "cross-attention")
-RIGHT = {
-    "a forward pass": _logits,
-    "passes with a cache": _logits,
-    "greedy": _greedy,
-    "greedy without a cache": _greedy,
-    "beams": _beams,
-    "a static cache": _greedy,
-    "prompt lookup": _repeated,
-    "cross-attention": lambda book: torch.tensor(CROSS_LOGITS, dtype=torch.float32),
-    "continuous batching": _greedy,
+# The official model's (tests/model/test_compat.py).
+GREEDY = [[12, 12, 7, 5, 12], [4, 10, 4, 4, 4]]
+LOGITS = [
+    *([-11.5033, 5.7812, -8.0048], [-6.7119, 0.0925, -0.04], [-0.5235, 3.2259, -8.0984]),
+    *([-9.724, 2.1081, -3.0064], [-5.709, -0.0594, 0.2613], [-9.1432, 2.7865, -3.8305]),
+    *([-10.1901, 3.0056, -4.2915], [-8.7845, 2.551, -4.168]),
+]
+RIGHT: dict[str, list] = {
+    **dict.fromkeys(FORWARD_MODES, LOGITS),
+    **dict.fromkeys(("greedy", "greedy without a cache", "a static cache", "continuous batching"), GREEDY),
+    "beams": [[12, 12, 12, 5, 12, 12, 12, 12, 12], [4, 10, 4, 4, 4, 4, 4, 10, 4]],
+    "prompt lookup": [[*REPEATED, 5, 12, 7, 12, 12]],
+    "cross-attention": [[-2.4337, -1.3261, -4.0431, -9.884], [-11.0142, 6.0315, -8.9752, 3.6062]],
 }

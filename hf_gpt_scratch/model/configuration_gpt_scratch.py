@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0  # trf-ignore: TRF028 as this line says it
-"""The config under the book's names, and its translation from and to `GPT2Config`."""
+"""The config under the book's names."""
 
 import difflib
 import re
-from collections.abc import Mapping
 from dataclasses import fields
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +12,9 @@ from huggingface_hub.dataclasses import strict, validated_field
 from transformers import GenerationConfig, GPT2Config, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
+
+PACKAGE = __name__.rpartition(".")[0]  # this folder as a package: the installed one's, or one that came with a model
+IN_PACKAGE = PACKAGE.partition(".")[0] == "hf_gpt_scratch"
 
 # The book's cfg
 
@@ -181,10 +184,6 @@ FROM_GPT2 = {
     "attn_pdrop": "drop_rate_attn",
     "resid_pdrop": "drop_rate_shortcut",
 }
-TO_GPT2 = {ours: theirs for theirs, ours in FROM_GPT2.items()}
-
-# Keys that describe the class and not the model, and so are never copied from one config to the other.
-IDENTITY = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "name_or_path")
 
 # transformers' names that other programs look up in a config's `to_dict()`.
 LOOKED_UP = ("hidden_size", "num_attention_heads")
@@ -273,26 +272,6 @@ def activation(value):
         raise ValueError(f"got {value!r}, but must be one of transformers' activations: {', '.join(sorted(ACT2FN))}")
 
 
-def of_another_type(model_type: Any) -> str:
-    """The remedy for a config.json of another type, or without one."""
-    others = (
-        "AutoModelForCausalLM loads other models, with trust_remote_code=True where their code lies beside the weights"
-    )
-    lacking = 'if this is one of these and only lacks its type, add "model_type" to its config.json'
-    return others if model_type else f"{others}; {lacking}"
-
-
-def model_type_of(values: Mapping[str, Any]) -> str | None:
-    """The model type of a config.json; early files of GPT-2 do not state it."""
-    model_type = values.get("model_type")
-    if model_type is None:
-        named = values.get("architectures") or ["GPT2"]
-        of_gpt2 = isinstance(named, list) and all(str(name).startswith("GPT2") for name in named)
-        if of_gpt2 and ("architectures" in values or values.keys() >= {"n_embd", "n_layer", "n_head"}):
-            return "gpt2"
-    return model_type
-
-
 def listed(values: dict[str, Any]) -> str:
     """Keys and values in one line of bounded length."""
     more = f" and {len(values) - 10} more" if len(values) > 10 else ""
@@ -319,14 +298,14 @@ def ignored(name: str, value: Any, config_class: type[PreTrainedConfig]) -> str 
     return f"got {listed({name: value})}, which {config_class.__name__} does not know; {remedy}"
 
 
-def ignored_by_gpt2(config: GPT2Config) -> dict[str, Any]:
-    """The keys of a `GPT2Config` that GPT-2 ignores, but GPTScratch would use or refuse."""
-    theirs = {field.name for field in fields(config)}
-    unused = {name: value for name, value in config.to_dict().items() if name not in theirs and name not in IDENTITY}
-    if unused.get("n_ctx") == config.n_positions:
-        del unused["n_ctx"]
-    ours = {*(field.name for field in fields(GPTScratchConfig)), *GPTScratchConfig.attribute_map}
-    return {n: value for n, value in unused.items() if n in ours or ignored(n, value, GPTScratchConfig)}
+def translation() -> Any:
+    """The module that translates whole configs, which does not ship with a model."""
+    if not IN_PACKAGE:
+        raise ImportError(
+            "the code that came along with this model does not translate configs; pip install hf-gpt-scratch, and use "
+            "the GPTScratchConfig there"
+        )
+    return import_module(f"{PACKAGE}.config_translation")
 
 
 # trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers
@@ -486,29 +465,7 @@ class GPTScratchConfig(PreTrainedConfig):
             ValueError: `config` is not a `GPT2Config`.
             StrictDataclassError: GPTScratch does not support an option.
         """
-        if config.model_type != "gpt2":
-            raise ValueError(f"got a config of model type {config.model_type!r}, but only 'gpt2' can be translated")
-        ours, theirs = ({field.name: field.default for field in fields(either)} for either in (cls, config))
-        unused = ignored_by_gpt2(config)
-        if unused:
-            logger.warning_once(f"GPT-2 ignores {listed(unused)} of its config, so GPTScratch leaves it out")
-        values = {}
-        for name, value in config.to_dict().items():
-            translated = FROM_GPT2.get(name, name)
-            if name in IDENTITY or name in unused:
-                continue
-            if name not in theirs or translated in ours:
-                values[translated] = value
-            elif value != theirs[name]:  # an option of another version or of a subclass
-                raise ValueError(
-                    f"got {listed({name: value})}, an option of {type(config).__name__} that GPTScratch does not know; "
-                    "only a model without it can be translated"
-                )
-        rates = [values["drop_rate_emb"], values["drop_rate_attn"], values["drop_rate_shortcut"]]
-        values["drop_rate"] = rates[-1]
-        if len(set(rates)) == 1:  # as in the book: one rate for all places
-            values.update(drop_rate_emb=None, drop_rate_attn=None, drop_rate_shortcut=None)
-        return cls(qkv_bias=True, **values)
+        return translation().from_gpt2(cls, config)
 
     def to_gpt2(self) -> GPT2Config:
         """The `GPT2Config` of the same model; the inverse of `from_gpt2`.
@@ -516,18 +473,7 @@ class GPTScratchConfig(PreTrainedConfig):
         Raises:
             ValueError: it is of the book's classifier, which the official class does not compute.
         """
-        if self.book_classifier:
-            raise ValueError(
-                "got book_classifier=True, but the official classifier has no bias and reads the last token that is "
-                "not padding; keep this model as it is, or train a new head with book_classifier=False"
-            )
-        values = {TO_GPT2.get(k, k): v for k, v in self.to_dict().items() if k not in (*IDENTITY, *LOOKED_UP)}
-        for place in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            if values[place] is None:
-                values[place] = self.drop_rate
-        for ours_alone in ("drop_rate", "qkv_bias", "book_classifier"):
-            del values[ours_alone]
-        return GPT2Config(**values)
+        return translation().to_gpt2(self)
 
     @classmethod
     def from_book(cls, cfg: dict[str, Any], **defaults: Any) -> "GPTScratchConfig":
@@ -537,11 +483,7 @@ class GPTScratchConfig(PreTrainedConfig):
             KeyError: a size is missing.
             ValueError: a key is unknown; the message has the remedy.
         """
-        known = {field.name for field in fields(cls)} - {"dtype"} | {"num_labels"}
-        settings({name: value for name, value in cfg.items() if name not in known or name in (*SIZES, *DEFAULTS)})
-        if "model_type" not in cfg:  # otherwise it is the `to_dict` of a config
-            cfg = {name: value for name, value in cfg.items() if name in known}
-        return cls(**{**defaults, **cfg})
+        return translation().from_book(cls, cfg, defaults)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -553,16 +495,6 @@ class GPTScratchConfig(PreTrainedConfig):
             ValueError: the config is of another model type.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        model_type = model_type_of(config_dict)
-        if model_type == "gpt2":
-            config_dict = cls.from_gpt2(GPT2Config.from_dict({**config_dict, "model_type": "gpt2"})).to_dict()
-        elif model_type == GPTScratchConfig.model_type != cls.model_type:
-            config_dict = {name: value for name, value in config_dict.items() if name not in IDENTITY}
-            config_dict["model_type"] = cls.model_type
-        elif config_dict and model_type != cls.model_type:
-            read = dict.fromkeys(("gpt2", GPTScratchConfig.model_type, cls.model_type))
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds a model of type {model_type!r}, but {cls.__name__} reads only "
-                f"checkpoints of {', '.join(map(repr, read))}; {of_another_type(model_type)}"
-            )
+        if config_dict and config_dict.get("model_type") != cls.model_type:
+            config_dict = translation().read(cls, config_dict, pretrained_model_name_or_path)
         return config_dict, kwargs

@@ -16,8 +16,6 @@ from torch.nn import functional as F
 
 from .compat import (
     CACHE,
-    IN_PACKAGE,
-    PACKAGE,
     LibraryCheck,
     NoTranslation,
     Plain,
@@ -38,36 +36,31 @@ with explained():
         DynamicCache,
         EncoderDecoderCache,
         GenerationMixin,
-        GPT2DoubleHeadsModel,
-        GPT2ForQuestionAnswering,
-        GPT2ForSequenceClassification,
-        GPT2ForTokenClassification,
         GPT2LMHeadModel,
         GPT2Model,
-        PreTrainedModel,
     )
     from transformers import initialization as init
     from transformers.activations import ACT2FN
     from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-    from transformers.modeling_layers import (
-        GenericForQuestionAnswering,
-        GenericForSequenceClassification,
-        GenericForTokenClassification,
-        GradientCheckpointingLayer,
-    )
+    from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.modeling_outputs import (
         BaseModelOutputWithPastAndCrossAttentions,
         CausalLMOutputWithCrossAttentions,
-        SequenceClassifierOutputWithPast,
     )
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.auto import modeling_auto
-    from transformers.models.gpt2.modeling_gpt2 import GPT2DoubleHeadsModelOutput, GPT2SequenceSummary
     from transformers.utils import can_return_tuple, logging
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-    from .configuration_gpt_scratch import HEAD_PP_PLAN, HEAD_TP_PLAN, GPTScratchConfig, check_length
+    from .configuration_gpt_scratch import (
+        HEAD_PP_PLAN,
+        HEAD_TP_PLAN,
+        IN_PACKAGE,
+        PACKAGE,
+        GPTScratchConfig,
+        check_length,
+    )
     from .layers import GELU, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 
 logger = logging.get_logger(__name__)
@@ -385,14 +378,16 @@ class GPTScratchPreTrainedModel(Translation):
 
     @classmethod
     def kinds(cls) -> "tuple[type[GPTScratchPreTrainedModel], ...]":
-        """The classes in this file, one for each official one."""
+        """The classes of this package, one for each official one."""
+        from .heads_gpt_scratch import MODELS  # here, since that file imports this one
+
         return MODELS
 
     def auto_map(self) -> dict[str, str]:
-        """The class that each Auto class loads from a saved model; empty for a class outside this file."""
-        module = GPTScratchPreTrainedModel.__module__.rpartition(".")[2]
-        every = {name: f"{module}.{kind.__name__}" for name, kind in AUTO_CLASSES.items()}
-        return every if type(self) in MODELS and self._auto_class is not None else {}
+        """The class that each Auto class loads from a saved model; empty for a class outside this package."""
+        if type(self) not in self.kinds() or self._auto_class is None:
+            return {}
+        return {name: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for name, kind in AUTO_CLASSES.items()}
 
 
 # trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers
@@ -680,191 +675,18 @@ class GPTScratchForCausalLM(GPTScratchPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits, **further)
 
 
-# trf-ignore: TRF057 docstrings written by hand give shapes and errors, on every version of transformers
-class GPTScratchDoubleHeadsModel(GPTScratchForCausalLM, GenerationMixin):
-    """`GPTScratchForCausalLM` with a second head that scores several continuations, one of which is right."""
-
-    gpt2_class = GPT2DoubleHeadsModel  # type: ignore[assignment]  # like its parent's
-
-    def __init__(self, config: GPTScratchConfig):
-        config.num_labels = 1
-        super().__init__(config)
-        self.multiple_choice_head = GPT2SequenceSummary(cast(Any, config))  # it has all options that are read here
-        self.loss_type = "ForCausalLM"
-        self.post_init()
-
-    # trf-ignore: TRF057 as above
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        mc_token_ids: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        mc_labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        cache: Cache | None = None,
-        **kwargs,
-    ) -> GPT2DoubleHeadsModelOutput:
-        """The logits of the next tokens, and a score for each choice; C is the number of choices.
-
-        Args:
-            input_ids: (B, C, T) or (B, T), like the masks, positions, types and labels.
-            mc_token_ids: (B, C), the token that represents each choice; default: the last.
-            mc_labels: (B,), the right choice.
-
-        Returns:
-            `logits` (B, C, T, V), `mc_logits` (B, C), and `loss` and `mc_loss` if their labels are given.
-        """
-
-        def flat(tensor, last_dims=1):
-            return None if tensor is None else tensor.reshape(-1, *tensor.shape[-last_dims:])
-
-        outputs = self.model(
-            input_ids=flat(input_ids),
-            attention_mask=flat(attention_mask),
-            position_ids=flat(position_ids),
-            past_key_values=past_key_values,
-            cache=cache,
-            inputs_embeds=flat(inputs_embeds, last_dims=2),
-            token_type_ids=flat(token_type_ids),
-            use_cache=use_cache,
-            **kwargs,
-        )
-        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-        shape = given.shape  # type: ignore[union-attr]  # the base model has checked that one of them is given
-        x = outputs.last_hidden_state.view(*shape, -1)  # (B, C, T, E)
-        logits = decoding.product(self.out_head, x)  # (B, C, T, V)
-        mc_logits = self.multiple_choice_head(x, mc_token_ids).squeeze(-1)  # (B, C)
-        loss, mc_loss = None, None
-        if labels is not None:
-            loss = self.loss_function(flat(logits, last_dims=2), flat(labels), self.config.vocab_size)
-        if mc_labels is not None:
-            mc_loss = nn.functional.cross_entropy(mc_logits.view(-1, mc_logits.shape[-1]), mc_labels.view(-1))
-        return GPT2DoubleHeadsModelOutput(
-            loss=loss,
-            mc_loss=mc_loss,
-            logits=logits,
-            mc_logits=mc_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE: outputs.get(CACHE)},
-        )
+AUTO_CLASSES: dict[str, type[GPTScratchPreTrainedModel]] = {}  # of all heads
 
 
-# The forward passes of the three below are transformers' own, but for the book's classifier. Their constructors are
-# not: those find the base model through AutoModel, which does not know a copy of this module that came along with saved
-# weights.
+def enter(auto_class: str, names: Any, model_class: type[GPTScratchPreTrainedModel]) -> None:
+    """Makes ours the class of one of transformers' Auto classes, and enters its name in transformers' table of those.
 
-
-class GPTScratchForSequenceClassification(GenericForSequenceClassification, GPTScratchPreTrainedModel):
-    """One label for each sequence, from its last token that is not padding.
-
-    With `book_classifier` it is chapter 6's: the head has a bias, and reads the last token, padding or not.
+    Trainer and the pipelines look up names there; Trainer's label smoothing shifts the labels of language models.
     """
-
-    gpt2_class = GPT2ForSequenceClassification
-
-    def __init__(self, config: GPTScratchConfig):
-        PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = GPTScratchModel(config, self.block_class)
-        self.score = nn.Linear(config.emb_dim, self.num_labels, bias=config.book_classifier)
-        self.post_init()
-
-    # trf-ignore: TRF057 as above
-    @wraps(GenericForSequenceClassification.forward)
-    def forward(self, *args, **kwargs):  # type: ignore[override]  # of the same signature
-        # CODEPATH: official checkpoints read the last token that is not padding; classifiers of the book's, the last
-        if not self.config.book_classifier:
-            return super().forward(*args, **kwargs)
-        names = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "labels", "use_cache")
-        return self._score_last(**dict(zip(names, args, strict=False)), **kwargs)
-
-    @can_return_tuple
-    def _score_last(self, attention_mask=None, labels=None, **kwargs):
-        is_given = attention_mask is not None and not attention_mask.is_meta
-        if is_given and (attention_mask.ndim != 2 or not attention_mask.all()):
-            raise ValueError(
-                "got an attention_mask that hides tokens, but the book's classifier reads its padding, too; pad as in "
-                "training and leave attention_mask out, or give one text at a time without padding"
-            )
-        outputs = self.model(attention_mask=attention_mask, **kwargs)
-        logits = self.score(outputs.last_hidden_state)[:, -1]  # (B, labels)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE: outputs.get(CACHE)},
-        )
+    AUTO_CLASSES[auto_class] = model_class
+    names[GPTScratchConfig.model_type] = model_class.__name__
 
 
-class GPTScratchForTokenClassification(GenericForTokenClassification, GPTScratchPreTrainedModel):
-    """One label per token."""
-
-    gpt2_class = GPT2ForTokenClassification
-
-    def __init__(self, config: GPTScratchConfig):
-        PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = GPTScratchModel(config, self.block_class)
-        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
-        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
-        self.classifier = nn.Linear(config.emb_dim, self.num_labels)
-        self.post_init()
-
-    @property
-    def score(self) -> nn.Module:  # type: ignore[override]  # an attribute in transformers
-        """The head's name in the generic forward pass; in files, `score` is a sequence classifier's."""
-        return self.classifier
-
-
-class GPTScratchForQuestionAnswering(GenericForQuestionAnswering, GPTScratchPreTrainedModel):
-    """Scores of each token as the start and as the end of the answer."""
-
-    gpt2_class = GPT2ForQuestionAnswering
-    get_input_embeddings = GPTScratchPreTrainedModel.get_input_embeddings
-    set_input_embeddings = GPTScratchPreTrainedModel.set_input_embeddings
-
-    def __init__(self, config: GPTScratchConfig):
-        PreTrainedModel.__init__(self, config)
-        self.model = GPTScratchModel(config, self.block_class)
-        self.qa_outputs = nn.Linear(config.emb_dim, 2)
-        self.post_init()
-
-
-# Each Auto class, transformers' table for it, and our class. Trainer and the pipelines look up class names in these
-# tables; Trainer's label smoothing shifts the labels of the language models there. The language model comes first: it
-# is the default for a config that names no architecture.
-_AUTO: tuple[tuple[str, dict, type[GPTScratchPreTrainedModel]], ...] = (
-    ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GPTScratchForCausalLM),
-    ("AutoModel", modeling_auto.MODEL_MAPPING_NAMES, GPTScratchModel),
-    ("AutoModelForPreTraining", modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES, GPTScratchDoubleHeadsModel),
-    (
-        "AutoModelForSequenceClassification",
-        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        GPTScratchForSequenceClassification,
-    ),
-    (
-        "AutoModelForTokenClassification",
-        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        GPTScratchForTokenClassification,
-    ),
-    (
-        "AutoModelForQuestionAnswering",
-        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-        GPTScratchForQuestionAnswering,
-    ),
-)
-AUTO_CLASSES = {name: model_class for name, _, model_class in _AUTO}
-MODELS = tuple(AUTO_CLASSES.values())
-for _, _names, _model_class in _AUTO:
-    _names[GPTScratchConfig.model_type] = _model_class.__name__
+# First the one for a config that names no architecture.
+enter("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GPTScratchForCausalLM)
+enter("AutoModel", modeling_auto.MODEL_MAPPING_NAMES, GPTScratchModel)

@@ -167,4 +167,4 @@ def shipped_in(module: str, name: str) -> str | None:
 def shipped() -> list[str]:
     """The files of this folder that are saved with every model, without their ending."""
     model = HERE / "modeling_gpt_scratch.py"
-    return [model.stem, *sorted({Path(file).stem for file in get_relative_import_files(model)})]
+    return [model.stem, *sorted({Path(file).stem for file in get_relative_import_files(model)} - {model.stem})]

@@ -9,12 +9,16 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnknownArchitecture, shortened
-from ..model.configuration_gpt_scratch import GPTScratchConfig, model_type_of
-from ..model.modeling_gpt_scratch import MODELS, GPTScratchPreTrainedModel
+from ..model.config_translation import model_type_of
+from ..model.configuration_gpt_scratch import GPTScratchConfig
+from ..model.heads_gpt_scratch import MODELS
+from ..model.modeling_gpt_scratch import GPTScratchPreTrainedModel
 
 # The code that our own saved models name.
 _CONFIG_CODE = f"configuration_gpt_scratch.{GPTScratchConfig.__name__}"
-_MODEL_CODE = {f"modeling_gpt_scratch.{kind.__name__}": kind for kind in MODELS}
+_MODEL_CODE = {  # until 0.1.0 all in one file
+    f"{module}.{kind.__name__}" for kind in MODELS for module in ("modeling_gpt_scratch", "heads_gpt_scratch")
+}
 
 
 def architecture(values: Mapping[str, Any], directory: str | os.PathLike) -> type[GPTScratchPreTrainedModel]:
@@ -47,7 +51,7 @@ def architecture(values: Mapping[str, Any], directory: str | os.PathLike) -> typ
     if not isinstance(codes, Mapping):
         raise UnknownArchitecture(f"config.json of {directory} has an auto_map that is not a map; remove it")
     for auto_class, code in codes.items():
-        ours = {_CONFIG_CODE} if auto_class == "AutoConfig" else _MODEL_CODE.keys()
+        ours = {_CONFIG_CODE} if auto_class == "AutoConfig" else _MODEL_CODE
         is_ours = isinstance(code, str) and code.rpartition("--")[2] in ours and not official
         if auto_class.startswith(("AutoModel", "AutoConfig")) and not is_ours:
             name = str(code).rpartition(".")[2]

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import ConversionError, shortened
-from ..model.configuration_gpt_scratch import model_type_of
+from ..model.config_translation import model_type_of
 from .formats.directory import PREFIXES, Weights, config_of
 from .hub import find_source, quiet_transformers
 from .parity import Verification, differing, differing_settings, measure

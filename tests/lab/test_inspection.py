@@ -12,7 +12,8 @@ from hf_gpt_scratch import GPT_CONFIG_124M, GPTScratchConfig, GPTScratchForCausa
 from hf_gpt_scratch.errors import UnknownName
 from hf_gpt_scratch.lab.explain import explain
 from hf_gpt_scratch.lab.inspect import Inspection, arithmetic, inspect
-from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS, GPTScratchBlock
+from hf_gpt_scratch.model.heads_gpt_scratch import MODELS
+from hf_gpt_scratch.model.modeling_gpt_scratch import GPTScratchBlock
 from hf_gpt_scratch.model.weight_map import BASE, DROPPED, LM_HEAD, TABLE
 
 

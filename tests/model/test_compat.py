@@ -15,10 +15,11 @@ from remote import run_without_the_package
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
-from hf_gpt_scratch import GPTScratchDoubleHeadsModel, GPTScratchForCausalLM
+from hf_gpt_scratch import GPTModel, GPTScratchDoubleHeadsModel, GPTScratchForCausalLM, generate_text_simple
 from hf_gpt_scratch.model import compat
 from hf_gpt_scratch.model import modeling_gpt_scratch as modeling
 from hf_gpt_scratch.model.compat import CACHE, check_growth, check_mask, one_cache
+from hf_gpt_scratch.model.configuration_gpt_scratch import SIZES
 
 NAMES = ("past_key_values", "cache")
 
@@ -127,9 +128,7 @@ def test_the_check_refuses_again_and_again_and_names_version_and_remedy(monkeypa
 
     monkeypatch.setattr(GPTScratchForCausalLM, "prepare_inputs_for_generation", without_positions)
     for _ in range(2):
-        with pytest.raises(
-            RuntimeError, match=r"generate \(greedy\).*the book's layers: .*pip install \"transf"
-        ) as told:
+        with pytest.raises(RuntimeError, match=r"generate \(greedy\).*GPT-2: .*pip install \"transf") as told:
             model.generate(random_ids(), max_new_tokens=2, pad_token_id=0)
     assert transformers.__version__ in str(told.value) and len(str(told.value)) < 1500
 
@@ -211,33 +210,47 @@ def test_a_cache_in_another_place_and_what_is_no_cache_are_refused(model):
         model(random_ids(), **{CACHE: ((torch.ones(2), torch.ones(2)),)})
 
 
-def test_the_tiny_model_tells_prompts_positions_and_padding_apart():
+@pytest.fixture
+def tiny():
     with compat._undisturbed():
-        ours, book = compat._tiny_models(GPTScratchForCausalLM)
-        official, right = ours.to_gpt2(), compat._greedy(book)
-        assert len(set(right.flatten().tolist())) > 4
-        ids, _ = compat._padded()
-        assert not torch.equal(compat._beams(book)[:, :5], right)
-        unmasked = official.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
-        assert not torch.equal(unmasked[0, 5:], right[0])
+        yield lambda **options: compat._tiny_model(GPTScratchForCausalLM, **options)
+
+
+def test_the_tiny_model_tells_prompts_positions_and_padding_apart(tiny):
+    greedy = torch.tensor(compat.GREEDY)
+    assert len(set(greedy.flatten().tolist())) > 4
+    ids, _ = compat._padded()
+    assert not torch.equal(torch.tensor(compat.RIGHT["beams"])[:, :5], greedy)
+    unmasked = tiny().to_gpt2().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert not torch.equal(unmasked[0, 5:], greedy[0])
 
 
 @pytest.mark.parametrize("name", compat.MODES)
-def test_what_the_check_takes_for_right_is_the_official_models(name):
-    with compat._undisturbed():
-        ours, book = compat._tiny_models(GPTScratchForCausalLM)
-        if name in compat.OPTIONAL and compat._fails(compat.MODES[name], GPTScratchForCausalLM):
-            pytest.skip("not in this version")
-        official = compat.MODES[name](ours.to_gpt2())
-        torch.testing.assert_close(compat.RIGHT[name](book), official, atol=1e-3, rtol=1e-3)
+def test_what_the_check_takes_for_right_is_the_official_models(tiny, name):
+    if name in compat.OPTIONAL and compat._fails(compat.MODES[name], GPTScratchForCausalLM):
+        pytest.skip("not in this version")
+    official = compat.MODES[name](tiny().to_gpt2())
+    torch.testing.assert_close(torch.tensor(compat.RIGHT[name]), official, atol=1e-3, rtol=1e-3)
+
+
+def test_what_the_check_takes_for_right_is_the_books(tiny):
+    model = tiny()
+    config = {name: getattr(model.config, name) for name in (*SIZES, "qkv_bias", "tie_word_embeddings")}
+    weights = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.items():
+        if ".W_query." in name:  # the book's layers do not divide scores by the layer's number
+            weights[name] = tensor / (int(name.split(".")[1]) + 1)
+    book = GPTModel(config).eval()
+    book.load_state_dict(weights)
+    rows = [generate_text_simple(book, torch.tensor([ids]), 5, 16)[0, -5:].tolist() for ids in compat.PROMPTS]
+    assert rows == compat.GREEDY
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="it forgets the encoder's mask")
-def test_the_cross_attention_of_the_check_is_the_official_models():
-    with compat._undisturbed():
-        ours, _ = compat._tiny_models(GPTScratchForCausalLM, add_cross_attention=True)
-        expected = torch.tensor(compat.CROSS_LOGITS)
-        torch.testing.assert_close(compat._cross(ours.to_gpt2()), expected, atol=1e-3, rtol=1e-3)
+def test_the_cross_attention_of_the_check_is_the_official_models(tiny):
+    expected = torch.tensor(compat.RIGHT["cross-attention"])
+    official = tiny(add_cross_attention=True).to_gpt2()
+    torch.testing.assert_close(compat._cross(official), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_a_mode_that_the_official_model_lacks_is_not_checked(monkeypatch, unchecked):

@@ -29,7 +29,7 @@ from hf_gpt_scratch import (
     GPTScratchForTokenClassification,
     GPTScratchModel,
 )
-from hf_gpt_scratch.model.modeling_gpt_scratch import AUTO_CLASSES
+from hf_gpt_scratch.model.heads_gpt_scratch import AUTO_CLASSES
 from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, FP32_LOGITS, FP32_LOSS, gradient_errors, relative_error
 
 LABELS = 5

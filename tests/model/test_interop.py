@@ -22,7 +22,8 @@ from hf_gpt_scratch import (
     GPTScratchForSequenceClassification,
     GPTScratchPreTrainedModel,
 )
-from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS, CachedAttention, GPTScratchBlock
+from hf_gpt_scratch.model.heads_gpt_scratch import MODELS
+from hf_gpt_scratch.model.modeling_gpt_scratch import CachedAttention, GPTScratchBlock
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, relative_error
 
 pytestmark = pytest.mark.slow

@@ -27,7 +27,13 @@ from transformers import (
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from hf_gpt_scratch import GPTModel, GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
+from hf_gpt_scratch import (
+    GPTModel,
+    GPTScratchConfig,
+    GPTScratchForCausalLM,
+    GPTScratchForSequenceClassification,
+    GPTScratchModel,
+)
 from hf_gpt_scratch.model.configuration_gpt_scratch import SIZES
 from hf_gpt_scratch.model.modeling_gpt_scratch import CachedAttention, eager_attention
 from hf_gpt_scratch.model.weight_map import SCRATCH_PREFIX
@@ -315,10 +321,13 @@ def test_saved_code_runs_where_the_package_is_missing(tmp_path):
     assert (tmp_path / "again" / "layers.py").read_text() == (tmp_path / "saved" / "layers.py").read_text()
 
 
-def test_the_model_file_itself_imports_every_file_that_ships():
+@pytest.mark.parametrize("kind", [GPTScratchForCausalLM, GPTScratchForSequenceClassification])
+def test_a_file_of_models_itself_imports_every_file_that_ships(kind):
     """Older versions of transformers fetch only what it imports."""
-    file = Path(inspect.getsourcefile(GPTScratchForCausalLM))
-    assert {Path(path).stem for path in get_relative_import_files(file)} == set(get_relative_imports(file))
+    file = Path(inspect.getsourcefile(kind))
+    everything = {file.stem, *(Path(path).stem for path in get_relative_import_files(file))}
+    assert everything == {file.stem, *get_relative_imports(file)}
+    assert len(everything) == 5
 
 
 @pytest.fixture
@@ -348,9 +357,10 @@ def test_remote_copy_and_package_live_in_one_process(tmp_path, own_modules):
     assert same_logits(remote.from_pretrained(tmp_path), model)
     assert same_logits(load(tmp_path), model)
     model.save_as_gpt2(tmp_path / "official")
-    for model_class in (GPTScratchForCausalLM, remote, GPTScratchForCausalLM):  # each by its own code
-        weights = model_class.from_pretrained(tmp_path / "official").state_dict()
-        assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    with pytest.raises(ImportError, match="does not translate configs; pip install hf-gpt-scratch"):
+        remote.from_pretrained(tmp_path / "official")
+    weights = GPTScratchForCausalLM.from_pretrained(tmp_path / "official").state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
 def test_models_saved_by_older_versions_keep_loading():

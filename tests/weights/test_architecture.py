@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hf_gpt_scratch import GPTScratchConfig, GPTScratchForCausalLM, GPTScratchModel
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.errors import UnknownArchitecture
-from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS
+from hf_gpt_scratch.model.heads_gpt_scratch import MODELS
 from hf_gpt_scratch.model.weight_map import HEADS
 from hf_gpt_scratch.weights.architecture import architecture
 

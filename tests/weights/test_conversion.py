@@ -29,7 +29,7 @@ import hf_gpt_scratch
 from hf_gpt_scratch import GPTScratchForCausalLM
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.errors import ConversionError, ParityError
-from hf_gpt_scratch.model.modeling_gpt_scratch import AUTO_CLASSES
+from hf_gpt_scratch.model.heads_gpt_scratch import AUTO_CLASSES
 from hf_gpt_scratch.weights import formats
 from hf_gpt_scratch.weights.checkpoint import write_safetensors
 from hf_gpt_scratch.weights.convert import (

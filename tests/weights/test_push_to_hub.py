@@ -18,7 +18,7 @@ from remote import run_without_the_package
 from transformers import AutoTokenizer
 
 from hf_gpt_scratch import GPTScratchForCausalLM
-from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS
+from hf_gpt_scratch.model.heads_gpt_scratch import MODELS
 from hf_gpt_scratch.weights.convert import gpt2_to_scratch
 from hf_gpt_scratch.weights.model_card import PIPELINES, model_card
 from hf_gpt_scratch.weights.parity import FP32_LOGITS, compare_outputs, relative_error
@@ -27,7 +27,10 @@ pytestmark = pytest.mark.slow
 
 TRAINED = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "push_to_hub.py"
-CODE = {f"{module}.py" for module in ("compat", "configuration_gpt_scratch", "layers", "modeling_gpt_scratch")}
+CODE = {
+    f"{module}.py"
+    for module in ("compat", "configuration_gpt_scratch", "heads_gpt_scratch", "layers", "modeling_gpt_scratch")
+}
 
 LOAD = """
 import json

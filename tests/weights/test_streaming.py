@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.errors import ConversionError, ParityError
-from hf_gpt_scratch.model.modeling_gpt_scratch import MODELS
+from hf_gpt_scratch.model.heads_gpt_scratch import MODELS
 from hf_gpt_scratch.weights.checkpoint import Checkpoint, Progress, read_pickle, write_safetensors
 from hf_gpt_scratch.weights.convert import (
     RECEIPT,

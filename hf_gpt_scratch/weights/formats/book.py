@@ -8,7 +8,7 @@ import torch
 
 from ...errors import ConversionError
 from ...model.book_files import BARE, MASK, Part, bare_matrices, has_adapters, heads_in_a_list, parts, refusal
-from ...model.modeling_gpt_scratch import GPTScratchForSequenceClassification
+from ...model.heads_gpt_scratch import GPTScratchForSequenceClassification
 from ...model.weight_map import HEADS, LM_HEAD, Row
 from ..tensors import LazyTensor, all_zero, held, zero
 from .format import (

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrain
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ...errors import ConversionError, UnknownArchitecture, some
-from ...model.configuration_gpt_scratch import GPTScratchConfig, ignored_by_gpt2, listed, model_type_of, of_another_type
+from ...model.config_translation import ignored_by_gpt2, model_type_of, of_another_type
+from ...model.configuration_gpt_scratch import GPTScratchConfig, listed
 from ...model.modeling_gpt_scratch import GPTScratchPreTrainedModel
 from ...model.weight_map import DROPPED_PATTERNS, GPT2_PREFIX, SCRATCH_PREFIX, TABLE, Row
 from ...tokenizer import complete_tokenizer

@@ -31,7 +31,8 @@ from torch import nn
 from transformers import DynamicCache, GPT2Config
 
 from ...errors import ConversionError, ParityError, shortened
-from ...model.configuration_gpt_scratch import GPTScratchConfig, model_type_of
+from ...model.config_translation import model_type_of
+from ...model.configuration_gpt_scratch import GPTScratchConfig
 from ...model.modeling_gpt_scratch import GPTScratchForCausalLM
 from ...model.weight_map import BASE, LM_HEAD, SCRATCH_PREFIX, Row
 from ...tokenizer import complete_tokenizer
