@@ -382,8 +382,9 @@ def _trials(what, model_class):
 
 def _fails(mode, model_class):
     """Whether the official class does not have this mode, either."""
-    sizes = {"vocab_size": 23, "n_positions": 16, "n_embd": 8, "n_head": 2, "n_layer": 2, "pad_token_id": PAD}
-    config = GPT2Config.from_dict({**sizes, "add_cross_attention": mode is _cross})
+    sizes = {"vocab_size": 23, "n_positions": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD}
+    config = GPT2Config.from_dict({**sizes, **tokens, "add_cross_attention": mode is _cross})
     with torch.random.fork_rng(devices=[]):  # random weights
         return isinstance(_attempt(mode, model_class.gpt2_class(config).eval()), Exception)
 
