@@ -119,88 +119,22 @@ class Interop(PreTrainedModel):
             ValueError: `cfg` has a key that means nothing here, or the state dict is not that of a model with this
                 config, or of another model than GPT-2; the message names the tensors.
         """
-        if isinstance(source, nn.DataParallel):
-            source = source.module
-        if isinstance(source, PreTrainedModel):
-            raise ValueError(
-                f"got a {type(source).__name__}, which is a Transformers model already; from_gpt2 copies official ones"
-            )
-        module = source if isinstance(source, nn.Module) else None
-        if isinstance(source, str | os.PathLike):
-            source = _read_file(source)
-        state_dict = source.state_dict() if isinstance(source, nn.Module) else source
-        if not isinstance(state_dict, Mapping):
-            raise ValueError(
-                f"got a {type(source).__name__} as the state dict; give a path, model.state_dict() or the model"
-            )
-        values = cfg.values() if isinstance(cfg, Mapping) else ()
-        if not isinstance(cfg, Mapping | GPTScratchConfig | None) or any(isinstance(v, torch.Tensor) for v in values):
-            raise ValueError(
-                f"got a {type(cfg).__name__} as the cfg; the state dict comes first, then the dict that the model was "
-                "built with, such as GPT_CONFIG_124M"
-            )
+        state_dict, module = _source(source)
+        _refuse_as_cfg(cfg, n_heads)
         given = _book_weights(state_dict)
         for name in filter(MASK.fullmatch, given):
             refuse_other_mask(name, given[name])
-        shapes = {name: tensor.shape for name, tensor in given.items()}
-        if module is not None and lora_scale is None and has_adapters(given):
-            lora_scale = _lora_scale(module)
-        try:
-            weights = {
-                name: part.make([given[one] for one in part.sources])
-                for name, part in parts(shapes, lora_scale).items()
-            }
-        except ValueError as error:
-            raise ValueError(f"the state dict {error}") from error
-        except (RuntimeError, IndexError) as error:  # of torch
-            raise ValueError(
-                f"tensors of the state dict do not fit each other: {error}; take those of one model"
-            ) from (error)
-        if bare_matrices(given):
-            logger.warning(BARE)
+        weights = _by_our_names(given, module, lora_scale)
         _refuse_weights(weights)
         _refuse_head(cls, weights)
-        pair = [weights[name] for name in ("tok_emb.weight", "out_head.weight") if name in weights]
-        tied = len(pair) == 2 and len({(tensor.data_ptr(), tensor.shape) for tensor in pair}) == 1
-        one_matrix = cfg is None and not {"out_head.weight", "score.weight"} & weights.keys()
-        tied = tied or one_matrix
-        settings: dict[str, Any] = {"tie_word_embeddings": tied}
         if "score.weight" in weights:
             weights.setdefault("score.bias", weights["score.weight"].new_zeros(len(weights["score.weight"])))
-            settings |= {"book_classifier": True, "num_labels": len(weights["score.weight"])}
-        if cfg is None:
-            cfg = _inferred(weights, module, n_heads, heads_in_a_list(given))
-            if one_matrix:
-                logger.warning("there is one matrix for tok_emb and out_head, so the model is tied")
-        elif n_heads is not None:
-            raise ValueError(f"got n_heads={n_heads} and a cfg, which has one too; leave n_heads out")
-        if isinstance(cfg, GPTScratchConfig):
-            config = cfg
-        else:
-            if not isinstance(cfg, dict):
-                raise ValueError(f"got a {type(cfg).__name__} as cfg; give the book's dict or a GPTScratchConfig")
-            for name in SIZES:
-                if name in cfg and type(cfg[name]) is not int:
-                    raise ValueError(
-                        f"the cfg has {name}={str(cfg[name])[:80]!r}, but it must be a whole number; convert it"
-                    )
-            end = 50256 if cfg.get("vocab_size", 0) > 50256 else None  # a smaller vocabulary is not GPT-2's
-            config = cls.config_class.from_book(cfg, bos_token_id=end, eos_token_id=end, **settings)
-        if tied and not config.tie_word_embeddings:
-            logger.warning(
-                "out_head and tok_emb share one matrix, but the config says tie_word_embeddings=False, so the copy has "
-                "two, which are trained apart; set it to True to keep one"
-            )
-        if config.tie_word_embeddings and len(pair) == 2 and not torch.equal(*pair):
-            raise ValueError(
-                "the config says tie_word_embeddings=True, but out_head.weight is not equal to tok_emb.weight; set it "
-                "to False if both are to be kept"
-            )
+        heads = heads_in_a_list(given)
+        config = _config(cls, weights, module, cfg, n_heads, heads)
         _check_fit(cls, config, weights)
-        listed = heads_in_a_list(given)
-        if listed not in (None, config.n_heads):
+        if heads not in (None, config.n_heads):
             raise ValueError(
-                f"the state dict has {listed} heads in a list, but the cfg says {config.n_heads}; correct it"
+                f"the state dict has {heads} heads in a list, but the cfg says {config.n_heads}; correct it"
             )
         weights = {name: tensor.clone() for name, tensor in weights.items()}
         model = cls.from_pretrained(None, config=config, state_dict=weights)
@@ -288,6 +222,93 @@ def _build(model_class, config, state_dict, like):
         if p.untyped_storage().data_ptr() in shared:
             p.data = p.data.clone(memory_format=torch.contiguous_format)
     return model.to(like.device)
+
+
+def _source(source):
+    """The state dict that `from_book` was given, and the model, if it was one in memory."""
+    if isinstance(source, nn.DataParallel):
+        source = source.module
+    if isinstance(source, PreTrainedModel):
+        raise ValueError(
+            f"got a {type(source).__name__}, which is a Transformers model already; from_gpt2 copies official ones"
+        )
+    if isinstance(source, nn.Module):
+        return source.state_dict(), source
+    if isinstance(source, str | os.PathLike):
+        source = _read_file(source)
+    if not isinstance(source, Mapping):
+        raise ValueError(
+            f"got a {type(source).__name__} as the state dict; give a path, model.state_dict() or the model"
+        )
+    return source, None
+
+
+def _refuse_as_cfg(cfg, n_heads):
+    if cfg is None or isinstance(cfg, GPTScratchConfig):
+        pass
+    elif not isinstance(cfg, Mapping) or any(isinstance(value, torch.Tensor) for value in cfg.values()):
+        raise ValueError(
+            f"got a {type(cfg).__name__} as the cfg; the state dict comes first, then the dict that the model was "
+            "built with, such as GPT_CONFIG_124M"
+        )
+    elif not isinstance(cfg, dict):
+        raise ValueError(f"got a {type(cfg).__name__} as cfg; give the book's dict or a GPTScratchConfig")
+    if cfg is not None and n_heads is not None:
+        raise ValueError(f"got n_heads={n_heads} and a cfg, which has one too; leave n_heads out")
+
+
+def _by_our_names(given, module, lora_scale):
+    """The weights of a state dict of the book's code; its adapters are merged."""
+    if module is not None and lora_scale is None and has_adapters(given):
+        lora_scale = _lora_scale(module)
+    shapes = {name: tensor.shape for name, tensor in given.items()}
+    try:
+        weights = {
+            name: part.make([given[one] for one in part.sources]) for name, part in parts(shapes, lora_scale).items()
+        }
+    except ValueError as error:
+        raise ValueError(f"the state dict {error}") from error
+    except (RuntimeError, IndexError) as error:  # of torch
+        raise ValueError(
+            f"tensors of the state dict do not fit each other: {error}; take those of one model"
+        ) from error
+    if bare_matrices(given):
+        logger.warning(BARE)
+    return weights
+
+
+def _config(model_class, weights, module, cfg, n_heads, heads):
+    """The config of a model with these weights, which are tied if two share their memory or there is one."""
+    pair = [weights[name] for name in ("tok_emb.weight", "out_head.weight") if name in weights]
+    one_matrix = cfg is None and not {"out_head.weight", "score.weight"} & weights.keys()
+    tied = one_matrix or (len(pair) == 2 and len({(tensor.data_ptr(), tensor.shape) for tensor in pair}) == 1)
+    if cfg is None:
+        cfg = _inferred(weights, module, n_heads, heads)
+        if one_matrix:
+            logger.warning("there is one matrix for tok_emb and out_head, so the model is tied")
+    config = cfg if isinstance(cfg, GPTScratchConfig) else _from_dict(model_class, cfg, tied, weights)
+    if tied and not config.tie_word_embeddings:
+        logger.warning(
+            "out_head and tok_emb share one matrix, but the config says tie_word_embeddings=False, so the copy has "
+            "two, which are trained apart; set it to True to keep one"
+        )
+    if config.tie_word_embeddings and len(pair) == 2 and not torch.equal(*pair):
+        raise ValueError(
+            "the config says tie_word_embeddings=True, but out_head.weight is not equal to tok_emb.weight; set it "
+            "to False if both are to be kept"
+        )
+    return config
+
+
+def _from_dict(model_class, cfg, tied, weights):
+    for name in SIZES:
+        if name in cfg and type(cfg[name]) is not int:
+            raise ValueError(f"the cfg has {name}={str(cfg[name])[:80]!r}, but it must be a whole number; convert it")
+    settings: dict[str, Any] = {"tie_word_embeddings": tied}
+    if "score.weight" in weights:
+        settings |= {"book_classifier": True, "num_labels": len(weights["score.weight"])}
+    end = 50256 if cfg.get("vocab_size", 0) > 50256 else None  # a smaller vocabulary is not GPT-2's
+    return model_class.config_class.from_book(cfg, bos_token_id=end, eos_token_id=end, **settings)
 
 
 def _read_file(path):

@@ -452,30 +452,11 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             if "paged" in self.config._attn_implementation:  # trf-ignore: TRF051 chooses only a check
                 check_library("generate_batch")
             refuse_unread(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        for name, given, shape in (("input_ids", input_ids, "(B, T)"), ("inputs_embeds", inputs_embeds, "(B, T, E)")):
-            if given is not None and given.ndim != shape.count(",") + 1:
-                raise ValueError(
-                    f"got {name} of shape {tuple(given.shape)}, but it must be {shape}; one text is {name}.unsqueeze(0)"
-                )
-        if encoder_hidden_states is not None and not self.config.add_cross_attention:
-            raise ValueError(
-                "got encoder_hidden_states, but the model has no cross-attention layers; build it with "
-                "add_cross_attention=True"
-            )
+        self._check_inputs(input_ids, inputs_embeds, encoder_hidden_states)
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self._embedded(self.tok_emb, "input_ids", input_ids, FROM_TOKENIZER)  # (B, T, E)
-        # transformers always makes a mask for a compiled model, and with a mask sdpa computes all pairs of tokens.
-        needs_no_mask = (
-            torch.compiler.is_compiling()
-            and not torch.compiler.is_exporting()
-            and self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051 concerns the mask alone
-            and attention_mask is None
-            and position_ids is None
-            and cache is None
-        )
+        needs_no_mask = attention_mask is None and position_ids is None and cache is None and self._compiled_for_sdpa()
         if use_cache and cache is None:
             cache = decoding.growing_cache(self.config)
         if use_cache and self.config.add_cross_attention and not isinstance(cache, EncoderDecoderCache):
@@ -531,6 +512,25 @@ class GPTScratchModel(GPTScratchPreTrainedModel):
             check_growth(cache, num_past + num_new)
         output: dict[str, Any] = {CACHE: cache if use_cache else None}
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, **output)
+
+    def _check_inputs(self, input_ids, inputs_embeds, encoder_hidden_states):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        for name, given, shape in (("input_ids", input_ids, "(B, T)"), ("inputs_embeds", inputs_embeds, "(B, T, E)")):
+            if given is not None and given.ndim != shape.count(",") + 1:
+                raise ValueError(
+                    f"got {name} of shape {tuple(given.shape)}, but it must be {shape}; one text is {name}.unsqueeze(0)"
+                )
+        if encoder_hidden_states is not None and not self.config.add_cross_attention:
+            raise ValueError(
+                "got encoder_hidden_states, but the model has no cross-attention layers; build it with "
+                "add_cross_attention=True"
+            )
+
+    def _compiled_for_sdpa(self):
+        """transformers always makes a mask for a compiled model, and with a mask sdpa computes all pairs of tokens."""
+        sdpa = self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051 concerns the mask alone
+        return sdpa and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
     def _has_first_block(self):
         """Whether the first block is in this stage of a pipeline: a cache counts the tokens of its first layer."""
