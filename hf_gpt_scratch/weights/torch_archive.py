@@ -303,7 +303,7 @@ class _Steps:
         self.at += 1
         return line.decode()
 
-    def run(self) -> Any:
+    def run(self) -> Any:  # noqa: C901  # one branch for each opcode
         """The value of the pickle at the current position, which then moves to its end."""
         stack: list[Any] = []
         marks: list[list[Any]] = []
