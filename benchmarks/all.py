@@ -18,7 +18,6 @@ MINUTES = {  # approximate, on two cores
     "training": 9,
     "quality": 4,
     "load": 4,
-    "save": 6,
     "import_time": 3,
     "scaling": 8,
     "profile_decode": 2,

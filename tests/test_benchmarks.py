@@ -64,7 +64,6 @@ def rows(report):
         ("prefill", {"ours, sdpa", "ours, eager attention", "ours, bf16"}),
         ("training", {"ours, sdpa", "ours, eager attention", "ours, bf16 autocast"}),
         ("load", {"ours", "ours, from our own files"}),
-        ("save", {"ours", "ours, as GPT-2", "ours from GPT-2", "ours to GPT-2, unverified"}),
         ("scaling", {"ours, sdpa"}),
         ("profile_decode", {"a token", "all operators"}),
         ("few_rows", {"F.linear", "F.linear, [in, out]", "oneDNN", "oneDNN, packed"}),
