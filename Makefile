@@ -4,7 +4,7 @@ QUICK = -m "not slow and not real_size"
 TWO = -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install quick test lint types coverage docs matrix ci lock bench
+.PHONY: help install quick test long lint types coverage docs matrix ci lock bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,8 +15,11 @@ install:  ## make .venv, with the locked libraries and all that is needed to dev
 quick:  ## the fast tests, in less than a minute on two cores
 	$(PYTHON) -m pytest $(TWO) $(QUICK)
 
-test:  ## all tests but those of the official sizes, in about ten minutes on two cores
+test:  ## all tests but the long ones and those of the official sizes, in ten minutes on two cores
 	$(PYTHON) -m pytest $(TWO)
+
+long:  ## the tests that take long
+	$(PYTHON) -m pytest $(TWO) -m long
 
 lint:  ## ruff: rules and format; transformers' linter of model files
 	$(PYTHON) -m ruff check && $(PYTHON) -m ruff format --check && $(PYTHON) -m mlinter hf_gpt_scratch/model

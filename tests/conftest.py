@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before the libraries read it
     MODULES = tempfile.TemporaryDirectory()
     os.environ["HF_MODULES_CACHE"] = MODULES.name
 
+import pytest
 import torch
 import transformers
 from packaging.version import Version
@@ -32,6 +33,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--support-table", metavar="FILE", help="write each test's outcome here, for tests/helpers/support.py"
     )
+
+
+def pytest_configure(config):
+    """What takes long is run if it is asked for: by its file, or by a marker of one's own."""
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if everything and config.option.markexpr == "not real_size":  # as in pyproject.toml
+        config.option.markexpr = "not real_size and not long"  # xdist hands it on to its processes
 
 
 def pytest_runtest_logreport(report):

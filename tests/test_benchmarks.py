@@ -72,6 +72,7 @@ def rows(report):
         ("import_time", {"Python"}),
     ],
 )
+@pytest.mark.long
 def test_quick_runs_report_every_row(tmp_path, name, expected):
     # The processes of the other engines take some seconds each.
     only = {"only": "^ours(?!.*compiled)"} if name in ("decode", "prefill", "quality") else {}
@@ -147,6 +148,7 @@ def test_a_missing_package_leaves_its_row_out_by_name(tmp_path, monkeypatch):
     ("name", "package"),
     [("onnxruntime", "onnxscript"), ("CTranslate2, oneDNN", "ctranslate2"), ("llama.cpp", "xllamacpp")],
 )
+@pytest.mark.long
 def test_other_engines_run_without_torch_in_processes_of_their_own_that_end(monkeypatch, name, package):
     if not importlib.util.find_spec(package):  # importing CTranslate2 would slow down torch here
         pytest.skip(f"no {package}")

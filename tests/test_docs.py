@@ -97,7 +97,11 @@ def directory(files, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [page if page.name == "README.md" else pytest.param(page, marks=pytest.mark.long) for page in PAGES],
+    ids=name_of,
+)
 def test_the_code_on_a_page_runs(page, directory):
     if page.name == "new_model.md" and version.parse(transformers.__version__) < version.parse(OLDEST):
         pytest.skip(f"what `new` writes needs transformers {OLDEST}")

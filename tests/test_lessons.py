@@ -36,6 +36,7 @@ def near(expected):
 
 
 @pytest.mark.parametrize("name", ["placeholder", "layer_norm", "gelu", "shortcuts", "sizes"])
+@pytest.mark.long
 def test_every_lesson_is_a_picture(lessons, name):
     picture = matplotlib.image.imread(lessons[0] / f"{name}.png")
     height, width, _ = picture.shape

@@ -57,6 +57,7 @@ def test_the_import_brings_no_library():
         "from hf_gpt_scratch import gpt2_tokenizer",
     ],
 )
+@pytest.mark.long
 def test_auto_classes_know_the_models_whichever_is_imported_first(imports):
     load = f"print(type(AutoModelForCausalLM.from_pretrained({str(SAVED)!r})).__module__)"
     told = printed_by(f"{imports}\nfrom transformers import AutoModelForCausalLM\n{load}")
@@ -80,6 +81,7 @@ print("_LazyModule" in transformers.__spec__.loader.get_source("transformers"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("imports", ["import hf_gpt_scratch, peft", "import peft, hf_gpt_scratch"])
+@pytest.mark.long
 def test_peft_knows_the_models_whichever_is_imported_first(imports):
     script = f"""
 {imports}

@@ -318,6 +318,7 @@ def test_it_runs_where_a_library_does_not_import(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["typer", "rich"])
+@pytest.mark.long
 def test_it_runs_where_the_commands_own_library_is_missing(tmp_path, name):
     """Without typer no other command starts; without rich the doctor does not either, and does not refer to itself."""
     (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")

@@ -451,6 +451,7 @@ CASES = [(name, which) for name in IN_BLOCKS for which in WHICH if "NaN" not in 
 
 
 @pytest.mark.parametrize(("sabotage", "which"), CASES)
+@pytest.mark.long
 def test_names_the_mistake_and_the_blocks_that_have_it(deep, sabotage, which):
     (name, change), blocks = SABOTAGES[sabotage], WHICH[which]
     found = diagnosis_of(deep, with_blocks_of(deep, change, blocks))
@@ -640,6 +641,7 @@ def test_black_boxes_are_diagnosed_by_attention_weights_and_logits(official, cha
     assert diagnose(comparison, official, candidate).names == names
 
 
+@pytest.mark.long
 def test_black_boxes_are_diagnosed_by_logits_alone(official, monkeypatch):
     reader = readers_model(official, FusedGPT)
     # A fused tensor goes by GPT-2's name; the others by the book's, which says that they are stored [out, in].

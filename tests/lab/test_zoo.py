@@ -69,6 +69,7 @@ def test_one_mistake_is_found_in_every_style(official, name, tmp_path):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if i < 5 else pytest.mark.slow) for i, n in enumerate(misused())]
 )
+@pytest.mark.long
 def test_names_that_say_what_a_part_is_are_believed(official, name, tmp_path):
     """A part that does another's work is a mistake, not another name for that part."""
     style, names = misused()[name]

@@ -42,6 +42,7 @@ KNOWN += marked("box", [specimen for specimen in zoo.SPECIMENS if specimen.title
 
 
 @pytest.mark.parametrize(("style", "specimen"), KNOWN)
+@pytest.mark.long
 def test_the_mistake_is_named_and_proved_on_tokens_that_the_search_has_not_seen(reference, style, specimen):
     found = diagnosis(reference, style, specimen)
     assert len(found.names) == 1 and found.names[0] in specimen.names, found
@@ -52,6 +53,7 @@ def test_the_mistake_is_named_and_proved_on_tokens_that_the_search_has_not_seen(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("specimen", zoo.UNKNOWN, ids=lambda specimen: specimen.title)
+@pytest.mark.long
 def test_what_no_edit_reproduces_gets_no_name(reference, specimen):
     found = diagnosis(reference, "book", specimen)
     assert (found.names, found.explained, found.proof) == ([], False, "")

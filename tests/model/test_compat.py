@@ -290,6 +290,7 @@ def test_which_versions_are_untested(there, untested):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CACHE != "cache", reason="the changes are made to transformers of 5.24 on")
+@pytest.mark.long
 def test_sixty_changes_of_the_library_give_the_official_ids_or_an_error():
     script = Path(__file__).parents[1] / "helpers" / "injected.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env={**os.environ})

@@ -66,6 +66,7 @@ def test_ids_are_the_officials(pair, row, attention):
 
 
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])
+@pytest.mark.long
 def test_quantized_cache(pair, backend):
     axis = 0 if backend == "quanto" else 1
     settings = dict(backend=backend, nbits=4, residual_length=8, q_group_size=16, axis_key=axis, axis_value=axis)

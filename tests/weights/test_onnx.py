@@ -72,6 +72,7 @@ def test_names_axes_and_files_are_those_of_transformers_js(pair):
     onnx.checker.check_model(directory / FOLDER / GRAPH, full_check=True)
 
 
+@pytest.mark.long
 def test_the_default_of_a_page_is_the_only_graph_there_is(tmp_path):
     write(tiny_model(), tiny_model().config, tmp_path / "out", "onnx")
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -221,6 +222,7 @@ def test_a_graph_that_computes_something_else_is_not_published(tmp_path, monkeyp
     ],
     ids=str,
 )
+@pytest.mark.long
 def test_every_setting_is_in_the_graph_and_is_read_back(tmp_path, settings):
     model = tiny_model(**settings)
     assert exported(model, tmp_path)["parity"]["greedy_equal"]

@@ -513,6 +513,7 @@ def sources(tmp_path_factory):
 @pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind.endswith(("ours, in shards", "to official")) or "export" in kind]
 )
+@pytest.mark.long
 def test_however_a_conversion_ends_its_target_is_absent_or_complete(sources, tmp_path, kind):
     found = end_at_random(sources, tmp_path, kind, times=len(ENDINGS), seed=len(kind))
     assert sum(found[ending] for ending in ("SIGKILL", "SIGTERM", "SIGINT", "full disk")) >= 1

@@ -294,6 +294,7 @@ for out, into, twin in json.loads(sys.argv[2]):
 )
 
 
+@pytest.mark.long
 def test_memory_of_other_programs_formats_is_bounded_by_two_of_the_largest_tensors(tmp_path, monkeypatch):
     """There and back; the mutation twin reads all tensors before it writes the first."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))

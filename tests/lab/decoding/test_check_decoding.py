@@ -51,6 +51,7 @@ def test_a_sabotage_of_each_kind_is_named(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SABOTAGES, ids=lambda case: f"{case.names[0]} {case.title}")
+@pytest.mark.long
 def test_a_sabotage_is_named_and_nothing_else(case, tmp_path):
     report = checked(case, tmp_path)
     assert report.names == list(case.names), [finding.says for finding in report.findings]
@@ -65,6 +66,7 @@ def test_a_sabotage_is_named_and_nothing_else(case, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.title)
+@pytest.mark.long
 def test_a_right_decoder_is_not_accused(case, tmp_path):
     report = checked(case, tmp_path)
     assert report.right and not report.findings, [finding.says for finding in report.findings]
