@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from ...errors import few
 from .findings import NOTE, Finding, Findings
 from .losses import unscaled
-from .record import DATA, Loss, Parts, Recorder, Step, are_probabilities, tensors_in
+from .record import DATA, Event, Loss, Parts, Recorder, Step, are_probabilities, tensors_in
 
 # Relative; weights are computed in float32 or float64 from a handful of factors.
 NEAR = 1e-3
@@ -234,7 +234,7 @@ class GradientFindings(Findings):
             step.leftover = {key: grad for key, grad in step.leftover.items() if key in used}
             if step.leftover:
                 share = self.share_left(step)
-                calls = [event for one in steps for event in one.happened("zero_grad")]
+                calls = [e for one in steps for e in one.happened("zero_grad") if covered(e) & step.leftover.keys()]
                 where = calls[0].where if calls else step.updates[0].where
                 says = "the gradients of the step before are still there when the next backward pass adds to them"
                 if calls:
@@ -445,7 +445,10 @@ class GradientFindings(Findings):
         by_hand = any(update.optimizer is None for step in recorder.steps for update in step.updates)
         looked = {id(one) for forward in recorder.evaluations for one in forward.module.parameters()}
         stale = [key for key in in_optimizers if key not in {*names.parameters, *looked} and key in stepped]
-        left_out = [key for key in trainable if key not in in_optimizers] if not by_hand else []
+        # The script may change others itself, as those of a plain class that was not recognised.
+        first = recorder.reference
+        moved = {key for key in first if key in names.parameters and not torch.equal(first[key], names.parameters[key])}
+        left_out = [key for key in trainable if key not in in_optimizers and key not in moved] if not by_hand else []
         if stale and not (set(in_optimizers) & set(names.parameters)):
             self.stale(stale, in_optimizers, left_out)
             return
@@ -563,6 +566,13 @@ class GradientFindings(Findings):
 
 
 CLIPS = ("clip_norm", "clip_value")
+
+
+def covered(event: Event) -> set[int]:
+    """The parameters whose gradients a call of `zero_grad` is for."""
+    of = event.info["of"]
+    groups = [{"params": of.parameters()}] if isinstance(of, torch.nn.Module) else getattr(of, "param_groups", [])
+    return {id(parameter) for group in groups for parameter in group["params"]}
 
 
 def whole(step: Step, losses: list[Loss]) -> bool:

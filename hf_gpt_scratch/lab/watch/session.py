@@ -53,7 +53,7 @@ def report_of(recorder: Recorder, report: WatchReport, frames: list[dict[str, An
         parts: dict[str, Any] = {
             "losses": losses,
             "gradients": GradientFindings(recorder, names),
-            "updates": UpdateFindings(recorder, names, frames),
+            "updates": UpdateFindings(recorder, names),
             "modes and data": DataFindings(recorder, losses, frames),
         }
         for what, part in parts.items():

@@ -71,8 +71,11 @@ def as_ids(value: Any) -> torch.Tensor | None:
     return None
 
 
-def glued(frames: list[dict[str, Any]]) -> tuple[str, str] | None:
-    """The names of a list of documents and of the text that they were joined to, if nothing marks where each ends."""
+def glued(frames: list[dict[str, Any]], rows: list[list[int]]) -> tuple[str, str] | None:
+    """The names of a list of documents and of the text that they were joined to, if nothing marks where each ends.
+
+    `rows` are those that are trained on, for a text that no variable holds.
+    """
     values = {name: value for frame in reversed(frames) for name, value in frame.items() if not name.startswith("__")}
     texts = {name: value for name, value in values.items() if type(value) is str and len(value) > 100}
     arrays = id_arrays(frames)
@@ -86,8 +89,14 @@ def glued(frames: list[dict[str, Any]]) -> tuple[str, str] | None:
                 if text in ("".join(documents), " ".join(documents)):
                     return name, other
         elif all(type(one) is list and len(one) >= SHORTEST and type(one[0]) is int for one in documents):
-            if len({one[-1] for one in documents}) == 1:
+            if 1 in (len({one[-1] for one in documents}), len({one[0] for one in documents})):
                 continue
+            ends, begins = (
+                {tuple(one[part]) for one in documents} for part in (slice(-SHORTEST, None), slice(SHORTEST))
+            )
+            pieces = ((row[at - SHORTEST : at], row[at : at + SHORTEST]) for row in rows for at in range(len(row)))
+            if any(tuple(one) in ends and tuple(other) in begins for one, other in pieces):
+                return name, "what is trained on"
             joined = torch.tensor([token for one in documents for token in one])
             for other, array in arrays:
                 if torch.equal(array, joined):
