@@ -362,7 +362,7 @@ class GradientFindings(Findings):
 
     # GradScaler
 
-    def scaler(self) -> None:
+    def scaler(self) -> Any:
         for number, step in enumerate(self.recorder.steps):
             scaled = [event for event in step.happened("scale") if event.info["of"].is_enabled()]
             order = [event.what for event in step.events]
@@ -374,7 +374,7 @@ class GradientFindings(Findings):
                 first_step = position.get("step", len(order))
                 if not stepped and unscale is None and step.updates:
                     norm = step.updates[0].gradient_norm
-                    return self.told(
+                    return self.add(
                         "stepped-without-unscaling",
                         "the loss is scaled, but optimizer.step() is called directly, with gradients that are "
                         f"{step.scale:g} times too large",
@@ -384,7 +384,7 @@ class GradientFindings(Findings):
                     )
                 if clip is not None and clip < first_step and (unscale is None or unscale > clip):
                     event = step.events[clip]
-                    return self.told(
+                    return self.add(
                         "clipped-before-unscaling",
                         f"the gradients are clipped while they are still multiplied by {step.scale:g}",
                         event.where,
@@ -392,7 +392,7 @@ class GradientFindings(Findings):
                         f"at step {number + 1} the order is {order_of(step)}",
                     )
                 if stepped and not step.happened("scaler_update"):
-                    return self.told(
+                    return self.add(
                         "scaler-update-missing",
                         "scaler.update() is never called after scaler.step()",
                         stepped[0].where,
@@ -408,9 +408,6 @@ class GradientFindings(Findings):
                     "end the autocast block after the loss",
                     level=NOTE,
                 )
-
-    def told(self, *args: Any) -> None:
-        self.add(*args)
 
     # Parameters without a gradient or an optimizer
 

@@ -88,7 +88,8 @@ def glued(frames: list[dict[str, Any]], rows: list[list[int]]) -> tuple[str, str
             for other, text in texts.items():
                 if text in ("".join(documents), " ".join(documents)):
                     return name, other
-        elif all(type(one) is list and len(one) >= SHORTEST and type(one[0]) is int for one in documents):
+        elif all(one is not None for one in map(ids_in, documents)):
+            documents = [one.tolist() for one in map(ids_in, documents) if one is not None]
             if 1 in (len({one[-1] for one in documents}), len({one[0] for one in documents})):
                 continue
             ends, begins = (
@@ -99,7 +100,8 @@ def glued(frames: list[dict[str, Any]], rows: list[list[int]]) -> tuple[str, str
                 return name, "what is trained on"
             joined = torch.tensor([token for one in documents for token in one])
             for other, array in arrays:
-                if torch.equal(array, joined):
+                found = places(joined, array[:64]) if len(array) > max(map(len, documents)) else []
+                if any(torch.equal(array, joined[start : start + len(array)]) for start in found):
                     return name, other
     return None
 
@@ -306,7 +308,7 @@ def item(dataset: Any, index: int) -> torch.Tensor | None:
     return ids_in(dataset[index], 3)
 
 
-def ids_in(value: Any, depth: int) -> torch.Tensor | None:
+def ids_in(value: Any, depth: int = 0) -> torch.Tensor | None:
     if isinstance(value, torch.Tensor):
         fits = value.dim() == 1 and not value.is_floating_point() and len(value) >= SHORTEST
         return value.long().cpu() if fits else None

@@ -38,8 +38,8 @@ class UpdateFindings(Findings):
         self.optimizers()
         self.forgotten()
         self.twice()
-        self.schedule()
         self.replay()
+        self.schedule()
         self.decay()
         self.settings()
         self.idle()
@@ -140,11 +140,12 @@ class UpdateFindings(Findings):
             return
         peak = [max(step) if step else math.nan for step in rates]
         calls = [step.happened("schedule") for step in self.steps]
-        number = sum(map(len, calls))
         schedulers = self.recorder.schedulers
         made = next((event.where for event in self.recorder.loaded if event.what == "scheduler_made"), "")
         outer = {id(event.info["of"]) for one in calls for event in one}
         driven = [scheduler for scheduler in schedulers if id(scheduler) in outer]
+        moved = {id(scheduler.optimizer) for scheduler in driven}
+        idle = [scheduler for scheduler in schedulers if id(scheduler.optimizer) not in moved]
         shown = ", ".join(f"{rate:.4g}" for rate in peak)
         figures = {"learning_rates": peak}
         for n, step in enumerate(self.steps):
@@ -168,28 +169,20 @@ class UpdateFindings(Findings):
                 times = [event for event in step.happened("schedule") if event.info["of"] is scheduler]
                 places = [n for n, event in enumerate(step.events) if any(event is one for one in times)]
                 between = [event.what for event in step.events[places[0] : places[-1]]] if places else []
-                if len(times) > 1 and "backward" in between and len(times) >= step.backwards - 1:
-                    self.add(
-                        "schedule-per-micro-batch",
-                        f"the schedule advances {len(times)} times per optimizer step, once per micro-batch",
-                        times[0].where,
-                        "call scheduler.step() once after optimizer.step()",
-                        f"the learning rates used are {shown}",
-                        figures=figures,
-                    )
-                    return
                 if len(times) > 1:
+                    each = "backward" in between and len(times) >= step.backwards - 1
                     self.add(
-                        "schedule-stepped-twice",
-                        f"the schedule advances {len(times)} times per optimizer step",
+                        "schedule-per-micro-batch" if each else "schedule-stepped-twice",
+                        f"the schedule advances {len(times)} times per optimizer step"
+                        + (", once per micro-batch" if each else ""),
                         times[0].where,
                         "call scheduler.step() once after optimizer.step()",
                         f"the learning rates used are {shown}",
                         figures=figures,
                     )
                     return
-        if schedulers and not number and len(self.steps) > 1:
-            self.never_advanced(schedulers, made, peak, shown)
+        if idle and len(self.steps) > 1:
+            self.never_advanced(idle, made, peak, shown)
             return
         if all(rate == 0 for rate in peak) and len(peak) > 1:
             self.add(
@@ -233,7 +226,7 @@ class UpdateFindings(Findings):
         proof = f"the learning rates used are {shown}, and scheduler.step() was not called in {len(peak)} steps"
         remedy = "call scheduler.step() after each optimizer.step()"
         rising = [rate for scheduler in schedulers for rate in [next_rate(scheduler)] if rate is not None]
-        now = peak[-1]
+        now = max(float(group["lr"]) for scheduler in schedulers for group in scheduler.optimizer.param_groups)
         if now == 0:
             says = "the schedule starts at 0 and does not advance with the steps, so the learning rate is 0"
         elif rising and max(rising) > 1.2 * now:
@@ -276,6 +269,8 @@ class UpdateFindings(Findings):
             )
             return
         name, says, remedy, proof, figures = found
+        for update, rate in zip(history, figures.pop("rates", ()), strict=False):
+            update.groups[0]["lr"] = rate
         if name:
             # Of what tells no weight_decay it is not known which kind was meant, unless its name says it.
             untold = first is None or (isinstance(first, Plain) and "adamw" not in type(first.own).__name__.lower())
@@ -301,26 +296,21 @@ class UpdateFindings(Findings):
                     small.append(key)
                 elif self.is_embedding(key):
                     tables.append(key)
-        if small:
-            self.add(
-                "decay-on-norms-and-biases",
-                f"weight decay applies to {len(small)} norms and biases: {self.names.of(small)}",
-                made,
-                "GPT-2's own recipe decays matrices only: two groups, parameters with dim() >= 2 and the others",
-                "the group that holds them has weight_decay > 0; the book does the same",
-                level=NOTE,
-                figures={"parameters": len(small)},
-            )
-        if tables:
-            self.add(
+        matrices = "GPT-2's own recipe decays matrices only: two groups, parameters with dim() >= 2 and the others"
+        book = "the group that holds them has weight_decay > 0; the book does the same"
+        for keys, what, *told in (
+            (small, f"{len(small)} norms and biases", "decay-on-norms-and-biases", matrices, book),
+            (
+                tables,
+                "embeddings",
                 "decay-on-embeddings",
-                f"weight decay applies to embeddings: {self.names.of(tables)}",
-                made,
                 "some recipes leave them out; nanoGPT decays them",
-                "the group that holds them has weight_decay > 0",
-                level=NOTE,
-                figures={"parameters": len(tables)},
-            )
+                book[:44],
+            ),
+        ):
+            if keys:
+                says = f"weight decay applies to {what}: {self.names.of(keys)}"
+                self.add(told[0], says, made, *told[1:], level=NOTE, figures={"parameters": len(keys)})
         self.coupled(update, groups, made)
 
     def is_embedding(self, key: int) -> bool:
@@ -504,6 +494,7 @@ RULES: dict[str, tuple[str, str]] = {
     "first-moment-uncorrected": ("the first moment is not corrected for its start at 0", "divide m by 1 − β₁ᵗ"),
     "second-moment-uncorrected": ("the second moment is not corrected for its start at 0", "divide v by 1 − β₂ᵗ"),
     "bias-correction-off-by-one": ("the bias correction counts steps from 0 or 2, not from 1", "count from t = 1"),
+    "bias-correction-stands-still": ("the bias correction stays that of the first step", "t += 1 in each step"),
     "eps-inside-root": ("eps is added inside the root", "√v̂ + eps"),
     "no-root": ("the update is divided by v, not by its root", "m̂ / (√v̂ + eps)"),
     "betas-swapped": ("β₁ and β₂ are used in place of each other", "m with β₁, v with β₂"),
@@ -595,7 +586,8 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
         mean = sum(pull for _, pull in free) / len(free)
         adds = "decay-adds" in rule.faults
         taken = [[share * rate for rate, _ in free], [mean] * len(free)]
-        taken = [one for one in taken if rule.pulls and (one[-1] < 0) == adds] + ([] if adds else [[0.0] * len(free)])
+        taken = [one for one in taken if rule.pulls and (one[-1] < 0) == adds]
+        taken += [] if adds and rule.pulls else [[0.0] * len(free)]
         ways = []
         for pulls in taken:
             rows = zip(directions, before, deltas, pulls, strict=True)
@@ -632,7 +624,8 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
     if right_ones := [(rule, error) for rule, error in good if not rule.faults]:
         rule, error = min(right_ones, key=lambda item: item[1])
         name, proof = fault_of_decay(rule, error, numbers, before, after) if untold else ("", "")
-        return name, *RULES.get(name, ("", "")), proof, {"error": error}
+        rates = rule.fit[0] if untold and rule in [one for one, _ in known] else []
+        return name, *RULES.get(name, ("", "")), proof, {"error": error, "rates": rates}
     fewest = min(len(rule.faults) for rule, _ in good)
     rule, error = min(((r, e) for r, e in good if len(r.faults) == fewest), key=lambda item: item[1])
     right_rule, right = min(((r, e) for r, e in fits if not r.faults), key=lambda item: item[1])
@@ -707,7 +700,7 @@ class Rule:
     @property
     def pulls(self) -> bool:
         """Whether it may take away a share of the weights."""
-        return "l2-instead-of-decoupled" not in self.faults
+        return not self.decay and "l2-instead-of-decoupled" not in self.faults
 
     def pull(self, rate: float, decay: float) -> float:
         coupled = {"l2-instead-of-decoupled", "decay-missing"} & set(self.faults)
@@ -743,7 +736,7 @@ class Rule:
                 m = v = torch.zeros_like(gradient)
             m = one * m + (1 - one) * gradient
             v = two * v + (1 - two) * gradient**2
-            count = t + (1 if "bias-correction-off-by-one" in faults else 0)
+            count = 1 if "bias-correction-stands-still" in faults else t + ("bias-correction-off-by-one" in faults)
             first = 1 - one**count
             second = 1 - corrected**count
             if faults & {"no-bias-correction", "first-moment-uncorrected"}:
@@ -787,6 +780,10 @@ def rules(decay: float, told: bool, numbers: set[float] | None = None) -> list[R
         wd = dict.fromkeys([*USUAL_DECAYS, *(number for number in numbers if 0 < number < 0.5)])
         found += [Rule(("l2-instead-of-decoupled",), decay=one, betas=betas) for one in wd for betas in pairs]
         found += [Rule(("ascent",), kind="sgd", momentum=one) for one in averages]
+        found += [Rule(("ascent",), kind="lion", betas=betas) for betas in pairs]
+        coupled = [dict(kind="sgd", momentum=one, decay=decay) for one in (0.0, *averages) for decay in wd]
+        found += [Rule(**one) for one in coupled]
+        found += [Rule(("decay-adds",), **one | {"decay": -one["decay"]}) for one in coupled]
     found.append(Rule(("one-beta-for-both",), kind="adam, correction as told"))
     found.append(Rule(("ascent",), kind="sgd"))
     found += [Rule(pair) for pair in itertools.product(moments, decays)]
