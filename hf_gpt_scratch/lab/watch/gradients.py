@@ -606,28 +606,27 @@ def rescaling(step: Step) -> float:
     if step.happened("scaler_step"):
         return 1.0
     factors = []
-    for update in step.updates:
-        for key, used in update.gradients.items():
-            made = step.gradients.get(key)
-            if used is None or made is None or not bool(made.any()):
-                continue
-            factor = float((used.double() * made.double()).sum() / made.double().pow(2).sum())
-            if not torch.allclose(used.double(), made.double() * factor, rtol=1e-4, atol=1e-12):
-                return 1.0
-            factors.append(factor)
+    for used, made in used_and_made(step).values():
+        if not bool(made.any()):
+            continue
+        factor = float((used.double() * made.double()).sum() / made.double().pow(2).sum())
+        if not torch.allclose(used.double(), made.double() * factor, rtol=1e-4, atol=1e-12):
+            return 1.0
+        factors.append(factor)
     if not factors or max(factors) - min(factors) > 1e-4 * max(map(abs, factors)):
         return 1.0
     return factors[0]
 
 
+def used_and_made(step: Step) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """The gradients that the updates used and those that the last backward pass left, by the parameter's id."""
+    used = {key: one for update in step.updates for key, one in update.gradients.items() if one is not None}
+    return {key: (one, step.gradients[key]) for key, one in used.items() if key in step.gradients}
+
+
 def by_value(step: Step) -> tuple[float, float] | None:
     """Limit and share of the elements cut, if the gradient used is the backward pass's, clamped."""
-    pairs = []
-    for update in step.updates:
-        for key, used in update.gradients.items():
-            made = step.gradients.get(key)
-            if used is not None and made is not None and used.shape == made.shape:
-                pairs.append((used, made))
+    pairs = list(used_and_made(step).values())
     if not pairs:
         return None
     limit = max(float(used.abs().max()) for used, _ in pairs)
@@ -639,12 +638,7 @@ def by_value(step: Step) -> tuple[float, float] | None:
 
 def clipped_part(step: Step) -> tuple[list[int], int] | None:
     """The parameters whose gradient was made smaller, and the number of all; None if it was none or all of them."""
-    pairs = {
-        key: (used, made)
-        for update in step.updates
-        for key, used in update.gradients.items()
-        if used is not None and (made := step.gradients.get(key)) is not None and bool(made.any())
-    }
+    pairs = {key: (used, made) for key, (used, made) in used_and_made(step).items() if bool(made.any())}
     smaller = [key for key, (used, made) in pairs.items() if float(used.norm()) < (1 - NEAR) * float(made.norm())]
     same = [key for key, (used, made) in pairs.items() if torch.equal(used, made)]
     return (smaller, len(pairs)) if smaller and len(smaller) + len(same) == len(pairs) > len(smaller) else None

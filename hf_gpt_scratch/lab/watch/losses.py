@@ -502,6 +502,8 @@ class LossFindings(Findings):
                 times = one.time[one.counted & (one.batch == row)]
                 first = int(times.min()) + 1 if len(times) else 0
                 known = next((two for whole, two in items if whole[: len(ids)] == ids[: len(whole)]), None)
+                if known is None and any(begins(ids, whole, parts[0][0], first - 1) for whole, parts in items):
+                    known = [(first - 1, True)]  # between other tokens, as of a template
                 if known is None or not 1 < first < len(ids) - 1:
                     return
                 for length, sure in known:
@@ -617,6 +619,13 @@ SHIFTS = {
         "make the target of position t the token at t + 1: logits[:, :-1] with ids[:, 1:]",
     ),
 }
+
+
+def begins(ids: list[int], whole: list[int], length: int, at: int) -> bool:
+    """Whether the answer of an item, which is what follows its prompt of this length, is at this place of a row."""
+    there = ids[at:][: len(whole) - length]
+    same = len(there) > 1 and there == whole[length:][: len(there)]
+    return same and any(ids[start:][:length] == whole[:length] for start in range(at - length + 1))
 
 
 def parts_of(dataset: Any) -> list[tuple[list[int], list[tuple[int, bool]]]]:
