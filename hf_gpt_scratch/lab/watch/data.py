@@ -6,8 +6,8 @@ import torch
 
 from .findings import FAULT, NOTE, Finding, Findings
 from .losses import LossFindings
-from .record import Forward, Recorder, untouched
-from .streams import glued, overlap
+from .record import Forward, Plain, Recorder, untouched
+from .streams import glued, overlap, windows
 
 
 class DataFindings(Findings):
@@ -103,7 +103,9 @@ class DataFindings(Findings):
             found = overlap(self.recorder, self.trained(), [*self.frames, *self.recorder.drawing.values()])
         if found is not None:
             self.add("validation-overlaps-training", **found)
-        joined = glued(self.frames)
+        held = [vars(facts["dataset"]) for _, facts in self.recorder.loaders if hasattr(facts["dataset"], "__dict__")]
+        rows = [row.tolist() for row in windows([forward for _, forward in self.trained()])]
+        joined = glued([*self.frames, *held], rows)
         if joined is not None:
             self.add(
                 "documents-without-end",
@@ -209,7 +211,8 @@ class DataFindings(Findings):
                 "torch.set_rng_state(checkpoint[...]) before the loop",
             ),
         }
-        present = {"optimizer": bool(recorder.optimizers), "scheduler": bool(recorder.schedulers), "rng": True}
+        optimizers = [one for one in recorder.optimizers if not isinstance(one, Plain)]  # others load as they like
+        present = {"optimizer": bool(optimizers), "scheduler": bool(recorder.schedulers), "rng": True}
         for kind, (name, says, remedy) in lost.items():
             if kind in kinds and kind not in loaded and present[kind]:
                 self.add(
@@ -230,7 +233,7 @@ class DataFindings(Findings):
                 "optimizer.load_state_dict(...) with the state of the optimizer before",
                 f"the optimizer was made after {made[0].info['steps']} steps, and no state was loaded into it",
             )
-        if files and "optimizer" not in kinds and "optimizer" not in loaded and recorder.optimizers:
+        if files and "optimizer" not in kinds and "optimizer" not in loaded and optimizers:
             self.add(
                 "resumed-from-weights",
                 "the weights were loaded from a file without an optimizer's state: the optimizer starts anew",

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from ...errors import few
 from .findings import NOTE, Finding, Findings
 from .losses import unscaled
-from .record import DATA, Loss, Parts, Recorder, Step, are_probabilities, tensors_in
+from .record import DATA, Event, Loss, Parts, Recorder, Step, are_probabilities, tensors_in
 
 # Relative; weights are computed in float32 or float64 from a handful of factors.
 NEAR = 1e-3
@@ -234,7 +234,7 @@ class GradientFindings(Findings):
             step.leftover = {key: grad for key, grad in step.leftover.items() if key in used}
             if step.leftover:
                 share = self.share_left(step)
-                calls = [event for one in steps for event in one.happened("zero_grad")]
+                calls = [e for one in steps for e in one.happened("zero_grad") if covered(e) & step.leftover.keys()]
                 where = calls[0].where if calls else step.updates[0].where
                 says = "the gradients of the step before are still there when the next backward pass adds to them"
                 if calls:
@@ -362,7 +362,7 @@ class GradientFindings(Findings):
 
     # GradScaler
 
-    def scaler(self) -> None:
+    def scaler(self) -> Any:
         for number, step in enumerate(self.recorder.steps):
             scaled = [event for event in step.happened("scale") if event.info["of"].is_enabled()]
             order = [event.what for event in step.events]
@@ -374,7 +374,7 @@ class GradientFindings(Findings):
                 first_step = position.get("step", len(order))
                 if not stepped and unscale is None and step.updates:
                     norm = step.updates[0].gradient_norm
-                    return self.told(
+                    return self.add(
                         "stepped-without-unscaling",
                         "the loss is scaled, but optimizer.step() is called directly, with gradients that are "
                         f"{step.scale:g} times too large",
@@ -384,7 +384,7 @@ class GradientFindings(Findings):
                     )
                 if clip is not None and clip < first_step and (unscale is None or unscale > clip):
                     event = step.events[clip]
-                    return self.told(
+                    return self.add(
                         "clipped-before-unscaling",
                         f"the gradients are clipped while they are still multiplied by {step.scale:g}",
                         event.where,
@@ -392,7 +392,7 @@ class GradientFindings(Findings):
                         f"at step {number + 1} the order is {order_of(step)}",
                     )
                 if stepped and not step.happened("scaler_update"):
-                    return self.told(
+                    return self.add(
                         "scaler-update-missing",
                         "scaler.update() is never called after scaler.step()",
                         stepped[0].where,
@@ -408,9 +408,6 @@ class GradientFindings(Findings):
                     "end the autocast block after the loss",
                     level=NOTE,
                 )
-
-    def told(self, *args: Any) -> None:
-        self.add(*args)
 
     # Parameters without a gradient or an optimizer
 
@@ -445,7 +442,10 @@ class GradientFindings(Findings):
         by_hand = any(update.optimizer is None for step in recorder.steps for update in step.updates)
         looked = {id(one) for forward in recorder.evaluations for one in forward.module.parameters()}
         stale = [key for key in in_optimizers if key not in {*names.parameters, *looked} and key in stepped]
-        left_out = [key for key in trainable if key not in in_optimizers] if not by_hand else []
+        # The script may change others itself, as those of a plain class that was not recognised.
+        first = recorder.reference
+        moved = {key for key in first if key in names.parameters and not torch.equal(first[key], names.parameters[key])}
+        left_out = [key for key in trainable if key not in in_optimizers and key not in moved] if not by_hand else []
         if stale and not (set(in_optimizers) & set(names.parameters)):
             self.stale(stale, in_optimizers, left_out)
             return
@@ -565,6 +565,13 @@ class GradientFindings(Findings):
 CLIPS = ("clip_norm", "clip_value")
 
 
+def covered(event: Event) -> set[int]:
+    """The parameters whose gradients a call of `zero_grad` is for."""
+    of = event.info["of"]
+    groups = [{"params": of.parameters()}] if isinstance(of, torch.nn.Module) else getattr(of, "param_groups", [])
+    return {id(parameter) for group in groups for parameter in group["params"]}
+
+
 def whole(step: Step, losses: list[Loss]) -> bool:
     """Whether what went backward is the weighted sum of these losses' tokens, and nothing else."""
     if any(loss.rows is None for loss in losses) or not all(map(math.isfinite, step.roots)):
@@ -599,28 +606,27 @@ def rescaling(step: Step) -> float:
     if step.happened("scaler_step"):
         return 1.0
     factors = []
-    for update in step.updates:
-        for key, used in update.gradients.items():
-            made = step.gradients.get(key)
-            if used is None or made is None or not bool(made.any()):
-                continue
-            factor = float((used.double() * made.double()).sum() / made.double().pow(2).sum())
-            if not torch.allclose(used.double(), made.double() * factor, rtol=1e-4, atol=1e-12):
-                return 1.0
-            factors.append(factor)
+    for used, made in used_and_made(step).values():
+        if not bool(made.any()):
+            continue
+        factor = float((used.double() * made.double()).sum() / made.double().pow(2).sum())
+        if not torch.allclose(used.double(), made.double() * factor, rtol=1e-4, atol=1e-12):
+            return 1.0
+        factors.append(factor)
     if not factors or max(factors) - min(factors) > 1e-4 * max(map(abs, factors)):
         return 1.0
     return factors[0]
 
 
+def used_and_made(step: Step) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """The gradients that the updates used and those that the last backward pass left, by the parameter's id."""
+    used = {key: one for update in step.updates for key, one in update.gradients.items() if one is not None}
+    return {key: (one, step.gradients[key]) for key, one in used.items() if key in step.gradients}
+
+
 def by_value(step: Step) -> tuple[float, float] | None:
     """Limit and share of the elements cut, if the gradient used is the backward pass's, clamped."""
-    pairs = []
-    for update in step.updates:
-        for key, used in update.gradients.items():
-            made = step.gradients.get(key)
-            if used is not None and made is not None and used.shape == made.shape:
-                pairs.append((used, made))
+    pairs = list(used_and_made(step).values())
     if not pairs:
         return None
     limit = max(float(used.abs().max()) for used, _ in pairs)
@@ -632,12 +638,7 @@ def by_value(step: Step) -> tuple[float, float] | None:
 
 def clipped_part(step: Step) -> tuple[list[int], int] | None:
     """The parameters whose gradient was made smaller, and the number of all; None if it was none or all of them."""
-    pairs = {
-        key: (used, made)
-        for update in step.updates
-        for key, used in update.gradients.items()
-        if used is not None and (made := step.gradients.get(key)) is not None and bool(made.any())
-    }
+    pairs = {key: (used, made) for key, (used, made) in used_and_made(step).items() if bool(made.any())}
     smaller = [key for key, (used, made) in pairs.items() if float(used.norm()) < (1 - NEAR) * float(made.norm())]
     same = [key for key, (used, made) in pairs.items() if torch.equal(used, made)]
     return (smaller, len(pairs)) if smaller and len(smaller) + len(same) == len(pairs) > len(smaller) else None

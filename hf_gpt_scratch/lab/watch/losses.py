@@ -104,8 +104,9 @@ def align(loss: Loss) -> Aligned | None:
             if chosen.shape[0] > 1 and chosen.shape[1] > 1 and close(chosen.transpose(0, 1).reshape(rows.shape), rows):
                 bt, tt = b[:, part].t().reshape(-1), t[:, part].t().reshape(-1)
                 return Aligned(loss, ids, bt, tt, "", cut)
-            for order in ((0, 2, 1), (2, 0, 1), (2, 1, 0), (1, 2, 0)):
-                if close(chosen.permute(order).reshape(rows.shape), rows):
+            mixed = [chosen.permute(order) for order in ((0, 2, 1), (2, 0, 1), (2, 1, 0), (1, 2, 0))]
+            for other in (*mixed, chosen.reshape(chosen.shape[0], -1, chosen.shape[1]).transpose(1, 2)):
+                if close(other.reshape(rows.shape), rows):
                     return Aligned(loss, ids, b[:, part].reshape(-1), t[:, part].reshape(-1), "mangled", cut)
         found = by_value(logits, rows)
         if found is not None:
@@ -262,10 +263,10 @@ class LossFindings(Findings):
             own = self.in_order(one)
             return own and self.add(
                 "wrong-rows",
-                "the logits (B, T, V) were permuted and then reshaped, so the rows mix positions with tokens",
+                "the logits (B, T, V) were permuted or reshaped so that the rows mix positions with tokens",
                 where,
-                "logits.view(-1, V), with targets.view(-1)",
-                "a permutation of the logits, reshaped to (-1, V), reproduces the rows",
+                "logits.view(-1, V) with targets.view(-1), or logits.transpose(1, 2) with targets",
+                "the logits, permuted or reshaped so, reproduce the rows",
             )
         # Some models take sequences as columns, (T, B).
         other = Aligned(loss, one.ids.t(), one.time, one.batch, one.how, one.cut)
@@ -501,6 +502,8 @@ class LossFindings(Findings):
                 times = one.time[one.counted & (one.batch == row)]
                 first = int(times.min()) + 1 if len(times) else 0
                 known = next((two for whole, two in items if whole[: len(ids)] == ids[: len(whole)]), None)
+                if known is None and any(begins(ids, whole, parts[0][0], first - 1) for whole, parts in items):
+                    known = [(first - 1, True)]  # between other tokens, as of a template
                 if known is None or not 1 < first < len(ids) - 1:
                     return
                 for length, sure in known:
@@ -529,7 +532,7 @@ class LossFindings(Findings):
         """Only the last of all positions, or all but the last token of each text."""
         if not self.aligned:
             return
-        _, one = self.aligned[0]
+        step, one = self.aligned[0]
         ids, counted = one.ids, one.counted
         rows = one.loss.rows
         vocabulary = 0 if rows is None else rows.shape[-1]
@@ -548,11 +551,13 @@ class LossFindings(Findings):
             )
             return
         pairs = []  # the last target that counts, and what follows it
+        real = [mask for name, mask in self.known_masks(step, one) if "attention" in name]
         for row in range(batch):
             times = one.time[counted & (one.batch == row)]
             if len(times) and int(times.max()) + 2 < length:
                 last = int(times.max()) + 1
                 pairs.append((int(ids[row, last]), int(ids[row, last + 1]), len(ids[row, last + 1 :].unique())))
+                real = [mask for mask in real if bool(mask[row, last + 1]) and not bool(mask[row, last + 2 :].any())]
         lasts, ends = {last for last, _, _ in pairs}, {end for _, end, _ in pairs}
         if len(pairs) < 3 or len(lasts) < 2 or len(ends) != 1 or max(kinds for _, _, kinds in pairs) > 2:
             return
@@ -564,8 +569,9 @@ class LossFindings(Findings):
             one.loss.where,
             "let the loss count the end token of each text, and only the padding after it not",
             "it is one token in all of these rows, "
-            + ("and other tokens, the padding, follow it" if padded else "and nothing else follows it"),
-            level=FAULT if padded else NOTE,
+            + ("and other tokens, the padding, follow it" if padded else "and nothing else follows it")
+            + ("; the attention mask says that it is no padding" if real else ""),
+            level=FAULT if padded or real else NOTE,
             figures={"rows": len(pairs)},
         )
 
@@ -613,6 +619,13 @@ SHIFTS = {
         "make the target of position t the token at t + 1: logits[:, :-1] with ids[:, 1:]",
     ),
 }
+
+
+def begins(ids: list[int], whole: list[int], length: int, at: int) -> bool:
+    """Whether the answer of an item, which is what follows its prompt of this length, is at this place of a row."""
+    there = ids[at:][: len(whole) - length]
+    same = len(there) > 1 and there == whole[length:][: len(there)]
+    return same and any(ids[start:][:length] == whole[:length] for start in range(at - length + 1))
 
 
 def parts_of(dataset: Any) -> list[tuple[list[int], list[tuple[int, bool]]]]:
@@ -670,7 +683,7 @@ def padding_of(ids: torch.Tensor) -> tuple[int, torch.Tensor, str] | None:
     """The padding token, where it is (B, T), and its side; None if nothing is certainly padding.
 
     Padding: at least two rows end (or begin) with runs of one token, of different lengths, two or longer, and the token
-    occurs nowhere else.
+    occurs nowhere else, except that all rows may begin (or end) with it.
     """
     if ids.shape[0] < 2:
         return None
@@ -683,7 +696,9 @@ def padding_of(ids: torch.Tensor) -> tuple[int, torch.Tensor, str] | None:
             long = lengths >= 2
             if int(long.sum()) < 2 or bool((lengths == ids.shape[1]).any()):
                 continue
-            if len(lengths.unique()) > 1 and int(is_token.sum()) == int(pads.sum()) and int(lengths.max()) >= 3:
+            opposite = ids[:, 0 if side == "right" else -1]
+            alone = int(is_token.sum()) - int(pads.sum()) in (0, len(ids) if bool((opposite == token).all()) else 0)
+            if len(lengths.unique()) > 1 and alone and int(lengths.max()) >= 3:
                 return int(token), pads.bool(), side
     return None
 

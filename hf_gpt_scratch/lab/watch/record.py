@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, V vocabulary, N rows of logits that enter a loss.
 """
 
 import functools
+import inspect
 import os
 import random
 import sys
@@ -180,6 +181,16 @@ class Update:
     # The parameters whose state holds values that are not 0, before and after.
     remembered: set[int] = field(default_factory=set)
     left: set[int] = field(default_factory=set)
+    numbers: dict[str, float] = field(default_factory=dict)  # that a plain class held at the time, or was given
+
+
+class Plain:
+    """A plain class of the script's that steps, as the recorder sees an optimizer."""
+
+    def __init__(self, own: Any, parameters: Iterable[torch.Tensor]):
+        self.own = own
+        self.param_groups = [{"params": list(parameters)}]
+        self.state: dict[torch.Tensor, Any] = {}
 
 
 @dataclass
@@ -264,6 +275,7 @@ class Recorder:
         self.inside = 0  # backward passes and optimizer steps in progress
         self.backwards = 0
         self.optimizers: list[Any] = []
+        self.plain: dict[int, Plain] = {}  # those of them that are plain classes, by the object's id
         self.schedulers: list[Any] = []
         self.loaded: list[Event] = []
         self.loaders: list[Any] = []
@@ -358,6 +370,7 @@ class Recorder:
         def watched(*args, **kwargs):
             return make(original, args, kwargs)
 
+        watched.watched = True  # type: ignore[attr-defined]
         setattr(owner, name, watched)
         self.undo.callback(setattr, owner, name, original)
 
@@ -728,6 +741,9 @@ class Recorder:
             late = any(loss.weights is None and loss.grad for loss in self.step.losses) and not self.step.backwards
             self.close_step()
             self.steps[-1].late = late
+        if not self.stepped or self.plain:
+            with suppress(Exception):  # an object of the user's that is not what it seems
+                self.find_plain()
         root, step = args[0], self.step
         if not root.requires_grad:
             self.no_graph = place()
@@ -820,6 +836,47 @@ class Recorder:
 
     # Updates
 
+    def find_plain(self) -> None:
+        """Has the steps of optimizers that are plain classes recorded, where one alone holds these parameters."""
+        theirs = {id(p) for one in self.optimizers for group in one.param_groups for p in group["params"]}
+        models = [forward.module for forward in self.step.forwards]
+        wanted = {id(p): p for model in models for p in model.parameters() if p.requires_grad and id(p) not in theirs}
+        frames, frame = [], own_frame() if wanted else None
+        while frame is not None:
+            frames += [] if is_library(frame.f_code.co_filename) else [frame]
+            frame = frame.f_back
+        running = {one.f_code for one in frames}
+        near = {id(v): v for one in frames for v in (*one.f_locals.values(), *one.f_globals.values())}
+        for _ in range(2):  # an attribute of an object of the script's, and its attributes
+            near |= {id(v): v for one in list(near.values()) if is_plain(one) for v in list(vars(one).values())}
+        found = {}
+        for one in near.values():
+            step = getattr(type(one), "step", None) if is_plain(one) else None
+            if inspect.isfunction(step) and inspect.unwrap(step).__code__ not in running:
+                found[id(one)] = one, {id(p): p for p in tensors_in(vars(one), 4) if id(p) in wanted}
+        for one, mine in found.values():
+            if mine and not any(mine.keys() & other.keys() for rival, other in found.values() if rival is not one):
+                self.plain[id(one)] = Plain(one, mine.values())
+                self.optimizers.append(self.plain[id(one)])
+                for name, make in (
+                    ("step", self.on_plain_step),
+                    ("zero_grad", self.noting("zero_grad", lambda args, kwargs: {"of": self.plain.get(id(args[0]))})),
+                ):
+                    owner = next((kind for kind in type(one).__mro__ if name in vars(kind)), None)
+                    if owner is not None and not hasattr(vars(owner)[name], "watched"):
+                        self.patch(owner, name, make)
+
+    def on_plain_step(self, original, args, kwargs):
+        plain = self.plain.get(id(args[0]))
+        if plain is None or self.inside:
+            return original(*args, **kwargs)
+        self.before_step(plain, (), {})
+        if self.waiting is None:
+            self.step.updates[-1].numbers = numbers_of([vars(plain.own), args[1:], kwargs])
+        result = original(*args, **kwargs)
+        self.after_step(plain, (), {})
+        return result
+
     def on_optimizer(self, original, args, kwargs):
         result = original(*args, **kwargs)
         if not any(known is args[0] for known in self.optimizers):
@@ -843,7 +900,7 @@ class Recorder:
             gradients: dict[int, torch.Tensor | None] = {}
             state: dict[int, dict[str, Any]] = {}
             followed = self.followed()
-            own = is_own(optimizer)
+            own = isinstance(optimizer, Plain) or is_own(optimizer)
             for group in optimizer.param_groups:
                 kept = {key: value for key, value in group.items() if key != "params"}
                 kept["ids"] = [id(parameter) for parameter in group["params"]]
@@ -984,6 +1041,24 @@ def is_index(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.dtype in (torch.int64, torch.int32)
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether this is an object of a plain class of the script's."""
+    no = isinstance(value, type | types.ModuleType | types.FunctionType | nn.Module | torch.optim.Optimizer)
+    return not no and hasattr(value, "__dict__") and is_own(value)
+
+
+def numbers_of(value: Any, name: str = "", depth: int = 5) -> dict[str, float]:
+    """The numbers in lists, tuples and dicts, by the way to them."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {name: float(value)}
+    items = list(value.items()) if isinstance(value, dict) else []
+    items = list(enumerate(value)) if isinstance(value, list | tuple) and len(value) <= 16 else items
+    found: dict[str, float] = {}
+    for key, item in items if depth else []:
+        found |= numbers_of(item, f"{name}.{key}", depth - 1)
+    return found
 
 
 def is_own(optimizer: Any) -> bool:

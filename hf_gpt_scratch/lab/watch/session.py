@@ -53,7 +53,7 @@ def report_of(recorder: Recorder, report: WatchReport, frames: list[dict[str, An
         parts: dict[str, Any] = {
             "losses": losses,
             "gradients": GradientFindings(recorder, names),
-            "updates": UpdateFindings(recorder, names, frames),
+            "updates": UpdateFindings(recorder, names),
             "modes and data": DataFindings(recorder, losses, frames),
         }
         for what, part in parts.items():
@@ -75,14 +75,13 @@ def report_of(recorder: Recorder, report: WatchReport, frames: list[dict[str, An
             )
         )
     if not recorder.steps and recorder.backwards > 4:
-        found.append(
-            Finding(
-                "step-missing",
-                f"{recorder.backwards} backward passes ran, and no optimizer of torch made a step",
-                remedy="optimizer.step() after backward(), before the gradients are set to 0",
-                proof="no parameter has changed",
-            )
-        )
+        ran, proof = f"{recorder.backwards} backward passes ran", "no parameter has changed"
+        remedy = "optimizer.step() after backward(), before the gradients are set to 0"
+        missing = Finding("step-missing", f"{ran}, and no optimizer of torch made a step", "", remedy, proof)
+        if not any(bool(grad.any()) for grad in recorder.step.gradients.values()):
+            says = f"{ran}, and no parameter has a gradient other than 0 after the last of them"
+            missing = Finding("graph-cut", says, "", "compute the loss with gradients, and without detach()", proof)
+        found.append(missing)
     hidden = set().union(*(FOLLOWS.get(finding.name, set()) for finding in found))
     report.findings = [finding for finding in found if finding.name not in hidden]
     if names.modules:

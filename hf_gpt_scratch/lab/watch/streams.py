@@ -71,8 +71,11 @@ def as_ids(value: Any) -> torch.Tensor | None:
     return None
 
 
-def glued(frames: list[dict[str, Any]]) -> tuple[str, str] | None:
-    """The names of a list of documents and of the text that they were joined to, if nothing marks where each ends."""
+def glued(frames: list[dict[str, Any]], rows: list[list[int]]) -> tuple[str, str] | None:
+    """The names of a list of documents and of the text that they were joined to, if nothing marks where each ends.
+
+    `rows` are those that are trained on, for a text that no variable holds.
+    """
     values = {name: value for frame in reversed(frames) for name, value in frame.items() if not name.startswith("__")}
     texts = {name: value for name, value in values.items() if type(value) is str and len(value) > 100}
     arrays = id_arrays(frames)
@@ -85,12 +88,20 @@ def glued(frames: list[dict[str, Any]]) -> tuple[str, str] | None:
             for other, text in texts.items():
                 if text in ("".join(documents), " ".join(documents)):
                     return name, other
-        elif all(type(one) is list and len(one) >= SHORTEST and type(one[0]) is int for one in documents):
-            if len({one[-1] for one in documents}) == 1:
+        elif all(one is not None for one in map(ids_in, documents)):
+            documents = [one.tolist() for one in map(ids_in, documents) if one is not None]
+            if 1 in (len({one[-1] for one in documents}), len({one[0] for one in documents})):
                 continue
+            ends, begins = (
+                {tuple(one[part]) for one in documents} for part in (slice(-SHORTEST, None), slice(SHORTEST))
+            )
+            pieces = ((row[at - SHORTEST : at], row[at : at + SHORTEST]) for row in rows for at in range(len(row)))
+            if any(tuple(one) in ends and tuple(other) in begins for one, other in pieces):
+                return name, "what is trained on"
             joined = torch.tensor([token for one in documents for token in one])
             for other, array in arrays:
-                if torch.equal(array, joined):
+                found = places(joined, array[:64]) if len(array) > max(map(len, documents)) else []
+                if any(torch.equal(array, joined[start : start + len(array)]) for start in found):
                     return name, other
     return None
 
@@ -297,7 +308,7 @@ def item(dataset: Any, index: int) -> torch.Tensor | None:
     return ids_in(dataset[index], 3)
 
 
-def ids_in(value: Any, depth: int) -> torch.Tensor | None:
+def ids_in(value: Any, depth: int = 0) -> torch.Tensor | None:
     if isinstance(value, torch.Tensor):
         fits = value.dim() == 1 and not value.is_floating_point() and len(value) >= SHORTEST
         return value.long().cpu() if fits else None

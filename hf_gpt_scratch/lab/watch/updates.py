@@ -8,14 +8,16 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .findings import NOTE, Finding, Findings
-from .gradients import Names, counted
-from .record import Recorder, Step, Update, tensors_in
+from .gradients import Names, counted, covered
+from .record import Plain, Recorder, Step, Update
 
 # Decay above this share of the gradient's norm is part of the gradient, not a correction of it.
 L2_SHARE = 0.1
 ADAMS = ("Adam", "NAdam", "RAdam", "Adamax")
 # Elements of an update that are replayed.
 REPLAYED = 40_000
+# In units of what rounding explains, the error from which a rule does not reproduce the updates.
+MISFIT = 8
 
 
 def default_groups(update: Update) -> list[dict[str, Any]]:
@@ -25,10 +27,9 @@ def default_groups(update: Update) -> list[dict[str, Any]]:
 class UpdateFindings(Findings):
     """The findings about the updates of a recorded run."""
 
-    def __init__(self, recorder: Recorder, names: Names, frames: list[dict[str, Any]]):
+    def __init__(self, recorder: Recorder, names: Names):
         super().__init__(recorder)
         self.names = names
-        self.frames = frames
         self.steps = recorder.steps
 
     def all(self) -> list[Finding]:
@@ -37,10 +38,11 @@ class UpdateFindings(Findings):
         self.optimizers()
         self.forgotten()
         self.twice()
-        self.schedule()
         self.replay()
+        self.schedule()
         self.decay()
         self.settings()
+        self.idle()
         self.unmoved()
         return self.findings
 
@@ -138,11 +140,12 @@ class UpdateFindings(Findings):
             return
         peak = [max(step) if step else math.nan for step in rates]
         calls = [step.happened("schedule") for step in self.steps]
-        number = sum(map(len, calls))
         schedulers = self.recorder.schedulers
         made = next((event.where for event in self.recorder.loaded if event.what == "scheduler_made"), "")
         outer = {id(event.info["of"]) for one in calls for event in one}
         driven = [scheduler for scheduler in schedulers if id(scheduler) in outer]
+        moved = {id(scheduler.optimizer) for scheduler in driven}
+        idle = [scheduler for scheduler in schedulers if id(scheduler.optimizer) not in moved]
         shown = ", ".join(f"{rate:.4g}" for rate in peak)
         figures = {"learning_rates": peak}
         for n, step in enumerate(self.steps):
@@ -166,28 +169,20 @@ class UpdateFindings(Findings):
                 times = [event for event in step.happened("schedule") if event.info["of"] is scheduler]
                 places = [n for n, event in enumerate(step.events) if any(event is one for one in times)]
                 between = [event.what for event in step.events[places[0] : places[-1]]] if places else []
-                if len(times) > 1 and "backward" in between and len(times) >= step.backwards - 1:
-                    self.add(
-                        "schedule-per-micro-batch",
-                        f"the schedule advances {len(times)} times per optimizer step, once per micro-batch",
-                        times[0].where,
-                        "call scheduler.step() once after optimizer.step()",
-                        f"the learning rates used are {shown}",
-                        figures=figures,
-                    )
-                    return
                 if len(times) > 1:
+                    each = "backward" in between and len(times) >= step.backwards - 1
                     self.add(
-                        "schedule-stepped-twice",
-                        f"the schedule advances {len(times)} times per optimizer step",
+                        "schedule-per-micro-batch" if each else "schedule-stepped-twice",
+                        f"the schedule advances {len(times)} times per optimizer step"
+                        + (", once per micro-batch" if each else ""),
                         times[0].where,
                         "call scheduler.step() once after optimizer.step()",
                         f"the learning rates used are {shown}",
                         figures=figures,
                     )
                     return
-        if schedulers and not number and len(self.steps) > 1:
-            self.never_advanced(schedulers, made, peak, shown)
+        if idle and len(self.steps) > 1:
+            self.never_advanced(idle, made, peak, shown)
             return
         if all(rate == 0 for rate in peak) and len(peak) > 1:
             self.add(
@@ -231,7 +226,7 @@ class UpdateFindings(Findings):
         proof = f"the learning rates used are {shown}, and scheduler.step() was not called in {len(peak)} steps"
         remedy = "call scheduler.step() after each optimizer.step()"
         rising = [rate for scheduler in schedulers for rate in [next_rate(scheduler)] if rate is not None]
-        now = peak[-1]
+        now = max(float(group["lr"]) for scheduler in schedulers for group in scheduler.optimizer.param_groups)
         if now == 0:
             says = "the schedule starts at 0 and does not advance with the steps, so the learning rate is 0"
         elif rising and max(rising) > 1.2 * now:
@@ -264,8 +259,7 @@ class UpdateFindings(Findings):
         history = [update for update in own if update.optimizer is first]
         if len(history) < 2 or any(event.what == "optimizer" for event in self.recorder.loaded):
             return
-        numbers = numbers_beside(self.frames, set(history[0].ids)) if first is None else set()
-        found = explain_updates(history, numbers)
+        found = explain_updates(history)
         if found is None:
             self.add(
                 "update-not-explained",
@@ -275,9 +269,12 @@ class UpdateFindings(Findings):
             )
             return
         name, says, remedy, proof, figures = found
+        for update, rate in zip(history, figures.pop("rates", ()), strict=False):
+            update.groups[0]["lr"] = rate
         if name:
-            # Of what tells no weight_decay it is not known which kind was meant.
-            choice = name == "l2-instead-of-decoupled" and first is None
+            # Of what tells no weight_decay it is not known which kind was meant, unless its name says it.
+            untold = first is None or (isinstance(first, Plain) and "adamw" not in type(first.own).__name__.lower())
+            choice = name == "l2-instead-of-decoupled" and untold
             level = NOTE if choice else "fault"
             self.add(name, says, history[0].where, remedy, proof, level=level, figures=figures)
 
@@ -299,26 +296,21 @@ class UpdateFindings(Findings):
                     small.append(key)
                 elif self.is_embedding(key):
                     tables.append(key)
-        if small:
-            self.add(
-                "decay-on-norms-and-biases",
-                f"weight decay applies to {len(small)} norms and biases: {self.names.of(small)}",
-                made,
-                "GPT-2's own recipe decays matrices only: two groups, parameters with dim() >= 2 and the others",
-                "the group that holds them has weight_decay > 0; the book does the same",
-                level=NOTE,
-                figures={"parameters": len(small)},
-            )
-        if tables:
-            self.add(
+        matrices = "GPT-2's own recipe decays matrices only: two groups, parameters with dim() >= 2 and the others"
+        book = "the group that holds them has weight_decay > 0; the book does the same"
+        for keys, what, *told in (
+            (small, f"{len(small)} norms and biases", "decay-on-norms-and-biases", matrices, book),
+            (
+                tables,
+                "embeddings",
                 "decay-on-embeddings",
-                f"weight decay applies to embeddings: {self.names.of(tables)}",
-                made,
                 "some recipes leave them out; nanoGPT decays them",
-                "the group that holds them has weight_decay > 0",
-                level=NOTE,
-                figures={"parameters": len(tables)},
-            )
+                book[:44],
+            ),
+        ):
+            if keys:
+                says = f"weight decay applies to {what}: {self.names.of(keys)}"
+                self.add(told[0], says, made, *told[1:], level=NOTE, figures={"parameters": len(keys)})
         self.coupled(update, groups, made)
 
     def is_embedding(self, key: int) -> bool:
@@ -385,6 +377,31 @@ class UpdateFindings(Findings):
                         )
 
     # Movement
+
+    def idle(self) -> None:
+        """An optimizer that never steps, beside others that do."""
+        stepped = {key for _, _, update in self.updates() for key in update.ids}
+        called = [event for step in self.steps for event in step.events]
+        tried = [event.info["of"] for event in called if event.what == "scaler_step"]
+        first, names = self.recorder.reference, self.names.parameters
+        still = first.keys() & names.keys() & set().union(*(step.gradients for step in self.steps)) - stepped
+        still = {key for key in still if torch.equal(first[key], names[key])} if len(self.steps) > 1 else set()
+        for made in [event for event in self.recorder.loaded if event.what == "optimizer_made"]:
+            mine = still & covered(made)
+            if not mine or any(one is made.info["of"] for one in tried):
+                continue
+            dropped = any(covered(event) & mine for event in called if event.what == "zero_grad")
+            self.add(
+                "step-missing",
+                f"an optimizer never steps: {counted(len(mine), 'parameter')} of it have gradients, and stay as they "
+                f"are: {self.names.of(mine)}",
+                made.where,
+                "call step() of each optimizer",
+                f"in {len(self.steps)} steps of other optimizers they did not change by a bit"
+                + (", and zero_grad dropped their gradients" if dropped else ""),
+                level="fault" if dropped else NOTE,  # it may step more rarely
+                figures={"parameters": len(mine)},
+            )
 
     def unmoved(self) -> None:
         last_only: set[int] | None = None
@@ -477,6 +494,7 @@ RULES: dict[str, tuple[str, str]] = {
     "first-moment-uncorrected": ("the first moment is not corrected for its start at 0", "divide m by 1 − β₁ᵗ"),
     "second-moment-uncorrected": ("the second moment is not corrected for its start at 0", "divide v by 1 − β₂ᵗ"),
     "bias-correction-off-by-one": ("the bias correction counts steps from 0 or 2, not from 1", "count from t = 1"),
+    "bias-correction-stands-still": ("the bias correction stays that of the first step", "t += 1 in each step"),
     "eps-inside-root": ("eps is added inside the root", "√v̂ + eps"),
     "no-root": ("the update is divided by v, not by its root", "m̂ / (√v̂ + eps)"),
     "betas-swapped": ("β₁ and β₂ are used in place of each other", "m with β₁, v with β₂"),
@@ -493,33 +511,18 @@ RULES: dict[str, tuple[str, str]] = {
 }
 
 
-def numbers_beside(frames: list[dict[str, Any]], ids: set[int]) -> set[float]:
-    """The numbers that an object of the script holds beside the parameters that it updates."""
-    for value in (value for frame in frames for value in list(frame.values())):
-        if isinstance(value, torch.nn.Module | type) or not hasattr(value, "__dict__"):
-            continue
-        held = list(vars(value).values())
-        if not any(ids <= {id(one) for one in tensors_in(item)} for item in held):
-            continue
-        flat = [one for item in held for one in (item if isinstance(item, tuple | list) else [item])]
-        return {float(one) for one in flat if is_number(one)}
-    return set()
-
-
-def explain_updates(history: list[Update], numbers: set[float]) -> tuple[str, str, str, str, dict[str, Any]] | None:
+def explain_updates(history: list[Update]) -> tuple[str, str, str, str, dict[str, Any]] | None:
     """The rule that reproduces the updates of one optimizer of the user's, from its first step on; None if none does.
 
-    The name is empty if the rule is right: SGD, momentum, Nesterov's, Adam, AdamW or Lion. `numbers` are those that may
-    be its settings.
+    The name is empty if the rule is right: SGD, momentum, Nesterov's, Adam, AdamW or Lion.
     """
-    chosen, size = [], 0
+    chosen = []
     for key in history[0].ids:
         usable = all(
             update.gradients.get(key) is not None and key in update.after and key in update.before for update in history
         )
-        if usable and bool(history[0].gradients[key].any()) and size < REPLAYED:  # type: ignore[union-attr]
+        if usable and bool(history[0].gradients[key].any()):  # type: ignore[union-attr]
             chosen.append(key)
-            size += history[0].before[key].numel()
     if not chosen or any(
         update.before[key].dtype in (torch.bfloat16, torch.float16) for update in history for key in chosen
     ):
@@ -530,9 +533,11 @@ def explain_updates(history: list[Update], numbers: set[float]) -> tuple[str, st
         by_group.setdefault(id(groups[key]), []).append(key)
     keys = max(by_group.values(), key=len)
     group = groups[keys[0]]
+    if "lr" not in group:  # what decays only some leaves out norms and biases
+        keys = [key for key in keys if history[0].before[key].dim() > 1] or keys
 
     def flat(tensors) -> torch.Tensor:
-        return torch.cat([tensor.detach().double().flatten()[:REPLAYED] for tensor in tensors])
+        return torch.cat([tensor.detach().flatten()[: REPLAYED // len(keys) + 1].double() for tensor in tensors])
 
     before = [flat(update.before[key] for key in keys) for update in history]
     after = [flat(update.after[key] for key in keys) for update in history]
@@ -541,109 +546,95 @@ def explain_updates(history: list[Update], numbers: set[float]) -> tuple[str, st
         next((float(g["lr"]) for g in update.groups if keys[0] in g["ids"] and is_number(g.get("lr"))), None)
         for update in history
     ]
-    return search_rules(before, after, gradients, rates, group, numbers)
+    return search_rules(before, after, gradients, rates, group, [update.numbers for update in history])
 
 
 def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, str, str, str, dict[str, Any]] | None:
-    decay = float(group.get("weight_decay") or 0.0)
+    untold = rates[0] is None
+    decay = 0.0 if untold else float(group.get("weight_decay") or 0.0)
     betas = group.get("betas") or (group.get("beta1", 0.9), group.get("beta2", 0.999))
     usual = (float(betas[0]), float(betas[1])) if isinstance(betas, (tuple, list)) else (0.9, 0.999)
     eps = float(group.get("eps") or 1e-8)
     momentum = float(group.get("momentum") or 0.0)
-    untold = rates[0] is None and not decay
-    small = [number for number in numbers if 0 < number <= 1e-5]
+    values = set(numbers[0].values())
+    small = [number for number in values if 0 < number <= 1e-5]
     if untold and small:
         eps = min(small)
     deltas = [later - earlier for earlier, later in zip(before, after, strict=True)]
-    if not all(bool(delta.any()) for delta in deltas):
+    if not (any if untold else all)(bool(delta.any()) for delta in deltas):
         return None
-
-    def rate_of(rule: "Rule", step: int, direction: torch.Tensor) -> float:
-        """The learning rate: the group's, or the one that fits best."""
-        if rates[step] is not None:
-            return rates[step]
-        slope = float((deltas[step] * direction).sum() / direction.pow(2).sum().clamp(min=1e-300))
-        return slope if rule.ascent else -slope
 
     generator = torch.Generator().manual_seed(0)
     noisy = [g * (1 + 1e-7 * torch.randn(g.shape, generator=generator, dtype=g.dtype)) for g in gradients]
 
-    def unit_of(step: int, rate: float, direction: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
-        # float32 weights and moments are rounded, and so are gradients; what follows from both bounds what a correct
-        # program may differ by
-        rounded = (before[step].abs() * 2 + deltas[step].abs() * 16).pow(2).mean().sqrt()
-        return 1.2e-7 * rounded + abs(rate) * (perturbed - direction).pow(2).mean().sqrt() + 1e-30
+    def ways_of(rule: "Rule", directions: list[torch.Tensor]) -> list[tuple[list[float], list[float]]]:
+        """The learning rates and the shares of the weights that are taken away, by step: as told, or else fitted.
 
-    def fitted(directions: list[torch.Tensor], decays: bool) -> tuple[float, float]:
-        """The learning rate and the share of the weights that are taken away, of all steps, by least squares."""
-        d, w, x = torch.cat(directions), torch.cat(before), torch.cat(deltas)
-        dd, dw, ww, dx, wx = (float((a * b).sum()) for a, b in ((d, d), (d, w), (w, w), (d, x), (w, x)))
-        determinant = dd * ww - dw * dw
-        if not decays or determinant <= 1e-12 * dd * ww:
-            return -dx / max(dd, 1e-300), 0.0
-        return -(dx * ww - wx * dw) / determinant, -(wx * dd - dx * dw) / determinant
-
-    def misfit_untold(rule: "Rule") -> float:
-        """The same where neither learning rate nor decay are told: they are fitted, the same for all steps."""
-        one, two = rule.betas or usual
-        settings = (one, two, eps, momentum or rule.momentum, rule.decay)
-        directions = list(rule.directions(before, gradients, *settings))
-        rate, pull = fitted(directions, rule.pulls)
-        if (pull < 0) != ("decay-adds" in rule.faults) and pull:
-            rate, pull = fitted(directions, False)
-        if (rate < 0) != rule.ascent:
-            return math.inf
-        rule.fit = rate, pull
-        errors = [-rate * d - pull * w - x for d, w, x in zip(directions, before, deltas, strict=True)]
-        pairs = zip(directions, rule.directions(before, noisy, *settings), strict=True)
-        units = [unit_of(step, rate, *pair) for step, pair in enumerate(pairs)]
-        return max(float(error.pow(2).mean().sqrt() / unit) for error, unit in zip(errors, units, strict=True))
+        What is taken is then nothing, in proportion to the rate, or the same in all steps.
+        """
+        if not untold:
+            last = decay if rule.kind == "adam, decay last" else 0.0
+            used = [rate * (1 - rate * last) * (-1 if rule.ascent else 1) for rate in rates]
+            return [(used, [rule.pull(rate, decay) for rate in rates])]
+        free = []  # by least squares
+        for d, w, x in zip(directions, before, deltas, strict=True):
+            dd, dw, ww, dx, wx = (float((a * b).sum()) for a, b in ((d, d), (d, w), (w, w), (d, x), (w, x)))
+            determinant = dd * ww - dw * dw
+            apart = determinant > 1e-12 * dd * ww
+            free.append(((wx * dw - dx * ww) / determinant, (dx * dw - wx * dd) / determinant) if apart else (0.0, 0.0))
+        share = sum(rate * pull for rate, pull in free) / max(sum(rate**2 for rate, _ in free), 1e-300)
+        mean = sum(pull for _, pull in free) / len(free)
+        adds = "decay-adds" in rule.faults
+        taken = [[share * rate for rate, _ in free], [mean] * len(free)]
+        taken = [one for one in taken if rule.pulls and (one[-1] < 0) == adds]
+        taken += [] if adds and rule.pulls else [[0.0] * len(free)]
+        ways = []
+        for pulls in taken:
+            rows = zip(directions, before, deltas, pulls, strict=True)
+            used = [-float((d * (x + p * w)).sum() / d.pow(2).sum().clamp(min=1e-300)) for d, w, x, p in rows]
+            ways += [(used, pulls)] if all(rate == 0 or (rate < 0) == rule.ascent for rate in used) else []
+        return ways
 
     def misfit(rule: "Rule") -> float:
         """The largest error over the steps, in units of what rounding explains."""
-        if untold:
-            return misfit_untold(rule)
-        worst, used = 0.0, []
-        one, two = rule.betas or usual
-        settings = (one, two, eps, rule.momentum or momentum, decay)
-        both = (rule.directions(before, given, *settings) for given in (gradients, noisy))
-        for step, (delta, direction, perturbed) in enumerate(zip(deltas, *both, strict=True)):
-            rate = rate_of(rule, step, direction)
-            used.append(rate)
-            if rates[step] is None and (rate <= 0 or abs(rate - used[0]) > 1e-3 * used[0]):
-                return math.inf  # a rate that is not told has to be the same in all steps
-            pull = rule.pull(rate, decay) * before[step]
-            predicted = -rate * direction * (-1 if rule.ascent else 1) - pull
-            if rule.kind == "adam, decay last":
-                predicted = -rate * direction - rate * decay * (before[step] - rate * direction)
-            error = (predicted - delta).pow(2).mean().sqrt()
-            worst = max(worst, float(error / unit_of(step, rate, direction, perturbed)))
+        settings = (*(rule.betas or usual), eps, rule.momentum or momentum, rule.decay if untold else decay)
+        directions, perturbed = (list(rule.directions(before, given, *settings)) for given in (gradients, noisy))
+        worst = math.inf
+        for used, pulls in reversed(ways_of(rule, directions)):
+            # float32 weights and moments are rounded, and so are gradients; what follows from both bounds what a
+            # correct program may differ by
+            steps = list(zip(used, pulls, directions, perturbed, before, deltas, strict=True))
+            rounding = [1.2e-7 * (w.abs() * 2 + x.abs() * 16).pow(2).mean().sqrt() for *_, w, x in steps]
+            moved = [abs(rate) * (other - d).pow(2).mean().sqrt() for rate, _, d, other, *_ in steps]
+            units = [float(one + two) + 1e-30 for one, two in zip(rounding, moved, strict=True)]
+            errors = [float((x + rate * d + p * w).pow(2).mean().sqrt()) for rate, p, d, _, w, x in steps]
+            error = max(one / unit for one, unit in zip(errors, units, strict=True))
+            if worst >= MISFIT and error < worst:
+                worst, rule.fit, rule.unit = error, (used, pulls), max(units)
         return worst
 
     told = bool(group.get("betas"))
-    fits = [(rule, misfit(rule)) for rule in rules(decay, told=told, rated=rates[0] is not None, untold=untold)]
-    good = [(rule, error) for rule, error in fits if error < 8]
+    fits = [(rule, misfit(rule)) for rule in rules(decay, told, values if untold else None)]
+    good = [(rule, error) for rule, error in fits if error < MISFIT]
+    # A wrong rule may be a right one at other rates: those that the script holds decide, or that they are constant.
+    known = [one for one in good if not untold or is_known(one[0].fit[0], numbers)]
     if not good:
         return None
+    good = known or good
     if right_ones := [(rule, error) for rule, error in good if not rule.faults]:
         rule, error = min(right_ones, key=lambda item: item[1])
-        if untold and unscaled_decay(rule.fit, numbers):
-            says, remedy = RULES["decay-not-scaled-by-lr"]
-            rate, pull = rule.fit
-            proof = f"its updates take {pull:.6g} of each weight away, a number that it holds, and the learning rate "
-            proof += f"that fits them is {rate:.6g}: as a decay times that it would be {pull / rate:.3g}"
-            return "decay-not-scaled-by-lr", says, remedy, proof, {"error": error}
-        return "", "", "", "", {}
+        name, proof = fault_of_decay(rule, error, numbers, before, after) if untold else ("", "")
+        rates = rule.fit[0] if untold and rule in [one for one, _ in known] else []
+        return name, *RULES.get(name, ("", "")), proof, {"error": error, "rates": rates}
     fewest = min(len(rule.faults) for rule, _ in good)
     rule, error = min(((r, e) for r, e in good if len(r.faults) == fewest), key=lambda item: item[1])
-    right = min(e for r, e in fits if not r.faults)
+    right_rule, right = min(((r, e) for r, e in fits if not r.faults), key=lambda item: item[1])
     says = " and ".join(RULES[fault][0] for fault in rule.faults)
     remedy = "; ".join(RULES[fault][1] for fault in rule.faults)
     others = sorted({"+".join(r.faults) for r, _ in good if len(r.faults) == fewest} - {"+".join(rule.faults)})
-    proof = (
-        f"replayed in float64, this rule reproduces {len(deltas)} updates to {error:.2g} times float32's rounding; "
-        f"the right rule is off by {right:.2g} times"
-    )
+    proof = f"replayed in float64, this rule reproduces {len(deltas)} updates to {error:.2g} times float32's rounding; "
+    needed = ", ".join(f"{rate:.4g}" for rate in right_rule.fit[0])
+    proof += f"the right rule {f'is off by {right:.2g} times' if right > MISFIT else f'would need the rates {needed}'}"
     if others:
         proof += f". So do: {', '.join(others)}"
     return (
@@ -655,16 +646,34 @@ def search_rules(before, after, gradients, rates, group, numbers) -> tuple[str, 
     )
 
 
-def unscaled_decay(fit: tuple[float, float], numbers: set[float]) -> bool:
-    """Whether the weights shrink by a number that the script holds, which no decay times the learning rate explains."""
-    rate, pull = fit
-    if not rate or pull / rate < 1:
-        return False
-    return near_one_of(pull, numbers) and not near_one_of(pull / rate, numbers)
+def is_known(rates: list[float], numbers: list[dict[str, float]]) -> bool:
+    """Whether the learning rates are constant, or those of one name among the numbers that the script held."""
+    held = [[one.get(name, math.nan) for one in numbers] for name in numbers[0]]
+    same = [[abs(rate)] * len(rates) for rate in rates[:1]]
+    return any(all(abs(a - abs(b)) <= 1e-3 * abs(b) for a, b in zip(one, rates, strict=True)) for one in held + same)
 
 
-def near_one_of(value: float, numbers: set[float]) -> bool:
-    return any(abs(value - number) <= 1e-2 * abs(number) for number in numbers)
+def fault_of_decay(rule: "Rule", error: float, numbers: list[dict[str, float]], before, after) -> tuple[str, str]:
+    """What a right rule makes of the weight decay that the script holds: name and proof, or nothing."""
+    (rates, pulls), held = rule.fit, numbers[0]
+    rate, pull = max(rates), pulls[0]
+    wanted = max((n for name, n in held.items() if name.endswith((".weight_decay", ".wd"))), default=0.0)
+    elsewhere = any(bool((one != other).any()) for one, other in zip(after, before[1:], strict=False))
+    missing = float(rate * wanted * before[0].pow(2).mean().sqrt() / rule.unit)
+    if rule.pulls and missing > MISFIT and not any(pulls) and not elsewhere:
+        proof = f"the weights follow their gradients to {error:.2g} times float32's rounding, and the weight decay of "
+        return "decay-missing", proof + f"{wanted:g} that is held would take {missing:.2g} times that"
+    # No decay times the learning rate explains it.
+    scaled = is_known(rates, [{}]) and rate and near_one_of(pull / rate, held)
+    if is_known(pulls, [{}]) and 0 < rate <= pull and near_one_of(pull, held) and not scaled:
+        proof = f"its updates take {pull:.6g} of each weight away, a number that it holds, and the learning rate "
+        proof += f"that fits them is {rate:.6g}: as a decay times that it would be {pull / rate:.3g}"
+        return "decay-not-scaled-by-lr", proof
+    return "", ""
+
+
+def near_one_of(value: float, numbers: dict[str, float]) -> bool:
+    return any(abs(value - number) <= 1e-2 * abs(number) for number in numbers.values())
 
 
 class Rule:
@@ -680,7 +689,9 @@ class Rule:
     ):
         self.faults = list(faults)
         self.decay = decay  # of a rule for settings that are not told
-        self.fit = (0.0, 0.0)  # learning rate and pull, where they are not told
+        # Where they are not told, the learning rates and what is taken of the weights; what rounding explains.
+        self.fit: tuple[list[float], list[float]] = [], []
+        self.unit = 0.0
         self.kind = kind
         self.betas = betas
         self.momentum = momentum
@@ -689,7 +700,7 @@ class Rule:
     @property
     def pulls(self) -> bool:
         """Whether it may take away a share of the weights."""
-        return "l2-instead-of-decoupled" not in self.faults
+        return not self.decay and "l2-instead-of-decoupled" not in self.faults
 
     def pull(self, rate: float, decay: float) -> float:
         coupled = {"l2-instead-of-decoupled", "decay-missing"} & set(self.faults)
@@ -725,7 +736,7 @@ class Rule:
                 m = v = torch.zeros_like(gradient)
             m = one * m + (1 - one) * gradient
             v = two * v + (1 - two) * gradient**2
-            count = t + (1 if "bias-correction-off-by-one" in faults else 0)
+            count = 1 if "bias-correction-stands-still" in faults else t + ("bias-correction-off-by-one" in faults)
             first = 1 - one**count
             second = 1 - corrected**count
             if faults & {"no-bias-correction", "first-moment-uncorrected"}:
@@ -747,28 +758,33 @@ class Rule:
                 yield mean / (square.sqrt() + eps)
 
 
-def rules(decay: float, told: bool, rated: bool, untold: bool = False) -> list[Rule]:
+def rules(decay: float, told: bool, numbers: set[float] | None = None) -> list[Rule]:
     """Right rules first; then Adam's with one fault, then with two.
 
-    `told`: the betas are; `rated`: the rates are; `untold`: neither rates nor decay.
+    `told`: the betas are; `numbers`: those that may be settings, where no rates are told.
     """
     decays = ["l2-instead-of-decoupled", "decay-not-scaled-by-lr", "decay-missing", "decay-adds"] if decay else []
     moments = [name for name in RULES if name not in {*decays, "ascent"} and not name.startswith(("decay", "l2"))]
     found = [Rule(), Rule(kind="sgd"), Rule(kind="adam, decay last"), Rule(kind="adam, eps before correction")]
-    if not rated:
-        found += [Rule(kind=kind, momentum=0.9) for kind in ("sgd", "nesterov")]
+    held = sorted(number for number in numbers or () if 0.5 <= number < 1)[-4:]
+    pairs = dict.fromkeys([*itertools.combinations(held, 2), *((0.9, two) for two in (0.95, 0.98, 0.99, 0.999))])
+    averages = dict.fromkeys([0.9, *held]) if numbers is not None else ()
+    found += [Rule(kind=kind, momentum=one) for kind in ("sgd", "nesterov") for one in averages]
     found += [Rule(kind="nesterov"), Rule(kind="lion")]
-    found += [Rule(kind="lion", betas=betas) for betas in ((0.9, 0.99), (0.95, 0.98)) if not told]
+    found += [Rule(kind="lion", betas=betas) for betas in ((0.9, 0.99), (0.95, 0.98), *pairs) if not told]
     if not told:
-        found += [Rule(betas=(0.9, two)) for two in (0.95, 0.98, 0.99)]
+        found += [Rule(betas=betas) for betas in pairs]
     found += [Rule((name,)) for name in (*moments, *decays, "ascent")]
-    if untold:
-        found += [Rule((name,), betas=(0.9, two)) for name in (*moments, "ascent") for two in (0.95, 0.98, 0.99)]
-        found.append(Rule(("decay-adds",)))
-        found += [Rule(("l2-instead-of-decoupled",), decay=wd) for wd in USUAL_DECAYS]
+    if numbers is not None:
+        found += [Rule((name,), betas=betas) for name in (*moments, "ascent", "decay-adds") for betas in pairs]
+        wd = dict.fromkeys([*USUAL_DECAYS, *(number for number in numbers if 0 < number < 0.5)])
+        found += [Rule(("l2-instead-of-decoupled",), decay=one, betas=betas) for one in wd for betas in pairs]
+        found += [Rule(("ascent",), kind="sgd", momentum=one) for one in averages]
+        found += [Rule(("ascent",), kind="lion", betas=betas) for betas in pairs]
+        coupled = [dict(kind="sgd", momentum=one, decay=decay) for one in (0.0, *averages) for decay in wd]
+        found += [Rule(**one) for one in coupled]
+        found += [Rule(("decay-adds",), **one | {"decay": -one["decay"]}) for one in coupled]
     found.append(Rule(("one-beta-for-both",), kind="adam, correction as told"))
     found.append(Rule(("ascent",), kind="sgd"))
-    if not rated:
-        found.append(Rule(("ascent",), kind="sgd", momentum=0.9))
     found += [Rule(pair) for pair in itertools.product(moments, decays)]
     return found
