@@ -26,13 +26,13 @@ SIZE_NAMES = {
     "vocab_size": r"(n|num|d)_?(vocab|tokens?)|vocab(ulary)?(_?(size|len|dim))?|v",
     "context_length": r"(n|d)_?(ctx|positions)|block_?(size|len)|((max|n)_?)?(ctx|context|seq(uence)?|pos(ition)?s?)"
     r"(_?(len(gth)?|size|window|embeddings))?|max_?(seq_?)?len(gth)?|t",
-    "emb_dim": r"(n|d)_?(embd?|embed|model)|(emb(d|ed|edding)?|hidden)(_?(dim|size|d|width))?s?"
+    "emb_dim": r"(n|d)_?(embd?|embed|model|inp)|(emb(d|ed|edding)?|hidden)(_?(dim|size|d|width))?s?"
     r"|model_?(dim|size|d|width)|(dim|width)|num_?hiddens|d|e|k",
     "n_heads": r"((n|num)_?)?(attention_?|attn_?)?heads?|n?h",
     "n_layers": r"((n|num)_?)?(hidden_?|trf_?|transformer_?)?(layers?|blocks|blks)|(n|num)_?(block|blk)|depth|n?l|n",
     "drop_rate": r".*drop.*",
     "qkv_bias": r"(qkv_?|use_?|attn_?)?bias(es)?",
-    "n_inner": r"(n|d)_?(inner|ff|ffn|mlp|hidden)|(ff|ffn|mlp|inner|intermediate|feed_?forward)(_?(dim|size|hidden))+",
+    "n_inner": r"(n|d)_?(inner|ff|ffn|mlp|hid(den)?)|(ff|ffn|mlp|inner|intermediate|feed_?forward)(_?(dim|size|hidden))+",
     "head_dim": r"(d_?head|head_?(dim|size))",
     "layer_norm_epsilon": r"((layer_?)?(norm|ln)_?)?eps(ilon)?",
     "expansion": r"((ff|ffn|mlp)_?)?(mult(iplier)?|ratio|expansion(_?factor)?)",

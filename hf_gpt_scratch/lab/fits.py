@@ -61,6 +61,7 @@ def fits(experiment: "Experiment", target: str, *, more: bool = True) -> list[Mi
     makers: dict[str, Callable[[], list[Mistake]]] = {
         "pos_emb": lambda: fitted_positions(experiment, recorded),
         "att.weights": lambda: fitted_attention(experiment, forward, recorded, n),
+        "att.out_proj.input": lambda: fitted_context(forward, recorded, n),
         "ff.layers.2.input": lambda: fitted_activation(experiment, forward[f"trf_blocks.{n}.ff.layers.0"], recorded),
         LOGITS: lambda: fitted_logits(forward, recorded),
         **{key: partial(fitted_eps, experiment, forward, recorded, n, name) for key, name in NORMED.items()},
@@ -274,8 +275,49 @@ def fitted_attention(experiment: "Experiment", forward: Forward, recorded: torch
         if not any(abs(factor - value) <= 1e-9 * abs(value) for value in named):
             says = f"attention scores are multiplied by {factor:.6g} = 1/{1 / factor:.6g}, not by 1/√head_dim"
             found.append(row("wrong-scale", "att.weights", says, SCALE, scale=factor))
+    each = (logs * raw).sum((0, 2, 3)) / raw.square().sum((0, 2, 3))
+    found += factors_row("scores", each)
+    found += fitted_limits(scores, weights.clamp(min=1e-300).log(), past)
     found += fitted_fill(scores, weights, seen)
     return found
+
+
+def factors_row(slot: str, factors: torch.Tensor) -> list[Mistake]:
+    """Scores, or attention weights, that are multiplied by another factor in each head (H)."""
+    values = [snap(factor) for factor in factors.tolist()]
+    if not factors.isfinite().all() or all(abs(value - 1) <= 1e-7 for value in values):
+        return []
+    says = f"are multiplied, head by head, by {', '.join(f'{value:.6g}' for value in values)}"
+    if len({f"{value:.9g}" for value in values}) == 1:
+        says = f"are multiplied by {values[0]:.6g}"
+    if slot == "scores":
+        says = f"attention scores {says}, besides 1/√head_dim"
+        return [row("wrong-scale", "att.weights", says, SCALE, scores=("factors", *values))]
+    says = f"attention weights {says}, before they are applied to the values"
+    return [row("wrong-scores", "att.out_proj.input", says, "context = weights @ values", weights=("factors", *values))]
+
+
+def fitted_context(forward: Forward, recorded: torch.Tensor, n: int) -> list[Mistake]:
+    """The factor of each head in the context vectors (B, T, E)."""
+    heads = forward.n_heads(n)
+    right, got = (x.double().unflatten(-1, (heads, -1)) for x in (forward.context(n), recorded))
+    return factors_row("weights", (right * got).sum((0, 1, 3)) / right.square().sum((0, 1, 3)))
+
+
+def fitted_limits(scores: torch.Tensor, logs: torch.Tensor, past: torch.Tensor) -> list[Mistake]:
+    """Clamped scores, by the logarithms of the weights: these are scores but for a constant of each row, which at least
+    two scores within the limits show."""
+    rest = torch.where(past, scores - logs, math.nan)
+    alike = (rest[..., None] - rest[..., None, :]).abs() <= SNAP * rest.abs().clamp(min=1)[..., None]
+    most, where = alike.sum(-1).max(-1)
+    clamped = logs + rest.gather(-1, where[..., None])
+    sound = past & (most > 1)[..., None]
+    low, high = (clamped[sound & (sign * (scores - clamped) > 1e-7)] for sign in (-1, 1))
+    least, largest = (snap(end.mean().item()) if end.numel() else sign * math.inf for sign, end in ((-1, low), (1, high)))
+    if not low.numel() + high.numel():
+        return []
+    says = f"attention scores are clamped between {least:.6g} and {largest:.6g}"
+    return [row("wrong-scores", "att.weights", says, SCALE, scores=("clamped", least, largest))]
 
 
 def visible_band(seen: torch.Tensor, rows: torch.Tensor) -> tuple[int | None, int | None] | None:

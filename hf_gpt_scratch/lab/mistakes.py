@@ -447,6 +447,8 @@ SOFTMAX_ROWS = {
         "softmax's denominator has 1 more, once the maximum is subtracted",
     ),
     "plus one": ("wrong-softmax", "softmax's denominator has 1 more"),
+    "bfloat16": ("wrong-softmax", "softmax is computed in bfloat16"),
+    "float16": ("wrong-softmax", "softmax is computed in float16"),
     "none": ("wrong-softmax", "there is no softmax: the scores are used as attention weights, masked ones as 0"),
     "exponential": ("wrong-softmax", "the exponentials of the scores are not divided by their sum"),
     "sigmoid": ("wrong-softmax", "a sigmoid is used in place of softmax"),
@@ -496,8 +498,11 @@ def wrong_parts() -> list[Mistake]:
         for which in ("q", "k", "v", "qk", "kv", "qkv"):
             says = f"{' and '.join(PARTS[layer] for layer in QKV if layer[2] in which)} are {change}"
             stage = "att.out_proj.input" if which == "v" else "att.weights"
-            rows.append(row("wrong-operand", stage, says, remedy, parts=(which, change)))
-        if "token" not in change:
+            if change.startswith("split by"):
+                rows.append(row("heads-not-transposed", stage, says, HEADS, parts=(which, change)))
+            else:
+                rows.append(row("wrong-operand", stage, says, remedy, parts=(which, change)))
+        if "token" not in change and "split" not in change:
             says = f"attention scores are {change}"
             rows.append(row("wrong-scores", "att.weights", says, remedy, scores=change))
             if change not in ("taken without their sign", "put through a ReLU"):  # they are positive

@@ -382,7 +382,7 @@ def layers_of(shapes: Shapes, n_layers: int) -> dict[str, tuple[int, str]]:
                 found[name] = (place // step, before, f"{values[0]}{after}")
             elif n_layers > 1 < each and more < 2 and values[-1] - values[0] < len(values) and place < each * n_layers:
                 shared[name] = (place // each, before, f"{place % each}{after}")
-            if len(values) > 1:
+            if len(values) > 1 and f".{before}".endswith("."):
                 break
     found |= shared if found else {}
     lists = {before for _, before, _ in found.values()}

@@ -67,7 +67,7 @@ GPT2: dict[str, Any] = {
     "over": "tokens",  # what attends to each other: tokens, heads or the batch
     "rotary": "",  # rotary positions on queries and keys, of "halves" or "pairs"
     "parts": ("", ""),  # which of queries, keys and values, "qkv", are changed, and how: one of CHANGES
-    "scores": "",  # how the scores are changed before the mask, and the attention weights behind it: one of CHANGES
+    "scores": "",  # how the scores are changed before the mask, and the attention weights behind it: see `changed`
     "weights": "",
     "scale": "",  # of the scores: one of SCALES, or a number
     "distance": 0.0,  # factor of a penalty for distance, as ALiBi's
@@ -311,7 +311,7 @@ class Forward:
             rows, columns = (torch.arange(size, dtype=scores.dtype) for size in scores.shape[-2:])
             slopes = 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=scores.dtype) / heads)
             scores = scores - factor * slopes[:, None, None] * (rows[:, None] - columns)
-        return CHANGES[self.slot(n, "scores")](scores)
+        return changed(scores, self.slot(n, "scores"))
 
     def attention_weights(self, n: int) -> torch.Tensor:
         """The softmax of the masked scores (B, H, T, T)."""
@@ -334,7 +334,7 @@ class Forward:
             used = used.masked_fill(outside(used, self.slot(n, "mask")), 0.0)
         if self.slot(n, "weights_transposed"):
             used = used.mT
-        used = CHANGES[self.slot(n, "weights")](used)
+        used = changed(used, self.slot(n, "weights"))
         values = self.remember(f"heads {n}", lambda: self.heads(n))[2]
         context = turned(used @ values, self.slot(n, "over"))  # (B, H, T, D)
         order = [1 + "htd".index(axis) for axis in self.slot(n, "merge")]
@@ -395,7 +395,7 @@ def positions(table: torch.Tensor, input_ids: torch.Tensor, kind: Any) -> torch.
 
 def normalised(x, dims: tuple[int, ...], formula: str, eps: float, on_std: bool, unbiased: bool) -> torch.Tensor:
     """x with mean 0 and variance 1 over `dims`, or what another formula makes of it."""
-    mean = x.mean(dims, keepdim=True)
+    mean = x.sum(dims, keepdim=True) if formula.startswith("sum as mean") else x.mean(dims, keepdim=True)
     centred = x if formula in ("rms", "not centred") else x - mean
     if formula == "centred only":
         return centred
@@ -404,6 +404,10 @@ def normalised(x, dims: tuple[int, ...], formula: str, eps: float, on_std: bool,
         return centred / ((sizes.mean(dims, keepdim=True) if "mean" in formula else sizes.amax(dims, True)) + eps)
     if formula in ("rms", "centred over rms"):
         variance = x.square().mean(dims, keepdim=True)
+    elif formula.endswith("sum of squares"):
+        variance = centred.square().sum(dims, keepdim=True)
+    elif formula == "sum as mean, throughout":
+        variance = centred.square().mean(dims, keepdim=True)
     else:
         variance = x.var(dims, keepdim=True, unbiased=unbiased)
     if formula == "no root":
@@ -412,7 +416,8 @@ def normalised(x, dims: tuple[int, ...], formula: str, eps: float, on_std: bool,
         return centred * (variance + eps).sqrt()
     if formula == "L2 norm":
         return x / (x.norm(dim=dims, keepdim=True) + eps)
-    return centred / (variance.sqrt() + eps if on_std else (variance + eps).sqrt())
+    deviation = variance.sqrt() + eps if on_std else (variance + eps).sqrt()
+    return x - mean / deviation if formula == "precedence" else centred / deviation
 
 
 FORMULAS = {
@@ -425,6 +430,11 @@ FORMULAS = {
     "mean of magnitudes": "divides by the mean magnitude, not by the standard deviation",
     "largest magnitude": "divides by the largest magnitude, not by the standard deviation",
     "L2 norm": "divides by the Euclidean length, not by the standard deviation",
+    "sum of squares": "divides by the root of the sum of squares, not by that of their mean",
+    "sum as mean": "subtracts the sum, not the mean",
+    "sum as mean, throughout": "subtracts the sum, not the mean, also for the variance",
+    "sum as mean, sum of squares": "takes sums in place of means, for mean and variance",
+    "precedence": "divides only the mean by the standard deviation: x - mean / std lacks brackets",
     "identity": "returns its input",
 }
 AFFINE = {
@@ -481,6 +491,8 @@ SOFTMAX = {
         (e := (scores - scores.amax(-1, keepdim=True)).exp()) / (1 + e.sum(-1, keepdim=True))
     ),
     "plus one": lambda scores: scores.exp() / (1 + scores.exp().sum(-1, keepdim=True)),
+    "bfloat16": lambda scores: scores.bfloat16().softmax(-1).to(scores.dtype),
+    "float16": lambda scores: scores.half().softmax(-1).to(scores.dtype),
     "none": lambda scores: scores.masked_fill(scores == -math.inf, 0.0),
     "exponential": lambda scores: scores.exp(),
     "sigmoid": lambda scores: scores.sigmoid(),
@@ -511,7 +523,22 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "summed over the tokens so far": lambda x: x.cumsum(2),
     "averaged over all tokens": lambda x: x.mean(2, keepdim=True).expand_as(x),
     "those of the other sequence": lambda x: x.roll(1, 0),
+    "split by .view(B, H, T, D) without transpose": lambda x: x.transpose(1, 2).reshape(x.shape),
+    "split by .view(B, T, D, H)": lambda x: (
+        x.transpose(1, 2).flatten(2).unflatten(2, (x.shape[3], x.shape[1])).permute(0, 3, 1, 2)
+    ),
 }
+
+
+def changed(x: torch.Tensor, change: Any) -> torch.Tensor:
+    """Scores or attention weights (B, H, T, T) as changed: one of CHANGES, ("clamped", least, most), or ("factors", one
+    for each head)."""
+    if isinstance(change, str):
+        return CHANGES[change](x)
+    kind, *figures = change
+    if kind == "clamped":
+        return x.clamp(*figures)
+    return x * torch.tensor(figures, dtype=x.dtype)[:, None, None]
 
 
 def outside(scores: torch.Tensor, band: tuple[int | None, int | None]) -> torch.Tensor:
