@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import LabError, few
 from ..model.configuration_gpt_scratch import SIZES, TO_GPT2, GPTScratchConfig
+from .held import Held
 
 # What others call the sizes; the whole name has to match, in upper case or lower.
 SIZE_NAMES = {
@@ -32,7 +33,8 @@ SIZE_NAMES = {
     "n_layers": r"((n|num)_?)?(hidden_?|trf_?|transformer_?)?(layers?|blocks|blks)|(n|num)_?(block|blk)|depth|n?l|n",
     "drop_rate": r".*drop.*",
     "qkv_bias": r"(qkv_?|use_?|attn_?)?bias(es)?",
-    "n_inner": r"(n|d)_?(inner|ff|ffn|mlp|hid(den)?)|(ff|ffn|mlp|inner|intermediate|feed_?forward)(_?(dim|size|hidden))+",
+    "n_inner": r"(n|d)_?(inner|ff|ffn|mlp|hid(den)?)"
+    r"|(ff|ffn|mlp|inner|intermediate|feed_?forward)(_?(embed|dim|size|hidden))+",
     "head_dim": r"(d_?head|head_?(dim|size))",
     "layer_norm_epsilon": r"((layer_?)?(norm|ln)_?)?eps(ilon)?",
     "expansion": r"((ff|ffn|mlp)_?)?(mult(iplier)?|ratio|expansion(_?factor)?)",
@@ -85,6 +87,7 @@ def concept(name: str) -> str | None:
     """The size that a name means, by the book's name or those of `SIZE_NAMES`."""
     if name in SIZE_NAMES:
         return name
+    name = re.sub(r"(^|_)(decoder|target|tgt)_", r"\1", name, flags=re.IGNORECASE)
     return next((size for size, names in SIZE_NAMES.items() if re.fullmatch(names, name, re.IGNORECASE)), None)
 
 
@@ -388,8 +391,6 @@ def build(
     Args:
         given: the config that the user gave, if any.
     """
-    if not callable(make):
-        raise LabError(f"{source} is a {type(make).__name__}; name a model, a class or a function that returns one")
     try:
         model = called(make, settings, source, module, given)
     except LabError:
@@ -399,9 +400,21 @@ def build(
             f"{source} cannot be built: {type(error).__name__}: {error}; see --cfg, or write a function without "
             "arguments that returns the model, and name that"
         ) from error
-    if not isinstance(model, nn.Module):
-        raise LabError(f"{source} returns a {type(model).__name__}, not a torch.nn.Module; name one that does")
-    return model
+    return as_module(model, source)
+
+
+def as_module(made: Any, source: str) -> nn.Module:
+    """A model as it is, or what else has weights with these as its parameters.
+
+    Raises:
+        LabError: it has none.
+    """
+    module = made if isinstance(made, nn.Module) else Held(made)
+    if isinstance(module, Held) and not any(True for _ in module.parameters()):
+        raise LabError(
+            f"{source} is or returns a {type(made).__name__} without tensors; name a model, or what makes one"
+        )
+    return module
 
 
 def called(
@@ -417,14 +430,24 @@ def called(
         takes_config = [p for p in plain if is_config(p.name, p.default)]
     if takes_config and module is not None:
         return with_config(make, takes_config[0], settings, module, given)
-    unknown = [p.name for p in required if not settings.knows(p.name)]
+    letter = odd_letter([p.name for p in named], settings)
+    unknown = [p.name for p in required if not settings.knows(p.name) and p.name not in letter]
     if unknown and not takes_config:
         values = ", ".join(f'"{name}": …' for name in unknown)
         raise LabError(f"{source} needs {few(unknown, 5)}, which no size is; give --cfg '{{{values}}}'")
-    arguments = {p.name: settings[p.name] for p in named if settings.knows(p.name)}
+    arguments = {p.name: settings[p.name] for p in named if settings.knows(p.name)} | letter
     if any(p.kind is p.VAR_KEYWORD for p in accepted):
         return with_any_names(make, arguments, settings)
     return make(**arguments)
+
+
+def odd_letter(names: list[str], settings: Settings) -> dict[str, Any]:
+    """The one letter among parameters that is the one size which no other is: N in V, N, E, H, L is the context."""
+    meant = {name: concept(name) for name in names}
+    missing = [size for size in SIZES if size not in meant.values()]
+    others = list(meant.values())
+    odd = [n for n in names if len(n) == 1 and (meant[n] is None or (n in "NntT" and others.count(meant[n]) > 1))]
+    return {odd[0]: settings[missing[0]]} if len(odd) == len(missing) == 1 and settings.knows(missing[0]) else {}
 
 
 def given_alone(parameter: inspect.Parameter) -> bool:

@@ -61,9 +61,14 @@ def diagnosed_without_extras(comparison: Comparison, reference: Subject, candida
             with with_values(candidate, {**neutral, name: value}):
                 off[errors(target, trace(candidate, input_ids)[LOGITS])[2]] = value
         neutral[name] = off[min(off)]
-    with with_values(candidate, neutral):
-        without = compare_models(reference, candidate, input_ids)
-        rest = diagnose(without, reference, candidate)
+    zeros = [{name: torch.zeros_like(own[name]) for name in neutral}] if any(v.any() for v in neutral.values()) else []
+    for value in (neutral, *zeros):  # what is closer may be so by chance
+        with with_values(candidate, value):
+            without = compare_models(reference, candidate, input_ids)
+            rest = diagnose(without, reference, candidate)
+        if rest is None or rest.explained:
+            neutral = value
+            break
     values = ", ".join(f"{name} {'ones' if neutral[name].any() else 'zeros'}" for name in comparison.extras[:4])
     fault = Fault(
         "extra-parameters",

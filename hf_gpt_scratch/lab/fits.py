@@ -271,7 +271,7 @@ def fitted_attention(experiment: "Experiment", forward: Forward, recorded: torch
         usual = now if isinstance(now, float) else head**-0.5 if experiment.config.scale_attn_weights else 1.0
         factor = ratio * usual
         heads = forward.n_heads(n)
-        named = [scale_of(name, head, experiment.config.emb_dim, heads, n) for name in SCALES]
+        named = [scale_of(name, head, experiment.config.emb_dim, heads, n, scores.shape[-1]) for name in SCALES]
         if not any(abs(factor - value) <= 1e-9 * abs(value) for value in named):
             says = f"attention scores are multiplied by {factor:.6g} = 1/{1 / factor:.6g}, not by 1/√head_dim"
             found.append(row("wrong-scale", "att.weights", says, SCALE, scale=factor))
@@ -313,7 +313,9 @@ def fitted_limits(scores: torch.Tensor, logs: torch.Tensor, past: torch.Tensor) 
     clamped = logs + rest.gather(-1, where[..., None])
     sound = past & (most > 1)[..., None]
     low, high = (clamped[sound & (sign * (scores - clamped) > 1e-7)] for sign in (-1, 1))
-    least, largest = (snap(end.mean().item()) if end.numel() else sign * math.inf for sign, end in ((-1, low), (1, high)))
+    least, largest = (
+        snap(end.mean().item()) if end.numel() else sign * math.inf for sign, end in ((-1, low), (1, high))
+    )
     if not low.numel() + high.numel():
         return []
     says = f"attention scores are clamped between {least:.6g} and {largest:.6g}"

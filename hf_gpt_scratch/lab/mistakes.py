@@ -578,8 +578,11 @@ def wrong_outputs() -> list[Mistake]:
 # Names for what is read between the blocks.
 
 
-def wrong_order() -> list[Mistake]:
-    """Blocks that are left out, run twice, or read what they should not."""
+SHARED = "each block computes with its own weights, trf_blocks[n]"
+
+
+def wrong_order(config: GPTScratchConfig) -> list[Mistake]:
+    """Blocks that are left out, run twice, have another's weights, or read what they should not."""
     remedy = CHAIN
     twice = plus(("block before", plus("previous")))
     return [
@@ -590,6 +593,11 @@ def wrong_order() -> list[Mistake]:
             remedy,
             input=plus("embedded"),
             common=True,
+        ),
+        *(
+            row("shared-blocks", "norm1", f"all blocks have the weights of block {n}", SHARED, owner=n, common=True)
+            for n in sorted({0, config.n_layers - 1})
+            if config.n_layers > 1
         ),
         row("skipped-block", "input", "the block before is left out", remedy, input=plus("two before"), common=True),
         row("doubled-block", "input", "the block before runs twice", remedy, input=twice, common=True),
@@ -611,7 +619,7 @@ def mistakes(config: GPTScratchConfig, candidate_eps: Iterable[float] = ()) -> l
         *wrong_activations(config),
         *wrong_outputs(),
         *wrong_wirings(),
-        *wrong_order(),
+        *wrong_order(config),
     ]
     everything = [*CATALOGUE, *generated]
     everything += some_norms(everything)

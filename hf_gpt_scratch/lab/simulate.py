@@ -49,6 +49,7 @@ GPT2: dict[str, Any] = {
     "embedded": plus("tok_emb", "pos_emb"),
     "input": plus("previous"),  # what a place reads: the result of the place before
     **WIRING,
+    "owner": None,  # another block, whose weights this one has
     **{f"{norm}.dims": (-1,) for norm in NORMS},  # over which mean and variance are taken
     **{f"{norm}.formula": "" for norm in NORMS},  # one of FORMULAS
     **{f"{norm}.affine": "" for norm in NORMS},  # one of AFFINE
@@ -262,14 +263,19 @@ class Forward:
             return x
         eps = self.config.layer_norm_epsilon if eps is None else eps
         owner = other or name
-        owner = owner if owner == "final_norm" else f"trf_blocks.{min(n, self.config.n_layers - 1)}.{owner}"
+        owner = owner if owner == "final_norm" else f"{self.owner(min(n, self.config.n_layers - 1))}.{owner}"
         normed = normalised(x, dims, formula, eps, on_std, unbiased)
         return AFFINE[affine](normed, self.weights[f"{owner}.scale"], self.weights[f"{owner}.shift"])
+
+    def owner(self, n: int) -> str:
+        """The block whose weights block n has."""
+        other = self.slot(n, "owner")
+        return f"trf_blocks.{n if other is None else other}"
 
     def linear(self, n: int, name: str, x: torch.Tensor) -> torch.Tensor:
         """A linear layer of block n applied to x (…, in); (…, out)."""
         short = name.removeprefix("att.")
-        matrix, bias = self.weights[f"trf_blocks.{n}.{name}.weight"], self.weights.get(f"trf_blocks.{n}.{name}.bias")
+        matrix, bias = (self.weights.get(f"{self.owner(n)}.{name}.{kind}") for kind in ("weight", "bias"))
         x = F.linear(x, matrix.T if self.slot(n, f"{short}.transposed") else matrix)
         times = self.slot(n, f"{short}.bias")
         return x if bias is None else x + times * bias
@@ -303,7 +309,8 @@ class Forward:
         scale = self.slot(n, "scale")
         heads, width = self.n_heads(n), self.config.emb_dim
         if isinstance(scale, str):
-            scale = scale_of(scale, width // heads, width, heads, n) if scale or self.config.scale_attn_weights else 1.0
+            sizes = width // heads, width, heads, n, q.shape[2]
+            scale = scale_of(scale, *sizes) if scale or self.config.scale_attn_weights else 1.0
         if self.config.scale_attn_by_inverse_layer_idx:
             scale = scale / (n + 1)
         scores = q @ k.transpose(2, 3) * scale
@@ -451,26 +458,28 @@ AFFINE = {
     "shift twice": lambda x, scale, shift: x * scale + 2 * shift,
 }
 SCALES = {
-    "none": lambda head, width, heads, n: 1.0,
-    "twice": lambda head, width, heads, n: 1 / head,
-    "emb_dim": lambda head, width, heads, n: width**-0.5,
-    "n_heads": lambda head, width, heads, n: heads**-0.5,
-    "times": lambda head, width, heads, n: head**0.5,
-    "by emb_dim without root": lambda head, width, heads, n: 1 / width,
-    "by n_heads without root": lambda head, width, heads, n: 1 / heads,
-    "fourth root": lambda head, width, heads, n: head**-0.25,
-    "thrice": lambda head, width, heads, n: head**-1.5,
-    "by half of head_dim": lambda head, width, heads, n: (head / 2) ** -0.5,
-    "by 2 head_dim": lambda head, width, heads, n: (2 * head) ** -0.5,
-    "negative": lambda head, width, heads, n: -(head**-0.5),
-    "by layer": lambda head, width, heads, n: head**-0.5 / (n + 1),
-    "by layer without head_dim": lambda head, width, heads, n: 1 / (n + 1),
-    "times layer": lambda head, width, heads, n: head**-0.5 * (n + 1),
+    "none": lambda head, width, heads, n, t: 1.0,
+    "twice": lambda head, width, heads, n, t: 1 / head,
+    "emb_dim": lambda head, width, heads, n, t: width**-0.5,
+    "n_heads": lambda head, width, heads, n, t: heads**-0.5,
+    "times": lambda head, width, heads, n, t: head**0.5,
+    "by emb_dim without root": lambda head, width, heads, n, t: 1 / width,
+    "by n_heads without root": lambda head, width, heads, n, t: 1 / heads,
+    "fourth root": lambda head, width, heads, n, t: head**-0.25,
+    "thrice": lambda head, width, heads, n, t: head**-1.5,
+    "by half of head_dim": lambda head, width, heads, n, t: (head / 2) ** -0.5,
+    "by 2 head_dim": lambda head, width, heads, n, t: (2 * head) ** -0.5,
+    "by the number of tokens": lambda head, width, heads, n, t: t**-0.5,
+    "negative": lambda head, width, heads, n, t: -(head**-0.5),
+    "by layer": lambda head, width, heads, n, t: head**-0.5 / (n + 1),
+    "by layer without head_dim": lambda head, width, heads, n, t: 1 / (n + 1),
+    "times layer": lambda head, width, heads, n, t: head**-0.5 * (n + 1),
 }
 
 
-def scale_of(name: str, head: int, width: int, heads: int, n: int) -> float:
-    return SCALES[name](head, width, heads, n) if name else head**-0.5
+def scale_of(name: str, head: int, width: int, heads: int, n: int, t: int) -> float:
+    """The factor of the scores of block n for t tokens."""
+    return SCALES[name](head, width, heads, n, t) if name else head**-0.5
 
 
 def normal_over(scores: torch.Tensor, dim: Any) -> torch.Tensor:

@@ -33,6 +33,7 @@ from ..weights.tensors import LazyTensor, to_scratch
 from ..weights.torch_archive import Stored
 from .building import (
     Settings,
+    as_module,
     book_settings,
     build,
     concept,
@@ -43,6 +44,7 @@ from .building import (
     values_of,
 )
 from .calling import own_caller
+from .held import Held, stacked, unstack
 from .pairing import Folded, Match, joined, match_parameters, parameters, part_of
 from .usage import uses
 
@@ -368,28 +370,34 @@ def load_code(
         _, config = known_matches(made, kind)
     else:
         config, model_of = configured(made, module, cfg, like, name, notes)
-    model = made if ready else model_of()
+    model = made if ready else model_of() if callable(made) else as_module(copy.deepcopy(made), name)
+    held, layers = isinstance(model, Held), stacked(model, config.n_layers)
     elsewhere = ready and any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters())
-    if not is_class and (weights is not None or elsewhere):
-        model = copy.deepcopy(model).to("cpu", torch.float32)  # the caller's own stays as it is
+    if not is_class and (weights is not None or elsewhere or (ready and layers)):
+        model = (model if held else copy.deepcopy(model)).to("cpu", torch.float32)  # the caller's own stays as it is
         if elsewhere:
             notes.append(f"{name} is compared as a copy on the CPU in float32")
-    result = subject(model, config, name, mapping, forward if callable(forward) else None)
+    if weights is not None and weights != REFERENCE:
+        model.load_state_dict(read_weights(weights, model))
+        notes.append(f"weights: {weights}")
+    if layers:
+        notes.append(
+            f"{few(list(layers), 4)}: all layers in one tensor each, of which each layer is compared by itself"
+        )
+        unstack(model, stacked(model, config.n_layers).values())
+    result = subject(model, config, name, mapping, own_forward(model, forward, name))
     result.notes = notes + result.notes
     if result.guessed and cfg is None:
         result.config = None
-    if weights is not None and weights != REFERENCE:
-        model.load_state_dict(read_weights(weights, model))
-        result.notes.append(f"weights: {weights}")
-    elif is_class or weights == REFERENCE:
+    if weights == REFERENCE or (is_class and weights is None):
         if like is None:
             raise LabError(
                 f"{name} is a class, and has no weights of its own, so the first model must be a checkpoint: "
                 "convert a model.pth, or give the checkpoint first"
             )
         result.notes += copy_weights(like, result)
-    elif like is not None:
-        what = "is a model" if ready else "returns a model"
+    elif like is not None and weights is None:
+        what = "is a model" if ready or not callable(made) else "returns a model"
         result.notes.append(
             f"{name} {what}, which is judged with its own weights; --weights reference gives it the other model's, to "
             "test its forward pass alone"
@@ -397,6 +405,23 @@ def load_code(
     if not ready:
         model.float().eval()
     return result
+
+
+def own_forward(model: nn.Module, forward: Any, name: str) -> Callable[..., Any] | None:
+    """The user's function of a model and token ids; of what is no module, it gets this itself.
+
+    Raises:
+        LabError: it is needed, and there is none.
+    """
+    if isinstance(model, Held) and callable(forward):
+        return lambda _, input_ids: forward(model.made, input_ids)
+    if isinstance(model, Held) and "forward" not in vars(model):
+        raise LabError(
+            f"{name} is or returns a {type(model.made).__name__} of tensors, which cannot be called; write a function "
+            "that computes the logits with it, def run(params, input_ids): …, and give it with --forward run (in "
+            "Python: my_forward=run)"
+        )
+    return forward if callable(forward) else None
 
 
 def configured(

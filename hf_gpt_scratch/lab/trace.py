@@ -22,7 +22,7 @@ from .bare import BareRecorder
 from .calling import logits_in
 from .pairing import joined, parameters
 from .subject import Subject
-from .usage import every_operation
+from .usage import every_operation, submodule
 
 LOGITS, CHOICES = "out_head", "mc_logits"
 # The stages inside a block, in execution order. `x.input` is the input of x.
@@ -159,7 +159,7 @@ def hook_points(subject: Subject) -> Iterator[tuple[nn.Module, tuple[str, ...], 
     for owner, named in owners.items():
         if len(named) > 1 or not owner:  # one output cannot be attributed to several matrices
             continue
-        module, names = subject.module.get_submodule(owner), next(iter(named))
+        module, names = submodule(subject.module, owner), next(iter(named))
         if isinstance(module, nn.MultiheadAttention):  # never calls its out_proj, and returns what that would
             yield module, (re.sub(r"W_query$", "out_proj", names[0]),), False
             continue
@@ -177,7 +177,7 @@ def hook_points(subject: Subject) -> Iterator[tuple[nn.Module, tuple[str, ...], 
         path = commonpath(paths)
         inside = {name for found in blocks.values() for name in found if name.startswith(f"{path}/")}
         if path and len(set(paths)) > 1 and inside <= set(paths):
-            module = subject.module.get_submodule(path.replace("/", "."))
+            module = submodule(subject.module, path.replace("/", "."))
             if not isinstance(module, nn.ModuleList | nn.ModuleDict):
                 yield module, (f"{stage}.input",), True
                 yield module, (stage,), False
@@ -206,6 +206,7 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
     warm_up()
     activations: dict[str, torch.Tensor] = {}
     repeated: set[str] = set()
+    each_token: dict[tuple[str, ...], list[torch.Tensor]] = {}
 
     def record(names: tuple[str, ...], value: Any) -> None:
         tensor = first_tensor(value)
@@ -223,6 +224,9 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
         left = iter(calls)
 
         def each(value: Any) -> None:
+            tensor = first_tensor(value)
+            if len(calls) == 1 and tensor is not None and tensor.shape[:-1] == input_ids.shape[:1]:
+                each_token.setdefault(calls[0], []).append(tensor.detach())
             if names := next(left, ()):
                 record(names, value)
             else:
@@ -260,6 +264,12 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
                 f"{type(error).__name__}: {error}; if it must be called in another way, write a function that does, "
                 "def run(model, input_ids): …, and give it with --forward run (in Python: my_forward=run)"
             ) from error
+    for names, parts in each_token.items():
+        if len(parts) == input_ids.shape[1] > 1:  # one token after the other
+            for name in names:
+                activations.pop(name, None)
+            repeated -= set(names)
+            record(names, torch.stack(parts, 1))
     result = Activations(joined({**bare.found, **activations}, dim=-1))
     result.repeated = frozenset(re.sub(r"\[.*?\]", "", name) for name in repeated)
     logits = logits_of(subject, output, input_ids)

@@ -50,6 +50,10 @@ def weight_changes(reference: Weights, candidate: Weights) -> list[Change]:
                 "is not tok_emb.weight, to which the reference ties it",
                 "out_head.weight = tok_emb.weight",
             )
+        elif name in (f"{LOGITS}.weight", "tok_emb.weight") and untied(candidate, reference):
+            other = "tok_emb" if name.startswith(LOGITS) else LOGITS
+            says = f"is the same matrix as {other}.weight, but the checkpoint has a head of its own"
+            what = "wrong-head", says, "give the head a matrix of its own, and load both"
         else:
             what = what_happened(name, right, got, reference)
         if what:
@@ -59,9 +63,12 @@ def weight_changes(reference: Weights, candidate: Weights) -> list[Change]:
 
 def untied(reference: Weights, candidate: Weights) -> bool:
     """Whether the reference's head is its token embedding, and the candidate's is not."""
-    head, embedding = f"{LOGITS}.weight", "tok_emb.weight"
-    tied = torch.equal(reference[head], reference[embedding])
-    return tied and not torch.equal(candidate[head], candidate[embedding])
+    first, second = (
+        [weights.get(f"{layer}.weight") for layer in (LOGITS, "tok_emb")] for weights in (reference, candidate)
+    )
+    if any(tensor is None for tensor in (*first, *second)):
+        return False
+    return torch.equal(*first) and not torch.equal(*second)
 
 
 def what_happened(name: str, right: torch.Tensor, got: torch.Tensor | None, reference: Weights) -> What | None:

@@ -299,24 +299,6 @@ def test_a_size_that_is_misunderstood_is_told_by_the_failing_run(compared):
     assert compared(text, *letters, target="made", weights="reference").same
 
 
-def test_blocks_that_are_one_tensor_each_are_refused_with_what_to_do(compared):
-    text = """
-import torch
-from torch import nn
-
-
-class GPT(nn.Module):
-    def __init__(self, vocab_size, dim, depth):
-        super().__init__()
-        self.wte = nn.Parameter(torch.randn(vocab_size, dim))
-        shapes = [(3, dim, dim), (3, dim), (dim, dim), (dim,), (4, dim, dim), (4, dim), (4, dim, dim), (dim,)]
-        for name, shape in zip("abcdefgh", shapes):
-            setattr(self, name, nn.Parameter(torch.randn(depth, *shape)))
-"""
-    with pytest.raises(LabError, match=r"a, b, c, d and 4 more hold all 2 layers.*keep a parameter for each layer"):
-        compared(text)
-
-
 # The figures
 
 

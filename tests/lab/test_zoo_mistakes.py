@@ -103,7 +103,7 @@ def test_healthy_models_of_all_styles_get_no_diagnosis(reference, style):
 @pytest.mark.parametrize(
     ("title", "says"),
     [
-        ("one head zeroed", "trf_blocks.0.att.out_proj.input differs only at head 0"),
+        ("one head squared", "trf_blocks.0.att.out_proj.input differs only at head 0"),
         ("prefix mask", "trf_blocks.0.att.weights differs only at positions 0 to 2"),
         ("one id as another", f"tok_emb differs only for token id {zoo.LOST_ID}"),
     ],

@@ -1139,6 +1139,121 @@ class GPT(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.lnf_w, self.lnf_b) @ self.tok.weight.T
 """,
     mistake=(".transpose(1, 2).flatten(2)", ".reshape(B, T, -1)"),
+    variants={
+        "all layers in one tensor": [
+            ("nn.ParameterList([torch.randn(*shape) for _ in range(n)])", "nn.Parameter(torch.randn(n, *shape))")
+        ],
+        "one-letter sizes, of which N is the context": [("(self, v, t, d, h, l)", "(self, V, N, E, H, L)"), ("        super()", "        v, t, d, h, l = V, N, E, H, L\n        super()")],
+    },
+)
+
+STYLES["each block in the one before"] = Style(
+    HEAD
+    + """
+class Node(nn.Module):
+    def __init__(self, width, heads, rest):
+        super().__init__()
+        self.heads = heads
+        self.ln_a, self.ln_b = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc, self.fc_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.next = Node(width, heads, rest - 1) if rest > 1 else None
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.ln_a(x)).chunk(3, -1))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        x = x + self.fc_out(F.gelu(self.fc(self.ln_b(x)), approximate="tanh"))
+        return x if self.next is None else self.next(x)
+
+
+class GPT(nn.Module):
+    def __init__(self, ntoken, max_len, ninp, nhead, nlayers):
+        super().__init__()
+        self.encoder = nn.Embedding(ntoken, ninp)
+        self.positions = nn.Embedding(max_len, ninp)
+        self.first = Node(ninp, nhead, nlayers)
+        self.last_norm = nn.LayerNorm(ninp)
+        self.decoder = nn.Linear(ninp, ntoken, bias=False)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, ids):
+        x = self.encoder(ids) + self.positions(torch.arange(ids.shape[1]))
+        return self.decoder(self.last_norm(self.first(x)))
+""",
+    mistake=("(scores.softmax(-1) @ v)", "(scores.clamp(-1, 1).softmax(-1) @ v)"),
+)
+
+STYLES["a tree of tensors"] = Style(
+    HEAD
+    + """
+def init_params(n_vocab, n_ctx, n_embd, n_layer):
+    norm = lambda: {"scale": torch.ones(n_embd), "offset": torch.zeros(n_embd)}
+    dense = lambda a, b: {"kernel": torch.randn(a, b) * 0.02, "bias": torch.zeros(b)}
+    layers = [
+        {"ln_1": norm(), "qkv": dense(n_embd, 3 * n_embd), "proj": dense(n_embd, n_embd),
+         "ln_2": norm(), "up": dense(n_embd, 4 * n_embd), "down": dense(4 * n_embd, n_embd)}
+        for _ in range(n_layer)
+    ]
+    return {"wte": torch.randn(n_vocab, n_embd), "wpe": torch.randn(n_ctx, n_embd), "layers": layers, "ln_f": norm()}
+
+
+def stacked_params(n_vocab, n_ctx, n_embd, n_layer):
+    params = init_params(n_vocab, n_ctx, n_embd, n_layer)
+    layers = params["layers"]
+    params["layers"] = {
+        name: {kind: torch.stack([layer[name][kind] for layer in layers]) for kind in layers[0][name]} for name in layers[0]
+    }
+    return params
+
+
+def norm(p, x):
+    m = x.mean(-1, keepdim=True)
+    return p["scale"] * (x - m) * torch.rsqrt(((x - m) ** 2).mean(-1, keepdim=True) + 1e-5) + p["offset"]
+
+
+def dense(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+def block(layer, x, n_head):
+    q, k, v = (y.unflatten(-1, (n_head, -1)) for y in dense(layer["qkv"], norm(layer["ln_1"], x)).chunk(3, -1))
+    s = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    s = torch.where(torch.ones(s.shape[-2:]).tril().bool(), s, -1e9)
+    x = x + dense(layer["proj"], torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1), v).flatten(2))
+    return x + dense(layer["down"], F.gelu(dense(layer["up"], norm(layer["ln_2"], x)), approximate="tanh"))
+
+
+def apply(params, ids, n_head=3):
+    x = params["wte"][ids] + params["wpe"][: ids.shape[1]]
+    layers = params["layers"]
+    if isinstance(layers, dict):
+        count = layers["qkv"]["kernel"].shape[0]
+        layers = [{name: {kind: p[kind][n] for kind in p} for name, p in layers.items()} for n in range(count)]
+    for layer in layers:
+        x = block(layer, x, n_head)
+    return norm(params["ln_f"], x) @ params["wte"].T
+
+
+class GPT:
+    def __init__(self, n_vocab, n_ctx, n_embd, n_layer, n_head):
+        self.params, self.n_head = init_params(n_vocab, n_ctx, n_embd, n_layer), n_head
+        self.mask = torch.ones(n_ctx, n_ctx).tril()
+
+    def __call__(self, ids):
+        return apply(self.params, ids, self.n_head)
+""",
+    mistake=("* torch.rsqrt(((x - m) ** 2).mean(", "* torch.rsqrt(((x - m) ** 2).sum("),
+    variants={
+        "all layers in one": [("= init_params(n_vocab, n_ctx, n_embd, n_layer), n_head", "= stacked_params(n_vocab, n_ctx, n_embd, n_layer), n_head")],
+    },
+)
+STYLES["a tree of tensors, and a function"] = Style(
+    STYLES["a tree of tensors"].text,
+    mistake=("s.softmax(-1), v)", "s.bfloat16().softmax(-1).to(v.dtype), v)"),
+    target="init_params",
+    options={"my_forward": "apply", "weights": "reference"},
 )
 
 STYLES["an output projection for each head"] = Style(
