@@ -400,21 +400,7 @@ def build(
             f"{source} cannot be built: {type(error).__name__}: {error}; see --cfg, or write a function without "
             "arguments that returns the model, and name that"
         ) from error
-    return as_module(model, source)
-
-
-def as_module(made: Any, source: str) -> nn.Module:
-    """A model as it is, or what else has weights with these as its parameters.
-
-    Raises:
-        LabError: it has none.
-    """
-    module = made if isinstance(made, nn.Module) else Held(made)
-    if isinstance(module, Held) and not any(True for _ in module.parameters()):
-        raise LabError(
-            f"{source} is or returns a {type(made).__name__} without tensors; name a model, or what makes one"
-        )
-    return module
+    return model if isinstance(model, nn.Module) else Held(model)
 
 
 def called(
@@ -430,24 +416,17 @@ def called(
         takes_config = [p for p in plain if is_config(p.name, p.default)]
     if takes_config and module is not None:
         return with_config(make, takes_config[0], settings, module, given)
-    letter = odd_letter([p.name for p in named], settings)
-    unknown = [p.name for p in required if not settings.knows(p.name) and p.name not in letter]
+    unknown = [p.name for p in required if not settings.knows(p.name)]
     if unknown and not takes_config:
         values = ", ".join(f'"{name}": …' for name in unknown)
         raise LabError(f"{source} needs {few(unknown, 5)}, which no size is; give --cfg '{{{values}}}'")
-    arguments = {p.name: settings[p.name] for p in named if settings.knows(p.name)} | letter
+    arguments = {p.name: settings[p.name] for p in named if settings.knows(p.name)}
+    letters = {p.name.lower(): p.name for p in named if len(p.name) == 1}
+    if {"n", "l"} <= letters.keys() and "t" not in letters:  # N tokens, L layers
+        arguments[letters["n"]] = settings["context_length"]
     if any(p.kind is p.VAR_KEYWORD for p in accepted):
         return with_any_names(make, arguments, settings)
     return make(**arguments)
-
-
-def odd_letter(names: list[str], settings: Settings) -> dict[str, Any]:
-    """The one letter among parameters that is the one size which no other is: N in V, N, E, H, L is the context."""
-    meant = {name: concept(name) for name in names}
-    missing = [size for size in SIZES if size not in meant.values()]
-    others = list(meant.values())
-    odd = [n for n in names if len(n) == 1 and (meant[n] is None or (n in "NntT" and others.count(meant[n]) > 1))]
-    return {odd[0]: settings[missing[0]]} if len(odd) == len(missing) == 1 and settings.knows(missing[0]) else {}
 
 
 def given_alone(parameter: inspect.Parameter) -> bool:
@@ -512,12 +491,8 @@ def configs_for(
     annotation = parameter.annotation
     if isinstance(annotation, str):
         annotation = getattr(module, annotation.strip("'\""), None)
-    if isinstance(annotation, type) and annotation.__module__ not in (
-        "builtins",
-        "typing",
-        "collections.abc",
-        "inspect",
-    ):
+    plain = ("builtins", "typing", "collections.abc", "inspect")
+    if isinstance(annotation, type) and annotation.__module__ not in plain:
         return [lambda: filled(annotation, settings)]
     if parameter.default is not parameter.empty and parameter.default is not None:
         return [lambda: filled(parameter.default, settings)]

@@ -275,33 +275,28 @@ def fitted_attention(experiment: "Experiment", forward: Forward, recorded: torch
         if not any(abs(factor - value) <= 1e-9 * abs(value) for value in named):
             says = f"attention scores are multiplied by {factor:.6g} = 1/{1 / factor:.6g}, not by 1/√head_dim"
             found.append(row("wrong-scale", "att.weights", says, SCALE, scale=factor))
-    each = (logs * raw).sum((0, 2, 3)) / raw.square().sum((0, 2, 3))
-    found += factors_row("scores", each)
+    found += fitted_factors("scores", raw, logs)
     found += fitted_limits(scores, weights.clamp(min=1e-300).log(), past)
     found += fitted_fill(scores, weights, seen)
     return found
 
 
-def factors_row(slot: str, factors: torch.Tensor) -> list[Mistake]:
-    """Scores, or attention weights, that are multiplied by another factor in each head (H)."""
-    values = [snap(factor) for factor in factors.tolist()]
-    if not factors.isfinite().all() or all(abs(value - 1) <= 1e-7 for value in values):
+def fitted_factors(slot: str, right: torch.Tensor, got: torch.Tensor) -> list[Mistake]:
+    """The factors of the scores or attention weights in each head, from what follows from them (B, H, T, …)."""
+    factors = ((right * got).sum((0, 2, 3)) / right.square().sum((0, 2, 3))).tolist()
+    values = [snap(factor) if math.isfinite(factor) else 0.0 for factor in factors]
+    if all(abs(value - 1) <= 1e-7 for value in values):
         return []
     says = f"are multiplied, head by head, by {', '.join(f'{value:.6g}' for value in values)}"
-    if len({f"{value:.9g}" for value in values}) == 1:
-        says = f"are multiplied by {values[0]:.6g}"
-    if slot == "scores":
-        says = f"attention scores {says}, besides 1/√head_dim"
-        return [row("wrong-scale", "att.weights", says, SCALE, scores=("factors", *values))]
-    says = f"attention weights {says}, before they are applied to the values"
-    return [row("wrong-scores", "att.out_proj.input", says, "context = weights @ values", weights=("factors", *values))]
+    kind = ("wrong-scale", "att.weights", f"attention scores {says}", SCALE)
+    if slot == "weights":
+        kind = ("wrong-scores", "att.out_proj.input", f"attention weights {says}", "context = weights @ values")
+    return [Mistake(*kind, ((slot, ("factors", *values)),))]
 
 
 def fitted_context(forward: Forward, recorded: torch.Tensor, n: int) -> list[Mistake]:
-    """The factor of each head in the context vectors (B, T, E)."""
-    heads = forward.n_heads(n)
-    right, got = (x.double().unflatten(-1, (heads, -1)) for x in (forward.context(n), recorded))
-    return factors_row("weights", (right * got).sum((0, 1, 3)) / right.square().sum((0, 1, 3)))
+    both = (x.double().unflatten(-1, (forward.n_heads(n), -1)).transpose(1, 2) for x in (forward.context(n), recorded))
+    return fitted_factors("weights", *both)
 
 
 def fitted_limits(scores: torch.Tensor, logs: torch.Tensor, past: torch.Tensor) -> list[Mistake]:
@@ -313,13 +308,16 @@ def fitted_limits(scores: torch.Tensor, logs: torch.Tensor, past: torch.Tensor) 
     clamped = logs + rest.gather(-1, where[..., None])
     sound = past & (most > 1)[..., None]
     low, high = (clamped[sound & (sign * (scores - clamped) > 1e-7)] for sign in (-1, 1))
-    least, largest = (
-        snap(end.mean().item()) if end.numel() else sign * math.inf for sign, end in ((-1, low), (1, high))
-    )
     if not low.numel() + high.numel():
         return []
+    least = snap(low.mean().item()) if low.numel() else -math.inf
+    largest = snap(high.mean().item()) if high.numel() else math.inf
     says = f"attention scores are clamped between {least:.6g} and {largest:.6g}"
-    return [row("wrong-scores", "att.weights", says, SCALE, scores=("clamped", least, largest))]
+    limits, unmasked = ("clamped", least, largest), f"{says}, the masked ones, too"
+    return [
+        row("wrong-scores", "att.weights", says, SCALE, scores=limits),
+        row("wrong-scores", "att.weights", unmasked, MASK, scores=limits, fill=("set", least)),
+    ]
 
 
 def visible_band(seen: torch.Tensor, rows: torch.Tensor) -> tuple[int | None, int | None] | None:
@@ -369,15 +367,11 @@ def fitted_fill(scores: torch.Tensor, weights: torch.Tensor, seen: torch.Tensor)
 def fitted_activation(experiment: "Experiment", x: torch.Tensor, recorded: torch.Tensor) -> list[Mistake]:
     """GELU with other constants, x · σ(kx), a leaky ReLU, or a multiple of the right activation."""
     x, y = x.double().flatten(), recorded.double().flatten()
-    right, remedy, stage = (
-        experiment.config.activation_function,
-        activation_remedy(experiment.config),
-        "ff.layers.2.input",
-    )
+    right, remedy = experiment.config.activation_function, activation_remedy(experiment.config)
     found = []
 
     def add(says: str, kind: Any) -> None:
-        found.append(row("wrong-activation", stage, says, remedy, activation=kind))
+        found.append(row("wrong-activation", "ff.layers.2.input", says, remedy, activation=kind))
 
     gate = 2 * y / x - 1
     sound = (gate.abs() < 0.999) & (x.abs() > 1e-2) & gate.isfinite()

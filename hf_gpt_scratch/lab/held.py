@@ -1,10 +1,8 @@
-"""Weights where `torch.nn` does not look: tensors in a tree or an object of yours, and all layers in one tensor.
+"""Weights where `torch.nn` does not look: tensors in a tree or an object of yours, and all layers in one tensor."""
 
-Shapes: L layers.
-"""
-
+import copy
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -29,9 +27,10 @@ class Held(nn.Module):
         self.known: dict[int, tuple[Any, Any]] = {}  # with what is replaced, so that no id is given out twice
         self.places: list[tuple[Any, Any]] = []
         self.made = self.adopted(made, self, "held")
-        call = made if callable(made) else getattr(made, "forward", None)
-        if call is not None:
+        if call := made if callable(made) else getattr(made, "forward", None):
             self.forward = call
+        if not any(True for _ in self.parameters()):
+            raise LabError(f"a {type(made).__name__} has no weights; name a model, or what makes one")
 
     def adopted(self, value: Any, owner: nn.Module, name: str) -> Any:
         """The value with parameters for its tensors, which `owner` gets. What has two values only is a mask."""
@@ -81,9 +80,6 @@ class Layers(torch.Tensor):
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.parts)
 
-    def unbind(self, dim: int = 0) -> tuple[torch.Tensor, ...]:
-        return tuple(self.parts) if dim == 0 else torch.stack(tuple(self.parts)).unbind(dim)
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def whole(value: Any) -> Any:
@@ -94,28 +90,22 @@ class Layers(torch.Tensor):
         return func(*whole(args), **{name: whole(value) for name, value in (kwargs or {}).items()})
 
 
-def stacked(module: nn.Module, n_layers: int) -> dict[str, nn.Parameter]:
-    """The parameters, if there are many of them, that each hold all layers."""
-    found = {
-        name: parameter
-        for name, parameter in module.named_parameters()
-        if not re.search(r"(^|\.)\d+(\.|$)", name) and parameter.ndim > 1 and len(parameter) == n_layers
-    }
-    return found if n_layers > 1 and len(found) >= MANY_STACKED else {}
-
-
-def unstack(module: nn.Module, found: Collection[nn.Parameter]) -> None:
-    """Gives each layer a parameter of its own where all are in the same ones."""
-    layers = {id(parameter): Layers.of(parameter) for parameter in found}
-    places = [(owner.__dict__, name, p) for owner in module.modules() for name, p in owner._parameters.items()]
-    if isinstance(module, Held):
-        places = [(place, key, place[key]) for place, key in module.places]
+def unstacked(module: nn.Module, n_layers: int) -> tuple[nn.Module, list[str]]:
+    """The module, or, where many of its parameters hold all layers, a copy with one for each layer; and their names."""
+    named = module.named_parameters()
+    found = {n: p for n, p in named if p.ndim > 1 and len(p) == n_layers > 1 and not re.search(r"(^|\.)\d+(\.|$)", n)}
+    if len(found) < MANY_STACKED:
+        return module, []
+    copied = module if isinstance(module, Held) else copy.deepcopy(module)
+    layers = {id(copied.get_parameter(name)): Layers.of(parameter) for name, parameter in found.items()}
+    places = [(owner.__dict__, name, p) for owner in copied.modules() for name, p in owner._parameters.items()]
+    if isinstance(copied, Held):
+        places = [(place, key, place[key]) for place, key in copied.places]
         if not layers.keys() <= {id(value) for _, _, value in places}:
             raise LabError("all layers are in the same tensors, in a tuple; put them into a dict or a list")
-    for place, key, value in places:
-        if id(value) in layers:
-            place[key] = layers[id(value)]
-    for owner in list(module.modules()):
-        for name, parameter in [item for item in owner._parameters.items() if id(item[1]) in layers]:
-            del owner._parameters[name]
-            owner._modules[name] = layers[id(parameter)].parts
+    for place, key, value in [item for item in places if id(item[2]) in layers]:
+        place[key] = layers[id(value)]
+    for owner in list(copied.modules()):
+        for name in [name for name, value in owner._parameters.items() if id(value) in layers]:
+            owner._modules[name] = layers[id(owner._parameters.pop(name))].parts
+    return copied, list(found)

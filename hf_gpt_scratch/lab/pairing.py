@@ -301,13 +301,13 @@ def norms_across_blocks(matches: list[Match], uses: Uses, n_layers: int) -> list
 
 def refuse_doubt(name: str, left: list[str], lacking: list[str], matches: list[Match]) -> None:
     """Raises LabError if parameters are left over on both sides, or two match one of the book's."""
+    if any(re.search(r"\blora\b|lora_[AB]\b", one) for one in left):
+        raise LabError(
+            f"{name} has adapters, {few(left, 4)}, which are compared when they are merged: `hf-gpt-scratch convert` "
+            "merges those of the book's appendix E, model.merge_and_unload() PEFT's"
+        )
     if (left and lacking) or "tok_emb" in lacking:
         problems = [*left, *(f"nothing for {slot}" for slot in lacking)]
-        if any(re.search(r"\blora\b|lora_[AB]\b", one) for one in left):
-            raise LabError(
-                f"{name} has adapters, {few(left, 4)}, which are compared when they are merged: `hf-gpt-scratch "
-                "convert` merges those of the book's appendix E, model.merge_and_unload() PEFT's"
-            )
         raise LabError(
             f"the parameters of {name} cannot be paired with GPT-2's unambiguously: {few(problems, 8)}; say "
             'what they are with --map FILE, JSON such as {"blocks.{n}.proj.weight": '
@@ -481,23 +481,15 @@ def paired_like(place: Place, places: list[Place], paired: list[tuple[list[Match
     """The matches of a block that does not run: as those of another block with the same parameters, if there is one."""
     for other, (found, unmatched) in zip(places, paired, strict=True):
         if place.book_prefix and other.book_prefix and other.own == place.own and not unmatched:
-            theirs = {
-                name: mine
-                for short in place.own
-                for name, mine in zip(other.names[short], place.names[short], strict=True)
-            }
-            return [
-                replace(
-                    match,
-                    row=replace(
-                        match.row,
-                        theirs=theirs[match.row.theirs],
-                        ours=tuple(place.book_prefix + name.removeprefix(other.book_prefix) for name in match.row.ours),
-                    ),
-                    reason="as in the other blocks",
-                )
+            names = [(other.names[short], place.names[short]) for short in place.own]
+            theirs = {name: mine for both in names for name, mine in zip(*both, strict=True)}
+            found = [
+                replace(match, row=replace(match.row, theirs=theirs[match.row.theirs], ours=tuple(
+                    place.book_prefix + name.removeprefix(other.book_prefix) for name in match.row.ours
+                )), reason="as in the other blocks")
                 for match in found
-            ]
+            ]  # fmt: skip
+            return found
     return []
 
 
@@ -842,7 +834,8 @@ def with_layout(
             known = "[out, in]"
         elif use is not None and use.transposed is not None:
             known = "[in, out]" if use.transposed else "[out, in]"
-            beside_it = layouts_beside(match, module, shapes, config, matches, uses)
+            block = ".".join([*row.ours[0].split(".")[:2], ""])
+            beside_it = layouts_of(match, module, shapes, config, matches, uses, block)
             if len(beside_it) >= MANY and set(beside_it) == {"[out, in]", "[in, out]"} - {known}:
                 known = beside_it[0]
                 reason = (
@@ -851,51 +844,39 @@ def with_layout(
             else:
                 reason = f"{reason}; square: {known} as it is multiplied"
         else:
-            known = layout_of_others(match, module, shapes, config, matches)
+            layouts = set(layouts_of(match, module, shapes, config, matches, {}))
+            if len(layouts) != 1:
+                raise LabError(
+                    f"{row.theirs} is square, and nothing shows whether it is stored [out, in], as in nn.Linear, or "
+                    f'[in, out]; say so with --map FILE: {{"{row.theirs}": "{row.ours[0]}"}} or "{row.ours[0]}.T"'
+                )
+            known = layouts.pop()
             reason = f"{reason}; square: {known} as the other bare matrices"
         order = (1, 0) if known == "[in, out]" else (0, 1)
     folded = Folded(row.theirs, row.ours, order == (1, 0), row.meaning, shape, order, straight)
     return replace(match, row=folded, reason=reason)
 
 
-def layouts_beside(
-    match: Match, module: nn.Module, shapes: Shapes, config: GPTScratchConfig, matches: list[Match], uses: Uses
+def layouts_of(
+    match: Match,
+    module: nn.Module,
+    shapes: Shapes,
+    config: GPTScratchConfig,
+    matches: list[Match],
+    uses: Uses,
+    block="",
 ) -> list[str]:
-    """The layouts of the other bare matrices in a match's block: by shape, of square ones by use."""
-    block = re.match(r"trf_blocks\.\d+\.", match.row.ours[0])
+    """The layouts of the other bare matrices in a match's block, or in all: by shape, of square ones by use."""
     found = []
-    for row in (other.row for other in matches if block and other is not match):
+    for row in (other.row for other in matches if other is not match and other.row.ours[0].startswith(block)):
         shape, use = shapes[row.theirs], uses.get(row.theirs)
-        if len(shape) != 2 or layout_of(module, row.theirs) or not row.ours[0].startswith(block[0] if block else ""):
+        if len(shape) != 2 or layout_of(module, row.theirs) or not row.ours[0].startswith("trf_blocks"):
             continue
         if shape[0] != shape[1]:
             found.append("[out, in]" if shape == slot_of(row, config).straight else "[in, out]")
-        elif use is not None and use.transposed is not None:
-            found.append("[in, out]" if use.transposed else "[out, in]")
+        elif layout := layout_by_use(use):
+            found.append(layout)
     return found
-
-
-def layout_of_others(
-    match: Match, module: nn.Module, shapes: Shapes, config: GPTScratchConfig, matches: list[Match]
-) -> str:
-    """The layout of the blocks' rectangular bare matrices, which must have one in common.
-
-    Raises:
-        LabError: there are none, or both layouts occur.
-    """
-    layouts = set()
-    for row in (other.row for other in matches):
-        shape = shapes[row.theirs]
-        bare = row.ours[0].startswith("trf_blocks") and not layout_of(module, row.theirs)
-        if bare and len(shape) == 2 and shape[0] != shape[1]:
-            layouts.add("[out, in]" if shape == slot_of(row, config).straight else "[in, out]")
-    if len(layouts) != 1:
-        theirs, name = match.row.theirs, match.row.ours[0]
-        raise LabError(
-            f"{theirs} is square, and nothing shows whether it is stored [out, in], as in nn.Linear, or "
-            f'[in, out]; say so with --map FILE: {{"{theirs}": "{name}"}} or "{name}.T"'
-        )
-    return layouts.pop()
 
 
 def check_shape(row: Row, shapes: Shapes, config: GPTScratchConfig) -> None:

@@ -275,7 +275,8 @@ class Forward:
     def linear(self, n: int, name: str, x: torch.Tensor) -> torch.Tensor:
         """A linear layer of block n applied to x (…, in); (…, out)."""
         short = name.removeprefix("att.")
-        matrix, bias = (self.weights.get(f"{self.owner(n)}.{name}.{kind}") for kind in ("weight", "bias"))
+        layer = f"{self.owner(n)}.{name}"
+        matrix, bias = self.weights[f"{layer}.weight"], self.weights.get(f"{layer}.bias")
         x = F.linear(x, matrix.T if self.slot(n, f"{short}.transposed") else matrix)
         times = self.slot(n, f"{short}.bias")
         return x if bias is None else x + times * bias
@@ -500,8 +501,6 @@ SOFTMAX = {
         (e := (scores - scores.amax(-1, keepdim=True)).exp()) / (1 + e.sum(-1, keepdim=True))
     ),
     "plus one": lambda scores: scores.exp() / (1 + scores.exp().sum(-1, keepdim=True)),
-    "bfloat16": lambda scores: scores.bfloat16().softmax(-1).to(scores.dtype),
-    "float16": lambda scores: scores.half().softmax(-1).to(scores.dtype),
     "none": lambda scores: scores.masked_fill(scores == -math.inf, 0.0),
     "exponential": lambda scores: scores.exp(),
     "sigmoid": lambda scores: scores.sigmoid(),
@@ -533,9 +532,7 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "averaged over all tokens": lambda x: x.mean(2, keepdim=True).expand_as(x),
     "those of the other sequence": lambda x: x.roll(1, 0),
     "split by .view(B, H, T, D) without transpose": lambda x: x.transpose(1, 2).reshape(x.shape),
-    "split by .view(B, T, D, H)": lambda x: (
-        x.transpose(1, 2).flatten(2).unflatten(2, (x.shape[3], x.shape[1])).permute(0, 3, 1, 2)
-    ),
+    "split by .view(B, T, D, H)": lambda x: x.transpose(1, 2).reshape(len(x), x.shape[2], -1, x.shape[1]).movedim(3, 1),
 }
 
 

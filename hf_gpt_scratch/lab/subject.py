@@ -33,7 +33,6 @@ from ..weights.tensors import LazyTensor, to_scratch
 from ..weights.torch_archive import Stored
 from .building import (
     Settings,
-    as_module,
     book_settings,
     build,
     concept,
@@ -44,7 +43,7 @@ from .building import (
     values_of,
 )
 from .calling import own_caller
-from .held import Held, stacked, unstack
+from .held import Held, unstacked
 from .pairing import Folded, Match, joined, match_parameters, parameters, part_of
 from .usage import uses
 
@@ -370,22 +369,22 @@ def load_code(
         _, config = known_matches(made, kind)
     else:
         config, model_of = configured(made, module, cfg, like, name, notes)
-    model = made if ready else model_of() if callable(made) else as_module(copy.deepcopy(made), name)
-    held, layers = isinstance(model, Held), stacked(model, config.n_layers)
+    model = made if ready else model_of() if callable(made) else Held(copy.deepcopy(made))
     elsewhere = ready and any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters())
-    if not is_class and (weights is not None or elsewhere or (ready and layers)):
-        model = (model if held else copy.deepcopy(model)).to("cpu", torch.float32)  # the caller's own stays as it is
+    if not is_class and not isinstance(model, Held) and (weights is not None or elsewhere):
+        model = copy.deepcopy(model).to("cpu", torch.float32)  # the caller's own stays as it is
         if elsewhere:
             notes.append(f"{name} is compared as a copy on the CPU in float32")
     if weights is not None and weights != REFERENCE:
         model.load_state_dict(read_weights(weights, model))
         notes.append(f"weights: {weights}")
-    if layers:
-        notes.append(
-            f"{few(list(layers), 4)}: all layers in one tensor each, of which each layer is compared by itself"
-        )
-        unstack(model, stacked(model, config.n_layers).values())
-    result = subject(model, config, name, mapping, own_forward(model, forward, name))
+    model, apart = unstacked(model, config.n_layers)
+    if apart:
+        notes.append(f"{few(apart, 4)} hold all layers in one tensor each, of which each layer is compared by itself")
+    own = forward if callable(forward) else None
+    # A function gets what computes, not the module around it.
+    run = (lambda held, input_ids: own(held.made, input_ids)) if own and isinstance(model, Held) else own
+    result = subject(model, config, name, mapping, run)
     result.notes = notes + result.notes
     if result.guessed and cfg is None:
         result.config = None
@@ -405,23 +404,6 @@ def load_code(
     if not ready:
         model.float().eval()
     return result
-
-
-def own_forward(model: nn.Module, forward: Any, name: str) -> Callable[..., Any] | None:
-    """The user's function of a model and token ids; of what is no module, it gets this itself.
-
-    Raises:
-        LabError: it is needed, and there is none.
-    """
-    if isinstance(model, Held) and callable(forward):
-        return lambda _, input_ids: forward(model.made, input_ids)
-    if isinstance(model, Held) and "forward" not in vars(model):
-        raise LabError(
-            f"{name} is or returns a {type(model.made).__name__} of tensors, which cannot be called; write a function "
-            "that computes the logits with it, def run(params, input_ids): …, and give it with --forward run (in "
-            "Python: my_forward=run)"
-        )
-    return forward if callable(forward) else None
 
 
 def configured(

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from ..errors import LabError
 from ..weights.parity import warm_up
 from .bare import BareRecorder
-from .calling import logits_in
+from .calling import FUNCTION, logits_in
 from .pairing import joined, parameters
 from .subject import Subject
 from .usage import every_operation, submodule
@@ -128,7 +128,7 @@ class AttentionRecorder(TorchFunctionMode):
         if len(found) == layers and all(weights.ndim == 4 for weights in found):
             return found
         heads = len(found) // max(layers, 1)
-        if heads and len(found) == layers * heads and all(weights.ndim == 3 for weights in found):
+        if heads and len(found) == layers * heads and all(w.ndim == 3 and w.shape[-1] == self.tokens for w in found):
             return [torch.stack(found[n * heads : (n + 1) * heads], dim=1) for n in range(layers)]
         return []
 
@@ -261,8 +261,7 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
         except Exception as error:  # whatever the user's class raises
             raise LabError(
                 f"{subject.name} does not run on tokens of shape {tuple(input_ids.shape)}: "
-                f"{type(error).__name__}: {error}; if it must be called in another way, write a function that does, "
-                "def run(model, input_ids): …, and give it with --forward run (in Python: my_forward=run)"
+                f"{type(error).__name__}: {error}; if it must be called in another way, write {FUNCTION}"
             ) from error
     for names, parts in each_token.items():
         if len(parts) == input_ids.shape[1] > 1:  # one token after the other

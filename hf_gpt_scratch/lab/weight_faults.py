@@ -63,12 +63,9 @@ def weight_changes(reference: Weights, candidate: Weights) -> list[Change]:
 
 def untied(reference: Weights, candidate: Weights) -> bool:
     """Whether the reference's head is its token embedding, and the candidate's is not."""
-    first, second = (
-        [weights.get(f"{layer}.weight") for layer in (LOGITS, "tok_emb")] for weights in (reference, candidate)
-    )
-    if any(tensor is None for tensor in (*first, *second)):
-        return False
-    return torch.equal(*first) and not torch.equal(*second)
+    both = f"{LOGITS}.weight", "tok_emb.weight"
+    first, second = ([weights[name] for name in both if name in weights] for weights in (reference, candidate))
+    return len(first) == len(second) == 2 and torch.equal(*first) and not torch.equal(*second)
 
 
 def what_happened(name: str, right: torch.Tensor, got: torch.Tensor | None, reference: Weights) -> What | None:

@@ -125,6 +125,14 @@ def test_a_parameter_beyond_gpt2_is_found_and_told(compared):
 
 
 @pytest.mark.slow
+def test_the_neutral_values_of_what_gpt2_lacks_are_those_that_explain_the_rest(compared):
+    """With another mistake, the logits may be as close to the reference's, or closer, with ones in a bias."""
+    comparison = compared(BOOK, HEAD_BIAS, ("return self.out_head(x)", "return torch.relu(self.out_head(x))"))
+    assert comparison.diagnosis.names == ["extra-parameters", "not-logits"]
+    assert comparison.diagnosis.explained and "must be out_head.bias zeros" in comparison.diagnosis.faults[0].remedy
+
+
+@pytest.mark.slow
 def test_a_parameter_beyond_gpt2_hides_no_other_mistake(compared):
     comparison = compared(NANO, ("config.vocab_size, bias=False", "config.vocab_size"), STYLES["nanoGPT"].mistake)
     assert comparison.diagnosis.names == ["extra-parameters", "exact-gelu"]

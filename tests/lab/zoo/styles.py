@@ -1143,8 +1143,77 @@ class GPT(nn.Module):
         "all layers in one tensor": [
             ("nn.ParameterList([torch.randn(*shape) for _ in range(n)])", "nn.Parameter(torch.randn(n, *shape))")
         ],
-        "one-letter sizes, of which N is the context": [("(self, v, t, d, h, l)", "(self, V, N, E, H, L)"), ("        super()", "        v, t, d, h, l = V, N, E, H, L\n        super()")],
     },
+)
+
+STYLES["lists of layers in capitals"] = Style(
+    HEAD
+    + """
+class GPT(nn.Module):
+    def __init__(self, V, N, E, H, L):
+        super().__init__()
+        self.E, self.H, self.L = E, H, L
+        self.TE, self.PE, self.LNF = nn.Embedding(V, E), nn.Embedding(N, E), nn.LayerNorm(E)
+        self.LN1, self.LN2 = (nn.ModuleList(nn.LayerNorm(E) for _ in range(L)) for _ in range(2))
+        self.Q, self.K, self.V, self.O = (nn.ModuleList(nn.Linear(E, E) for _ in range(L)) for _ in range(4))
+        self.F1 = nn.ModuleList(nn.Linear(E, 4 * E) for _ in range(L))
+        self.F2 = nn.ModuleList(nn.Linear(4 * E, E) for _ in range(L))
+
+    def forward(self, i):
+        B, T = i.shape
+        x = self.TE(i) + self.PE(torch.arange(T))
+        for l in range(self.L):
+            h = self.LN1[l](x)
+            q, k, v = (part[l](h).view(B, T, self.H, -1).transpose(1, 2) for part in (self.Q, self.K, self.V))
+            a = q @ k.mT / math.sqrt(self.E // self.H) - torch.triu(torch.ones(T, T), 1) * 1e10
+            x = x + self.O[l]((a.softmax(3) @ v).transpose(1, 2).reshape(B, T, self.E))
+            h = self.F1[l](self.LN2[l](x))
+            x = x + self.F2[l](h * 0.5 * (1 + torch.tanh(0.7978845608028654 * (h + 0.044715 * h**3))))
+        return self.LNF(x) @ self.TE.weight.T
+""",
+    mistake=("0.044715", "0.44715"),
+)
+
+STYLES["one token after the other"] = Style(
+    HEAD
+    + """
+class Layer(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm_in, self.norm_mid = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.expand, self.shrink = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def step(self, x, keys, values):
+        q, k, v = self.to_qkv(self.norm_in(x)).view(len(x), 3, self.heads, -1).unbind(1)
+        keys.append(k)
+        values.append(v)
+        K, V = torch.stack(keys, 2), torch.stack(values, 2)
+        w = ((q[:, :, None] * K).sum(-1) / q.shape[-1] ** 0.5).softmax(-1)
+        x = x + self.mix((w[..., None] * V).sum(2).flatten(1))
+        return x + self.shrink(F.gelu(self.expand(self.norm_mid(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size, max_target_positions, decoder_embed_dim, decoder_attention_heads, decoder_layers):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, decoder_embed_dim)
+        self.position = nn.Embedding(max_target_positions, decoder_embed_dim)
+        self.stack = nn.ModuleList(Layer(decoder_embed_dim, decoder_attention_heads) for _ in range(decoder_layers))
+        self.norm_out = nn.LayerNorm(decoder_embed_dim)
+
+    def forward(self, tokens):
+        cache = [([], []) for _ in self.stack]
+        outputs = []
+        for t in range(tokens.shape[1]):
+            x = self.embedding(tokens[:, t]) + self.position.weight[t]
+            for layer, (keys, values) in zip(self.stack, cache):
+                x = layer.step(x, keys, values)
+            outputs.append(F.linear(self.norm_out(x), self.embedding.weight))
+        return torch.stack(outputs, 1)
+""",
+    mistake=("self.expand(self.norm_mid(x))", "self.expand(x)"),
 )
 
 STYLES["each block in the one before"] = Style(
@@ -1246,12 +1315,17 @@ class GPT:
 """,
     mistake=("* torch.rsqrt(((x - m) ** 2).mean(", "* torch.rsqrt(((x - m) ** 2).sum("),
     variants={
-        "all layers in one": [("= init_params(n_vocab, n_ctx, n_embd, n_layer), n_head", "= stacked_params(n_vocab, n_ctx, n_embd, n_layer), n_head")],
+        "all layers in one": [
+            (
+                "= init_params(n_vocab, n_ctx, n_embd, n_layer), n_head",
+                "= stacked_params(n_vocab, n_ctx, n_embd, n_layer), n_head",
+            )
+        ],
     },
 )
 STYLES["a tree of tensors, and a function"] = Style(
     STYLES["a tree of tensors"].text,
-    mistake=("s.softmax(-1), v)", "s.bfloat16().softmax(-1).to(v.dtype), v)"),
+    mistake=("s.softmax(-1), v)", "s.softmax(1), v)"),
     target="init_params",
     options={"my_forward": "apply", "weights": "reference"},
 )
@@ -1606,6 +1680,11 @@ MISUSED: dict[str, tuple[str, list[tuple[str, str]], list[str]]] = {
             ),
         ],
         ["wrong-wiring"],
+    ),
+    "the first layer's weights in all layers": (
+        "parameter lists in one forward",
+        [("for i in range(len(self.qkv_w)):", "for i in [0] * len(self.qkv_w):")],
+        ["shared-blocks"],
     ),
     "positions by sequence": (
         "book",
