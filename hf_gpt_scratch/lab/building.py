@@ -26,9 +26,9 @@ from .held import Held
 SIZE_NAMES = {
     "vocab_size": r"(n|num|d)_?(vocab|tokens?)|vocab(ulary)?(_?(size|len|dim))?|v",
     "context_length": r"(n|d)_?(ctx|positions)|block_?(size|len)|((max|n)_?)?(ctx|context|seq(uence)?|pos(ition)?s?)"
-    r"(_?(len(gth)?|size|window|embeddings))?|max_?(seq_?)?len(gth)?|t",
+    r"(_?(len(gth)?|size|window|embeddings))?|max_?(seq_?)?len(gth)?|(max_?)?t",
     "emb_dim": r"(n|d)_?(embd?|embed|model|inp)|(emb(d|ed|edding)?|hidden)(_?(dim|size|d|width))?s?"
-    r"|model_?(dim|size|d|width)|(dim|width)|num_?hiddens|d|e|k",
+    r"|model_?(dim|size|d|width)|(dim|width|channels)|num_?hiddens|d|e|k|c",
     "n_heads": r"((n|num)_?)?(attention_?|attn_?)?heads?|n?h",
     "n_layers": r"((n|num)_?)?(hidden_?|trf_?|transformer_?)?(layers?|blocks|blks)|(n|num)_?(block|blk)|depth|n?l|n",
     "drop_rate": r".*drop.*",

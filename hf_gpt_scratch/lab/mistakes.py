@@ -341,11 +341,8 @@ DIMS = {(1,): "the tokens", (0,): "the batch", (1, 2): "tokens and embedding", (
 def wrong_norms() -> list[Mistake]:
     """Other formulas of LayerNorm, in all norms."""
     make = partial(row, stage="norm1", remedy=LAYER_NORM)
-    rows = [
-        make(NORM_NAMES.get(formula, "wrong-norm"), says=f"LayerNorm {says}", all_norms_formula=formula,
-             common=formula == "rms")
-        for formula, says in FORMULAS.items()
-    ]  # fmt: skip
+    rows = [make(NORM_NAMES.get(f, "wrong-norm"), says=f"LayerNorm {says}", all_norms_formula=f, common=f == "rms")
+            for f, says in FORMULAS.items()]  # fmt: skip
     says = "LayerNorm is RMSNorm: it neither subtracts the mean nor adds the shift"
     rows.append(make("rms-norm", says=says, all_norms_formula="rms", all_norms_affine="no shift", common=True))
     for dims, over in DIMS.items():
@@ -438,7 +435,9 @@ def wrong_softmax() -> list[Mistake]:
     for kind, (name, says) in SOFTMAX_ROWS.items():
         common = name == "softmax-dimension" and "and" not in kind
         for fill in ({}, dict(fill=("set", -1e30))) if kind in ("heads", "batch") else ({},):  # all may be masked
-            rows.append(row(name, "att.weights", says, SOFTMAX_REMEDY, softmax=kind, common=common, **fill))
+            rows.append(
+                row(name, "att.weights", says, SOFTMAX_REMEDY, softmax=kind, common=common and not fill, **fill)
+            )
         if kind in ("none", "relu", "log", "sum", "queries"):
             says = f"{says}; the mask comes after it"
             rows.append(row(name, "att.weights", says, SOFTMAX_REMEDY, softmax=kind, mask_after=True))
@@ -552,7 +551,7 @@ def wrong_order(config: GPTScratchConfig) -> list[Mistake]:
     twice = plus(("block before", plus("previous")))
     alike = sorted({0, config.n_layers - 1}) if config.n_layers > 1 else []
     return [
-        *(usual("shared-blocks", "norm1", f"all blocks have the weights of block {n}", SHARED, owner=n) for n in alike),
+        *(row("shared-blocks", "norm1", f"all blocks have the weights of block {n}", SHARED, owner=n) for n in alike),
         usual("blocks-not-chained", "input", "each block reads the embeddings", CHAIN, input=plus("embedded")),
         usual("skipped-block", "input", "the block before is left out", CHAIN, input=plus("two before")),
         usual("doubled-block", "input", "the block before runs twice", CHAIN, input=twice),

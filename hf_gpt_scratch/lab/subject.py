@@ -4,11 +4,13 @@ Shapes: E emb_dim, I n_inner, V vocabulary, C context_length.
 """
 
 import copy
+import inspect
 import json
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -369,7 +371,8 @@ def load_code(
         _, config = known_matches(made, kind)
     else:
         config, model_of = configured(made, module, cfg, like, name, notes)
-    model = made if ready else model_of() if callable(made) else Held(copy.deepcopy(made))
+    makes = isinstance(made, type | partial) or inspect.isroutine(made)
+    model = made if ready else model_of() if makes else Held(copy.deepcopy(made))
     elsewhere = ready and any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters())
     if not is_class and not isinstance(model, Held) and (weights is not None or elsewhere):
         model = copy.deepcopy(model).to("cpu", torch.float32)  # the caller's own stays as it is
@@ -396,7 +399,7 @@ def load_code(
             )
         result.notes += copy_weights(like, result)
     elif like is not None and weights is None:
-        what = "is a model" if ready or not callable(made) else "returns a model"
+        what = "is a model" if ready or not makes else "returns a model"
         result.notes.append(
             f"{name} {what}, which is judged with its own weights; --weights reference gives it the other model's, to "
             "test its forward pass alone"

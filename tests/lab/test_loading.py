@@ -124,6 +124,20 @@ def test_a_parameter_beyond_gpt2_is_found_and_told(compared):
     assert any("does not have: out_head.bias" in note for note in comparison.notes)
 
 
+def test_objects_and_trees_in_memory_are_judged_with_their_own_weights_and_left_as_they_are(official):
+    namespace: dict = {}
+    exec(STYLES["a tree of tensors"].text, namespace)
+    made = namespace["GPT"](211, 48, 48, 2, 3)
+    for given, options in ((made, {}), (made.params, {"my_forward": namespace["apply"]})):
+        comparison = compare(official, given, **options)
+        assert not comparison.same
+        assert {fault.kind for fault in comparison.diagnosis.faults} == {"weights"}
+        assert any("is a model, which is judged with its own weights" in note for note in comparison.notes)
+    assert type(made.params["wte"]) is torch.Tensor
+    with pytest.raises(LabError, match="a dict has no weights"):
+        compare(official, {"n_layer": 2})
+
+
 @pytest.mark.slow
 def test_the_neutral_values_of_what_gpt2_lacks_are_those_that_explain_the_rest(compared):
     """With another mistake, the logits may be as close to the reference's, or closer, with ones in a bias."""
