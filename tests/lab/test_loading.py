@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from zoo.styles import FUSED, STYLES, Style
 
 from hf_gpt_scratch import LabError, compare
+from hf_gpt_scratch.lab.building import concept
 
 BOOK, NANO = STYLES["book"].text, STYLES["nanoGPT"].text
 CFG = dict(vocab_size=211, context_length=48, emb_dim=48, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=True)
@@ -122,6 +123,18 @@ def test_a_parameter_beyond_gpt2_is_found_and_told(compared):
     assert comparison.diagnosis.names == ["extra-parameters"] and comparison.diagnosis.explained
     assert comparison.diagnosis.faults[0].error < 1e-12, "without it, it is the same"
     assert any("does not have: out_head.bias" in note for note in comparison.notes)
+
+
+@pytest.mark.parametrize(
+    ("size", "names"),
+    {
+        "emb_dim": "ninp channels C decoder_embed_dim",
+        "context_length": "maxT T max_target_positions",
+        "n_inner": "nhid d_hid decoder_ffn_embed_dim",
+    }.items(),
+)
+def test_sizes_are_known_by_these_names_too(size, names):
+    assert {concept(name) for name in names.split()} == {size}
 
 
 def test_objects_and_trees_in_memory_are_judged_with_their_own_weights_and_left_as_they_are(official):
