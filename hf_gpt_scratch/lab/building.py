@@ -21,19 +21,21 @@ from torch import nn
 from ..errors import LabError, few
 from ..model.config_translation import TO_GPT2
 from ..model.configuration_gpt_scratch import SIZES, GPTScratchConfig
+from .held import Held
 
 # What others call the sizes; the whole name has to match, in upper case or lower.
 SIZE_NAMES = {
     "vocab_size": r"(n|num|d)_?(vocab|tokens?)|vocab(ulary)?(_?(size|len|dim))?|v",
     "context_length": r"(n|d)_?(ctx|positions)|block_?(size|len)|((max|n)_?)?(ctx|context|seq(uence)?|pos(ition)?s?)"
-    r"(_?(len(gth)?|size|window|embeddings))?|max_?(seq_?)?len(gth)?|t",
-    "emb_dim": r"(n|d)_?(embd?|embed|model)|(emb(d|ed|edding)?|hidden)(_?(dim|size|d|width))?s?"
-    r"|model_?(dim|size|d|width)|(dim|width)|num_?hiddens|d|e|k",
+    r"(_?(len(gth)?|size|window|embeddings))?|max_?(seq_?)?len(gth)?|(max_?)?t",
+    "emb_dim": r"(n|d)_?(embd?|embed|model|inp)|(emb(d|ed|edding)?|hidden)(_?(dim|size|d|width))?s?"
+    r"|model_?(dim|size|d|width)|(dim|width|channels)|num_?hiddens|d|e|k|c",
     "n_heads": r"((n|num)_?)?(attention_?|attn_?)?heads?|n?h",
     "n_layers": r"((n|num)_?)?(hidden_?|trf_?|transformer_?)?(layers?|blocks|blks)|(n|num)_?(block|blk)|depth|n?l|n",
     "drop_rate": r".*drop.*",
     "qkv_bias": r"(qkv_?|use_?|attn_?)?bias(es)?",
-    "n_inner": r"(n|d)_?(inner|ff|ffn|mlp|hidden)|(ff|ffn|mlp|inner|intermediate|feed_?forward)(_?(dim|size|hidden))+",
+    "n_inner": r"(n|d)_?(inner|ff|ffn|mlp|hid(den)?)"
+    r"|(ff|ffn|mlp|inner|intermediate|feed_?forward)(_?(embed|dim|size|hidden))+",
     "head_dim": r"(d_?head|head_?(dim|size))",
     "layer_norm_epsilon": r"((layer_?)?(norm|ln)_?)?eps(ilon)?",
     "expansion": r"((ff|ffn|mlp)_?)?(mult(iplier)?|ratio|expansion(_?factor)?)",
@@ -86,6 +88,7 @@ def concept(name: str) -> str | None:
     """The size that a name means, by the book's name or those of `SIZE_NAMES`."""
     if name in SIZE_NAMES:
         return name
+    name = re.sub(r"(^|_)(decoder|target|tgt)_", r"\1", name, flags=re.IGNORECASE)
     return next((size for size, names in SIZE_NAMES.items() if re.fullmatch(names, name, re.IGNORECASE)), None)
 
 
@@ -389,8 +392,6 @@ def build(
     Args:
         given: the config that the user gave, if any.
     """
-    if not callable(make):
-        raise LabError(f"{source} is a {type(make).__name__}; name a model, a class or a function that returns one")
     try:
         model = called(make, settings, source, module, given)
     except LabError:
@@ -400,9 +401,7 @@ def build(
             f"{source} cannot be built: {type(error).__name__}: {error}; see --cfg, or write a function without "
             "arguments that returns the model, and name that"
         ) from error
-    if not isinstance(model, nn.Module):
-        raise LabError(f"{source} returns a {type(model).__name__}, not a torch.nn.Module; name one that does")
-    return model
+    return model if isinstance(model, nn.Module) else Held(model)
 
 
 def called(
@@ -423,6 +422,9 @@ def called(
         values = ", ".join(f'"{name}": …' for name in unknown)
         raise LabError(f"{source} needs {few(unknown, 5)}, which no size is; give --cfg '{{{values}}}'")
     arguments = {p.name: settings[p.name] for p in named if settings.knows(p.name)}
+    letters = {p.name.lower(): p.name for p in named if len(p.name) == 1}
+    if {"n", "l"} <= letters.keys() and "t" not in letters:  # N tokens, L layers
+        arguments[letters["n"]] = settings["context_length"]
     if any(p.kind is p.VAR_KEYWORD for p in accepted):
         return with_any_names(make, arguments, settings)
     return make(**arguments)
@@ -490,12 +492,8 @@ def configs_for(
     annotation = parameter.annotation
     if isinstance(annotation, str):
         annotation = getattr(module, annotation.strip("'\""), None)
-    if isinstance(annotation, type) and annotation.__module__ not in (
-        "builtins",
-        "typing",
-        "collections.abc",
-        "inspect",
-    ):
+    plain = ("builtins", "typing", "collections.abc", "inspect")
+    if isinstance(annotation, type) and annotation.__module__ not in plain:
         return [lambda: filled(annotation, settings)]
     if parameter.default is not parameter.empty and parameter.default is not None:
         return [lambda: filled(parameter.default, settings)]

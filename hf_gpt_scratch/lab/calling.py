@@ -17,6 +17,9 @@ from ..errors import LabError
 # from model to model, so it is asked for.
 NOTHING = ("target", "label", "cache", "past", "kv", "state", "loss", "memory")
 FROM_ZERO = ("start", "offset", "position_offset", "step", "index", "pos")
+FUNCTION = (
+    "a function that does, def run(model, input_ids): …, and give it with --forward run (in Python: my_forward=run)"
+)
 SWITCHES = ("train", "return", "use", "output", "debug", "verbose")
 
 
@@ -105,15 +108,13 @@ def logits_in(output: Any, tokens: torch.Size, vocab_size: int | None, name: str
         shapes = ", ".join(f"{label or 'a tensor'} {tuple(tensor.shape)}" for label, tensor in found) or "no tensor"
         raise LabError(
             f"{name} returns {type(output).__name__} instead of logits (B, T, V): it has {shapes}; return them, alone "
-            "or under the name logits, or write a function that does, def run(model, input_ids): …, and give it with "
-            "--forward run (in Python: my_forward=run)"
+            f"or under the name logits, or write {FUNCTION}"
         )
     else:
         several = ", ".join(label for label, _ in exact or sized)
         raise LabError(
-            f"{name} returns several tensors that may be the logits: {several}; call one of them logits, or write a "
-            "function that returns it, def run(model, input_ids): …, and give it with --forward run (in Python: "
-            "my_forward=run)"
+            f"{name} returns several tensors that may be the logits: {several}; call one of them logits, or write "
+            f"{FUNCTION}"
         )
     batch, length = tokens
     if chosen.ndim == 2 and chosen.shape[0] == batch * length:
@@ -123,8 +124,7 @@ def logits_in(output: Any, tokens: torch.Size, vocab_size: int | None, name: str
     if chosen.ndim != 3 or (vocab_size is not None and chosen.shape[-1] < vocab_size):
         raise LabError(
             f"{name} returns {tuple(chosen.shape)} instead of logits (B, T, V) = ({batch}, {length}, "
-            f"{vocab_size or 'V'}); return them, or write a function that does, def run(model, input_ids): …, and give "
-            "it with --forward run (in Python: my_forward=run)"
+            f"{vocab_size or 'V'}); return them, or write {FUNCTION}"
         )
     return chosen
 

@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from .diagnose import Diagnosis
 
 Traces = tuple[Activations, Activations]  # of reference and candidate
+# What `to_dict` has as it is.
+PLAIN_FIGURES = ("reference", "candidate", "kind", "same", "verdict", "different_tensors", "different_settings",
+                 "dtype", "bound", "deterministic", "perplexity", "growth", "gradients", "gradients_agree", "extras",
+                 "quick", "failure", "notes", "tokens")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -240,35 +244,18 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers that are not finite are strings."""
         first = self.first_divergence
+        figures = {name: getattr(self, name) for name in PLAIN_FIGURES}
         return finite(
-            {
-                "reference": self.reference,
-                "candidate": self.candidate,
-                "kind": self.kind,
-                "same": self.same,
-                "different_tensors": self.different_tensors,
-                "different_settings": self.different_settings,
-                "verdict": self.verdict,
+            figures
+            | {
                 "diagnosis": self.diagnosis.to_dict() if self.diagnosis else None,
                 "first_divergence": first.stage if first else None,
-                "dtype": self.dtype,
-                "bound": self.bound,
-                "deterministic": self.deterministic,
                 "logits": asdict(self.logits),
                 "logits_float32": asdict(self.logits_float32),
-                "perplexity": self.perplexity,
                 "stages": [asdict(stage) for stage in self.stages],
-                "growth": self.growth,
-                "gradients": self.gradients,
-                "gradients_agree": self.gradients_agree,
-                "extras": self.extras,
-                "quick": self.quick,
-                "failure": self.failure,
                 "worst_token": list(self.worst_token),
                 "top_tokens": self.top_tokens() if self.is_language_model else [],
                 "mapping": {side: [match.to_dict() for match in matches] for side, matches in self.matches.items()},
-                "notes": self.notes,
-                "tokens": self.tokens,
             }
         )
 
@@ -349,15 +336,9 @@ def distribution(reference: torch.Tensor, candidate: torch.Tensor) -> Distributi
     if not (a.isfinite().all() and b.isfinite().all()):  # such a model equals no other
         relative = math.inf
     kl = kl_divergence(a, b)
-    return Distribution(
-        tokens=kl.numel(),
-        max_abs_logit=a.abs().max().item(),
-        max_abs_error=off,
-        relative_error=relative,
-        mean_kl=kl.mean().item(),
-        max_kl=kl.max().item(),
-        top1_agreement=(a.argmax(-1) == b.argmax(-1)).double().mean().item(),
-    )
+    agreement = (a.argmax(-1) == b.argmax(-1)).double().mean().item()
+    largest = a.abs().max().item()
+    return Distribution(kl.numel(), largest, off, relative, kl.mean().item(), kl.max().item(), agreement)
 
 
 @torch.no_grad()

@@ -206,10 +206,12 @@ class Runner:
 
 
 def searched_tokens(input_ids: torch.Tensor) -> list[torch.Tensor]:
-    """The tokens for the search: two sequences if possible, so that what mixes them shows."""
+    """The tokens for the search: two sequences if possible, so that what mixes them shows, and an odd number of tokens
+    if possible, so that it is not taken for another size."""
     short = input_ids[:2, :SHORT]
     two = torch.cat([short, short.flip(1)]) if len(short) == 1 else short
-    return [two, short]
+    odd = two[:, : (two.shape[1] - 1) // 2 * 2 + 1]
+    return [odd, two, short]
 
 
 def fresh_tokens(input_ids: torch.Tensor, vocab_size: int, context: int) -> list[torch.Tensor]:

@@ -61,6 +61,7 @@ def fits(experiment: "Experiment", target: str, *, more: bool = True) -> list[Mi
     makers: dict[str, Callable[[], list[Mistake]]] = {
         "pos_emb": lambda: fitted_positions(experiment, recorded),
         "att.weights": lambda: fitted_attention(experiment, forward, recorded, n),
+        "att.out_proj.input": lambda: fitted_context(forward, recorded, n),
         "ff.layers.2.input": lambda: fitted_activation(experiment, forward[f"trf_blocks.{n}.ff.layers.0"], recorded),
         LOGITS: lambda: fitted_logits(forward, recorded),
         **{key: partial(fitted_eps, experiment, forward, recorded, n, name) for key, name in NORMED.items()},
@@ -270,12 +271,53 @@ def fitted_attention(experiment: "Experiment", forward: Forward, recorded: torch
         usual = now if isinstance(now, float) else head**-0.5 if experiment.config.scale_attn_weights else 1.0
         factor = ratio * usual
         heads = forward.n_heads(n)
-        named = [scale_of(name, head, experiment.config.emb_dim, heads, n) for name in SCALES]
+        named = [scale_of(name, head, experiment.config.emb_dim, heads, n, scores.shape[-1]) for name in SCALES]
         if not any(abs(factor - value) <= 1e-9 * abs(value) for value in named):
             says = f"attention scores are multiplied by {factor:.6g} = 1/{1 / factor:.6g}, not by 1/√head_dim"
             found.append(row("wrong-scale", "att.weights", says, SCALE, scale=factor))
+    found += fitted_factors("scores", raw, logs)
+    found += fitted_limits(scores, weights.clamp(min=1e-300).log(), past)
     found += fitted_fill(scores, weights, seen)
     return found
+
+
+def fitted_factors(slot: str, right: torch.Tensor, got: torch.Tensor) -> list[Mistake]:
+    """The factors of the scores or attention weights in each head, from what follows from them (B, H, T, …)."""
+    factors = ((right * got).sum((0, 2, 3)) / right.square().sum((0, 2, 3))).tolist()
+    values = [snap(factor) if math.isfinite(factor) else 0.0 for factor in factors]
+    if all(abs(value - 1) <= 1e-7 for value in values):
+        return []
+    says = f"are multiplied, head by head, by {', '.join(f'{value:.6g}' for value in values)}"
+    kind = ("wrong-scale", "att.weights", f"attention scores {says}", SCALE)
+    if slot == "weights":
+        kind = ("wrong-scores", "att.out_proj.input", f"attention weights {says}", "context = weights @ values")
+    return [Mistake(*kind, ((slot, ("factors", *values)),))]
+
+
+def fitted_context(forward: Forward, recorded: torch.Tensor, n: int) -> list[Mistake]:
+    both = (x.double().unflatten(-1, (forward.n_heads(n), -1)).transpose(1, 2) for x in (forward.context(n), recorded))
+    return fitted_factors("weights", *both)
+
+
+def fitted_limits(scores: torch.Tensor, logs: torch.Tensor, past: torch.Tensor) -> list[Mistake]:
+    """Clamped scores, by the logarithms of the weights: these are scores but for a constant of each row, which at least
+    two scores within the limits show."""
+    rest = torch.where(past, scores - logs, math.nan)
+    alike = (rest[..., None] - rest[..., None, :]).abs() <= SNAP * rest.abs().clamp(min=1)[..., None]
+    most, where = alike.sum(-1).max(-1)
+    clamped = logs + rest.gather(-1, where[..., None])
+    sound = past & (most > 1)[..., None]
+    low, high = (clamped[sound & (sign * (scores - clamped) > 1e-7)] for sign in (-1, 1))
+    if not low.numel() + high.numel():
+        return []
+    least = snap(low.mean().item()) if low.numel() else -math.inf
+    largest = snap(high.mean().item()) if high.numel() else math.inf
+    says = f"attention scores are clamped between {least:.6g} and {largest:.6g}"
+    limits, unmasked = ("clamped", least, largest), f"{says}, the masked ones, too"
+    return [
+        row("wrong-scores", "att.weights", says, SCALE, scores=limits),
+        row("wrong-scores", "att.weights", unmasked, MASK, scores=limits, fill=("set", least)),
+    ]
 
 
 def visible_band(seen: torch.Tensor, rows: torch.Tensor) -> tuple[int | None, int | None] | None:
@@ -325,15 +367,11 @@ def fitted_fill(scores: torch.Tensor, weights: torch.Tensor, seen: torch.Tensor)
 def fitted_activation(experiment: "Experiment", x: torch.Tensor, recorded: torch.Tensor) -> list[Mistake]:
     """GELU with other constants, x · σ(kx), a leaky ReLU, or a multiple of the right activation."""
     x, y = x.double().flatten(), recorded.double().flatten()
-    right, remedy, stage = (
-        experiment.config.activation_function,
-        activation_remedy(experiment.config),
-        "ff.layers.2.input",
-    )
+    right, remedy = experiment.config.activation_function, activation_remedy(experiment.config)
     found = []
 
     def add(says: str, kind: Any) -> None:
-        found.append(row("wrong-activation", stage, says, remedy, activation=kind))
+        found.append(row("wrong-activation", "ff.layers.2.input", says, remedy, activation=kind))
 
     gate = 2 * y / x - 1
     sound = (gate.abs() < 0.999) & (x.abs() > 1e-2) & gate.isfinite()

@@ -7,6 +7,7 @@ and what a fit (fits.py) finds.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, permutations, product
 from typing import Any
 
@@ -50,6 +51,7 @@ def row(name: str, stage: str, says: str, remedy: str, *, common=False, **change
     return Mistake(name, stage, says, remedy, tuple(slots.items()), common)
 
 
+usual = partial(row, common=True)
 BOTH_NORMS = "x = x + att(norm1(x)); x = x + ff(norm2(x))"
 MASK = "scores.masked_fill(torch.triu(ones, diagonal=1).bool(), -inf), then softmax"
 SCALE = "attn_scores / keys.shape[-1] ** 0.5, once"
@@ -158,70 +160,68 @@ WIRINGS: tuple[tuple[str, str, str, str, dict[str, Any], bool], ...] = (
 
 # Rows of one stage are tried in this order.
 CATALOGUE = (
-    row("off-by-one-positions", "pos_emb", "positions start at 1 instead of 0", POSITIONS, positions=(1, 1),
-        common=True),
+    usual("off-by-one-positions", "pos_emb", "positions start at 1 instead of 0", POSITIONS, positions=(1, 1)),
     row("off-by-one-positions", "pos_emb", "positions start at -1 instead of 0", POSITIONS, positions=(-1, 1)),
     row("off-by-one-positions", "pos_emb", "positions start at 2 instead of 0", POSITIONS, positions=(2, 1)),
-    row("wrong-positions", "pos_emb", "positions count backwards: the last token has position 0", POSITIONS,
-        positions="reversed", common=True),
+    usual("wrong-positions", "pos_emb", "positions count backwards: the last token has position 0", POSITIONS,
+          positions="reversed"),
     row("wrong-positions", "pos_emb", "positions count down from the last row of the table", POSITIONS,
         positions="from the end"),
     row("wrong-positions", "pos_emb", "positions are the last rows of the table", POSITIONS, positions="last"),
-    row("wrong-positions", "pos_emb", "every token has position 0", POSITIONS, positions=(0, 0), common=True),
+    usual("wrong-positions", "pos_emb", "every token has position 0", POSITIONS, positions=(0, 0)),
     row("wrong-positions", "pos_emb", "positions go in steps of 2", POSITIONS, positions=(0, 2)),
     row("wrong-positions", "pos_emb", "each sequence has one position: its number in the batch", POSITIONS,
         positions="sequences"),
     row("wrong-positions", "pos_emb", "token ids are looked up as positions", POSITIONS, positions="tokens"),
-    row("sinusoidal-positions", "pos_emb", "positions are sinusoidal, not the checkpoint's", POSITIONS,
-        positions="sinusoidal", common=True),
+    usual("sinusoidal-positions", "pos_emb", "positions are sinusoidal, not the checkpoint's", POSITIONS,
+          positions="sinusoidal"),
     row("sinusoidal-positions", "pos_emb", "positions are sinusoidal, sines before cosines, not the checkpoint's",
         POSITIONS, positions="sinusoidal, halves"),
-    row("no-positions", "input", "the position embedding is not added", EMBEDDED, embedded=plus("tok_emb"),
-        common=True),
-    row("wrong-embedding", "input", "positions are added twice", EMBEDDED,
-        embedded=(("tok_emb", 1.0), ("pos_emb", 2.0))),
+    usual("no-positions", "input", "the position embedding is not added", EMBEDDED, embedded=plus("tok_emb")),
+    row("wrong-embedding", "input", "positions are added twice", EMBEDDED, embedded=(("tok_emb", 1.0), ("pos_emb",
+        2.0))),
     row("wrong-embedding", "input", "the token embedding is not added", EMBEDDED, embedded=plus("pos_emb")),
-    row("unbiased-variance", "norm1", "LayerNorm divides the variance by E − 1, not by E",
-        "x.var(dim=-1, keepdim=True, unbiased=False)", all_norms_unbiased=True, common=True),
-    row("eps-outside-root", "norm1", "LayerNorm adds eps to the standard deviation, not to the variance",
-        "(x - mean) / torch.sqrt(var + eps)", all_norms_eps_on_std=True, common=True),
-    row("missing-bias", "norm1", "the norms add no bias (shift)", BIAS, all_norms_affine="no shift", common=True),
-    row("missing-norm-scale", "norm1", "the norms are not multiplied by their scale", LAYER_NORM,
-        all_norms_affine="no scale", common=True),
-    row("not-transposed", "att.W_query", "W_query, W_key, W_value are applied transposed", TRANSPOSE, common=True,
-        **{f"{name}.transposed": True for name in QKV}),
-    row("not-transposed", "att.W_query", "out_proj, W_query, W_key, W_value are applied transposed", TRANSPOSE,
-        common=True, **{f"{name}.transposed": True for name in (*QKV, "out_proj")}),
-    row("missing-bias", "att.W_query", "W_query, W_key, W_value add no bias", BIAS, common=True,
-        **{f"{name}.bias": 0.0 for name in QKV}),
-    row("heads-not-transposed", "att.weights", "heads are split by .view(B, H, T, D) without transpose", HEADS,
-        split="htd", merge="htd", common=True),
-    row("heads-not-transposed", "att.weights", "heads are split by .view(B, H, T, D), but joined with the transpose",
-        HEADS, split="htd", common=True),
-    row("heads-not-transposed", "att.out_proj.input", "heads are joined without transposing back", HEADS,
-        merge="htd", common=True),
-    row("heads-interleaved", "att.weights", "heads are interleaved: split by .view(B, T, D, H)", HEADS,
-        split="tdh", merge="tdh", common=True),
+    usual("unbiased-variance", "norm1", "LayerNorm divides the variance by E − 1, not by E",
+          "x.var(dim=-1, keepdim=True, unbiased=False)", all_norms_unbiased=True),
+    usual("eps-outside-root", "norm1", "LayerNorm adds eps to the standard deviation, not to the variance",
+          "(x - mean) / torch.sqrt(var + eps)", all_norms_eps_on_std=True),
+    usual("missing-bias", "norm1", "the norms add no bias (shift)", BIAS, all_norms_affine="no shift"),
+    usual("missing-norm-scale", "norm1", "the norms are not multiplied by their scale", LAYER_NORM,
+          all_norms_affine="no scale"),
+    usual("not-transposed", "att.W_query", "W_query, W_key, W_value are applied transposed", TRANSPOSE,
+          **{f"{name}.transposed": True for name in QKV}),
+    usual("not-transposed", "att.W_query", "out_proj, W_query, W_key, W_value are applied transposed", TRANSPOSE,
+          **{f"{name}.transposed": True for name in (*QKV, "out_proj")}),
+    usual("missing-bias", "att.W_query", "W_query, W_key, W_value add no bias", BIAS, **{f"{name}.bias": 0.0 for name in
+          QKV}),
+    usual("heads-not-transposed", "att.weights", "heads are split by .view(B, H, T, D) without transpose", HEADS,
+          split="htd", merge="htd"),
+    usual("heads-not-transposed", "att.weights", "heads are split by .view(B, H, T, D), but joined with the transpose",
+          HEADS, split="htd"),
+    usual("heads-not-transposed", "att.out_proj.input", "heads are joined without transposing back", HEADS,
+          merge="htd"),
+    usual("heads-interleaved", "att.weights", "heads are interleaved: split by .view(B, T, D, H)", HEADS, split="tdh",
+          merge="tdh"),
     row("heads-interleaved", "att.weights", "heads are split by .view(B, T, D, H), but joined in the right order",
         HEADS, split="tdh"),
     row("heads-interleaved", "att.out_proj.input", "heads are joined in the order D, H, not H, D", HEADS, merge="tdh"),
-    row("attention-over-heads", "att.weights", "the heads of a token attend to each other, not the tokens", HEADS,
-        over="heads", mask=(None, None), common=True),
+    usual("attention-over-heads", "att.weights", "the heads of a token attend to each other, not the tokens", HEADS,
+          over="heads", mask=(None, None)),
     row("attention-over-heads", "att.weights", "the heads of a token attend to each other, under a causal mask", HEADS,
         over="heads"),
-    row("attention-over-heads", "att.weights",
-        "the heads of a token attend to each other, and are joined as if they had been transposed", HEADS,
-        over="heads", mask=(None, None), merge="htd", common=True),
+    usual("attention-over-heads", "att.weights",
+          "the heads of a token attend to each other, and are joined as if they had been transposed", HEADS,
+          over="heads", mask=(None, None), merge="htd"),
     row("attention-over-heads", "att.weights",
         "the heads of a token attend to each other, under a causal mask, and are joined as if they had been transposed",
         HEADS, over="heads", merge="htd"),
-    row("attention-over-batch", "att.weights", "the sequences of a batch attend to each other, not the tokens",
-        "nn.MultiheadAttention(…, batch_first=True), or (B, H, T, D) before the product",
-        over="batch", mask=(None, None), common=True),
+    usual("attention-over-batch", "att.weights", "the sequences of a batch attend to each other, not the tokens",
+          "nn.MultiheadAttention(…, batch_first=True), or (B, H, T, D) before the product", over="batch", mask=(None,
+          None)),
     row("attention-over-batch", "att.weights", "the sequences of a batch attend to each other, under a causal mask",
         "nn.MultiheadAttention(…, batch_first=True), or (B, H, T, D) before the product", over="batch"),
-    row("rotary-positions", "att.weights", "queries and keys are rotated (RoPE)", "GPT-2 has learned positions only",
-        rotary="halves", common=True),
+    usual("rotary-positions", "att.weights", "queries and keys are rotated (RoPE)", "GPT-2 has learned positions only",
+          rotary="halves"),
     row("rotary-positions", "att.weights", "queries and keys are rotated (RoPE, neighbouring pairs)",
         "GPT-2 has learned positions only", rotary="pairs"),
     row("rotary-positions", "input", "positions are rotary (RoPE), and the position embedding is not added", EMBEDDED,
@@ -229,75 +229,70 @@ CATALOGUE = (
     row("rotary-positions", "input",
         "positions are rotary (RoPE, neighbouring pairs), and the position embedding is not added", EMBEDDED,
         rotary="pairs", embedded=plus("tok_emb")),
-    row("distance-bias", "att.weights", "a penalty for distance is added to the scores (ALiBi)",
-        "GPT-2 has learned positions only", distance=1.0, common=True),
+    usual("distance-bias", "att.weights", "a penalty for distance is added to the scores (ALiBi)",
+          "GPT-2 has learned positions only", distance=1.0),
     row("distance-bias", "att.weights", "a bonus for distance is added to the scores (ALiBi with another sign)",
         "GPT-2 has learned positions only", distance=-1.0),
-    row("missing-scale", "att.weights", "attention scores are not divided by √head_dim", SCALE, scale="none",
-        common=True),
-    row("doubled-scale", "att.weights", "attention scores are divided by √head_dim twice", SCALE, scale="twice",
-        common=True),
-    row("scale-by-emb-dim", "att.weights", "attention scores are divided by √emb_dim, not by √head_dim", SCALE,
-        scale="emb_dim", common=True),
-    row("scale-by-n-heads", "att.weights", "attention scores are divided by √n_heads, not by √head_dim", SCALE,
-        scale="n_heads", common=True),
-    row("inverted-scale", "att.weights", "attention scores are multiplied by √head_dim, not divided", SCALE,
-        scale="times", common=True),
-    row("scale-by-layer", "att.weights", "attention scores are also divided by the number of the layer", SCALE,
-        scale="by layer", common=True),
-    row("no-mask", "att.weights", "there is no causal mask: tokens see the tokens after them", MASK,
-        mask=(None, None), common=True),
-    row("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, mask=(None, -1), common=True),
-    row("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, mask=(None, -1), fill=("set", -1e30), common=True),
-    row("mask-hides-diagonal", "att.weights", f"{HIDES_DIAGONAL}; what sees nothing gets 0", MASK, mask=(None, -1),
-        softmax="keys, 0 if none", common=True),
-    row("mask-sees-ahead", "att.weights", "the mask is off by one: a token sees the next one", MASK, mask=(None, 1),
-        common=True),
-    row("mask-upside-down", "att.weights", "the mask is upside down: a token sees itself and the tokens after it",
-        MASK, mask=(0, None), common=True),
-    row("mask-upside-down", "att.weights", "the mask is inverted: a token sees only the tokens after it", MASK,
-        mask=(-1, None), common=True),
-    row("mask-upside-down", "att.weights", "the mask is inverted: a token sees only the tokens after it", MASK,
-        mask=(-1, None), fill=("set", -1e30), common=True),
-    row("mask-upside-down", "att.weights",
-        "the mask is inverted: a token sees only the tokens after it; what sees nothing gets 0", MASK, mask=(-1, None),
-        softmax="keys, 0 if none", common=True),
-    row("mask-after-softmax", "att.weights", "the mask is applied after softmax: rows do not sum to 1", MASK,
-        mask_after=True, common=True),
-    row("mask-zero-scores", "att.weights", "masked scores are set to 0, not to -inf, before softmax", MASK,
-        fill=("set", 0.0), common=True),
+    usual("missing-scale", "att.weights", "attention scores are not divided by √head_dim", SCALE, scale="none"),
+    usual("doubled-scale", "att.weights", "attention scores are divided by √head_dim twice", SCALE, scale="twice"),
+    usual("scale-by-emb-dim", "att.weights", "attention scores are divided by √emb_dim, not by √head_dim", SCALE,
+          scale="emb_dim"),
+    usual("scale-by-n-heads", "att.weights", "attention scores are divided by √n_heads, not by √head_dim", SCALE,
+          scale="n_heads"),
+    usual("inverted-scale", "att.weights", "attention scores are multiplied by √head_dim, not divided", SCALE,
+          scale="times"),
+    usual("scale-by-layer", "att.weights", "attention scores are also divided by the number of the layer", SCALE,
+          scale="by layer"),
+    usual("no-mask", "att.weights", "there is no causal mask: tokens see the tokens after them", MASK, mask=(None,
+          None)),
+    usual("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, mask=(None, -1)),
+    usual("mask-hides-diagonal", "att.weights", HIDES_DIAGONAL, MASK, mask=(None, -1), fill=("set", -1e30)),
+    usual("mask-hides-diagonal", "att.weights", f"{HIDES_DIAGONAL}; what sees nothing gets 0", MASK, mask=(None, -1),
+          softmax="keys, 0 if none"),
+    usual("mask-sees-ahead", "att.weights", "the mask is off by one: a token sees the next one", MASK, mask=(None, 1)),
+    usual("mask-upside-down", "att.weights", "the mask is upside down: a token sees itself and the tokens after it",
+          MASK, mask=(0, None)),
+    usual("mask-upside-down", "att.weights", "the mask is inverted: a token sees only the tokens after it", MASK,
+          mask=(-1, None)),
+    usual("mask-upside-down", "att.weights", "the mask is inverted: a token sees only the tokens after it", MASK,
+          mask=(-1, None), fill=("set", -1e30)),
+    usual("mask-upside-down", "att.weights",
+          "the mask is inverted: a token sees only the tokens after it; what sees nothing gets 0", MASK, mask=(-1,
+          None), softmax="keys, 0 if none"),
+    usual("mask-after-softmax", "att.weights", "the mask is applied after softmax: rows do not sum to 1", MASK,
+          mask_after=True),
+    usual("mask-zero-scores", "att.weights", "masked scores are set to 0, not to -inf, before softmax", MASK,
+          fill=("set", 0.0)),
     row("mask-zero-scores", "att.weights", "masked scores are multiplied by 0, not set to -inf, before softmax", MASK,
         fill=("multiply", 0.0)),
     row("mask-added", "att.weights", "the mask is added as 1, not as -inf", MASK, fill=("add", 1.0)),
     row("attention-transposed", "att.out_proj.input", "the attention weights are applied transposed to the values",
         "weights @ values: each row sums over the keys", weights_transposed=True),
-    row("not-transposed", "att.out_proj", "out_proj is applied transposed", TRANSPOSE, common=True,
-        **{"out_proj.transposed": True}),
-    row("missing-out-proj", "att.out_proj", "out_proj is not applied", "return out_proj(context)", out_proj=False,
-        common=True),
-    row("missing-bias", "att.out_proj", "out_proj adds no bias", BIAS, common=True, **{"out_proj.bias": 0.0}),
-    row("missing-bias", "ff.layers.0", "ff.layers.0 adds no bias", BIAS, common=True, **{"ff.layers.0.bias": 0.0}),
-    row("missing-bias", "ff.layers.2", "ff.layers.2 adds no bias", BIAS, common=True, **{"ff.layers.2.bias": 0.0}),
-    row("missing-final-norm", "final_norm", "there is no norm after the last block",
-        "logits = out_head(final_norm(x))", common=True, **{"head.input": plus("input")}),
+    usual("not-transposed", "att.out_proj", "out_proj is applied transposed", TRANSPOSE, **{"out_proj.transposed":
+          True}),
+    usual("missing-out-proj", "att.out_proj", "out_proj is not applied", "return out_proj(context)", out_proj=False),
+    usual("missing-bias", "att.out_proj", "out_proj adds no bias", BIAS, **{"out_proj.bias": 0.0}),
+    usual("missing-bias", "ff.layers.0", "ff.layers.0 adds no bias", BIAS, **{"ff.layers.0.bias": 0.0}),
+    usual("missing-bias", "ff.layers.2", "ff.layers.2 adds no bias", BIAS, **{"ff.layers.2.bias": 0.0}),
+    usual("missing-final-norm", "final_norm", "there is no norm after the last block",
+          "logits = out_head(final_norm(x))", **{"head.input": plus("input")}),
     row("missing-final-norm", "final_norm", "there is no norm after the last block", "logits = out_head(final_norm(x))",
         **{"final_norm.formula": "identity"}),
-    row("doubled-norm", "final_norm", "final_norm is applied twice", "logits = out_head(final_norm(x))", common=True,
-        **{"head.input": plus(("final_norm", plus("final_norm")))}),
+    usual("doubled-norm", "final_norm", "final_norm is applied twice", "logits = out_head(final_norm(x))",
+          **{"head.input": plus(("final_norm", plus("final_norm")))}),
     row("wrong-norm", "final_norm", "the last block's norm2 is used in place of final_norm", "out_head(final_norm(x))",
         **{"final_norm.weights": "norm2"}),
     row("wrong-norm", "final_norm", "the last block's norm1 is used in place of final_norm", "out_head(final_norm(x))",
         **{"final_norm.weights": "norm1"}),
-    row("wrong-head", LOGITS, "the head is tok_emb's matrix, but the checkpoint has a head of its own",
-        "load out_head.weight", head="tok_emb", common=True),
-    row("not-logits", LOGITS, "the model returns log_softmax of the logits", "return the logits", logits="log_softmax",
-        common=True),
-    row("not-logits", LOGITS, "the model returns softmax of the logits", "return the logits", logits="softmax",
-        common=True),
-    row("shifted-logits", LOGITS, "the logits are shifted by one token: those of token t + 1 come at t", LOGITS_REMEDY,
-        logits=("rolled", -1), common=True),
-    row("shifted-logits", LOGITS, "the logits are shifted by one token: those of token t − 1 come at t", LOGITS_REMEDY,
-        logits=("rolled", 1), common=True),
+    usual("wrong-head", LOGITS, "the head is tok_emb's matrix, but the checkpoint has a head of its own",
+          "load out_head.weight", head="tok_emb"),
+    usual("not-logits", LOGITS, "the model returns log_softmax of the logits", "return the logits",
+          logits="log_softmax"),
+    usual("not-logits", LOGITS, "the model returns softmax of the logits", "return the logits", logits="softmax"),
+    usual("shifted-logits", LOGITS, "the logits are shifted by one token: those of token t + 1 come at t",
+          LOGITS_REMEDY, logits=("rolled", -1)),
+    usual("shifted-logits", LOGITS, "the logits are shifted by one token: those of token t − 1 come at t",
+          LOGITS_REMEDY, logits=("rolled", 1)),
 )  # fmt: skip
 
 EPSILONS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0)
@@ -307,21 +302,17 @@ TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
 
 
 def wrong_wirings() -> list[Mistake]:
-    return [
-        Mistake(name, stage, says, remedy, tuple(changes.items()), common)
-        for name, stage, says, remedy, changes, common in WIRINGS
-    ]
+    return [Mistake(a, b, c, d, tuple(changes.items()), common) for a, b, c, d, changes, common in WIRINGS]
 
 
 def scaled_embedding(config: GPTScratchConfig) -> list[Mistake]:
-    remedy = "GPT-2 adds tok_emb and pos_emb as they are"
-    root = config.emb_dim**0.5
-    says = f"token embeddings are multiplied by √emb_dim = {root:.4g}"
-    both = f"token and position embeddings are multiplied by √emb_dim = {root:.4g}"
+    remedy, root = "GPT-2 adds tok_emb and pos_emb as they are", config.emb_dim**0.5
+    says = f"embeddings are multiplied by √emb_dim = {root:.4g}"
     return [
-        row("embedding-scale", "input", says, remedy, embedded=(("tok_emb", root), ("pos_emb", 1.0)), common=True),
-        row("embedding-scale", "input", both, remedy, embedded=(("tok_emb", root), ("pos_emb", root))),
-    ]
+        usual("embedding-scale", "input", f"token {says}", remedy, embedded=(("tok_emb", root), ("pos_emb", 1.0))),
+        row("embedding-scale", "input", f"token and position {says}", remedy,
+            embedded=(("tok_emb", root), ("pos_emb", root))),
+    ]  # fmt: skip
 
 
 def wrong_tokens() -> list[Mistake]:
@@ -343,34 +334,23 @@ def eps_row(config: GPTScratchConfig, value: float, norms: Iterable[str] = NORMS
 
 
 NORM_NAMES = {"rms": "rms-norm", "identity": "missing-norm"}
-DIMS = {
-    (1,): "the tokens",
-    (0,): "the batch",
-    (1, 2): "tokens and embedding",
-    (0, 1): "batch and tokens",
-    (0, 1, 2): "all dimensions",
-    (0, 2): "batch and embedding",
-}
+DIMS = {(1,): "the tokens", (0,): "the batch", (1, 2): "tokens and embedding", (0, 1): "batch and tokens",
+        (0, 1, 2): "all dimensions", (0, 2): "batch and embedding"}  # fmt: skip
 
 
 def wrong_norms() -> list[Mistake]:
     """Other formulas of LayerNorm, in all norms."""
-    rows = []
-    for formula, says in FORMULAS.items():
-        name = NORM_NAMES.get(formula, "wrong-norm")
-        rows.append(
-            row(name, "norm1", f"LayerNorm {says}", LAYER_NORM, all_norms_formula=formula, common=formula == "rms")
-        )
-    no_shift = dict(all_norms_formula="rms", all_norms_affine="no shift")
+    make = partial(row, stage="norm1", remedy=LAYER_NORM)
+    rows = [make(NORM_NAMES.get(f, "wrong-norm"), says=f"LayerNorm {says}", all_norms_formula=f, common=f == "rms")
+            for f, says in FORMULAS.items()]  # fmt: skip
     says = "LayerNorm is RMSNorm: it neither subtracts the mean nor adds the shift"
-    rows.append(row("rms-norm", "norm1", says, LAYER_NORM, **no_shift, common=True))
+    rows.append(make("rms-norm", says=says, all_norms_formula="rms", all_norms_affine="no shift", common=True))
     for dims, over in DIMS.items():
         says = f"LayerNorm takes mean and variance over {over}, not over the embedding"
-        rows.append(row("norm-dimension", "norm1", says, LAYER_NORM, all_norms_dims=dims))
-    for affine in AFFINE:
-        if affine not in ("", "no shift", "no scale"):
-            says = f"LayerNorm's scale and shift are applied in another way: {affine}"
-            rows.append(row("wrong-norm", "norm1", says, LAYER_NORM, all_norms_affine=affine))
+        rows.append(make("norm-dimension", says=says, all_norms_dims=dims))
+    for affine in [name for name in AFFINE if name not in ("", "no shift", "no scale")]:
+        says = f"LayerNorm's scale and shift are applied in another way: {affine}"
+        rows.append(make("wrong-norm", says=says, all_norms_affine=affine))
     return rows
 
 
@@ -382,13 +362,11 @@ def some_norms(known: Iterable[Mistake]) -> list[Mistake]:
     rows = []
     for mistake in known:
         if {slot.partition(".")[0] for slot in mistake.slots} == set(NORMS):
-            for norms, where in (
-                (("norm1", "norm2"), "norm1 and norm2"),
-                *(((norm,), NORM_SHOWN.get(norm, norm)) for norm in NORMS),
-            ):
+            alone = [((norm,), NORM_SHOWN.get(norm, norm)) for norm in NORMS]
+            for norms, where in ((("norm1", "norm2"), "norm1 and norm2"), *alone):
                 changes = tuple((slot, value) for slot, value in mistake.changes if slot.partition(".")[0] in norms)
-                stage = norms[0]
-                rows.append(Mistake(mistake.name, stage, f"{mistake.says}, in {where} only", mistake.remedy, changes))
+                says = f"{mistake.says}, in {where} only"
+                rows.append(Mistake(mistake.name, norms[0], says, mistake.remedy, changes))
     return rows
 
 
@@ -442,10 +420,7 @@ SOFTMAX_ROWS = {
     "keys and queries": ("softmax-dimension", "softmax is taken over keys and queries together, not over the keys"),
     "log": ("wrong-softmax", "log_softmax is used in place of softmax"),
     "twice": ("wrong-softmax", "softmax is applied twice"),
-    "plus one behind the maximum": (
-        "wrong-softmax",
-        "softmax's denominator has 1 more, once the maximum is subtracted",
-    ),
+    "plus one behind the maximum": ("wrong-softmax", "softmax's denominator has 1 more, once the maximum is taken off"),
     "plus one": ("wrong-softmax", "softmax's denominator has 1 more"),
     "none": ("wrong-softmax", "there is no softmax: the scores are used as attention weights, masked ones as 0"),
     "exponential": ("wrong-softmax", "the exponentials of the scores are not divided by their sum"),
@@ -459,18 +434,16 @@ def wrong_softmax() -> list[Mistake]:
     rows = []
     for kind, (name, says) in SOFTMAX_ROWS.items():
         common = name == "softmax-dimension" and "and" not in kind
-        rows.append(row(name, "att.weights", says, SOFTMAX_REMEDY, softmax=kind, common=common))
-        if kind in ("none", "relu", "log", "sum"):
+        for fill in ({}, dict(fill=("set", -1e30))) if kind in ("heads", "batch") else ({},):  # all may be masked
+            rows.append(
+                row(name, "att.weights", says, SOFTMAX_REMEDY, softmax=kind, common=common and not fill, **fill)
+            )
+        if kind in ("none", "relu", "log", "sum", "queries"):
             says = f"{says}; the mask comes after it"
             rows.append(row(name, "att.weights", says, SOFTMAX_REMEDY, softmax=kind, mask_after=True))
-    says = "softmax is taken over the queries, and the mask is applied after it"
-    rows.append(row("softmax-dimension", "att.weights", says, SOFTMAX_REMEDY, softmax="queries", mask_after=True))
-    for name in SCALES:
-        if name not in ("none", "twice", "emb_dim", "n_heads", "times", "by layer"):
-            rows.append(
-                row("wrong-scale", "att.weights", f"attention scores have another scale: {name}", SCALE, scale=name)
-            )
-    return rows
+    others = [name for name in SCALES if name not in ("none", "twice", "emb_dim", "n_heads", "times", "by layer")]
+    says = "attention scores have another scale:"
+    return rows + [row("wrong-scale", "att.weights", f"{says} {name}", SCALE, scale=name) for name in others]
 
 
 def wrong_biases() -> list[Mistake]:
@@ -480,7 +453,7 @@ def wrong_biases() -> list[Mistake]:
         if layer in QKV:
             rows.append(Mistake("missing-bias", stage, f"{layer} adds no bias", BIAS, ((f"{layer}.bias", 0.0),)))
         rows.append(
-            Mistake("doubled-bias", stage, f"{layer}'s bias is added twice", "add it once", ((f"{layer}.bias", 2.0),))
+            row("doubled-bias", stage, f"{layer}'s bias is added twice", "add it once", **{f"{layer}.bias": 2.0})
         )
         if not layer.startswith("ff") and layer != "out_proj":
             says = f"{layer} is applied transposed"
@@ -496,8 +469,9 @@ def wrong_parts() -> list[Mistake]:
         for which in ("q", "k", "v", "qk", "kv", "qkv"):
             says = f"{' and '.join(PARTS[layer] for layer in QKV if layer[2] in which)} are {change}"
             stage = "att.out_proj.input" if which == "v" else "att.weights"
-            rows.append(row("wrong-operand", stage, says, remedy, parts=(which, change)))
-        if "token" not in change:
+            called = ("heads-not-transposed", HEADS) if "split" in change else ("wrong-operand", remedy)
+            rows.append(row(called[0], stage, says, called[1], parts=(which, change)))
+        if "token" not in change and "split" not in change:
             says = f"attention scores are {change}"
             rows.append(row("wrong-scores", "att.weights", says, remedy, scores=change))
             if change not in ("taken without their sign", "put through a ReLU"):  # they are positive
@@ -561,33 +535,26 @@ def wrong_activations(config: GPTScratchConfig) -> list[Mistake]:
 
 
 def wrong_outputs() -> list[Mistake]:
-    rows = []
-    for kind in OUTPUTS:
-        if kind not in ("log_softmax", "softmax"):
-            name = "shifted-logits" if kind == "reversed" else "not-logits"
-            says = f"what the model returns is not the logits, but these: {kind}"
-            rows.append(row(name, LOGITS, says, LOGITS_REMEDY, logits=kind))
-    return rows
+    names = {"reversed": "shifted-logits"}
+    says, kinds = "what the model returns is not the logits, but these:", [k for k in OUTPUTS if k[-7:] != "softmax"]
+    return [row(names.get(k, "not-logits"), LOGITS, f"{says} {k}", LOGITS_REMEDY, logits=k) for k in kinds]
 
 
 # Names for what is read between the blocks.
 
 
-def wrong_order() -> list[Mistake]:
-    """Blocks that are left out, run twice, or read what they should not."""
-    remedy = CHAIN
+SHARED = "each block computes with its own weights, trf_blocks[n]"
+
+
+def wrong_order(config: GPTScratchConfig) -> list[Mistake]:
+    """Blocks that are left out, run twice, have another's weights, or read what they should not."""
     twice = plus(("block before", plus("previous")))
+    alike = sorted({0, config.n_layers - 1}) if config.n_layers > 1 else []
     return [
-        row(
-            "blocks-not-chained",
-            "input",
-            "each block reads the embeddings",
-            remedy,
-            input=plus("embedded"),
-            common=True,
-        ),
-        row("skipped-block", "input", "the block before is left out", remedy, input=plus("two before"), common=True),
-        row("doubled-block", "input", "the block before runs twice", remedy, input=twice, common=True),
+        *(row("shared-blocks", "norm1", f"all blocks have the weights of block {n}", SHARED, owner=n) for n in alike),
+        usual("blocks-not-chained", "input", "each block reads the embeddings", CHAIN, input=plus("embedded")),
+        usual("skipped-block", "input", "the block before is left out", CHAIN, input=plus("two before")),
+        usual("doubled-block", "input", "the block before runs twice", CHAIN, input=twice),
     ]
 
 
@@ -598,16 +565,9 @@ def mistakes(config: GPTScratchConfig, candidate_eps: Iterable[float] = ()) -> l
         candidate_eps: the epsilons of the candidate's norms.
     """
     generated = [*scaled_embedding(config), *wrong_tokens(), *wrong_eps(config, candidate_eps), *wrong_norms()]
-    generated += [*wrong_qkv_orders(), *wrong_heads(config), *wrong_softmax(), *wrong_biases()]
-    generated += [
-        *wrong_inputs(),
-        *wrong_parts(),
-        *hidden_rows(),
-        *wrong_activations(config),
-        *wrong_outputs(),
-        *wrong_wirings(),
-        *wrong_order(),
-    ]
+    generated += [*wrong_qkv_orders(), *wrong_heads(config), *wrong_softmax(), *wrong_biases(), *wrong_inputs()]
+    generated += [*wrong_parts(), *hidden_rows(), *wrong_activations(config), *wrong_outputs(), *wrong_wirings()]
+    generated += wrong_order(config)
     everything = [*CATALOGUE, *generated]
     everything += some_norms(everything)
     order = stages(1)

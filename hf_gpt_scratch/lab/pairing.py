@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import LabError, few
 from ..model.configuration_gpt_scratch import GPTScratchConfig
 from ..model.weight_map import TABLE, Row
-from .usage import Use
+from .usage import Use, submodule
 
 # What others call the book's layers; the whole path inside the block has to match.
 ATTENTION = r"(?:self_?)?(?:att|attn|attention|mha|sa|multi_?head)[^.]*\."
@@ -50,8 +50,6 @@ WEIGHT_NAMES = ("scale", "weight", "gamma", "gain", "alpha", "g", "w", "a")
 ALIKE, LEAD = 0.6, 0.15
 # So many other bare matrices of a block in one layout make a square one that is used otherwise a mistake.
 MANY = 3
-# So many parameters outside of lists whose first dimension is the number of layers hold all blocks.
-MANY_STACKED = 8
 # The layers without a bias in GPT-2, and what the model must have to be compared at all.
 UNBIASED = ("tok_emb", "pos_emb", "out_head")
 # What a model may lack even if others of its parameters are left over.
@@ -260,7 +258,6 @@ def match_parameters(
     uses = uses or {}
     own = parameters(module)
     shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
-    refuse_stacked(shapes, config.n_layers)
     given = mapped(shapes, config, mapping)
     given |= beside(given, shapes)
     matches = [match for match in given.values() if match]
@@ -302,27 +299,15 @@ def norms_across_blocks(matches: list[Match], uses: Uses, n_layers: int) -> list
     return found
 
 
-def refuse_stacked(shapes: Shapes, n_layers: int) -> None:
-    """Raises LabError if all blocks are in the same parameters, with a dimension for the layers."""
-    outside = {name: shape for name, shape in shapes.items() if not re.search(r"(^|\.)\d+(\.|$)", name)}
-    stacked = [name for name, shape in outside.items() if len(shape) > 1 and shape[0] == n_layers]
-    if len(stacked) >= MANY_STACKED:
-        raise LabError(
-            f"{few(stacked, 4)} hold all {n_layers} layers in one tensor each, which is not read; keep a parameter for "
-            f"each layer, such as nn.ParameterList(torch.randn(E, 3 * E) for _ in range({n_layers})), and load your "
-            "weights with w.unbind(0)"
-        )
-
-
 def refuse_doubt(name: str, left: list[str], lacking: list[str], matches: list[Match]) -> None:
     """Raises LabError if parameters are left over on both sides, or two match one of the book's."""
+    if any(re.search(r"\blora\b|lora_[AB]\b", one) for one in left):
+        raise LabError(
+            f"{name} has adapters, {few(left, 4)}, which are compared when they are merged: `hf-gpt-scratch convert` "
+            "merges those of the book's appendix E, model.merge_and_unload() PEFT's"
+        )
     if (left and lacking) or "tok_emb" in lacking:
         problems = [*left, *(f"nothing for {slot}" for slot in lacking)]
-        if any(re.search(r"\blora\b|lora_[AB]\b", one) for one in left):
-            raise LabError(
-                f"{name} has adapters, {few(left, 4)}, which are compared when they are merged: `hf-gpt-scratch "
-                "convert` merges those of the book's appendix E, model.merge_and_unload() PEFT's"
-            )
         raise LabError(
             f"the parameters of {name} cannot be paired with GPT-2's unambiguously: {few(problems, 8)}; say "
             'what they are with --map FILE, JSON such as {"blocks.{n}.proj.weight": '
@@ -368,9 +353,12 @@ def layers_of(shapes: Shapes, n_layers: int) -> dict[str, tuple[int, str]]:
         listed = re.fullmatch(r"((?!\d+\.)[^.]+\.)+\d+", name)
         for number in re.finditer(r"\d+$" if listed else r"\d+", name):
             before, after = name[: number.start()], name[number.end() :]
+            whole = f".{before}".endswith(".")
             like = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
             values = sorted(int(m[1]) for other in shapes if shapes[other] == shape and (m := like.fullmatch(other)))
-            alone = f".{before}".endswith(".") and (after.startswith(".") or listed) and values == [0]
+            alone = whole and (after.startswith(".") or listed) and values == [0]
+            if not whole and n_layers == 2 and values == [1, 2] and re.match(r"\.[01]\.", after):
+                continue  # of two things in each block: `norm1.0`, `norm2.0`
             consecutive = values == list(range(values[0], values[0] + n_layers))
             if consecutive and (n_layers > 1 or alone):
                 found[name] = (int(number[0]) - values[0], before, after.lstrip("._"))
@@ -382,14 +370,30 @@ def layers_of(shapes: Shapes, n_layers: int) -> dict[str, tuple[int, str]]:
                 found[name] = (place // step, before, f"{values[0]}{after}")
             elif n_layers > 1 < each and more < 2 and values[-1] - values[0] < len(values) and place < each * n_layers:
                 shared[name] = (place // each, before, f"{place % each}{after}")
-            if len(values) > 1:
+            if len(values) > 1 and whole:
                 break
-    found |= shared if found else {}
+    found |= shared if found else nested(shapes, n_layers)
     lists = {before for _, before, _ in found.values()}
     single = len(lists) == 1
     return {
         name: (n, after if single else f"{before}{after}".rstrip(".")) for name, (n, before, after) in found.items()
     }
+
+
+def nested(shapes: Shapes, n_layers: int) -> dict[str, tuple[int, str, str]]:
+    """The block of each parameter, as in `layers_of`, where each block is in the one before: `first.next.next.fc`."""
+    best: dict[str, tuple[int, str, str]] = {}
+    for word in sorted({part for name in shapes for part in name.split(".")}) if n_layers > 1 else ():
+        alike: dict[tuple[str, Shape], list[str]] = {}
+        for name, shape in shapes.items():
+            alike.setdefault((".".join(part for part in name.split(".") if part != word), shape), []).append(name)
+        found: dict[str, tuple[int, str, str]] = {}
+        for (rest, _), names in alike.items():
+            depths = sorted((name.split(".").count(word), name) for name in names)
+            if [depth - depths[0][0] for depth, _ in depths] == list(range(n_layers)):
+                found |= {name: (n, "", rest) for n, (_, name) in enumerate(depths)}
+        best = max(best, found, key=len)
+    return best
 
 
 def with_heads_stacked(
@@ -477,23 +481,15 @@ def paired_like(place: Place, places: list[Place], paired: list[tuple[list[Match
     """The matches of a block that does not run: as those of another block with the same parameters, if there is one."""
     for other, (found, unmatched) in zip(places, paired, strict=True):
         if place.book_prefix and other.book_prefix and other.own == place.own and not unmatched:
-            theirs = {
-                name: mine
-                for short in place.own
-                for name, mine in zip(other.names[short], place.names[short], strict=True)
-            }
-            return [
-                replace(
-                    match,
-                    row=replace(
-                        match.row,
-                        theirs=theirs[match.row.theirs],
-                        ours=tuple(place.book_prefix + name.removeprefix(other.book_prefix) for name in match.row.ours),
-                    ),
-                    reason="as in the other blocks",
-                )
+            names = [(other.names[short], place.names[short]) for short in place.own]
+            theirs = {name: mine for both in names for name, mine in zip(*both, strict=True)}
+            found = [
+                replace(match, row=replace(match.row, theirs=theirs[match.row.theirs], ours=tuple(
+                    place.book_prefix + name.removeprefix(other.book_prefix) for name in match.row.ours
+                )), reason="as in the other blocks")
                 for match in found
-            ]
+            ]  # fmt: skip
+            return found
     return []
 
 
@@ -625,7 +621,7 @@ def bias_called_like(weight: str, own: Shapes) -> str | None:
 
 def layout_of(module: nn.Module, name: str) -> str | None:
     """How the module that owns a parameter stores its matrix; None if its class does not determine it."""
-    owner = module.get_submodule(name.rpartition(".")[0])
+    owner = submodule(module, name.rpartition(".")[0])
     if isinstance(owner, Conv1D):
         return "[in, out]"
     return "[out, in]" if isinstance(owner, nn.Linear | nn.Embedding | nn.Conv1d) else None
@@ -654,8 +650,11 @@ def settled(pending: Pending, used: Uses) -> dict[str, Claim]:
         by_order_of_norms,
     ]
     found: dict[str, Claim] = {}
-    for claims in passes:
-        settle(claims(pending), pending, found)
+    before = -1
+    while len(found) > before:  # what one pass settles leaves fewer places to the one before
+        before = len(found)
+        for claims in passes:
+            settle(claims(pending), pending, found)
     return found
 
 
@@ -835,7 +834,8 @@ def with_layout(
             known = "[out, in]"
         elif use is not None and use.transposed is not None:
             known = "[in, out]" if use.transposed else "[out, in]"
-            beside_it = layouts_beside(match, module, shapes, config, matches, uses)
+            block = ".".join([*row.ours[0].split(".")[:2], ""])
+            beside_it = layouts_of(match, module, shapes, config, matches, uses, block)
             if len(beside_it) >= MANY and set(beside_it) == {"[out, in]", "[in, out]"} - {known}:
                 known = beside_it[0]
                 reason = (
@@ -844,51 +844,39 @@ def with_layout(
             else:
                 reason = f"{reason}; square: {known} as it is multiplied"
         else:
-            known = layout_of_others(match, module, shapes, config, matches)
+            layouts = set(layouts_of(match, module, shapes, config, matches, {}))
+            if len(layouts) != 1:
+                raise LabError(
+                    f"{row.theirs} is square, and nothing shows whether it is stored [out, in], as in nn.Linear, or "
+                    f'[in, out]; say so with --map FILE: {{"{row.theirs}": "{row.ours[0]}"}} or "{row.ours[0]}.T"'
+                )
+            known = layouts.pop()
             reason = f"{reason}; square: {known} as the other bare matrices"
         order = (1, 0) if known == "[in, out]" else (0, 1)
     folded = Folded(row.theirs, row.ours, order == (1, 0), row.meaning, shape, order, straight)
     return replace(match, row=folded, reason=reason)
 
 
-def layouts_beside(
-    match: Match, module: nn.Module, shapes: Shapes, config: GPTScratchConfig, matches: list[Match], uses: Uses
+def layouts_of(
+    match: Match,
+    module: nn.Module,
+    shapes: Shapes,
+    config: GPTScratchConfig,
+    matches: list[Match],
+    uses: Uses,
+    block="",
 ) -> list[str]:
-    """The layouts of the other bare matrices in a match's block: by shape, of square ones by use."""
-    block = re.match(r"trf_blocks\.\d+\.", match.row.ours[0])
+    """The layouts of the other bare matrices in a match's block, or in all: by shape, of square ones by use."""
     found = []
-    for row in (other.row for other in matches if block and other is not match):
+    for row in (other.row for other in matches if other is not match and other.row.ours[0].startswith(block)):
         shape, use = shapes[row.theirs], uses.get(row.theirs)
-        if len(shape) != 2 or layout_of(module, row.theirs) or not row.ours[0].startswith(block[0] if block else ""):
+        if len(shape) != 2 or layout_of(module, row.theirs) or not row.ours[0].startswith("trf_blocks"):
             continue
         if shape[0] != shape[1]:
             found.append("[out, in]" if shape == slot_of(row, config).straight else "[in, out]")
-        elif use is not None and use.transposed is not None:
-            found.append("[in, out]" if use.transposed else "[out, in]")
+        elif layout := layout_by_use(use):
+            found.append(layout)
     return found
-
-
-def layout_of_others(
-    match: Match, module: nn.Module, shapes: Shapes, config: GPTScratchConfig, matches: list[Match]
-) -> str:
-    """The layout of the blocks' rectangular bare matrices, which must have one in common.
-
-    Raises:
-        LabError: there are none, or both layouts occur.
-    """
-    layouts = set()
-    for row in (other.row for other in matches):
-        shape = shapes[row.theirs]
-        bare = row.ours[0].startswith("trf_blocks") and not layout_of(module, row.theirs)
-        if bare and len(shape) == 2 and shape[0] != shape[1]:
-            layouts.add("[out, in]" if shape == slot_of(row, config).straight else "[in, out]")
-    if len(layouts) != 1:
-        theirs, name = match.row.theirs, match.row.ours[0]
-        raise LabError(
-            f"{theirs} is square, and nothing shows whether it is stored [out, in], as in nn.Linear, or "
-            f'[in, out]; say so with --map FILE: {{"{theirs}": "{name}"}} or "{name}.T"'
-        )
-    return layouts.pop()
 
 
 def check_shape(row: Row, shapes: Shapes, config: GPTScratchConfig) -> None:

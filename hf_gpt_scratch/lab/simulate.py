@@ -49,6 +49,7 @@ GPT2: dict[str, Any] = {
     "embedded": plus("tok_emb", "pos_emb"),
     "input": plus("previous"),  # what a place reads: the result of the place before
     **WIRING,
+    "owner": None,  # another block, whose weights this one has
     **{f"{norm}.dims": (-1,) for norm in NORMS},  # over which mean and variance are taken
     **{f"{norm}.formula": "" for norm in NORMS},  # one of FORMULAS
     **{f"{norm}.affine": "" for norm in NORMS},  # one of AFFINE
@@ -67,7 +68,7 @@ GPT2: dict[str, Any] = {
     "over": "tokens",  # what attends to each other: tokens, heads or the batch
     "rotary": "",  # rotary positions on queries and keys, of "halves" or "pairs"
     "parts": ("", ""),  # which of queries, keys and values, "qkv", are changed, and how: one of CHANGES
-    "scores": "",  # how the scores are changed before the mask, and the attention weights behind it: one of CHANGES
+    "scores": "",  # how the scores are changed before the mask, and the attention weights behind it: see `changed`
     "weights": "",
     "scale": "",  # of the scores: one of SCALES, or a number
     "distance": 0.0,  # factor of a penalty for distance, as ALiBi's
@@ -262,14 +263,20 @@ class Forward:
             return x
         eps = self.config.layer_norm_epsilon if eps is None else eps
         owner = other or name
-        owner = owner if owner == "final_norm" else f"trf_blocks.{min(n, self.config.n_layers - 1)}.{owner}"
+        owner = owner if owner == "final_norm" else f"{self.owner(min(n, self.config.n_layers - 1))}.{owner}"
         normed = normalised(x, dims, formula, eps, on_std, unbiased)
         return AFFINE[affine](normed, self.weights[f"{owner}.scale"], self.weights[f"{owner}.shift"])
+
+    def owner(self, n: int) -> str:
+        """The block whose weights block n has."""
+        other = self.slot(n, "owner")
+        return f"trf_blocks.{n if other is None else other}"
 
     def linear(self, n: int, name: str, x: torch.Tensor) -> torch.Tensor:
         """A linear layer of block n applied to x (…, in); (…, out)."""
         short = name.removeprefix("att.")
-        matrix, bias = self.weights[f"trf_blocks.{n}.{name}.weight"], self.weights.get(f"trf_blocks.{n}.{name}.bias")
+        layer = f"{self.owner(n)}.{name}"
+        matrix, bias = self.weights[f"{layer}.weight"], self.weights.get(f"{layer}.bias")
         x = F.linear(x, matrix.T if self.slot(n, f"{short}.transposed") else matrix)
         times = self.slot(n, f"{short}.bias")
         return x if bias is None else x + times * bias
@@ -303,7 +310,8 @@ class Forward:
         scale = self.slot(n, "scale")
         heads, width = self.n_heads(n), self.config.emb_dim
         if isinstance(scale, str):
-            scale = scale_of(scale, width // heads, width, heads, n) if scale or self.config.scale_attn_weights else 1.0
+            sizes = width // heads, width, heads, n, q.shape[2]
+            scale = scale_of(scale, *sizes) if scale or self.config.scale_attn_weights else 1.0
         if self.config.scale_attn_by_inverse_layer_idx:
             scale = scale / (n + 1)
         scores = q @ k.transpose(2, 3) * scale
@@ -311,7 +319,7 @@ class Forward:
             rows, columns = (torch.arange(size, dtype=scores.dtype) for size in scores.shape[-2:])
             slopes = 2.0 ** (-8 * torch.arange(1, heads + 1, dtype=scores.dtype) / heads)
             scores = scores - factor * slopes[:, None, None] * (rows[:, None] - columns)
-        return CHANGES[self.slot(n, "scores")](scores)
+        return changed(scores, self.slot(n, "scores"))
 
     def attention_weights(self, n: int) -> torch.Tensor:
         """The softmax of the masked scores (B, H, T, T)."""
@@ -334,7 +342,7 @@ class Forward:
             used = used.masked_fill(outside(used, self.slot(n, "mask")), 0.0)
         if self.slot(n, "weights_transposed"):
             used = used.mT
-        used = CHANGES[self.slot(n, "weights")](used)
+        used = changed(used, self.slot(n, "weights"))
         values = self.remember(f"heads {n}", lambda: self.heads(n))[2]
         context = turned(used @ values, self.slot(n, "over"))  # (B, H, T, D)
         order = [1 + "htd".index(axis) for axis in self.slot(n, "merge")]
@@ -395,7 +403,7 @@ def positions(table: torch.Tensor, input_ids: torch.Tensor, kind: Any) -> torch.
 
 def normalised(x, dims: tuple[int, ...], formula: str, eps: float, on_std: bool, unbiased: bool) -> torch.Tensor:
     """x with mean 0 and variance 1 over `dims`, or what another formula makes of it."""
-    mean = x.mean(dims, keepdim=True)
+    mean = x.sum(dims, keepdim=True) if formula.startswith("sum as mean") else x.mean(dims, keepdim=True)
     centred = x if formula in ("rms", "not centred") else x - mean
     if formula == "centred only":
         return centred
@@ -404,6 +412,10 @@ def normalised(x, dims: tuple[int, ...], formula: str, eps: float, on_std: bool,
         return centred / ((sizes.mean(dims, keepdim=True) if "mean" in formula else sizes.amax(dims, True)) + eps)
     if formula in ("rms", "centred over rms"):
         variance = x.square().mean(dims, keepdim=True)
+    elif formula.endswith("sum of squares"):
+        variance = centred.square().sum(dims, keepdim=True)
+    elif formula == "sum as mean, throughout":
+        variance = centred.square().mean(dims, keepdim=True)
     else:
         variance = x.var(dims, keepdim=True, unbiased=unbiased)
     if formula == "no root":
@@ -412,7 +424,8 @@ def normalised(x, dims: tuple[int, ...], formula: str, eps: float, on_std: bool,
         return centred * (variance + eps).sqrt()
     if formula == "L2 norm":
         return x / (x.norm(dim=dims, keepdim=True) + eps)
-    return centred / (variance.sqrt() + eps if on_std else (variance + eps).sqrt())
+    deviation = variance.sqrt() + eps if on_std else (variance + eps).sqrt()
+    return x - mean / deviation if formula == "precedence" else centred / deviation
 
 
 FORMULAS = {
@@ -425,6 +438,11 @@ FORMULAS = {
     "mean of magnitudes": "divides by the mean magnitude, not by the standard deviation",
     "largest magnitude": "divides by the largest magnitude, not by the standard deviation",
     "L2 norm": "divides by the Euclidean length, not by the standard deviation",
+    "sum of squares": "divides by the root of the sum of squares, not by that of their mean",
+    "sum as mean": "subtracts the sum, not the mean",
+    "sum as mean, throughout": "subtracts the sum, not the mean, also for the variance",
+    "sum as mean, sum of squares": "takes sums in place of means, for mean and variance",
+    "precedence": "divides only the mean by the standard deviation: x - mean / std lacks brackets",
     "identity": "returns its input",
 }
 AFFINE = {
@@ -441,26 +459,28 @@ AFFINE = {
     "shift twice": lambda x, scale, shift: x * scale + 2 * shift,
 }
 SCALES = {
-    "none": lambda head, width, heads, n: 1.0,
-    "twice": lambda head, width, heads, n: 1 / head,
-    "emb_dim": lambda head, width, heads, n: width**-0.5,
-    "n_heads": lambda head, width, heads, n: heads**-0.5,
-    "times": lambda head, width, heads, n: head**0.5,
-    "by emb_dim without root": lambda head, width, heads, n: 1 / width,
-    "by n_heads without root": lambda head, width, heads, n: 1 / heads,
-    "fourth root": lambda head, width, heads, n: head**-0.25,
-    "thrice": lambda head, width, heads, n: head**-1.5,
-    "by half of head_dim": lambda head, width, heads, n: (head / 2) ** -0.5,
-    "by 2 head_dim": lambda head, width, heads, n: (2 * head) ** -0.5,
-    "negative": lambda head, width, heads, n: -(head**-0.5),
-    "by layer": lambda head, width, heads, n: head**-0.5 / (n + 1),
-    "by layer without head_dim": lambda head, width, heads, n: 1 / (n + 1),
-    "times layer": lambda head, width, heads, n: head**-0.5 * (n + 1),
+    "none": lambda head, width, heads, n, t: 1.0,
+    "twice": lambda head, width, heads, n, t: 1 / head,
+    "emb_dim": lambda head, width, heads, n, t: width**-0.5,
+    "n_heads": lambda head, width, heads, n, t: heads**-0.5,
+    "times": lambda head, width, heads, n, t: head**0.5,
+    "by emb_dim without root": lambda head, width, heads, n, t: 1 / width,
+    "by n_heads without root": lambda head, width, heads, n, t: 1 / heads,
+    "fourth root": lambda head, width, heads, n, t: head**-0.25,
+    "thrice": lambda head, width, heads, n, t: head**-1.5,
+    "by half of head_dim": lambda head, width, heads, n, t: (head / 2) ** -0.5,
+    "by 2 head_dim": lambda head, width, heads, n, t: (2 * head) ** -0.5,
+    "by the number of tokens": lambda head, width, heads, n, t: t**-0.5,
+    "negative": lambda head, width, heads, n, t: -(head**-0.5),
+    "by layer": lambda head, width, heads, n, t: head**-0.5 / (n + 1),
+    "by layer without head_dim": lambda head, width, heads, n, t: 1 / (n + 1),
+    "times layer": lambda head, width, heads, n, t: head**-0.5 * (n + 1),
 }
 
 
-def scale_of(name: str, head: int, width: int, heads: int, n: int) -> float:
-    return SCALES[name](head, width, heads, n) if name else head**-0.5
+def scale_of(name: str, head: int, width: int, heads: int, n: int, t: int) -> float:
+    """The factor of the scores of block n for t tokens."""
+    return SCALES[name](head, width, heads, n, t) if name else head**-0.5
 
 
 def normal_over(scores: torch.Tensor, dim: Any) -> torch.Tensor:
@@ -511,7 +531,20 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "summed over the tokens so far": lambda x: x.cumsum(2),
     "averaged over all tokens": lambda x: x.mean(2, keepdim=True).expand_as(x),
     "those of the other sequence": lambda x: x.roll(1, 0),
+    "split by .view(B, H, T, D) without transpose": lambda x: x.transpose(1, 2).reshape(x.shape),
+    "split by .view(B, T, D, H)": lambda x: x.transpose(1, 2).reshape(len(x), x.shape[2], -1, x.shape[1]).movedim(3, 1),
 }
+
+
+def changed(x: torch.Tensor, change: Any) -> torch.Tensor:
+    """Scores or attention weights (B, H, T, T) as changed: one of CHANGES, ("clamped", least, most), or ("factors", one
+    for each head)."""
+    if isinstance(change, str):
+        return CHANGES[change](x)
+    kind, *figures = change
+    if kind == "clamped":
+        return x.clamp(*figures)
+    return x * torch.tensor(figures, dtype=x.dtype)[:, None, None]
 
 
 def outside(scores: torch.Tensor, band: tuple[int | None, int | None]) -> torch.Tensor:

@@ -4,11 +4,13 @@ Shapes: E emb_dim, I n_inner, V vocabulary, C context_length.
 """
 
 import copy
+import inspect
 import json
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +45,7 @@ from .building import (
     values_of,
 )
 from .calling import own_caller
+from .held import Held, unstacked
 from .pairing import Folded, Match, joined, match_parameters, parameters, part_of
 from .usage import uses
 
@@ -368,28 +371,35 @@ def load_code(
         _, config = known_matches(made, kind)
     else:
         config, model_of = configured(made, module, cfg, like, name, notes)
-    model = made if ready else model_of()
+    makes = isinstance(made, type | partial) or inspect.isroutine(made)
+    model = made if ready else model_of() if makes else Held(copy.deepcopy(made))
     elsewhere = ready and any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters())
-    if not is_class and (weights is not None or elsewhere):
+    if not is_class and not isinstance(model, Held) and (weights is not None or elsewhere):
         model = copy.deepcopy(model).to("cpu", torch.float32)  # the caller's own stays as it is
         if elsewhere:
             notes.append(f"{name} is compared as a copy on the CPU in float32")
-    result = subject(model, config, name, mapping, forward if callable(forward) else None)
+    if weights is not None and weights != REFERENCE:
+        model.load_state_dict(read_weights(weights, model))
+        notes.append(f"weights: {weights}")
+    model, apart = unstacked(model, config.n_layers)
+    if apart:
+        notes.append(f"{few(apart, 4)} hold all layers in one tensor each, of which each layer is compared by itself")
+    own = forward if callable(forward) else None
+    # A function gets what computes, not the module around it.
+    run = (lambda held, input_ids: own(held.made, input_ids)) if own and isinstance(model, Held) else own
+    result = subject(model, config, name, mapping, run)
     result.notes = notes + result.notes
     if result.guessed and cfg is None:
         result.config = None
-    if weights is not None and weights != REFERENCE:
-        model.load_state_dict(read_weights(weights, model))
-        result.notes.append(f"weights: {weights}")
-    elif is_class or weights == REFERENCE:
+    if weights == REFERENCE or (is_class and weights is None):
         if like is None:
             raise LabError(
                 f"{name} is a class, and has no weights of its own, so the first model must be a checkpoint: "
                 "convert a model.pth, or give the checkpoint first"
             )
         result.notes += copy_weights(like, result)
-    elif like is not None:
-        what = "is a model" if ready else "returns a model"
+    elif like is not None and weights is None:
+        what = "is a model" if ready or not makes else "returns a model"
         result.notes.append(
             f"{name} {what}, which is judged with its own weights; --weights reference gives it the other model's, to "
             "test its forward pass alone"

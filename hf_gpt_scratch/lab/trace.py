@@ -19,10 +19,10 @@ from transformers.utils import ModelOutput
 from ..errors import LabError
 from ..weights.parity import warm_up
 from .bare import BareRecorder
-from .calling import logits_in
+from .calling import FUNCTION, logits_in
 from .pairing import joined, parameters
 from .subject import Subject
-from .usage import every_operation
+from .usage import every_operation, submodule
 
 LOGITS, CHOICES = "out_head", "mc_logits"
 # The stages inside a block, in execution order. `x.input` is the input of x.
@@ -128,7 +128,7 @@ class AttentionRecorder(TorchFunctionMode):
         if len(found) == layers and all(weights.ndim == 4 for weights in found):
             return found
         heads = len(found) // max(layers, 1)
-        if heads and len(found) == layers * heads and all(weights.ndim == 3 for weights in found):
+        if heads and len(found) == layers * heads and all(w.ndim == 3 and w.shape[-1] == self.tokens for w in found):
             return [torch.stack(found[n * heads : (n + 1) * heads], dim=1) for n in range(layers)]
         return []
 
@@ -159,7 +159,7 @@ def hook_points(subject: Subject) -> Iterator[tuple[nn.Module, tuple[str, ...], 
     for owner, named in owners.items():
         if len(named) > 1 or not owner:  # one output cannot be attributed to several matrices
             continue
-        module, names = subject.module.get_submodule(owner), next(iter(named))
+        module, names = submodule(subject.module, owner), next(iter(named))
         if isinstance(module, nn.MultiheadAttention):  # never calls its out_proj, and returns what that would
             yield module, (re.sub(r"W_query$", "out_proj", names[0]),), False
             continue
@@ -177,7 +177,7 @@ def hook_points(subject: Subject) -> Iterator[tuple[nn.Module, tuple[str, ...], 
         path = commonpath(paths)
         inside = {name for found in blocks.values() for name in found if name.startswith(f"{path}/")}
         if path and len(set(paths)) > 1 and inside <= set(paths):
-            module = subject.module.get_submodule(path.replace("/", "."))
+            module = submodule(subject.module, path.replace("/", "."))
             if not isinstance(module, nn.ModuleList | nn.ModuleDict):
                 yield module, (f"{stage}.input",), True
                 yield module, (stage,), False
@@ -194,6 +194,16 @@ def hooked(subject: Subject) -> list[tuple[nn.Module, bool, list[tuple[str, ...]
     return list(points.values())
 
 
+def batch_first(tensor: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
+    """A tensor of tokens of this shape (B, T) as (B, T, …), if it has them in another order."""
+    if tensor is not None and tensor.ndim == 3:
+        if tensor.shape[:2] == shape[::-1] != shape:
+            return tensor.transpose(0, 1)
+        if tensor.shape[::2] == shape and tensor.shape[1] != shape[1]:
+            return tensor.transpose(1, 2)
+    return tensor
+
+
 def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) -> Activations:
     """The outputs of all stages that can be recorded, in the order in which they ran, and the logits.
 
@@ -206,14 +216,10 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
     warm_up()
     activations: dict[str, torch.Tensor] = {}
     repeated: set[str] = set()
+    each_token: dict[tuple[str, ...], list[torch.Tensor]] = {}
 
     def record(names: tuple[str, ...], value: Any) -> None:
-        tensor = first_tensor(value)
-        if tensor is not None and tensor.ndim == 3:
-            if tensor.shape[:2] == input_ids.shape[::-1] != input_ids.shape:
-                tensor = tensor.transpose(0, 1)  # tokens come first inside
-            elif tensor.shape[::2] == input_ids.shape and tensor.shape[1] != input_ids.shape[1]:
-                tensor = tensor.transpose(1, 2)  # tokens come last inside
+        tensor = batch_first(first_tensor(value), input_ids.shape)
         if tensor is not None and tensor.ndim and tensor.shape[-1] % len(names) == 0:
             for name, part in zip(names, tensor.detach().chunk(len(names), dim=-1), strict=True):
                 # A copy: later operations may be in place. Of several calls the first counts.
@@ -223,6 +229,9 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
         left = iter(calls)
 
         def each(value: Any) -> None:
+            tensor = first_tensor(value)
+            if len(calls) == 1 and tensor is not None and tensor.shape[:-1] == input_ids.shape[:1]:
+                each_token.setdefault(calls[0], []).append(tensor.detach())
             if names := next(left, ()):
                 record(names, value)
             else:
@@ -257,9 +266,14 @@ def trace(subject: Subject, input_ids: torch.Tensor, *, dropout: bool = True) ->
         except Exception as error:  # whatever the user's class raises
             raise LabError(
                 f"{subject.name} does not run on tokens of shape {tuple(input_ids.shape)}: "
-                f"{type(error).__name__}: {error}; if it must be called in another way, write a function that does, "
-                "def run(model, input_ids): …, and give it with --forward run (in Python: my_forward=run)"
+                f"{type(error).__name__}: {error}; if it must be called in another way, write {FUNCTION}"
             ) from error
+    for names, parts in each_token.items():
+        if len(parts) == input_ids.shape[1] > 1:  # one token after the other
+            for name in names:
+                activations.pop(name, None)
+            repeated -= set(names)
+            record(names, torch.stack(parts, 1))
     result = Activations(joined({**bare.found, **activations}, dim=-1))
     result.repeated = frozenset(re.sub(r"\[.*?\]", "", name) for name in repeated)
     logits = logits_of(subject, output, input_ids)

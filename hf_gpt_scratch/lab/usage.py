@@ -68,6 +68,9 @@ class Follower(TorchDispatchMode):
         names: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             names.setdefault(storage(parameter), []).append(name)
+        for several in names.values():
+            several.sort(key=lambda name: not isinstance(submodule(module, name.rpartition(".")[0]), nn.Embedding))
+        self.twins = {name for several in names.values() for name in several[1:]}
         self.labels |= {key: Label(True, tuple(found)) for key, found in names.items()}
         self.labels[storage(input_ids)] = Label(False, (), "ids")
         self.tokens = input_ids.shape[1]
@@ -160,7 +163,8 @@ class Follower(TorchDispatchMode):
         roles = {"output"} if value.kind == "context" and kind == "matrix" else set()
         for tensor, label in weights:
             for name in label.names:
-                use = Use(len(self.uses), kind, set(roles))
+                # Of a tied matrix, the first name is the table, and any other the head.
+                use = Use(len(self.uses), "matrix" if kind == "lookup" and name in self.twins else kind, set(roles))
                 if tensor is not main[0]:
                     use.kind, use.partner = "bias", main[1].names[0]
                 elif kind == "matrix" and tensor.ndim > 1 and storage(tensor) in self.own:
@@ -171,6 +175,13 @@ class Follower(TorchDispatchMode):
         applied = main[1].names if kind != "bias" else value.names
         after = value.kind if kind == "bias" else "lookup" if kind in ("lookup", "position") else "applied"
         return Label(False, applied or tuple(names), after)
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module:
+    """The module of a path, also where an attribute of that name is something else."""
+    for name in path.split(".") if path else []:
+        module = module._modules[name] or module
+    return module
 
 
 def storage(value: torch.Tensor) -> int:

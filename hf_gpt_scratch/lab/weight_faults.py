@@ -50,6 +50,10 @@ def weight_changes(reference: Weights, candidate: Weights) -> list[Change]:
                 "is not tok_emb.weight, to which the reference ties it",
                 "out_head.weight = tok_emb.weight",
             )
+        elif name in (f"{LOGITS}.weight", "tok_emb.weight") and untied(candidate, reference):
+            other = "tok_emb" if name.startswith(LOGITS) else LOGITS
+            says = f"is the same matrix as {other}.weight, but the checkpoint has a head of its own"
+            what = "wrong-head", says, "give the head a matrix of its own, and load both"
         else:
             what = what_happened(name, right, got, reference)
         if what:
@@ -59,9 +63,9 @@ def weight_changes(reference: Weights, candidate: Weights) -> list[Change]:
 
 def untied(reference: Weights, candidate: Weights) -> bool:
     """Whether the reference's head is its token embedding, and the candidate's is not."""
-    head, embedding = f"{LOGITS}.weight", "tok_emb.weight"
-    tied = torch.equal(reference[head], reference[embedding])
-    return tied and not torch.equal(candidate[head], candidate[embedding])
+    both = f"{LOGITS}.weight", "tok_emb.weight"
+    first, second = ([weights[name] for name in both if name in weights] for weights in (reference, candidate))
+    return len(first) == len(second) == 2 and torch.equal(*first) and not torch.equal(*second)
 
 
 def what_happened(name: str, right: torch.Tensor, got: torch.Tensor | None, reference: Weights) -> What | None:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from zoo.styles import FUSED, STYLES, Style
 
 from hf_gpt_scratch import LabError, compare
+from hf_gpt_scratch.lab.building import concept
 
 BOOK, NANO = STYLES["book"].text, STYLES["nanoGPT"].text
 CFG = dict(vocab_size=211, context_length=48, emb_dim=48, n_heads=3, n_layers=2, drop_rate=0.0, qkv_bias=True)
@@ -122,6 +123,40 @@ def test_a_parameter_beyond_gpt2_is_found_and_told(compared):
     assert comparison.diagnosis.names == ["extra-parameters"] and comparison.diagnosis.explained
     assert comparison.diagnosis.faults[0].error < 1e-12, "without it, it is the same"
     assert any("does not have: out_head.bias" in note for note in comparison.notes)
+
+
+@pytest.mark.parametrize(
+    ("size", "names"),
+    {
+        "emb_dim": "ninp channels C decoder_embed_dim",
+        "context_length": "maxT T max_target_positions",
+        "n_inner": "nhid d_hid decoder_ffn_embed_dim",
+    }.items(),
+)
+def test_sizes_are_known_by_these_names_too(size, names):
+    assert {concept(name) for name in names.split()} == {size}
+
+
+def test_objects_and_trees_in_memory_are_judged_with_their_own_weights_and_left_as_they_are(official):
+    namespace: dict = {}
+    exec(STYLES["a tree of tensors"].text, namespace)
+    made = namespace["GPT"](211, 48, 48, 2, 3)
+    for given, options in ((made, {}), (made.params, {"my_forward": namespace["apply"]})):
+        comparison = compare(official, given, **options)
+        assert not comparison.same
+        assert {fault.kind for fault in comparison.diagnosis.faults} == {"weights"}
+        assert any("is a model, which is judged with its own weights" in note for note in comparison.notes)
+    assert type(made.params["wte"]) is torch.Tensor
+    with pytest.raises(LabError, match="a dict has no weights"):
+        compare(official, {"n_layer": 2})
+
+
+@pytest.mark.slow
+def test_the_neutral_values_of_what_gpt2_lacks_are_those_that_explain_the_rest(compared):
+    """With another mistake, the logits may be as close to the reference's, or closer, with ones in a bias."""
+    comparison = compared(BOOK, HEAD_BIAS, ("return self.out_head(x)", "return torch.relu(self.out_head(x))"))
+    assert comparison.diagnosis.names == ["extra-parameters", "not-logits"]
+    assert comparison.diagnosis.explained and "must be out_head.bias zeros" in comparison.diagnosis.faults[0].remedy
 
 
 @pytest.mark.slow
@@ -297,24 +332,6 @@ def test_a_size_that_is_misunderstood_is_told_by_the_failing_run(compared):
     with pytest.raises(LabError, match=r"It does not run on tokens .*IndexError.*a function without arguments"):
         compared(text, *letters, ("self.to_logits", "self.x9"))
     assert compared(text, *letters, target="made", weights="reference").same
-
-
-def test_blocks_that_are_one_tensor_each_are_refused_with_what_to_do(compared):
-    text = """
-import torch
-from torch import nn
-
-
-class GPT(nn.Module):
-    def __init__(self, vocab_size, dim, depth):
-        super().__init__()
-        self.wte = nn.Parameter(torch.randn(vocab_size, dim))
-        shapes = [(3, dim, dim), (3, dim), (dim, dim), (dim,), (4, dim, dim), (4, dim), (4, dim, dim), (dim,)]
-        for name, shape in zip("abcdefgh", shapes):
-            setattr(self, name, nn.Parameter(torch.randn(depth, *shape)))
-"""
-    with pytest.raises(LabError, match=r"a, b, c, d and 4 more hold all 2 layers.*keep a parameter for each layer"):
-        compared(text)
 
 
 # The figures

@@ -63,7 +63,7 @@ def test_what_no_edit_reproduces_gets_no_name(reference, specimen):
 
 def test_what_holds_on_the_tokens_of_the_search_alone_is_no_proof(reference):
     """A scale that depends on the length: the search finds it, and other tokens refute it."""
-    scores = lambda q, k, n: q @ k.mT * (0.1 if q.shape[2] == 20 else 0.2)  # noqa: E731
+    scores = lambda q, k, n: q @ k.mT * (0.1 if q.shape[2] == 19 else 0.2)  # noqa: E731
     found = diagnosis(reference, "book", zoo.Specimen("scale by length", (), {"scores": scores}))
     assert (found.explained, found.proof) == (False, "")
     assert found.headline == "not fully explained; possibly wrong-scale"
@@ -105,7 +105,7 @@ def test_healthy_models_of_all_styles_get_no_diagnosis(reference, style):
 @pytest.mark.parametrize(
     ("title", "says"),
     [
-        ("one head zeroed", "trf_blocks.0.att.out_proj.input differs only at head 0"),
+        ("one head squared", "trf_blocks.0.att.out_proj.input differs only at head 0"),
         ("prefix mask", "trf_blocks.0.att.weights differs only at positions 0 to 2"),
         ("one id as another", f"tok_emb differs only for token id {zoo.LOST_ID}"),
     ],

@@ -341,6 +341,11 @@ def normal(centre=True, over=-1, eps=EPS, unbiased=False):
     return norm
 
 
+def joined_as_if_split(x, heads):
+    """What a split with the transpose makes into what .view(B, H, T, D) makes of x (B, T, E)."""
+    return x.reshape(len(x), heads, x.shape[1], -1).transpose(1, 2).flatten(2)
+
+
 def masked(rule, fill=-math.inf):
     """A mask that hides where rule(row, column) is true."""
 
@@ -558,6 +563,19 @@ SPECIMENS = [
          leaky=("act", lambda x: F.leaky_relu(x, 0.13)), sigmoid_only=("act", torch.sigmoid),
          softplus=("act", F.softplus), mish=("act", F.mish), relu_squared=("act", lambda x: x.relu() ** 2),
          gelu_square=("act", gelu(a=0.04715))),
+    *zoo("wrong-scores", scores_clamped=("scores", lambda q, k, n: (q @ k.mT / q.shape[-1] ** 0.5).clamp(-0.2, 0.2)),
+         scores_clamped_above=("scores", lambda q, k, n: (q @ k.mT / q.shape[-1] ** 0.5).clamp(max=0.1)),
+         one_head_zeroed=("weigh", lambda w, v: (w @ v) * (torch.arange(v.shape[1]) > 0)[:, None, None]),
+         context_halved=("weigh", lambda w, v: w @ v / 2)),
+    *zoo("wrong-scale", factor_of_each_head=("scores", lambda q, k, n: q @ k.mT / (q.shape[-1] * (torch.arange(q.shape[1]) + 1)[:, None, None]) ** 0.5)),
+    *zoo("heads-not-transposed",
+         keys_alone_not_transposed=("qkv", lambda q, k, v, heads: (q, joined_as_if_split(k, heads), v)),
+         values_alone_not_transposed=("qkv", lambda q, k, v, heads: (q, k, joined_as_if_split(v, heads)))),
+    *zoo("wrong-norm", norm_sum_of_squares=("norm", lambda x, w, b: w * (y := x - x.mean(-1, keepdim=True)) / (y.square().sum(-1, keepdim=True) + EPS).sqrt() + b),
+         norm_sum_as_mean=("norm", lambda x, w, b: w * (x - x.sum(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + EPS).sqrt() + b),
+         norm_sum_as_mean_for_both=("norm", lambda x, w, b: w * (y := x - x.sum(-1, keepdim=True)) / (y.square().mean(-1, keepdim=True) + EPS).sqrt() + b),
+         norm_two_sums=("norm", lambda x, w, b: w * (y := x - x.sum(-1, keepdim=True)) / (y.square().sum(-1, keepdim=True) + EPS).sqrt() + b),
+         norm_without_brackets=("norm", lambda x, w, b: w * (x - x.mean(-1, keepdim=True) / (x.var(-1, keepdim=True, unbiased=False) + EPS).sqrt()) + b)),
     *zoo("exact-gelu", exact_gelu=("act", F.gelu)),
     *zoo("no-activation", act_last=("ff", lambda first, second, act, x: act(second(first(x))))),
     *zoo(("missing-feed-forward",), ff_missing=reads(lambda x, n1, att, n2, ff, n: x + att(n1(x)))),
@@ -599,6 +617,7 @@ SPECIMENS = [
     *zoo("skipped-block", middle_skipped=("chain", lambda bs, x: bs[2](bs[0](x))),
          first_skipped=("chain", lambda bs, x: bs[2](bs[1](x))), last_skipped=("chain", lambda bs, x: bs[1](bs[0](x)))),
     *zoo("doubled-block", middle_twice=("chain", lambda bs, x: bs[2](bs[1](bs[1](bs[0](x)))))),
+    *zoo("wrong-scale", scale_by_tokens=("scores", lambda q, k, n: q @ k.mT / q.shape[2] ** 0.5)),
     *zoo("blocks-not-chained", each_reads_embedding=("chain", lambda bs, x: [b(x) for b in bs][-1])),
     *zoo("wrong-wiring", blocks_added=("chain", lambda bs, x: sum(b(x) for b in bs)),
          dense=("chain", lambda bs, x: bs[2](bs[1](bs[0](x)) + x))),
@@ -650,12 +669,13 @@ UNKNOWN = [
         scores_with_noise_of_position=("scores", lambda q, k, n: q @ k.mT / q.shape[-1] ** 0.5 + torch.arange(q.shape[2]).sin()),
         scores_shifted=("scores", lambda q, k, n: q @ k.mT / q.shape[-1] ** 0.5 + k.sum(-1)[:, :, None]),
         distance_attention=("scores", lambda q, k, n: -torch.cdist(q.contiguous(), k.contiguous())),
-        one_head_zeroed=("weigh", lambda w, v: (w @ v) * (torch.arange(v.shape[1]) > 0)[:, None, None]),
+        one_head_squared=("weigh", lambda w, v: (c := w @ v) ** (2 - (torch.arange(v.shape[1]) > 0).to(c.dtype))[:, None, None]),
         odd_columns_hidden=("mask", masked(lambda i, j: (j > i) | ((j % 2 == 1) & (j < i)))),
         prefix_mask=("mask", masked(lambda i, j: (j > i) & (j > 3))),
         weights_cubed=("weigh", lambda w, v: w**3 @ v),
         one_id_as_another=("ids", lambda ids: ids.masked_fill(ids == LOST_ID, 0)),
         top_weight_only=("weigh", lambda w, v: (w == w.amax(-1, keepdim=True)).to(v.dtype) @ v),
+        softmax_in_bfloat16=("softmax", lambda scores: scores.bfloat16().softmax(-1).to(scores.dtype)),
         values_sorted=("weigh", lambda w, v: w @ v.sort(-1).values),
         activation_of_half=("act", lambda x: torch.cat([F.gelu(x[..., ::2], approximate="tanh"), x[..., 1::2]], -1)),
         activation_cubic=("act", lambda x: x**3 / (1 + x**2)),

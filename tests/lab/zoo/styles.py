@@ -1139,6 +1139,195 @@ class GPT(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.lnf_w, self.lnf_b) @ self.tok.weight.T
 """,
     mistake=(".transpose(1, 2).flatten(2)", ".reshape(B, T, -1)"),
+    variants={
+        "all layers in one tensor": [
+            ("nn.ParameterList([torch.randn(*shape) for _ in range(n)])", "nn.Parameter(torch.randn(n, *shape))")
+        ],
+    },
+)
+
+STYLES["lists of layers in capitals"] = Style(
+    HEAD
+    + """
+class GPT(nn.Module):
+    def __init__(self, V, N, E, H, L):
+        super().__init__()
+        self.E, self.H, self.L = E, H, L
+        self.TE, self.PE, self.LNF = nn.Embedding(V, E), nn.Embedding(N, E), nn.LayerNorm(E)
+        self.LN1, self.LN2 = (nn.ModuleList(nn.LayerNorm(E) for _ in range(L)) for _ in range(2))
+        self.Q, self.K, self.V, self.O = (nn.ModuleList(nn.Linear(E, E) for _ in range(L)) for _ in range(4))
+        self.F1 = nn.ModuleList(nn.Linear(E, 4 * E) for _ in range(L))
+        self.F2 = nn.ModuleList(nn.Linear(4 * E, E) for _ in range(L))
+
+    def forward(self, i):
+        B, T = i.shape
+        x = self.TE(i) + self.PE(torch.arange(T))
+        for l in range(self.L):
+            h = self.LN1[l](x)
+            q, k, v = (part[l](h).view(B, T, self.H, -1).transpose(1, 2) for part in (self.Q, self.K, self.V))
+            a = q @ k.mT / math.sqrt(self.E // self.H) - torch.triu(torch.ones(T, T), 1) * 1e10
+            x = x + self.O[l]((a.softmax(3) @ v).transpose(1, 2).reshape(B, T, self.E))
+            h = self.F1[l](self.LN2[l](x))
+            x = x + self.F2[l](h * 0.5 * (1 + torch.tanh(0.7978845608028654 * (h + 0.044715 * h**3))))
+        return self.LNF(x) @ self.TE.weight.T
+""",
+    mistake=("0.044715", "0.44715"),
+)
+
+STYLES["one token after the other"] = Style(
+    HEAD
+    + """
+class Layer(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm_in, self.norm_mid = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.expand, self.shrink = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def step(self, x, keys, values):
+        q, k, v = self.to_qkv(self.norm_in(x)).view(len(x), 3, self.heads, -1).unbind(1)
+        keys.append(k)
+        values.append(v)
+        K, V = torch.stack(keys, 2), torch.stack(values, 2)
+        w = ((q[:, :, None] * K).sum(-1) / q.shape[-1] ** 0.5).softmax(-1)
+        x = x + self.mix((w[..., None] * V).sum(2).flatten(1))
+        return x + self.shrink(F.gelu(self.expand(self.norm_mid(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size, max_target_positions, decoder_embed_dim, decoder_attention_heads, decoder_layers):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, decoder_embed_dim)
+        self.position = nn.Embedding(max_target_positions, decoder_embed_dim)
+        self.stack = nn.ModuleList(Layer(decoder_embed_dim, decoder_attention_heads) for _ in range(decoder_layers))
+        self.norm_out = nn.LayerNorm(decoder_embed_dim)
+
+    def forward(self, tokens):
+        cache = [([], []) for _ in self.stack]
+        outputs = []
+        for t in range(tokens.shape[1]):
+            x = self.embedding(tokens[:, t]) + self.position.weight[t]
+            for layer, (keys, values) in zip(self.stack, cache):
+                x = layer.step(x, keys, values)
+            outputs.append(F.linear(self.norm_out(x), self.embedding.weight))
+        return torch.stack(outputs, 1)
+""",
+    mistake=("self.expand(self.norm_mid(x))", "self.expand(x)"),
+)
+
+STYLES["each block in the one before"] = Style(
+    HEAD
+    + """
+class Node(nn.Module):
+    def __init__(self, width, heads, rest):
+        super().__init__()
+        self.heads = heads
+        self.ln_a, self.ln_b = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc, self.fc_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.next = Node(width, heads, rest - 1) if rest > 1 else None
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.ln_a(x)).chunk(3, -1))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        x = x + self.fc_out(F.gelu(self.fc(self.ln_b(x)), approximate="tanh"))
+        return x if self.next is None else self.next(x)
+
+
+class GPT(nn.Module):
+    def __init__(self, ntoken, max_len, ninp, nhead, nlayers):
+        super().__init__()
+        self.encoder = nn.Embedding(ntoken, ninp)
+        self.positions = nn.Embedding(max_len, ninp)
+        self.first = Node(ninp, nhead, nlayers)
+        self.last_norm = nn.LayerNorm(ninp)
+        self.decoder = nn.Linear(ninp, ntoken, bias=False)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, ids):
+        x = self.encoder(ids) + self.positions(torch.arange(ids.shape[1]))
+        return self.decoder(self.last_norm(self.first(x)))
+""",
+    mistake=("(scores.softmax(-1) @ v)", "(scores.clamp(-1, 1).softmax(-1) @ v)"),
+)
+
+STYLES["a tree of tensors"] = Style(
+    HEAD
+    + """
+def init_params(n_vocab, n_ctx, n_embd, n_layer):
+    norm = lambda: {"scale": torch.ones(n_embd), "offset": torch.zeros(n_embd)}
+    dense = lambda a, b: {"kernel": torch.randn(a, b) * 0.02, "bias": torch.zeros(b)}
+    layers = [
+        {"ln_1": norm(), "qkv": dense(n_embd, 3 * n_embd), "proj": dense(n_embd, n_embd),
+         "ln_2": norm(), "up": dense(n_embd, 4 * n_embd), "down": dense(4 * n_embd, n_embd)}
+        for _ in range(n_layer)
+    ]
+    return {"wte": torch.randn(n_vocab, n_embd), "wpe": torch.randn(n_ctx, n_embd), "layers": layers, "ln_f": norm()}
+
+
+def stacked_params(n_vocab, n_ctx, n_embd, n_layer):
+    params = init_params(n_vocab, n_ctx, n_embd, n_layer)
+    layers = params["layers"]
+    params["layers"] = {
+        name: {kind: torch.stack([layer[name][kind] for layer in layers]) for kind in layers[0][name]} for name in layers[0]
+    }
+    return params
+
+
+def norm(p, x):
+    m = x.mean(-1, keepdim=True)
+    return p["scale"] * (x - m) * torch.rsqrt(((x - m) ** 2).mean(-1, keepdim=True) + 1e-5) + p["offset"]
+
+
+def dense(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+def block(layer, x, n_head):
+    q, k, v = (y.unflatten(-1, (n_head, -1)) for y in dense(layer["qkv"], norm(layer["ln_1"], x)).chunk(3, -1))
+    s = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    s = torch.where(torch.ones(s.shape[-2:]).tril().bool(), s, -1e9)
+    x = x + dense(layer["proj"], torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1), v).flatten(2))
+    return x + dense(layer["down"], F.gelu(dense(layer["up"], norm(layer["ln_2"], x)), approximate="tanh"))
+
+
+def apply(params, ids, n_head=3):
+    x = params["wte"][ids] + params["wpe"][: ids.shape[1]]
+    layers = params["layers"]
+    if isinstance(layers, dict):
+        count = layers["qkv"]["kernel"].shape[0]
+        layers = [{name: {kind: p[kind][n] for kind in p} for name, p in layers.items()} for n in range(count)]
+    for layer in layers:
+        x = block(layer, x, n_head)
+    return norm(params["ln_f"], x) @ params["wte"].T
+
+
+class GPT:
+    def __init__(self, n_vocab, n_ctx, n_embd, n_layer, n_head):
+        self.params, self.n_head = init_params(n_vocab, n_ctx, n_embd, n_layer), n_head
+        self.mask = torch.ones(n_ctx, n_ctx).tril()
+
+    def __call__(self, ids):
+        return apply(self.params, ids, self.n_head)
+""",
+    mistake=("* torch.rsqrt(((x - m) ** 2).mean(", "* torch.rsqrt(((x - m) ** 2).sum("),
+    variants={
+        "all layers in one": [
+            (
+                "= init_params(n_vocab, n_ctx, n_embd, n_layer), n_head",
+                "= stacked_params(n_vocab, n_ctx, n_embd, n_layer), n_head",
+            )
+        ],
+    },
+)
+STYLES["a tree of tensors, and a function"] = Style(
+    STYLES["a tree of tensors"].text,
+    mistake=("s.softmax(-1), v)", "s.softmax(1), v)"),
+    target="init_params",
+    options={"my_forward": "apply", "weights": "reference"},
 )
 
 STYLES["an output projection for each head"] = Style(
@@ -1491,6 +1680,11 @@ MISUSED: dict[str, tuple[str, list[tuple[str, str]], list[str]]] = {
             ),
         ],
         ["wrong-wiring"],
+    ),
+    "the first layer's weights in all layers": (
+        "parameter lists in one forward",
+        [("for i in range(len(self.qkv_w)):", "for i in [0] * len(self.qkv_w):")],
+        ["shared-blocks"],
     ),
     "positions by sequence": (
         "book",
