@@ -273,6 +273,7 @@ def test_a_module_is_run_as_python_m_runs_it(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("", encoding="utf-8")
     (package / "train.py").write_text(SCRIPTS["hand"], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
     result = run("-m", "mine.train")
     assert result.exit_code == 0, result.output
     assert not Path("__pycache__").exists()
