@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from ..errors import LabError, few
+from ..model.book_cfg import SIZES
 from ..model.config_translation import TO_GPT2
-from ..model.configuration_gpt_scratch import SIZES, GPTScratchConfig
+from ..model.configuration_gpt_scratch import GPTScratchConfig
 from .held import Held
 
 # What others call the sizes; the whole name has to match, in upper case or lower.

@@ -23,8 +23,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConversionError, LabError, few
+from ..model.book_cfg import SIZES
 from ..model.book_files import bare, weights_in
-from ..model.configuration_gpt_scratch import SIZES, GPTScratchConfig
+from ..model.configuration_gpt_scratch import GPTScratchConfig
 from ..model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
 from ..model.weight_map import BASE, GPT2_PREFIX, HEADS, SCRATCH_PREFIX, Row, rows
 from ..weights.architecture import architecture, kind_of

@@ -7,16 +7,8 @@ from typing import Any
 from transformers import GPT2Config
 from transformers.utils import logging
 
-from .configuration_gpt_scratch import (
-    DEFAULTS,
-    FROM_GPT2,
-    LOOKED_UP,
-    SIZES,
-    GPTScratchConfig,
-    ignored,
-    listed,
-    settings,
-)
+from .book_cfg import DEFAULTS, SIZES, settings
+from .configuration_gpt_scratch import FROM_GPT2, LOOKED_UP, GPTScratchConfig, ignored, listed
 
 logger = logging.get_logger(__name__)
 

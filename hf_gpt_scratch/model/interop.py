@@ -21,9 +21,10 @@ from transformers import GPT2PreTrainedModel, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
+from .book_cfg import SIZES
 from .book_files import BARE, MASK, bare, bare_matrices, has_adapters, heads_in_a_list, parts, shared, weights_in
 from .compat import few
-from .configuration_gpt_scratch import SIZES, GPTScratchConfig
+from .configuration_gpt_scratch import GPTScratchConfig
 from .layers import refuse_other_mask
 from .own_code import bring_package, refuse_own_files
 from .weight_map import DROPPED_PATTERNS, conversions, to_gpt2_state_dict

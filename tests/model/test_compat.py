@@ -18,8 +18,8 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 from hf_gpt_scratch import GPTModel, GPTScratchDoubleHeadsModel, GPTScratchForCausalLM, generate_text_simple
 from hf_gpt_scratch.model import compat
 from hf_gpt_scratch.model import modeling_gpt_scratch as modeling
+from hf_gpt_scratch.model.book_cfg import SIZES
 from hf_gpt_scratch.model.compat import CACHE, check_growth, check_mask, one_cache
-from hf_gpt_scratch.model.configuration_gpt_scratch import SIZES
 
 NAMES = ("past_key_values", "cache")
 

@@ -34,7 +34,7 @@ from hf_gpt_scratch import (
     GPTScratchForSequenceClassification,
     GPTScratchModel,
 )
-from hf_gpt_scratch.model.configuration_gpt_scratch import SIZES
+from hf_gpt_scratch.model.book_cfg import SIZES
 from hf_gpt_scratch.model.modeling_gpt_scratch import CachedAttention, eager_attention
 from hf_gpt_scratch.model.weight_map import SCRATCH_PREFIX
 from hf_gpt_scratch.weights.parity import FP32_GRADIENTS, FP32_LOGITS, relative_error
@@ -321,6 +321,32 @@ def test_saved_code_runs_where_the_package_is_missing(tmp_path):
     assert (tmp_path / "again" / "layers.py").read_text() == (tmp_path / "saved" / "layers.py").read_text()
 
 
+BOOKS = """
+import torch
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+saved, weights, ids, logits = sys.argv[1:]
+cfg = dict(vocab_size=50, context_length=16, emb_dim=24, n_heads=4, n_layers=2, drop_rate=0.3)
+model = get_class_from_dynamic_module("layers.GPTModel", saved)(cfg).eval()
+assert (model.drop_emb.p, model.trf_blocks[1].att.W_key.bias) == (0.3, None)
+model.load_state_dict(torch.load(weights))
+torch.save(model(torch.load(ids)), logits)
+"""
+
+
+@pytest.mark.slow
+def test_the_books_layers_in_saved_code_need_no_package(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "saved")
+    torch.manual_seed(0)
+    book = GPTModel(dict(vocab_size=50, context_length=16, emb_dim=24, n_heads=4, n_layers=2, drop_rate=0.3)).eval()
+    ids = torch.randint(50, (2, 7))
+    torch.save(book.state_dict(), tmp_path / "weights.pth")
+    torch.save(ids, tmp_path / "ids.pt")
+    paths = [tmp_path / name for name in ("saved", "weights.pth", "ids.pt", "logits.pt")]
+    run_without_the_package(BOOKS, *paths, cwd=tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), book(ids), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [GPTScratchForCausalLM, GPTScratchForSequenceClassification])
 def test_a_file_of_models_itself_imports_every_file_that_ships(kind):
     """Older versions of transformers fetch only what it imports."""
@@ -357,7 +383,7 @@ def test_remote_copy_and_package_live_in_one_process(tmp_path, own_modules):
     assert same_logits(remote.from_pretrained(tmp_path), model)
     assert same_logits(load(tmp_path), model)
     model.save_as_gpt2(tmp_path / "official")
-    with pytest.raises(ImportError, match="does not translate configs; pip install hf-gpt-scratch"):
+    with pytest.raises(ImportError, match=r"has no config_translation\.py, .*; pip install hf-gpt-scratch"):
         remote.from_pretrained(tmp_path / "official")
     weights = GPTScratchForCausalLM.from_pretrained(tmp_path / "official").state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())

@@ -15,7 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import ConversionError, some
-from ...model.configuration_gpt_scratch import PRESETS, TANH_GELU, GPTScratchConfig
+from ...model.book_cfg import TANH_GELU
+from ...model.configuration_gpt_scratch import PRESETS, GPTScratchConfig
 from ...model.layers import refuse_other_mask
 from ...model.modeling_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel, GPTScratchPreTrainedModel
 from ...model.weight_map import BASE, LM_HEAD, SCRATCH_PREFIX, Row, rows, without_prefix

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...errors import ConversionError
-from ...model.configuration_gpt_scratch import TANH_GELU, GPTScratchConfig
+from ...model.book_cfg import TANH_GELU
+from ...model.configuration_gpt_scratch import GPTScratchConfig
 from ...model.weight_map import DROPPED, GPT2_PREFIX
 from ..parity import same_bits
 from ..tensors import LazyTensor, all_zero, zero
