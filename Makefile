@@ -15,7 +15,7 @@ install:  ## make .venv, with the locked libraries and all that is needed to dev
 quick:  ## the fast tests, in less than a minute on two cores
 	$(PYTHON) -m pytest $(TWO) $(QUICK)
 
-test:  ## all tests but the long ones and those of the official sizes, in ten minutes on two cores
+test:  ## all tests but the long ones and those of the official sizes, in some twelve minutes on two cores
 	$(PYTHON) -m pytest $(TWO)
 
 long:  ## the tests that take long

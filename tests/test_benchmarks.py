@@ -249,6 +249,7 @@ def test_time_that_a_function_tells_goes_before_the_clock():
     assert clocked.output == told.output == "output" and max(clocked.times) < 1e3
 
 
+@pytest.mark.long
 def test_a_compilation_after_the_first_call_fails_the_check(tmp_path, monkeypatch):
     engines = importlib.import_module("engines")
 
@@ -306,6 +307,7 @@ def test_quality_sums_what_its_names_say():
     assert quality.divergence == pytest.approx(divergence)
 
 
+@pytest.mark.long
 def test_a_damaged_model_fails_the_check_of_the_quality(tmp_path, monkeypatch):
     damage_ours(monkeypatch)
     assert run("quality", tmp_path, only="^ours, sdpa$")[1] == 3
@@ -320,6 +322,7 @@ def test_without_a_gpu_its_benchmark_says_so(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_compiled_rows_of_the_gpu_run_on_a_cpu_too(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.import_module("engines").Transformers, "backend", "eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -330,6 +333,7 @@ def test_compiled_rows_of_the_gpu_run_on_a_cpu_too(tmp_path, monkeypatch):
     assert found["ours, compiled"]["figures"]["recompilations"] == 0
 
 
+@pytest.mark.long
 def test_a_damaged_model_fails_the_checks_of_the_gpu(tmp_path, monkeypatch):
     gpu = importlib.import_module("gpu")
 

@@ -83,6 +83,7 @@ def test_streaming(tmp_path):
 
 
 @pytest.mark.parametrize("own_text", [False, True])
+@pytest.mark.long
 def test_pretrain(tmp_path, own_text):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 300)
     arguments = ["--text", "text.txt", "--epochs", 2] if own_text else ["--epochs", 1]
@@ -164,6 +165,7 @@ sys.exit(os.wait()[1] or os.wait()[1])
 
 
 @pytest.mark.parametrize("how", ["tensor", "sharded", "data"])
+@pytest.mark.long
 def test_parallel(tmp_path, how):
     if how != "data" and find_spec("transformers.distributed.parallel_utils") is None:
         pytest.skip("sharded loading is for transformers 5.22 on")

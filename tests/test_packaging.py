@@ -88,6 +88,7 @@ def test_the_wheel_of_the_sdist_is_the_wheel_of_the_checkout(built, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_installs_and_converts_in_a_clean_environment(built, tmp_path):
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=True)

@@ -100,6 +100,7 @@ def test_the_package_stands_alone(project):
 
 @needs_newest
 @pytest.mark.slow
+@pytest.mark.long
 def test_its_own_tests_pass(project):
     """transformers' tests of a language model are among them where a clone of it is in PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # of this suite

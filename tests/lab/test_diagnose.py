@@ -556,6 +556,7 @@ def test_one_block_of_a_class_whose_blocks_are_no_calls(deep, n):
     assert [fault.title for fault in found.faults] == [f"unbiased-variance in block {n}"]
 
 
+@pytest.mark.long
 def test_one_block_of_a_black_box(deep):
     model = with_blocks_of(deep, each_block(exact_gelu), [3])
     found = verdict_of(deep, boxed(deep, model, {name: name for name in model.state_dict()}))

@@ -59,6 +59,7 @@ def test_a_healthy_gpt_is_the_same_in_every_style(official, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in wrong()])
+@pytest.mark.long
 def test_one_mistake_is_found_in_every_style(official, name, tmp_path):
     comparison = compared(wrong()[name], official, tmp_path)
     assert not comparison.same

@@ -35,6 +35,7 @@ def test_prefill_is_one_graph(pair):
 
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.long
 def test_compiled_prefill_has_a_mask_only_if_one_is_given(use_cache):
     gpt2, scratch = random_pair(attn_implementation="sdpa")
     masks = []

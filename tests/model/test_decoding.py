@@ -320,6 +320,7 @@ def graphs():
     torch.compiler.reset()
 
 
+@pytest.mark.long
 def test_compiled_generation_is_by_onednn_too(pair, graphs):
     gpt2, ours = pair
     config = CompileConfig(fullgraph=True)

@@ -554,6 +554,7 @@ def test_any_registered_attention_function_is_used():
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="flex attention is compiled: it needs a C++ compiler")
 @torch.no_grad()
+@pytest.mark.long
 def test_flex_attention_equals_eager():
     model = tiny_model()
     ids = random_ids()

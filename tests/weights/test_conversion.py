@@ -26,7 +26,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import hf_gpt_scratch
-from hf_gpt_scratch import GPTScratchForCausalLM
+from hf_gpt_scratch import GPTScratchForCausalLM, GPTScratchModel
 from hf_gpt_scratch.cli.app import app
 from hf_gpt_scratch.errors import ConversionError, ParityError
 from hf_gpt_scratch.model.heads_gpt_scratch import AUTO_CLASSES
@@ -410,7 +410,9 @@ def named_code(directory):
 def test_no_code_of_the_source_comes_into_a_target(tmp_path, target):
     receipt = gpt2_to_scratch(forged(tmp_path / "forged"), target)
     ours = {"AutoConfig": "configuration_gpt_scratch.GPTScratchConfig"}
-    ours |= {name: f"modeling_gpt_scratch.{kind.__name__}" for name, kind in AUTO_CLASSES.items()}
+    for name, kind in AUTO_CLASSES.items():
+        file = "modeling" if kind in (GPTScratchForCausalLM, GPTScratchModel) else "heads"
+        ours[name] = f"{file}_gpt_scratch.{kind.__name__}"
     assert named_code(target) == {("config.json", "auto_map"): ours}
     own = {path.name for path in (Path(hf_gpt_scratch.__file__).parent / "model").glob("*.py")}
     assert {path.name for path in target.rglob("*.py")} <= own

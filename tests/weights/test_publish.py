@@ -649,6 +649,7 @@ def rival(source, target, barrier, results):
         results.put(str(error))
 
 
+@pytest.mark.long
 def test_rivals_never_make_a_mixture(tmp_path):
     target = tmp_path / "target"
     barrier, results = PROCESSES.Barrier(2), PROCESSES.Queue()

@@ -231,6 +231,7 @@ for direction, kind, check in json.loads(sys.argv[2]):
 )
 
 
+@pytest.mark.long
 def test_memory_is_bounded_by_two_of_the_largest_tensors(tmp_path):
     """Whatever the source; the mutation twin is the verification in float32, which needs both models."""
     big = random_gpt2(n_embd=256, n_layer=30, vocab_size=24_000)

@@ -189,6 +189,7 @@ def test_one_that_gives_other_ids_beside_the_model_is_not_published(tmp_path, so
 
 
 @pytest.mark.parametrize("format", ["native", "gpt2", "onnx"])
+@pytest.mark.long
 def test_every_directory_has_vocab_json_and_merges_txt_where_the_tokenizer_is_gpt2s(tmp_path, format):
     """For programs that read no tokenizer.json; ids are those of the tokenizer."""
     model = random_pair(vocab_size=1000)[1]
