@@ -20,6 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 METHOD = "gpt_scratch_int8"
 FEW_ROWS = 16  # up to this number the packed product is faster than converting the weight
 PACKED = 32  # `in_features` must be a multiple of this; otherwise the packed product reads out of bounds
+# Whether products in bfloat16 are several times slower than in float32, as on CPUs without AVX-512.
+SLOW_BF16 = not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 ALIGNMENT = 64  # bytes; it crashes on weights that are not aligned, as in mapped files
 
 
@@ -78,7 +80,8 @@ class Int8Linear(nn.Module):
             weight = self.int8_weight
             if torch.compiler.is_compiling():
                 weight = weight.float()  # otherwise inductor would recognize the product and use the packed one
-            out = F.linear(x, weight.to(x.dtype)) * self.scales.to(x.dtype)
+            dtype = torch.float32 if x.dtype is torch.bfloat16 and x.device.type == "cpu" and SLOW_BF16 else x.dtype
+            out = (F.linear(x.to(dtype), weight.to(dtype)) * self.scales.to(dtype)).to(x.dtype)
         return out if self.bias is None else out + self.bias  # (..., out)
 
     def extra_repr(self):

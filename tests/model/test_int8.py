@@ -11,6 +11,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from hf_gpt_scratch import GPTScratchForCausalLM, Int8Config
+from hf_gpt_scratch.model import int8
 from hf_gpt_scratch.model.int8 import FEW_ROWS, Int8Linear
 
 pytestmark = pytest.mark.slow
@@ -42,6 +43,20 @@ def test_no_weight_is_further_off_than_half_a_step(dtype):
     # half a step by rounding; another half at the largest weight, where the rounded scale was too small
     assert ((restored - float_layer.weight.float()).abs() <= steps * (0.501 if dtype == torch.float32 else 1)).all()
     assert layer.int8_weight.abs().amax() == 127 and layer.bias.equal(float_layer.bias)
+
+
+@torch.no_grad()
+def test_many_rows_are_multiplied_in_float32_where_bfloat16_is_slow(monkeypatch):
+    layer = Int8Linear.from_linear(linear(torch.bfloat16, bias=False))
+    x = torch.randn(FEW_ROWS + 1, 96).bfloat16()
+    exact = x.float() @ (layer.int8_weight.float() * layer.scales.float()[:, None]).t()
+    monkeypatch.setattr(int8, "SLOW_BF16", True)
+    slow = layer(x)
+    assert slow.dtype is torch.bfloat16
+    torch.testing.assert_close(slow.float(), exact, rtol=2**-8, atol=1e-5)  # rounded once
+    monkeypatch.setattr(int8, "SLOW_BF16", False)
+    assert not torch.equal(layer(x), slow)
+    assert layer(x.float()).dtype is torch.float32
 
 
 @pytest.mark.parametrize("bias", [True, False])
