@@ -322,7 +322,7 @@ class Report:
         """Rows of `costs_in_children`, with memory as a further column; the first is the reference."""
         memory = {name: statistics.median(cost.memory for cost in row) for name, row in costs.items()}
         first = next(iter(costs))
-        comparable = memory[first] > 1e6  # false if the memory was already in use, as for weights to be saved
+        comparable = memory[first] > 1e6  # false if the memory was already in use
         for name, row in costs.items():
             figures = {
                 "peak memory, MB": round(memory[name] / 1e6),

@@ -88,8 +88,8 @@ def glued(frames: list[dict[str, Any]], rows: list[list[int]]) -> tuple[str, str
             for other, text in texts.items():
                 if text in ("".join(documents), " ".join(documents)):
                     return name, other
-        elif all(one is not None for one in map(ids_in, documents)):
-            documents = [one.tolist() for one in map(ids_in, documents) if one is not None]
+        elif len(held := [ids.tolist() for ids in map(ids_in, documents) if ids is not None]) == len(documents):
+            documents = held
             if 1 in (len({one[-1] for one in documents}), len({one[0] for one in documents})):
                 continue
             ends, begins = (
